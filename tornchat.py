@@ -1,0 +1,3096 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["tornado>=6.6.1", "redis>=8.0", "fakeredis>=2.40"]
+# ///
+"""tornchat: a chat room in one file.
+
+  python tornchat.py            serve the room on port 8888 and print its addresses
+  python tornchat.py -p 9000    on another port
+
+Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
+for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
+they outlive a restart, and all daemons with the same Redis and --room are one room.
+
+A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start, 2 wrong usage.
+
+The socket (GET /chat) speaks JSON, one event a frame. A client says
+  {"type":"say","text":"hi","cid":"made-by-the-client"}
+and hears welcome, message, joined, left, refused, store and time. The `message` that carries its own cid is the
+confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH (of the last message
+seen) and gets what it missed; the same cid sent again is stored once. Log in first with POST /login
+(nickname=Ann), or open /chat?nickname=Ann. GET /healthz says how the daemon is.
+
+The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
+  Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Command line, Pages
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import bisect
+import collections
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import hmac
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import ssl
+import sys
+import time
+import unicodedata
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol, Self
+
+try:
+    import fakeredis
+    import redis.asyncio
+    import tornado.httpserver
+    import tornado.httputil
+    import tornado.iostream
+    import tornado.netutil
+    import tornado.template
+    import tornado.web
+    import tornado.websocket
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import RedisError, WatchError
+except ModuleNotFoundError as missing:
+    sys.exit(f"tornchat needs the package {missing.name}: python -m pip install tornado redis fakeredis")
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("tornchat")
+
+# === Limits and settings ==============================================================================================
+# A limit is a constant, with its unit and its reason. What an operator may choose is a field of Config and a flag;
+# a timer is a field without a flag, so that tests can run it faster.
+
+TEXT_CHARS = 4000  # of one message: a long paragraph, or a page of code
+FRAME_BYTES = 16 * 1024  # of one frame or form from a client; 4,000 characters of 4 bytes each fit
+NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on top, up to
+NAME_CODEPOINTS = 64
+RING_MESSAGES = 1000  # in memory for clients that come back (G2)
+FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
+FEED_NOTICES = 1000  # joined, left, opened in the store: they must never push a message out
+INDEX_MESSAGES = 10_000  # (sid, cid) remembered against doubles (G4)
+OUTBOX_PROPOSALS = 1000  # waiting for the store; more are refused at once
+GROUP_PROPOSALS = 256  # committed in one transaction: about 10 ms of fakeredis
+BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener (G5) ...
+BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come back when it can
+CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
+ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
+SOCKETS_A_SESSION = 10  # tabs of one browser
+IGNORED_REFUSALS = 50  # too-fast in a row before a flooder is closed
+COOKIE_DAYS = 30  # a browser keeps its session
+DEFAULT_PORT = 8888
+PORTS_TRIED = 20  # upwards from the default one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What an operator can choose, and the timers (all in seconds)."""
+
+    port: int | None = None  # None: 8888, or the next free one
+    host: str = ""  # "": all addresses
+    title: str = "tornchat"
+    password: str = ""
+    redis_url: str = ""  # "": fakeredis in this process
+    room: str = "lobby"
+    history: int = 100
+    rate: float = 2.0
+    allow_host: tuple[str, ...] = ()
+    trust_proxy: bool = False
+    certfile: str = ""
+    keyfile: str = ""
+    secret: str = ""
+    quiet: bool = False
+    verbose: int = 0
+
+    ping_seconds: float = 10  # a listener not heard of for two of these is dead: 20 s, then the grace (G6: 35 s)
+    time_seconds: float = 20  # between two `time` events
+    lease_seconds: float = 30  # how long a name outlives its daemon (G6: 35 s)
+    renew_seconds: float = 5  # below the grace: a tab closed here must not shorten the lease of one open elsewhere
+    grace_seconds: float = 7  # from the last closed tab to `left` (G6: 10 s); a reload takes less
+    tick_seconds: float = 1  # the beat of leases, pings and sweeping
+    confirm_seconds: float = 4  # until an unconfirmed message is refused, at the next tick (G1: 5 s)
+    block_seconds: float = 1  # the reader's wait; must stay below the socket's time-out
+    silence_seconds: float = 4  # the socket's time-out towards Redis (with the reader's wait: 5 of G8's 6 s)
+    retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
+    drain_seconds: float = 2  # for stopping in order
+
+
+# === Messages and names ===============================================================================================
+# Pure functions: what a client may say, what it may be called, and how an event looks on the wire.
+# No input or output here, no clock, no Tornado.
+
+CID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class Refused(Exception):
+    """A wish that is answered in words instead of being done.
+
+    `code` is the frame's (DESIGN: too-fast, too-long, empty, ...), `word` the key of its sentence in WORDS.
+    """
+
+    def __init__(self, code: str, word: str = "", *, cid: str = "", retry_after: float = 0, **values: object) -> None:
+        super().__init__(code)
+        self.code, self.word, self.cid, self.retry_after, self.values = code, word or code, cid, retry_after, values
+
+    def sentence(self, language: str) -> str:
+        """The reason, for the user."""
+        return WORDS[language]["refused_" + self.word].format(**self.values)
+
+    def frame(self, language: str) -> dict[str, object]:
+        """The `refused` event."""
+        frame: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
+        if self.cid:
+            frame["cid"] = self.cid
+        if self.retry_after:
+            frame["retry_after"] = round(self.retry_after, 1)
+        return frame
+
+
+class Taken(Refused):
+    """The name belongs to another session."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("taken", name=name)
+
+
+class Say(NamedTuple):
+    """What a client wants to say; `cid` is "" where it wants no confirmation."""
+
+    text: str
+    cid: str
+
+
+def parse_say(raw: str | bytes) -> Say:
+    """The one frame that a client may send. Raises Refused."""
+    if isinstance(raw, bytes):
+        raise Refused("bad-frame", "binary")
+    try:
+        frame = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise Refused("bad-frame", "not-json") from None
+    if not isinstance(frame, dict) or frame.get("type") != "say":
+        raise Refused("bad-frame", "unknown-type")
+    return clean_say(frame.get("text"), frame.get("cid", ""))
+
+
+def clean_say(text: object, cid: object) -> Say:
+    """A say from whichever door, checked. Raises Refused, with the cid once that is known to be one."""
+    if not isinstance(cid, str) or (cid and not CID.fullmatch(cid)):
+        raise Refused("bad-frame", "bad-cid")
+    if not isinstance(text, str):
+        raise Refused("bad-frame", "no-text", cid=cid)
+    try:
+        return Say(clean_text(text), cid)
+    except Refused as refused:
+        refused.cid = cid
+        raise
+
+
+def clean_text(text: str) -> str:
+    """The text as it is stored: newlines as \\n, no control characters. Raises Refused."""
+    text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").rstrip()
+    if len(text) > TEXT_CHARS:
+        raise Refused("too-long", limit=TEXT_CHARS)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused("bad-frame", "surrogate") from None
+    if all(unicodedata.category(char)[0] in "CZ" or char in BLANKS for char in text):
+        raise Refused("empty")
+    return text
+
+
+# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille.
+BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+JOINERS = "\u200c\u200d"
+EMOJI_STYLE = "\ufe0f"
+VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
+
+# Look-alikes of Latin letters, one row a letter: a small part of the table of Unicode Technical Standard 39, with the
+# digits that stand in for letters. Digits go to letters of their own, so that user1 and user10 stay two names.
+LOOKALIKES = {
+    "a": "аɑα4", "b": "ьβ", "c": "сϲ", "d": "ԁ", "e": "еεє3", "g": "ɡ", "h": "һ", "j": "јϳ", "k": "кκ", "l": "iı1|ӏіιɩ!",
+    "m": "м", "n": "пη", "o": "оοσօ0", "p": "рρ", "q": "ԛ", "r": "г", "s": "ѕ5$", "t": "тτ", "u": "υսц", "v": "νѵ",
+    "w": "ԝωш", "x": "хχ", "y": "уγү", "z": "ᴢ",
+}  # fmt: skip
+SKELETON = str.maketrans(
+    {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
+    | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e\u0307", None)
+)
+RESERVED = ("system", "admin", "administrator", "host", "tornchat", "server", "moderator", "root", "系统", "管理员", "主持人")
+
+
+def clean_name(raw: str) -> str:
+    """The nickname as it is shown: NFKC, spaces folded. Any script is welcome. Raises Refused("invalid").
+
+    The rule is that of RFC 8266 (PRECIS nicknames), with joiners where a script or an emoji needs them.
+    """
+    raw = raw.strip()
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or char in BLANKS for char in raw):
+        raise Refused("invalid", "name-characters")
+    name = " ".join(unicodedata.normalize("NFKC", raw).split())
+    kinds = [unicodedata.category(char) for char in name]
+    if not any(kind[0] in "LN" or kind == "So" for kind in kinds):
+        raise Refused("invalid", "name-empty")
+    if len(name) > NAME_CODEPOINTS or sum(kind not in ("Mn", "Me", "Cf", "Sk") for kind in kinds) > NAME_CHARS:
+        raise Refused("invalid", "name-long", limit=NAME_CHARS)
+    if kinds[0][0] == "M" or not all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf"):
+        raise Refused("invalid", "name-characters")
+    if name_key(name) in RESERVED_KEYS:
+        raise Refused("invalid", "name-reserved", name=name)
+    return name
+
+
+def joins(name: str, at: int) -> bool:
+    """Whether the format character at this place is a joiner where one belongs: in Indic or Arabic words, in emoji."""
+    if name[at] not in JOINERS or not 0 < at < len(name) - 1:
+        return False
+    before, behind = name[at - 1], name[at + 1]
+    arabic = unicodedata.bidirectional(before) == unicodedata.bidirectional(behind) == "AL"
+    emoji = unicodedata.category(before) in ("So", "Sk", "Mn") and unicodedata.category(behind) == "So"
+    return unicodedata.combining(before) == VIRAMA or arabic or (emoji and name[at] == "\u200d")
+
+
+def name_key(name: str) -> str:
+    """What two names have in common that look alike: a member's key on the roster (G7)."""
+    folded = unicodedata.normalize("NFKC", name).casefold().translate(SKELETON)
+    return unicodedata.normalize("NFC", folded).replace("rn", "m").replace("vv", "w").replace(" ", "")
+
+
+RESERVED_KEYS = frozenset(map(name_key, RESERVED))
+
+
+def variants(name: str) -> Iterable[str]:
+    """Names to offer instead of one that is taken: Ann2, Ann3, ..."""
+    return (f"{name[: NAME_CHARS - 4]}{number}" for number in range(2, 1000))
+
+
+class Event(NamedTuple):
+    """One entry of the feed: a `message`, or a notice (`joined`, `left`, `opened`), which leaves `seq` as it was.
+
+    `left` has the text "logout" where the name was given back. `id` is the store's, "<ms>-<n>".
+    """
+
+    type: str
+    seq: int
+    epoch: str
+    sid: str = ""
+    cid: str = ""
+    name: str = ""
+    text: str = ""
+    id: bytes = b""
+
+    @property
+    def ts(self) -> int:
+        """The store's clock when it took the event, in ms."""
+        return int(self.id.partition(b"-")[0])
+
+    def fields(self) -> dict[bytes, bytes]:
+        """As it is stored."""
+        return dict(zip(FIELDS, (str(value).encode() for value in self[:-1]), strict=True))
+
+    @classmethod
+    def decode(cls, id: bytes, fields: Mapping[bytes, bytes]) -> Event | None:
+        """The event of a stored entry, or None for an entry that no tornchat wrote."""
+        try:
+            type, seq, epoch, sid, cid, name, text = (fields[field].decode() for field in FIELDS)
+            event = cls(type, int(seq), epoch, sid, cid, name, text, id)
+        except (KeyError, ValueError):
+            return None
+        return event if type in ("message", "joined", "left", "opened") and event.seq >= 0 else None
+
+
+FIELDS = tuple(field.encode() for field in Event._fields[:-1])
+
+
+def shown(text: str) -> str:
+    """Text from outside as it may appear on a terminal or in a log: nothing that steers, no bidi tricks."""
+    return "".join(char for char in text if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+
+
+def guest_name(address: str) -> str:
+    """A name for whoever gives none: the end of the address tells who it may be, without telling the address."""
+    return "guest-" + re.split(r"[.:]", address)[-1]
+
+
+def ws_frame(payload: bytes, opcode: int = 0x1) -> bytes:
+    """A whole WebSocket frame as a server sends it (RFC 6455, 5.2): unmasked."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 65536:
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
+
+
+PING = ws_frame(b"", 0x9)
+
+
+def encode(frame: Mapping[str, object]) -> bytes:
+    """An event as one WebSocket frame. Made once, and sent to everybody as it is."""
+    return ws_frame(to_json(frame).encode())
+
+
+def encode_message(event: Event) -> bytes:
+    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside."""
+    frame = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
+    if not event.cid.startswith("~"):
+        frame["cid"] = event.cid
+    return encode(frame)
+
+
+# === Store ============================================================================================================
+# The only section that knows Redis; fakeredis in this process is the same code. One stream, `feed`, is the truth.
+# Nothing here retries or keeps anything: a lost reply may mean "done", so the Feed reads before it tries again.
+
+Entry = tuple[bytes, dict[bytes, bytes]]
+
+STORE_ERRORS = (RedisError, OSError)  # away, silent, full, read-only, or holding something that isn't ours
+
+
+class Rewound(Exception):
+    """The feed isn't the one that was read so far: flushed, rolled back or replaced."""
+
+
+class Snapshot(NamedTuple):
+    """All that the store holds, read in one transaction. `roster` is key -> (sid, name)."""
+
+    last: bytes
+    events: list[Event]
+    roster: dict[str, tuple[str, str]]
+
+
+class Changes(NamedTuple):
+    """What one transaction does to the feed: append events, forget the oldest messages and notices."""
+
+    events: list[Event]
+    keep_from: bytes = b""
+    delete: Sequence[bytes] = ()
+
+
+def id_order(id: bytes) -> tuple[int, int]:
+    """A key that sorts stream ids, which as bytes don't: b"9-0" comes before b"10-0"."""
+    ms, _, n = id.partition(b"-")
+    return int(ms), int(n or 0)
+
+
+def connect(config: Config) -> Any:
+    """A client of the Redis that was asked for, or of one in this process. Raises ValueError for a malformed URL."""
+    if not config.redis_url:
+        return fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(), protocol=2)
+    return redis.asyncio.Redis.from_url(
+        config.redis_url,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),  # its own retries would write a message once more for each lost reply
+        socket_timeout=config.silence_seconds,
+        socket_connect_timeout=config.silence_seconds,
+    )
+
+
+class Store:
+    """The keys of one room under `tornchat:{room}:` and the few commands on them. Every method raises STORE_ERRORS.
+
+    feed     the stream of events; ids are the store's clock
+    names    hash: a member's key -> "sid name"; changes only together with the feed, so that it is its sum
+    leases   sorted set: a member's key -> when it lapses, in ms of the store's clock
+    secret   signs the cookies of all daemons
+    """
+
+    def __init__(self, client: Any, config: Config) -> None:
+        self.redis, self.config = client, config  # Any: redis-py's types leave open what this protocol returns
+        prefix = f"tornchat:{{{config.room}}}:"  # the braces keep all keys in one slot of a Cluster
+        self.feed, self.names = prefix + "feed", prefix + "names"
+        self.leases, self.secret = prefix + "leases", prefix + "secret"
+        self.clock_ahead = 0.0  # of time.monotonic, in ms
+
+    async def load(self) -> Snapshot:
+        """The whole feed and the roster that belongs to it."""
+        async with self.redis.pipeline() as pipe:
+            pipe.xrange(self.feed).hgetall(self.names)
+            entries, names = await pipe.execute()
+        events = [event for entry in entries if (event := Event.decode(*entry))]
+        roster = {key.decode(errors="replace"): split_name(value) for key, value in names.items()}
+        return Snapshot(entries[-1][0] if entries else b"", events, roster)
+
+    async def keep_secret(self, secret: str) -> str:
+        """The room's secret: this one, unless there is one already."""
+        await self.redis.set(self.secret, secret, nx=True)
+        kept: bytes | None = await self.redis.get(self.secret)
+        return kept.decode(errors="replace") if kept else secret
+
+    async def next_id(self, last: bytes) -> bytes | None:
+        """Waits a moment for an entry after `last`; its id, or None."""
+        found = await self.redis.xread({self.feed: last}, count=1, block=int(self.config.block_seconds * 1000))
+        next_id: bytes | None = found[0][1][0][0] if found else None
+        return next_id
+
+    async def since(self, last: bytes) -> list[Entry]:
+        """The entries after `last`. Raises Rewound if that one is gone."""
+        return after_last(await self.redis.xrange(self.feed, min=last), last)
+
+    async def compare_and_append(
+        self, last: bytes, decide: Callable[[list[Entry], set[str]], Changes], *, sweep: bool = False
+    ) -> list[bytes]:
+        """Appends what `decide` makes of the entries after `last` and the lapsed keys; the ids of the new entries.
+
+        Nothing comes between those entries and the new ones. Raises Rewound, and WatchError when another daemon was
+        first. After any other of STORE_ERRORS it may have been written all the same: look, then try again.
+        """
+        async with self.redis.pipeline() as pipe:
+            await pipe.watch(self.feed, *([self.leases] if sweep else []))
+            newer = after_last(await pipe.xrange(self.feed, min=last), last)
+            lapsed = await pipe.zrangebyscore(self.leases, "-inf", self.now()) if sweep else []
+            changes = decide(newer, {key.decode(errors="replace") for key in lapsed})
+            if not changes.events:
+                return []
+            pipe.multi()
+            self.write(pipe, changes)
+            ids: list[bytes] = (await pipe.execute())[: len(changes.events)]
+            return ids
+
+    def write(self, pipe: Any, changes: Changes) -> None:
+        """The commands of one transaction; the appends come first."""
+        for event in changes.events:
+            pipe.xadd(self.feed, event.fields(), minid=changes.keep_from or None)
+        for event in changes.events:
+            key = name_key(event.name)
+            if event.type == "joined":
+                pipe.hset(self.names, key, f"{event.sid} {event.name}")
+                pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
+            elif event.type == "left":
+                pipe.hdel(self.names, key)
+                pipe.zrem(self.leases, key)
+        if changes.delete:
+            pipe.xdel(self.feed, *changes.delete)
+
+    async def reopen(self, last: bytes, opened: Event, roster: Iterable[Member], secret: str) -> None:
+        """Begins a new epoch after `last` (b"": no entry), and puts back what a flush or a rollback took.
+
+        Raises WatchError when another daemon was first.
+        """
+        async with self.redis.pipeline() as pipe:
+            await pipe.watch(self.feed)
+            newest = await pipe.xrevrange(self.feed, count=1)
+            if (newest[0][0] if newest else b"") != last:
+                raise WatchError
+            pipe.multi()
+            pipe.xadd(self.feed, opened.fields())
+            pipe.delete(self.names)
+            if secret:
+                pipe.set(self.secret, secret)
+            for member in roster:
+                pipe.hset(self.names, member.key, f"{member.sid} {member.name}")
+                pipe.zadd(self.leases, {member.key: self.lapses_in(self.config.lease_seconds)})
+            await pipe.execute()
+
+    async def read_clock(self) -> None:
+        """Learns the store's time; between two readings it is carried on by a clock that nobody can set."""
+        seconds, microseconds = await self.redis.time()
+        self.clock_ahead = (seconds + microseconds / 1e6 - time.monotonic()) * 1000
+
+    def now(self) -> int:
+        """The store's clock, in ms."""
+        return int(self.clock_ahead + time.monotonic() * 1000)
+
+    def lapses_in(self, seconds: float) -> int:
+        """The score of a lease."""
+        return self.now() + int(seconds * 1000)
+
+    async def renew(self, keys: Sequence[str], seconds: float) -> None:
+        """Sets these leases."""
+        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
+            await self.redis.zadd(self.leases, dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds)))
+
+    async def lapsed(self) -> list[str]:
+        """The keys of members whose lease is over."""
+        return [key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())]
+
+    async def forget(self, keys: Sequence[str]) -> None:
+        """Drops leases that belong to nobody."""
+        await self.redis.zrem(self.leases, *keys)
+
+    async def close(self) -> None:
+        """Gives the connections back."""
+        await self.redis.aclose()
+
+
+def after_last(entries: list[Entry], last: bytes) -> list[Entry]:
+    """Of entries read from `last` on, those behind it. Raises Rewound if it isn't among them."""
+    if not entries or entries[0][0] != last:
+        raise Rewound
+    return entries[1:]
+
+
+def split_name(value: bytes) -> tuple[str, str]:
+    """A value of the hash `names`: its sid and its name."""
+    sid, _, name = value.decode(errors="replace").partition(" ")
+    return sid, name
+
+
+# === Room =============================================================================================================
+# Who is here and what was said, as the feed tells it. Plain and synchronous: no Tornado, no Redis, no waiting, so
+# that a newcomer's replay and registration are one step, and nothing can come between them.
+
+
+class Batch:
+    """The events that came in one turn, encoded once; every listener writes the same bytes."""
+
+    def __init__(self, frames: Iterable[bytes] = ()) -> None:
+        self.frames = list(frames)
+
+    @functools.cached_property
+    def data(self) -> memoryview:
+        """All frames in one piece: one write a listener."""
+        return memoryview(b"".join(self.frames))
+
+
+class Listener(Protocol):
+    """Where a member's events go."""
+
+    member: Member
+    base: int  # messages with a higher seq were or will be sent to this listener
+
+    def send(self, batch: Batch) -> None:
+        """Live events."""
+
+    def replay(self, frames: list[bytes]) -> None:
+        """What is owed from before; as much as it takes."""
+
+    def beat(self, now: float, time_frame: bytes) -> None:
+        """Time to show a sign of life and to ask for one; `now` in s of the loop's clock."""
+
+    def refuse(self, refused: Refused) -> None:
+        """For this one only: why its wish wasn't done."""
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end, with a close code."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Member:
+    """One session under its name: on the roster, or with listeners here, or both."""
+
+    sid: str
+    name: str
+    key: str
+    listeners: list[Listener] = dataclasses.field(default_factory=list)
+    renewed: float = 0  # when this daemon last renewed the lease, in s
+    tokens: float = math.inf  # of the bucket that holds its pace
+    spent: float = 0  # when the last one was taken, in s
+    refusals: int = 0  # in a row
+
+
+class Ring:
+    """The newest messages as encoded frames, by seq."""
+
+    def __init__(self, size: int) -> None:
+        self.frames: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=size)
+
+    def append(self, seq: int, frame: bytes) -> None:
+        """Takes the next message; the oldest one falls out."""
+        self.frames.append((seq, frame))
+
+    def newest(self, count: int) -> list[bytes]:
+        """The last `count`, oldest first."""
+        return [frame for _, frame in itertools.islice(self.frames, max(0, len(self.frames) - count), None)]
+
+    def after(self, seq: int) -> list[bytes] | None:
+        """All that came after `seq`, oldest first; None if the first of them has fallen out."""
+        if self.frames and self.frames[0][0] > seq + 1:
+            return None
+        return self.newest(len(self.frames) - bisect.bisect_right(self.frames, seq, key=lambda item: item[0]))
+
+
+class Owed(NamedTuple):
+    """What a joining listener is told first."""
+
+    frames: list[bytes]
+    recovered: bool = False
+    missed: int = 0
+    reset: bool = False
+
+
+class Room:
+    """The sum of the feed: ring, roster, and the listeners of this daemon."""
+
+    def __init__(self, title: str, history: int) -> None:
+        self.title, self.history = title, history
+        self.epoch, self.seq = "", 0
+        self.ring = Ring(max(RING_MESSAGES, history))
+        self.roster: dict[str, Member] = {}  # by key
+        self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
+        self.listeners: set[Listener] = set()
+        self.available = True
+
+    def join(self, listener: Listener, after: int | None = None, epoch: str = "") -> None:
+        """Tells a listener what it is owed, and registers it: no event falls between the two."""
+        self.tell(listener, self.owed(after, epoch))
+        self.listeners.add(listener)
+        listener.member.listeners.append(listener)
+        self.sessions[listener.member.sid] = listener.member
+
+    def tell(self, listener: Listener, owed: Owed) -> None:
+        """What a listener hears first: the welcome, the store if it is away, and what it is owed."""
+        listener.base = self.seq - len(owed.frames)
+        away = [] if self.available else [encode({"type": "store", "available": False})]
+        listener.replay([self.welcome(listener.member, owed), *away, *owed.frames])
+
+    def leave(self, listener: Listener) -> bool:
+        """Forgets a listener; whether it was its member's last one here."""
+        self.listeners.discard(listener)
+        here = listener.member.listeners
+        if listener not in here:
+            return False
+        here.remove(listener)
+        if not here and self.roster.get(listener.member.key) is not listener.member:
+            self.sessions.pop(listener.member.sid, None)
+        return not here
+
+    def owed(self, after: int | None, epoch: str) -> Owed:
+        """What somebody has to hear who has seen all up to `after` of that epoch."""
+        newest = self.ring.newest(self.history)
+        if after is None:
+            return Owed(newest)
+        if epoch not in ("", self.epoch) or after > self.seq:
+            return Owed(newest, reset=True)
+        frames = self.ring.after(after)
+        if frames is None or len(frames) > RING_MESSAGES:
+            return Owed(newest, missed=self.seq - after - len(newest))
+        missed = self.seq - after - len(frames)
+        return Owed(frames, recovered=not missed, missed=missed)
+
+    def welcome(self, member: Member, owed: Owed) -> bytes:
+        """The first event of a connection, and of a new beginning."""
+        others = itertools.islice((other.name for key, other in self.roster.items() if key != member.key), ROSTER_NAMES)
+        return encode(
+            {
+                "type": "welcome",
+                "name": member.name,
+                "title": self.title,
+                "members": [member.name, *others][:ROSTER_NAMES],
+                "count": len(self.roster),
+                "epoch": self.epoch,
+                "seq": self.seq,
+                "recovered": owed.recovered,
+                "missed": owed.missed,
+                "reset": owed.reset,
+                "limits": {"text": TEXT_CHARS, "history": self.history},
+            }
+        )
+
+    def set_available(self, available: bool) -> bool:
+        """Tells everybody when the store goes away or comes back; whether that is news."""
+        if news := available != self.available:
+            self.available = available
+            self.send(Batch([encode({"type": "store", "available": available})]))
+        return news
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """Takes what the store holds for the truth. Who listens already is told as if just back: recovered or reset."""
+        after, epoch = self.seq, self.epoch
+        self.epoch, self.seq = snapshot.events[-1].epoch, snapshot.events[-1].seq
+        self.ring.frames.clear()
+        for event in snapshot.events:
+            if event.type == "message":
+                self.ring.append(event.seq, encode_message(event))
+        self.roster.clear()
+        self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
+        for sid, name in snapshot.roster.values():
+            self.enter(sid, name)
+        for listener in tuple(self.listeners):
+            self.tell(listener, self.owed(after, epoch))
+
+    def enter(self, sid: str, name: str) -> bool:
+        """Puts a session on the roster; whether it wasn't there."""
+        key = name_key(name)
+        member = self.sessions.get(sid)
+        if member is None or member.key != key:
+            member = self.sessions[sid] = Member(sid, name, key)
+        news = self.roster.get(key) is not member
+        self.roster[key] = member
+        return news
+
+    def exit(self, sid: str, name: str) -> Member | None:
+        """Takes a session off the roster; its member, or None if it wasn't there."""
+        member = self.roster.get(name_key(name))
+        if member is None or member.sid != sid:
+            return None
+        del self.roster[member.key]
+        if not member.listeners:
+            self.sessions.pop(sid, None)
+        return member
+
+    def apply(self, events: Iterable[Event]) -> None:
+        """Takes what the feed brought in one turn, in its order, and hands it to every listener as one batch."""
+        frames: list[bytes] = []
+        for type, run in itertools.groupby(events, key=lambda event: event.type):
+            if type == "message":
+                frames += map(self.add_message, run)
+            elif type == "joined":
+                frames += self.notice(type, [event for event in run if self.enter(event.sid, event.name)])
+            elif type == "left":
+                frames += self.notice(type, [event for event in run if self.exit(event.sid, event.name)])
+        self.send(Batch(frames))
+
+    def add_message(self, event: Event) -> bytes:
+        """Into the ring; the frame."""
+        frame = encode_message(event)
+        self.seq = event.seq
+        self.ring.append(event.seq, frame)
+        return frame
+
+    def notice(self, type: str, events: Sequence[Event]) -> list[bytes]:
+        """One frame for however many came or went in this turn."""
+        if not events:
+            return []
+        names = [event.name for event in events]
+        return [encode({"type": type, "names": names, "count": len(self.roster), "ts": events[-1].ts})]
+
+    def send(self, batch: Batch) -> None:
+        """The only way out to everybody. A listener that can't keep up deals with it by itself."""
+        if batch.frames:
+            for listener in tuple(self.listeners):
+                listener.send(batch)
+
+    def free_variant(self, name: str) -> str:
+        """A name like this one that nobody has; "" if there is none."""
+        return next((new for new in variants(name) if name_key(new) not in self.roster), "")
+
+    def guest(self, address: str) -> str:
+        """A free name for whoever gives none."""
+        name = guest_name(address)
+        return name if name_key(name) not in self.roster else self.free_variant(name)
+
+
+# === Feed =============================================================================================================
+# One direction: say -> outbox -> publisher -> the store's feed -> absorb -> the room and its listeners. The order is
+# decided once, by the store; whatever comes out of it passes `absorb`, the daemon's own messages too.
+
+Outcome = Event | Refused
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Proposal:
+    """What somebody wants in the feed. It waits in the outbox until the feed has it or `done` is told why not."""
+
+    type: str
+    member: Member
+    cid: str
+    done: Callable[[Outcome], None]
+    expires: float  # in s of the loop's clock
+    text: str = ""
+
+    @property
+    def id(self) -> tuple[str, str]:
+        """Under which the feed knows it: this is stored once, however often it is tried."""
+        return self.member.sid, self.cid
+
+
+class Feed:
+    """Keeps the room the sum of the feed, and gets into the feed what members want there: three tasks a daemon."""
+
+    def __init__(self, store: Store, room: Room, config: Config) -> None:
+        self.store, self.room, self.config = store, room, config
+        self.last = b""  # id of the newest entry absorbed
+        self.secret = config.secret
+        self.outbox: dict[tuple[str, str], Proposal] = {}  # in order of arrival
+        self.stored: collections.OrderedDict[tuple[str, str], tuple[int, bytes]] = collections.OrderedDict()
+        self.messages: collections.deque[bytes] = collections.deque(maxlen=FEED_MESSAGES)  # ids, as in the feed
+        self.notices: collections.deque[bytes] = collections.deque(maxlen=FEED_NOTICES)
+        self.work = asyncio.Event()  # something for the publisher
+        self.sweep = False  # leases have lapsed
+        self.released: dict[str, Member] = {}  # whose last tab here was closed since the last tick
+        self.reloading = asyncio.Lock()
+        self.readable = self.writable = True
+        self.stopping = False
+
+    # --- what members want ---
+
+    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+        """Takes a message. `done` hears of a refusal, and of an older message with the same cid. Raises Refused."""
+        self.pace(member, say.cid)
+        if stored := self.stored.get((member.sid, say.cid)):
+            seq, id = stored
+            done(Event("message", seq, self.room.epoch, member.sid, say.cid, member.name, say.text, id))
+            return
+        if len(self.outbox) >= OUTBOX_PROPOSALS:
+            raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
+        # A cid of the daemon's own is no cid for the client, but tells a second try from a second message.
+        self.propose("message", member, done, cid=say.cid or "~" + secrets.token_hex(8), text=say.text)
+
+    def pace(self, member: Member, cid: str) -> None:
+        """Takes a token out of the session's bucket. Raises Refused if there is none."""
+        rate = self.config.rate
+        if not rate:
+            return
+        now = asyncio.get_running_loop().time()
+        member.tokens = min(rate * 5, member.tokens + (now - member.spent) * rate)
+        member.spent = now
+        if member.tokens < 1:
+            member.refusals += 1
+            raise Refused("too-fast", cid=cid, retry_after=max(0.1, (1 - member.tokens) / rate))
+        member.tokens -= 1
+        member.refusals = 0
+
+    async def enter(self, sid: str, name: str) -> Member:
+        """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
+        member = self.room.sessions.get(sid)
+        if member is None or member.key != name_key(name):
+            member = Member(sid, name, name_key(name))
+        if self.room.roster.get(member.key) is not member:
+            await self.settled("joined", member)
+        return self.room.roster.get(member.key, member)
+
+    async def exit(self, member: Member) -> None:
+        """Gives a name back at once, and closes the session everywhere. Raises Refused (unavailable)."""
+        if self.room.roster.get(member.key) is member:
+            await self.settled("left", member, text="logout")
+
+    async def settled(self, type: str, member: Member, text: str = "") -> None:
+        """Waits until the feed has a notice. Raises Refused."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.propose(type, member, future.set_result, text=text)
+        outcome = await future
+        if isinstance(outcome, Refused):
+            raise outcome
+
+    def propose(self, type: str, member: Member, done: Callable[[Outcome], None], *, cid: str = "", text: str = "") -> None:
+        """Into the outbox. The same proposal once more only changes who is told."""
+        expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
+        proposal = Proposal(type, member, cid or "~" + secrets.token_hex(8), done, expires, text)
+        self.outbox.setdefault(proposal.id, proposal).done = done
+        self.work.set()
+
+    def release(self, member: Member) -> None:
+        """The member's last tab here is closed: the name stays for the grace. Nobody's does while we stop."""
+        if not self.stopping:
+            self.released[member.key] = member
+
+    # --- the publisher ---
+
+    async def publish(self) -> NoReturn:
+        """Commits what waits in the outbox, in groups, for ever."""
+        pause = Backoff(self.config.retry_seconds)
+        while True:
+            await self.work.wait()
+            try:
+                if await self.commit():
+                    self.mark(writable=True)
+                pause.reset()
+            except WatchError:
+                pass  # another daemon was first: look at what it wrote, then again
+            except Rewound:
+                await self.recover()
+            except STORE_ERRORS as error:
+                self.mark(writable=False, error=error)
+                await pause()
+
+    async def commit(self) -> bool:
+        """One transaction: catch up with the feed, append what is still wanted. Whether anything was written."""
+        if not self.outbox and not self.sweep:
+            self.work.clear()
+            return False
+        decided: list[Event] = []
+
+        def decide(newer: list[Entry], lapsed: set[str]) -> Changes:
+            self.absorb(newer)
+            decided[:] = [*self.lapse(lapsed), *self.decide()]
+            return self.changes(decided)
+
+        sweep, self.sweep = self.sweep, False
+        ids = await self.store.compare_and_append(self.last, decide, sweep=sweep)
+        self.absorb((id, event.fields()) for id, event in zip(ids, decided, strict=True))
+        return bool(ids)
+
+    def lapse(self, lapsed: set[str]) -> list[Event]:
+        """The notices for leases that are over."""
+        gone = [self.room.roster[key] for key in lapsed & self.room.roster.keys()]
+        return [Event("left", self.room.seq, self.room.epoch, member.sid, "", member.name) for member in gone]
+
+    def decide(self) -> list[Event]:
+        """What of the outbox goes into the feed now. Nobody can come between: the feed has been caught up with."""
+        events: list[Event] = []
+        seq, owners = self.room.seq, dict[str, Member | None]()
+        for proposal in list(itertools.islice(self.outbox.values(), GROUP_PROPOSALS)):
+            member = proposal.member
+            owner = owners.setdefault(member.key, self.room.roster.get(member.key))
+            if proposal.type == "message":
+                seq += 1
+            elif proposal.type == "joined" and owner and owner.sid != member.sid:
+                self.settle(proposal.id, Taken(member.name))
+                continue
+            event = Event(
+                proposal.type, seq, self.room.epoch, member.sid, proposal.cid, member.name, proposal.text
+            )
+            owners[member.key] = member
+            events.append(event)
+        return events
+
+    def changes(self, events: list[Event]) -> Changes:
+        """The transaction for these events. It drops from the feed what falls out of our lists when they come back."""
+        keep_from = self.messages[0] if len(self.messages) == FEED_MESSAGES else b""
+        surplus = len(self.notices) + sum(event.type != "message" for event in events) - FEED_NOTICES
+        return Changes(events, keep_from, list(itertools.islice(self.notices, max(0, surplus))))
+
+    def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
+        """Takes a proposal out of the outbox and tells whoever waits for it."""
+        if proposal := self.outbox.pop(id, None):
+            proposal.done(outcome)
+
+    def expire(self, now: float) -> None:
+        """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
+        for proposal in list(itertools.takewhile(lambda proposal: proposal.expires <= now, self.outbox.values())):
+            cid = "" if proposal.cid.startswith("~") else proposal.cid
+            self.settle(proposal.id, Refused("unavailable", cid=cid, retry_after=self.config.retry_seconds))
+
+    # --- the reader ---
+
+    async def read(self) -> NoReturn:
+        """Absorbs what other daemons wrote, for ever, and notices when the feed or the store is gone."""
+        pause = Backoff(self.config.retry_seconds)
+        while True:
+            try:
+                next_id = await self.store.next_id(self.last)
+                if next_id is None or id_order(next_id) > id_order(self.last):
+                    await self.catch_up()
+                self.mark(readable=True)
+                pause.reset()
+            except Rewound:
+                await self.recover()
+            except STORE_ERRORS as error:
+                self.mark(readable=False, error=error)
+                await pause()
+
+    async def catch_up(self) -> None:
+        """Absorbs all that is in the feed by now. Raises Rewound and STORE_ERRORS."""
+        self.absorb(await self.store.since(self.last))
+
+    async def try_to_catch_up(self) -> None:
+        """As catch_up, where the reader will deal with whatever is wrong."""
+        with contextlib.suppress(Rewound, *STORE_ERRORS):
+            await self.catch_up()
+
+    def absorb(self, entries: Iterable[Entry]) -> None:
+        """The one way into the room: entries of the feed, in its order, each once. Raises Rewound."""
+        events: list[Event] = []
+        seq = self.room.seq
+        try:
+            for id, fields in entries:
+                if id_order(id) <= id_order(self.last):
+                    continue
+                if event := Event.decode(id, fields):
+                    seq += event.type == "message"
+                    if (event.epoch, event.seq) != (self.room.epoch, seq):
+                        raise Rewound
+                    events.append(event)
+                self.last = id
+        finally:
+            self.room.apply(events)
+            for event in events:
+                self.note(event)
+
+    def note(self, event: Event) -> None:
+        """Remembers that the feed has it, and tells whoever waits for it."""
+        self.remember(event)
+        self.settle((event.sid, event.cid), event)
+        if event.type == "left" and (member := self.room.sessions.get(event.sid)):
+            if event.text == "logout":
+                for listener in tuple(member.listeners):
+                    listener.shut(4401, "logout")
+            else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
+                self.rejoin(member)
+
+    def remember(self, event: Event) -> None:
+        """Keeps the ids by which doubles are found and old entries dropped."""
+        if event.type != "message":
+            self.notices.append(event.id)
+            return
+        self.messages.append(event.id)
+        self.stored[event.sid, event.cid] = event.seq, event.id
+        if len(self.stored) > INDEX_MESSAGES:
+            self.stored.popitem(last=False)
+
+    # --- when the feed isn't what it was ---
+
+    async def recover(self) -> None:
+        """Loads the feed anew, whatever it takes."""
+        pause = Backoff(self.config.retry_seconds)
+        while True:
+            try:
+                return await self.reload()
+            except STORE_ERRORS as error:
+                self.mark(readable=False, error=error)
+                await pause()
+
+    async def reload(self) -> None:
+        """Takes what the store holds now. Raises STORE_ERRORS.
+
+        An empty feed, or one that has lost what we have shown, begins a new epoch: so nobody takes a new message
+        number 96 for the lost one (G2).
+        """
+        last = self.last
+        async with self.reloading:
+            if self.last != last:
+                return  # the other task has done it meanwhile
+            while True:
+                snapshot = await self.store.load()
+                newest = snapshot.events[-1] if snapshot.events else Event("opened", 0, self.room.epoch)
+                if snapshot.events and (newest.epoch != self.room.epoch or newest.seq >= self.room.seq):
+                    break
+                opened = Event("opened", newest.seq, secrets.token_hex(8))
+                with contextlib.suppress(WatchError):
+                    await self.store.reopen(snapshot.last, opened, self.room.roster.values(), self.secret)
+            self.adopt(snapshot)
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """Starts from a snapshot. Whoever is connected here and not on its roster joins again."""
+        if self.room.epoch:
+            log.warning("the history in the store was damaged or replaced: it is read anew")
+        self.last = snapshot.last
+        for ids in (self.stored, self.messages, self.notices):
+            ids.clear()
+        for event in snapshot.events:
+            self.remember(event)
+        self.room.adopt(snapshot)
+        for member in list(self.room.sessions.values()):
+            if member.listeners and self.room.roster.get(member.key) is not member:
+                self.rejoin(member)
+
+    def rejoin(self, member: Member) -> None:
+        """Puts a connected member back on the roster; if the name is gone, says so."""
+
+        def done(outcome: Outcome) -> None:
+            if isinstance(outcome, Taken):
+                for listener in tuple(member.listeners):
+                    listener.refuse(Refused("name-lost", name=member.name))
+                    listener.shut(4409, "name taken")
+
+        self.propose("joined", member, done)
+
+    def mark(self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None) -> None:
+        """Notes how the store answers, and tells everybody when that changes: one line, one event."""
+        self.readable = self.readable if readable is None else readable
+        self.writable = self.writable if writable is None else writable
+        if self.room.set_available(self.readable and self.writable):
+            if error:
+                log.error("the message store is away: %s", error or type(error).__name__)
+            else:
+                log.warning("the message store is back")
+
+    # --- presence ---
+
+    async def beat(self) -> NoReturn:
+        """Everything that must go on while the store is silent: refusals that are due, pings, the time."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.config.tick_seconds)
+            self.expire(loop.time())
+            time_frame = encode({"type": "time", "ts": self.store.now()})
+            for listener in tuple(self.room.listeners):
+                listener.beat(loop.time(), time_frame)
+
+    async def keep_leases(self) -> NoReturn:
+        """Renews the leases of who is connected here, shortens those of who has gone, and looks for lapsed ones."""
+        while True:
+            try:
+                await self.store.read_clock()
+                await self.renew()
+                await self.look_for_lapsed()
+            except STORE_ERRORS as error:
+                log.debug("leases: %s", error)  # the reader tells
+            await asyncio.sleep(self.config.tick_seconds)
+
+    async def renew(self) -> None:
+        """The leases that are due, in one command. A name without a tab keeps it for the grace."""
+        now = time.monotonic()
+        gone = [key for key, member in self.released.items() if not member.listeners]
+        self.released.clear()
+        if gone:
+            await self.store.renew(gone, self.config.grace_seconds)
+        due = [
+            member
+            for member in self.room.sessions.values()
+            if member.listeners and now - member.renewed >= self.config.renew_seconds
+        ]
+        if due:
+            await self.store.renew([member.key for member in due], self.config.lease_seconds)
+            self.mark(writable=True)
+        for member in due:
+            member.renewed = now
+
+    async def look_for_lapsed(self) -> None:
+        """Has the publisher announce members whose lease is over; a lease without a member is dropped."""
+        lapsed = await self.store.lapsed()
+        if strays := [key for key in lapsed if key not in self.room.roster]:
+            await self.store.forget(strays)
+        if len(strays) < len(lapsed):
+            self.sweep = True
+            self.work.set()
+
+    # --- its life ---
+
+    async def open(self) -> None:
+        """Reads what the store holds; the room is then ready. Raises STORE_ERRORS."""
+        if not self.secret:
+            self.secret = await self.store.keep_secret(secrets.token_hex(32))
+        await self.store.read_clock()
+        await self.reload()
+
+    async def run(self) -> None:
+        """The tasks of a daemon, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for task in (self.read, self.publish, self.beat, self.keep_leases):
+                tasks.create_task(task())
+
+    async def drain(self) -> None:
+        """Waits until all that was said is stored or refused, for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_seconds):
+                while self.outbox:
+                    await asyncio.sleep(0.01)
+
+
+class Backoff:
+    """Pauses that grow from 50 ms up to `longest` seconds, each shortened at random, so that daemons spread out."""
+
+    def __init__(self, longest: float) -> None:
+        self.longest, self.pause = longest, 0.0
+
+    def reset(self) -> None:
+        """The next pause is a short one again."""
+        self.pause = 0.0
+
+    async def __call__(self) -> None:
+        """Waits."""
+        self.pause = min(self.longest, self.pause * 2 or 0.05)
+        await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+
+
+# === Handlers =========================================================================================================
+# Thin: parse, ask the room or the feed, answer. Who somebody is comes from the signed cookie alone; which pages may
+# ask comes from Host and Origin.
+
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
+               "too-many-tabs": 4504, "unavailable": 1013}  # fmt: skip
+LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
+
+
+class Session(NamedTuple):
+    """What the cookie says, signed: a browser and its name."""
+
+    sid: str
+    name: str
+
+
+class Services(NamedTuple):
+    """What handlers work with."""
+
+    config: Config
+    room: Room
+    feed: Feed
+    cookie: str  # its name
+    hosts: frozenset[str]  # names under which the room may be opened
+    started: float  # in s of time.monotonic
+
+
+def is_our_host(header: str, hosts: frozenset[str]) -> bool:
+    """Whether a Host header names us. A name that isn't local may be one that an attacker's DNS points at us."""
+    try:
+        name = (urllib.parse.urlsplit("//" + header).hostname or "").removesuffix(".")
+    except ValueError:
+        return False
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name in hosts or name.endswith(LOCAL_SUFFIXES) or re.fullmatch(r"[a-z0-9_-]+", name) is not None
+
+
+def choose_language(header: str) -> str:
+    """The first language of an Accept-Language header that WORDS has; else English."""
+    wishes = []
+    for wish in header.split(","):
+        tag, _, quality = wish.strip().lower().partition(";q=")
+        with contextlib.suppress(ValueError):
+            wishes.append((-float(quality or 1), tag.split("-")[0]))
+    return next((tag for _, tag in sorted(wishes, key=lambda wish: wish[0]) if tag in WORDS), "en")
+
+
+def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
+    """Takes the browser's address, scheme and Host from a proxy on this machine, and from nobody else."""
+    with contextlib.suppress(ValueError):
+        if not ipaddress.ip_address(request.remote_ip or "").is_loopback:
+            return
+        forwarded = request.headers.get("X-Forwarded-For", "").split(",")[-1].strip()  # the one our proxy has seen
+        request.remote_ip = str(ipaddress.ip_address(forwarded))
+    if (scheme := request.headers.get("X-Forwarded-Proto", "").lower()) in ("http", "https"):
+        request.protocol = scheme
+    if host := request.headers.get("X-Forwarded-Host"):
+        request.headers["Host"] = request.host = host
+
+
+class BaseHandler(tornado.web.RequestHandler):
+    """What all routes have in common: Host check, security headers, session, language."""
+
+    current_user: Session | None
+
+    def initialize(self, services: Services) -> None:
+        """Called by Tornado with what the route was given, before any check."""
+        self.services = services
+        self.language = choose_language(self.request.headers.get("Accept-Language", ""))
+        if services.config.trust_proxy:
+            believe_proxy(self.request)
+
+    def set_default_headers(self) -> None:
+        """On every answer, errors too."""
+        self.set_header("Content-Security-Policy", CSP)
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Referrer-Policy", "no-referrer")
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("Server", "tornchat")
+
+    def prepare(self) -> None:
+        """Refuses a Host that isn't ours."""
+        if not is_our_host(self.request.headers.get("Host", ""), self.services.hosts):
+            raise tornado.web.HTTPError(421, reason="Misdirected Request")
+
+    def get_current_user(self) -> Session | None:
+        """The session of the cookie; None if it has none, or one that we didn't sign."""
+        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS)
+        sid, _, name = (value or b"").decode(errors="replace").partition(" ")
+        return Session(sid, name) if name else None
+
+    def set_session(self, session: Session) -> None:
+        """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
+        what a foreign page could do with it is stopped by the checks of Origin.
+        """
+        self.set_signed_cookie(
+            self.services.cookie,
+            f"{session.sid} {session.name}",
+            expires_days=COOKIE_DAYS,
+            httponly=True,
+            samesite="Lax",
+            secure=self.request.protocol == "https",
+        )
+
+    def wants_json(self) -> bool:
+        """Whether a program asks."""
+        return "application/json" in self.request.headers.get("Accept", "")
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """One sentence instead of Tornado's page."""
+        words = WORDS[self.language]
+        text = words.get(f"error_{status_code}", words["error"]).format(
+            status=status_code, reason=self._reason, host=shown(self.request.headers.get("Host", ""))
+        )
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(to_json({"code": status_code, "text": text}) if self.wants_json() else text + "\n")
+
+    def page(self, template: str, **values: object) -> None:
+        """Answers with one of the HTML templates, in the reader's language."""
+        self.finish(
+            self.render_string(
+                template,
+                lang={"en": "en", "zh": "zh-CN"}[self.language],
+                w=WORDS[self.language],
+                title=self.services.config.title,
+                asset=asset_url,
+                **values,
+            )
+        )
+
+
+class PageHandler(BaseHandler):
+    """GET /: the chat page."""
+
+    def get(self) -> None:
+        """Whoever has no session logs in first."""
+        if self.current_user is None:
+            self.redirect("/login")
+            return
+        self.page("chat.html", name=self.current_user.name, page_words=page_words(self.language))
+
+
+class LoginHandler(BaseHandler):
+    """GET and POST /login."""
+
+    def get(self) -> None:
+        """The form, filled in with ?nickname=."""
+        self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS])
+
+    async def post(self) -> None:
+        """A session and a name, or the form again with the reason."""
+        nickname = self.get_body_argument("nickname", "")
+        try:
+            check_password(self.services.config, self.get_body_argument("password", ""))
+            session = await log_in(self.services, nickname, self.request.remote_ip or "", self.current_user)
+        except Refused as refused:
+            self.refuse(refused, nickname)
+            return
+        self.set_session(session)
+        if self.wants_json():
+            self.finish({"name": session.name})
+        else:
+            self.redirect("/", status=303)
+
+    def refuse(self, refused: Refused, nickname: str) -> None:
+        """The reason, and with a name that is taken a free one that is like it."""
+        self.set_status({"password": 403, "taken": 409, "unavailable": 503}.get(refused.code, 400))
+        text = refused.sentence(self.language)
+        suggestion = self.services.room.free_variant(str(refused.values["name"])) if refused.code == "taken" else ""
+        if self.wants_json():
+            self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
+        else:
+            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
+
+    def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
+        """The login page."""
+        config, words = self.services.config, WORDS[self.language]
+        kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
+        self.page(
+            "login.html",
+            nickname=nickname,
+            error=error,
+            suggestion=suggestion,
+            password_needed=bool(config.password),
+            kept=kept,
+        )
+
+
+def check_password(config: Config, password: str) -> None:
+    """Raises Refused if the room has another one."""
+    if config.password and not hmac.compare_digest(password.encode(), config.password.encode()):
+        raise Refused("password")
+
+
+async def log_in(services: Services, nickname: str, address: str, session: Session | None) -> Session:
+    """A session under that name, the same one if this browser has it already. Raises Refused.
+
+    Another name that the browser had is given back: it can't talk under it any more.
+    """
+    if not nickname.strip():
+        return await log_in_guest(services, address)
+    name = clean_name(nickname)
+    if session and name_key(session.name) == name_key(name):
+        await services.feed.enter(session.sid, session.name)
+        return session
+    new = Session(secrets.token_hex(16), name)
+    await services.feed.enter(new.sid, new.name)
+    if session and (member := services.room.sessions.get(session.sid)):
+        with contextlib.suppress(Refused):  # then it lapses with its lease
+            await services.feed.exit(member)
+    return new
+
+
+async def log_in_guest(services: Services, address: str) -> Session:
+    """A session under a free name that is made from the address. Raises Refused."""
+    for _ in range(5):  # others may take the same one meanwhile
+        guest = Session(secrets.token_hex(16), services.room.guest(address))
+        with contextlib.suppress(Taken):
+            await services.feed.enter(guest.sid, guest.name)
+            return guest
+    raise Refused("unavailable", retry_after=1)
+
+
+class LogoutHandler(BaseHandler):
+    """POST /logout."""
+
+    async def post(self) -> None:
+        """Gives the name back and forgets the session."""
+        session = self.current_user
+        if session and (member := self.services.room.sessions.get(session.sid)):
+            with contextlib.suppress(Refused):  # the store is away: the name lapses with its lease
+                await self.services.feed.exit(member)
+            for listener in tuple(member.listeners):
+                listener.shut(4401, "logout")
+        self.clear_cookie(self.services.cookie)
+        self.redirect("/login", status=303)
+
+
+class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
+    """GET /chat: a member's WebSocket, a Listener of the room.
+
+    Fast, because a batch of events is one `send` of bytes that were made once: it goes straight to the socket, past
+    the stream's bookkeeping, futures and tasks. Only a client that can't take it at once gets a backlog. It is
+    bounded, and handed to the stream in chunks, each when the last one is out.
+    """
+
+    member: Member
+    base = 0
+    joined = False
+    stream: tornado.iostream.IOStream
+
+    def initialize(self, services: Services) -> None:
+        """As for every route."""
+        super().initialize(services)
+        self.backlog: collections.deque[tuple[memoryview, int]] = collections.deque()  # data, live events in it
+        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
+        self.draining = False  # the stream will call drain
+        self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
+
+    def prepare(self) -> None:
+        """Reads the query while an error can still be an answer of HTTP."""
+        super().prepare()
+        after = self.get_query_argument("after", "")
+        self.after = int(after) if re.fullmatch(r"[0-9]{1,15}", after) else None
+        self.epoch = self.get_query_argument("epoch", "")
+        self.nickname = self.get_query_argument("nickname", None)
+        self.password = self.get_query_argument("password", "")
+
+    def detach(self) -> tornado.iostream.IOStream:
+        """Tornado hands the stream over to the WebSocket here; we write to it too."""
+        self.stream = super().detach()
+        return self.stream
+
+    async def open(self, *args: str, **kwargs: str) -> None:
+        """From the handshake to the first event, or to the close code that says why not."""
+        self.set_nodelay(True)
+        try:
+            await self.enter(await self.session())
+        except Refused as refused:
+            if refused.code == "name-lost":
+                self.refuse(refused)
+            sentence = refused.sentence(self.language).encode()[:123].decode(errors="ignore")  # all that a frame takes
+            self.close(CLOSE_CODES[refused.code], sentence)
+
+    async def session(self) -> Session:
+        """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
+        known = self.current_user
+        if known and (self.nickname is None or name_key(self.nickname) == name_key(known.name)):
+            return known
+        if self.nickname is None:
+            raise Refused("no-session")
+        check_password(self.services.config, self.password)
+        return await log_in(self.services, self.nickname, self.request.remote_ip or "", None)
+
+    async def enter(self, session: Session) -> None:
+        """Joins the room. Raises Refused."""
+        room, feed = self.services.room, self.services.feed
+        try:
+            member = await feed.enter(session.sid, session.name)
+        except Taken:
+            raise Refused("name-lost", name=session.name) from None
+        if len(member.listeners) >= SOCKETS_A_SESSION:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        if self.after is not None and self.after > room.seq:
+            await feed.try_to_catch_up()  # the client comes from another daemon, which was ahead of this one
+        if self.ws_connection is not None:  # it may have gone while we waited
+            self.member, self.joined = member, True
+            room.join(self, self.after, self.epoch)
+
+    def on_message(self, message: str | bytes) -> None:
+        """One frame of the client."""
+        if not self.joined:
+            return  # it has been turned away
+        self.heard = asyncio.get_running_loop().time()
+        try:
+            self.services.feed.say(self.member, parse_say(message), self.settled)
+        except Refused as refused:
+            self.refuse(refused)
+            if self.member.refusals > IGNORED_REFUSALS:
+                self.shut(4429, "too fast")
+
+    def on_pong(self, data: bytes) -> None:
+        """The client lives."""
+        self.heard = asyncio.get_running_loop().time()
+
+    def settled(self, outcome: Outcome) -> None:
+        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        if isinstance(outcome, Refused):
+            self.refuse(outcome)
+        elif outcome.seq <= self.base:
+            self.send(Batch([encode_message(outcome)]))
+
+    def refuse(self, refused: Refused) -> None:
+        """Tells the client why not."""
+        self.send(Batch([encode(refused.frame(self.language))]))
+
+    def send(self, batch: Batch) -> None:
+        """Live events: to the socket if nothing waits there, else into the backlog. Too much of it is the end."""
+        if not (self.draining or self.stream.writing()):
+            self.transmit(batch.data)
+            return
+        self.backlog.append((batch.data, len(batch.frames)))
+        self.waiting_bytes += len(batch.data)
+        self.waiting_events += len(batch.frames)
+        if self.waiting_bytes > BACKLOG_BYTES or self.waiting_events > BACKLOG_EVENTS:
+            self.shut(4008, "too slow")
+        else:
+            self.drain_later()
+
+    def replay(self, frames: list[bytes]) -> None:
+        """History, from the ring: whatever its size it doesn't count as waiting, the bytes are everybody's."""
+        self.backlog.extend((memoryview(frame), 0) for frame in frames)
+        if not self.draining:
+            self.drain()
+
+    def transmit(self, data: memoryview) -> None:
+        """Straight to the socket; what that doesn't take goes through the stream."""
+        if self.stream.closed():
+            return  # on_close is on its way
+        try:
+            sent = self.stream.write_to_fd(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.stream.close()
+            return
+        if sent < len(data):
+            self.stream.write(data[sent:])
+            self.drain_later()
+
+    def drain_later(self) -> None:
+        """Goes on with the backlog when the stream has written all that it has."""
+        if not (self.draining or self.stream.closed()):
+            self.draining = True
+            self.stream.write(b"").add_done_callback(self.drain)
+
+    def drain(self, written: asyncio.Future[None] | None = None) -> None:
+        """Hands over the backlog, a chunk at a time."""
+        self.draining = False
+        while self.backlog and not self.stream.closed() and not self.stream.writing():
+            chunk: list[memoryview] = []
+            size = 0
+            while self.backlog and size < CHUNK_BYTES:
+                data, events = self.backlog.popleft()
+                chunk.append(data)
+                size += len(data)
+                if events:
+                    self.waiting_bytes -= len(data)
+                    self.waiting_events -= events
+            self.transmit(memoryview(b"".join(chunk)))
+        if self.backlog:
+            self.drain_later()
+
+    def beat(self, now: float, time_frame: bytes) -> None:
+        """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
+        every = self.services.config.ping_seconds
+        if now - self.heard > 2 * every:
+            self.stream.close()
+        elif now - self.pinged >= every:
+            self.pinged = now
+            frames = [PING]
+            if now - self.timed >= self.services.config.time_seconds:
+                self.timed = now
+                frames.append(time_frame)
+            self.send(Batch(frames))
+
+    def shut(self, code: int, reason: str) -> None:
+        """No more events; the client is told why, and has Tornado's 5 s to say goodbye."""
+        self.services.room.leave(self)
+        self.backlog.clear()
+        self.close(code, reason)
+
+    def on_close(self) -> None:
+        """The connection is gone, for whatever reason."""
+        if self.joined:
+            self.services.room.leave(self)
+            self.services.feed.release(self.member)
+
+
+class NotFoundHandler(BaseHandler):
+    """Everything else."""
+
+    def prepare(self) -> None:
+        """404, with the checks and headers of every route."""
+        super().prepare()
+        raise tornado.web.HTTPError(404)
+
+
+class HealthHandler(BaseHandler):
+    """GET /healthz: for load balancers and for the curious."""
+
+    def get(self) -> None:
+        """200 while messages can be stored, else 503."""
+        services = self.services
+        room = services.room
+        self.set_status(200 if room.available else 503)
+        self.finish(
+            {
+                "status": "ok" if room.available else "unavailable",
+                "version": __version__,
+                "uptime": round(time.monotonic() - services.started, 1),
+                "connections": len(room.listeners),
+                "members": len(room.roster),
+                "store": "redis" if services.config.redis_url else "memory",
+            }
+        )
+
+
+class AssetHandler(BaseHandler):
+    """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
+
+    def get(self, name: str) -> None:
+        """The part, and for how long."""
+        type, text = ASSETS[name]
+        self.set_header("Content-Type", type)
+        fresh = self.get_query_argument("v", "") == asset_hash(name)
+        self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
+        self.finish(text)
+
+
+@functools.cache
+def asset_hash(name: str) -> str:
+    """What changes with the content."""
+    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
+
+
+def asset_url(name: str) -> str:
+    """Relative, so that a proxy may serve the room under a path of its own."""
+    return f"{name}?v={asset_hash(name)}"
+
+
+# === Application ======================================================================================================
+# Where everything is wired: routes, sockets to listen on, the order of starting and of stopping.
+
+
+class StartError(Exception):
+    """Why the daemon can't start, in one line for the operator."""
+
+
+def make_app(services: Services) -> tornado.web.Application:
+    """All routes and settings of the web side."""
+    context = {"services": services}
+    return tornado.web.Application(
+        [
+            (r"/", PageHandler, context),
+            (r"/login", LoginHandler, context),
+            (r"/logout", LogoutHandler, context),
+            (r"/chat", ChatSocket, context),
+            (r"/healthz", HealthHandler, context),
+            (r"/(style\.css|chat\.js|icon\.svg)", AssetHandler, context),
+        ],
+        default_handler_class=NotFoundHandler,
+        default_handler_args=context,
+        template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
+        cookie_secret=services.feed.secret,
+        cross_origin_protection=True,
+        websocket_max_message_size=FRAME_BYTES,
+        log_function=log_request,
+    )
+
+
+def log_request(handler: tornado.web.RequestHandler) -> None:
+    """The access log: paths without their query, which may hold a password."""
+    request = handler.request
+    level = logging.ERROR if handler.get_status() >= 500 else logging.INFO if handler.get_status() == 421 else logging.DEBUG
+    log.log(level, "%d %s %s %s", handler.get_status(), request.method, shown(request.path), request.remote_ip)
+
+
+def bind(config: Config) -> list[socket.socket]:
+    """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
+    first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
+    for port in range(first, first + tries):
+        try:
+            return tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
+        except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
+            if tries == 1 or error.errno != errno.EADDRINUSE:
+                why = error.strerror or str(error)
+                raise StartError(f"cannot listen on {config.host or 'all addresses'}, port {port}: {why}") from None
+    raise StartError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """For https, where a certificate was given. Raises StartError."""
+    if not config.certfile:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.certfile, config.keyfile or None)
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"cannot use the certificate {config.certfile}: {error.strerror or error}") from None
+    return context
+
+
+class Daemon:
+    """A running room: what `python tornchat.py` starts, and what tests start in their own loop."""
+
+    def __init__(self, config: Config, sockets: list[socket.socket], tls: ssl.SSLContext | None) -> None:
+        self.config, self.sockets, self.tls = config, sockets, tls
+        self.port = int(sockets[0].getsockname()[1])
+        self.store = Store(connect(config), config)
+        self.room = Room(config.title, config.history)
+        self.feed = Feed(self.store, self.room, config)
+
+    @classmethod
+    async def start(cls, config: Config) -> Self:
+        """Takes a port, reads the store, opens the room. Raises StartError, and then leaves nothing behind."""
+        async with contextlib.AsyncExitStack() as undo:
+            sockets = bind(config)
+            for sock in sockets:
+                undo.callback(sock.close)
+            daemon = cls(config, sockets, tls_context(config))
+            undo.push_async_callback(daemon.store.close)
+            try:
+                await daemon.feed.open()
+            except STORE_ERRORS as error:
+                raise StartError(f"cannot use the Redis at {store_name(config)}: {error}") from None
+            daemon.listen()
+            undo.pop_all()
+        return daemon
+
+    def listen(self) -> None:
+        """Lets people in."""
+        # Memory keeps no secret over a restart, and cookies know no ports: so the name of ours is made of the port
+        # there, that two rooms on one machine don't log each other's people out, nor restarts leave cookies behind.
+        lasting = self.feed.secret if self.config.redis_url or self.config.secret else str(self.port)
+        services = Services(
+            self.config,
+            self.room,
+            self.feed,
+            cookie="tornchat-" + hashlib.sha256(lasting.encode()).hexdigest()[:8],
+            hosts=frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *self.config.allow_host)),
+            started=time.monotonic(),
+        )
+        self.server = tornado.httpserver.HTTPServer(
+            make_app(services),
+            ssl_options=self.tls,
+            max_header_size=FRAME_BYTES,
+            max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
+            idle_connection_timeout=15,  # s, also for a header that never ends
+            body_timeout=10,  # s
+        )
+        self.server.add_sockets(self.sockets)
+        self.tasks = asyncio.create_task(self.feed.run())
+
+    @property
+    def url(self) -> str:
+        """The room's address on this machine."""
+        host = self.config.host if self.config.host not in ("", "0.0.0.0", "::") else "localhost"
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/"
+
+    @property
+    def scheme(self) -> str:
+        """http or https."""
+        return "https" if self.tls else "http"
+
+    async def stop(self) -> None:
+        """Nobody new, nothing lost: what was said is stored, everybody is told, the leases stay for their return."""
+        if self.feed.stopping:
+            return
+        self.feed.stopping = True
+        self.server.stop()
+        await self.feed.drain()
+        for listener in tuple(self.room.listeners):
+            listener.shut(1001, "restarting")
+        await self.goodbyes()
+        self.tasks.cancel()
+        await asyncio.gather(self.tasks, return_exceptions=True)
+        await self.store.close()
+
+    async def goodbyes(self) -> None:
+        """Gives the clients a moment to close; who doesn't is cut off."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.server.close_all_connections(), 0.5)
+
+
+async def serve(config: Config) -> None:
+    """Runs a daemon until SIGINT or SIGTERM. Raises StartError."""
+    stop = asyncio.Event()
+    stop_on_signals(stop)
+    daemon = await Daemon.start(config)
+    if not config.quiet:
+        print(banner(daemon), flush=True)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopped, daemon.tasks], return_when=asyncio.FIRST_COMPLETED)
+    if daemon.tasks.done():
+        await daemon.tasks  # a bug: its traceback is the best we can give
+    if not config.quiet:
+        print("tornchat: stopping", flush=True)
+    await daemon.stop()
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    """The first SIGINT or SIGTERM stops in order, a second one at once. Works where loops have no signal handlers."""
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(0)
+        stop.set()
+        loop.call_soon_threadsafe(lambda: None)  # wakes the loop
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handle)
+
+
+def store_name(config: Config) -> str:
+    """Where messages are kept, without a password."""
+    if not config.redis_url:
+        return "memory"
+    parts = urllib.parse.urlsplit(config.redis_url)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def banner(daemon: Daemon) -> str:
+    """What the operator sees: where to open the room, and what to know."""
+    config = daemon.config
+    addresses = lan_addresses() if config.host in ("", "0.0.0.0") else []
+    urls = [f"{daemon.scheme}://{address}:{daemon.port}/" for address in addresses]
+    lines = [f"tornchat {__version__}", f"  on this machine  {daemon.url}"]
+    if config.port is None and daemon.port != DEFAULT_PORT:
+        lines[0] += f" (port {DEFAULT_PORT} is in use)"
+    lines += [f"  on the network   {url}" for url in urls]
+    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    lines.append(f"  messages         {kept}")
+    if urls:
+        lines.append("  Phones cannot connect? They need the same Wi-Fi, and the firewall must let Python in.")
+    lines.append("  Ctrl+C stops.")
+    return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
+
+
+def qr_code(url: str) -> str:
+    """The URL for a phone's camera, if the package segno is installed; else nothing."""
+    try:
+        import segno
+    except ModuleNotFoundError:
+        return ""
+    out = io.StringIO()
+    segno.make(url, micro=False).terminal(out, border=2, compact=True)
+    return "\n" + out.getvalue()
+
+
+def lan_addresses() -> list[str]:
+    """This machine's IPv4 addresses that others may reach, that of the default route first. Nothing is sent."""
+    found = [address for target in ROUTE_PROBES if (address := source_address(target))]
+    found += interface_addresses()
+    usable = [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback]
+    return sorted(usable, key=lambda address: address.startswith("169.254."))[:5]
+
+
+# Somewhere outside (an address reserved for documentation) and in each private range: connecting a UDP socket sends
+# nothing, but tells from which address the system would.
+ROUTE_PROBES = ("203.0.113.1", "192.168.0.1", "10.0.0.1", "172.16.0.1")
+
+
+def source_address(target: str) -> str:
+    """From which address this machine would reach that one; "" if it can't."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def interface_addresses() -> list[str]:
+    """One address an interface, where the system tells (Linux, macOS)."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return []
+    command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no IPv4 address
+                answer = fcntl.ioctl(sock, command, name.encode()[:15].ljust(40, b"\0"))
+                found.append(socket.inet_ntoa(answer[20:24]))
+    return found
+
+
+# === Command line =====================================================================================================
+# The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        self.exit(2, f"tornchat: {message} (--help tells more)\n")
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line."""
+    parser = Parser("tornchat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(*flags: str, env: str = "", default: object = None, help: str, **kwargs: Any) -> None:
+        variables = env.split()
+        value = next((environ[name] for name in variables if environ.get(name)), default)
+        parser.add_argument(*flags, default=value, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
+
+    option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
+           help="port to listen on, 0 = any free one; default 8888 or the next free one")  # fmt: skip
+    option("--host", metavar="ADDR", env="TORNCHAT_HOST", default="", help="address to bind; default all")
+    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", default="tornchat", type=one_line,
+           help="name of the room on every page; default tornchat")  # fmt: skip
+    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", default="", help="asked at login; default none")
+    option("--redis-url", metavar="URL", env="REDIS_URL", default="", type=redis_url,
+           help="redis://, rediss:// or unix://; default none: messages are kept in memory")  # fmt: skip
+    option("--room", metavar="NAME", env="TORNCHAT_ROOM", default="lobby", type=room_name,
+           help="which room of that Redis; default lobby")  # fmt: skip
+    option("--history", metavar="N", env="TORNCHAT_HISTORY", default=100, type=history_length,
+           help="messages shown to a newcomer; default 100")  # fmt: skip
+    option("--rate", metavar="N", env="TORNCHAT_RATE", default=2.0, type=message_rate,
+           help="messages per second and session, burst 5 times that, 0 = no limit; default 2")  # fmt: skip
+    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined, default=(),
+           help="a public name under which the room may be opened; repeatable, or with commas")  # fmt: skip
+    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True, default=False, metavar="yes",
+           help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")  # fmt: skip
+    option("--certfile", metavar="FILE", default="", help="certificate (PEM) to serve https with")
+    option("--keyfile", metavar="FILE", default="", help="its key, where that is a file of its own")
+    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", default="", help="signs the cookies; default: one is made")
+    option("-q", "--quiet", action="store_true", default=False, help="no banner; log warnings and errors only")
+    option("-v", "--verbose", action="count", default=0, help="log requests; twice: everything")
+    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.keyfile and not config.certfile:
+        parser.error("--keyfile needs --certfile")
+    return config
+
+
+class Joined(argparse.Action):
+    """For an option that may be given several times, each time with several values."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Called by argparse."""
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+
+
+def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
+    """A number of that kind. Raises ArgumentTypeError."""
+    with contextlib.suppress(ValueError):
+        if least <= (value := kind(text)) <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+
+
+port_number = functools.partial(number_between, least=0, most=65535, kind=int)
+history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
+message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
+
+
+def yes_or_no(text: str) -> bool:
+    """A switch in the environment. Raises ArgumentTypeError."""
+    if text.lower() not in ("1", "yes", "true", "on", "0", "no", "false", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text.lower() in ("1", "yes", "true", "on")
+
+
+def one_line(text: str) -> str:
+    """A title. Raises ArgumentTypeError."""
+    if not 0 < len(shown(text)) == len(text) <= 80:
+        raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
+    return text
+
+
+def room_name(text: str) -> str:
+    """Part of a Redis key, where braces and colons mean something. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[^\s{}:]{1,64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 64 characters without spaces, colons and braces")
+    return text
+
+
+def host_names(text: str) -> tuple[str, ...]:
+    """Host names, separated by commas."""
+    return tuple(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
+
+
+def redis_url(text: str) -> str:
+    """A URL that redis-py can use. Raises ArgumentTypeError, which doesn't quote it: there may be a password in it."""
+    try:
+        connect(Config(redis_url=text)).connection_pool.make_connection()
+    except (ValueError, TypeError, RedisError):
+        raise argparse.ArgumentTypeError("malformed: redis://, rediss:// or unix:// expected") from None
+    return text
+
+
+class SafeFormatter(logging.Formatter):
+    """Log lines without anything that could steer a terminal, whoever it comes from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Called by logging; a traceback keeps its newlines."""
+        return "\n".join(map(shown, super().format(record).split("\n")))
+
+
+def configure_logging(config: Config) -> None:
+    """One line an event on stderr: warnings with -q, state changes without, requests with -v, all with -v -v."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else logging.WARNING)
+    log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
+
+
+def main() -> None:
+    """The program."""
+    config = parse_config(sys.argv[1:], os.environ)
+    configure_logging(config)
+    try:
+        asyncio.run(serve(config))
+    except StartError as error:
+        sys.exit(f"tornchat: {error}")
+    except KeyboardInterrupt:  # before the signal handlers stood
+        sys.exit(0)
+
+
+# === Pages ============================================================================================================
+# What the user sees, one language a string. Nothing above depends on it but for the names WORDS, page_words,
+# TEMPLATES and ASSETS. Only the HTML passes the template engine; style and script are served as they stand here.
+
+# Every word that a user sees; the page's script gets those that begin with js_.
+WORDS = {
+    "en": {
+        "login_heading": "Join the room",
+        "login_nickname": "Nickname",
+        "login_hint": "Leave it empty to come in as a guest.",
+        "login_password": "Room password",
+        "login_free": "is free: join with it, or choose another.",
+        "login_submit": "Join",
+        "chat_needs_script": "This page needs JavaScript. It loads nothing from outside this server.",
+        "chat_log": "Messages",
+        "chat_outbox": "Not yet sent",
+        "chat_empty": "Nobody has written yet. Say hello!",
+        "chat_people": "People",
+        "chat_show_people": "Show people",
+        "chat_logout": "Log out",
+        "chat_message": "Message",
+        "chat_placeholder": "Write a message",
+        "chat_send": "Send",
+        "chat_login_again": "Log in again",
+        "js_state_connecting": "Connecting…",
+        "js_state_connected": "Connected",
+        "js_state_waiting": "Connection lost.",
+        "js_state_offline": "This device is offline.",
+        "js_state_restarting": "The server is restarting.",
+        "js_state_away": "The message store is away. You can read; what you write waits and is sent when it is back.",
+        "js_retry_in": "Next try in {n} s",
+        "js_retry_now": "Trying now…",
+        "js_closed_4403": "This room cannot be entered from here.",
+        "js_closed_4409": "Somebody else has the name “{name}” now.",
+        "js_closed_4429": "Too much was sent at once, so the server has closed the connection.",
+        "js_closed_4504": "The room is open in too many tabs. Close one of them first.",
+        "js_sending": "Sending…",
+        "js_waiting": "Waiting for the connection",
+        "js_waiting_store": "Waiting for the store",
+        "js_waiting_seconds": "Sent in {n} s",
+        "js_not_sent": "Not sent: {reason}",
+        "js_too_long": "the text is too long",
+        "js_other_name": "written under the name “{name}”",
+        "js_try_again": "Try again",
+        "js_edit": "Edit",
+        "js_left_over": "Characters left: {n}",
+        "js_joined": "{names} joined",
+        "js_left": "{names} left",
+        "js_people": "{n} people",
+        "js_missed": "Messages missed while you were away: {n}",
+        "js_reset": "The room’s history was lost and begins anew here. What stands above is only on your screen.",
+        "js_new": "{n} new",
+        "js_you": "you",
+        "js_more": "and {n} more",
+        "kept_memory": "The last {history} messages wait for you; they are forgotten when the host stops the room.",
+        "kept_redis": "The last {history} messages wait for you; they outlive a restart.",
+        "error": "{status}: {reason}",
+        "error_404": "There is no such page here.",
+        "error_421": "This room is not known as “{host}”. Whoever runs it can allow that: --allow-host {host}",
+        "refused_not-json": "That is not JSON.",
+        "refused_binary": "Only text frames are understood.",
+        "refused_unknown-type": "Only frames of the type “say” are understood.",
+        "refused_bad-cid": "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ -",
+        "refused_no-text": "The frame has no text.",
+        "refused_surrogate": "The text has half a character in it.",
+        "refused_empty": "The message is empty.",
+        "refused_too-long": "The message is longer than {limit} characters.",
+        "refused_too-fast": "Too fast. Please wait a moment.",
+        "refused_unavailable": "The message store does not answer. Please try again in a moment.",
+        "refused_name-lost": "Somebody else has the name “{name}” now.",
+        "refused_taken": "“{name}” is taken, or looks like a name that is.",
+        "refused_password": "That is not the room's password.",
+        "refused_name-empty": "A nickname needs a letter or a digit.",
+        "refused_name-long": "A nickname has at most {limit} characters.",
+        "refused_name-characters": "There is a character in it that cannot be seen or does not belong in a name.",
+        "refused_name-reserved": "“{name}” could be mistaken for the room itself. Please choose another name.",
+        "refused_no-session": "Please log in first.",
+        "refused_too-many-tabs": "The room is open in {limit} tabs already.",
+    },
+    "zh": {
+        "login_heading": "加入聊天室",
+        "login_nickname": "昵称",
+        "login_hint": "不填则以访客身份进入。",
+        "login_password": "房间密码",
+        "login_free": "还没有人用：可以直接加入，也可以另选一个。",
+        "login_submit": "加入",
+        "chat_needs_script": "本页面需要启用 JavaScript，不会从本服务器以外加载任何内容。",
+        "chat_log": "消息",
+        "chat_outbox": "尚未发出",
+        "chat_empty": "还没有人发言，打个招呼吧！",
+        "chat_people": "成员",
+        "chat_show_people": "显示成员",
+        "chat_logout": "退出",
+        "chat_message": "消息",
+        "chat_placeholder": "输入消息",
+        "chat_send": "发送",
+        "chat_login_again": "重新登录",
+        "js_state_connecting": "正在连接…",
+        "js_state_connected": "已连接",
+        "js_state_waiting": "连接已断开。",
+        "js_state_offline": "本设备已离线。",
+        "js_state_restarting": "服务器正在重启。",
+        "js_state_away": "消息存储暂时不可用。您仍可阅读；写下的内容会先保留，恢复后自动发送。",
+        "js_retry_in": "{n} 秒后重试",
+        "js_retry_now": "正在重试…",
+        "js_closed_4403": "无法从这里进入本聊天室。",
+        "js_closed_4409": "昵称“{name}”现已被他人使用。",
+        "js_closed_4429": "发送过于频繁，服务器已断开连接。",
+        "js_closed_4504": "打开的标签页过多，请先关闭一个。",
+        "js_sending": "正在发送…",
+        "js_waiting": "等待连接",
+        "js_waiting_store": "等待存储恢复",
+        "js_waiting_seconds": "{n} 秒后发送",
+        "js_not_sent": "未发送：{reason}",
+        "js_too_long": "内容过长",
+        "js_other_name": "以昵称“{name}”写下",
+        "js_try_again": "重试",
+        "js_edit": "编辑",
+        "js_left_over": "还可输入 {n} 字",
+        "js_joined": "{names} 加入了聊天室",
+        "js_left": "{names} 离开了聊天室",
+        "js_people": "{n} 人",
+        "js_missed": "您离开期间错过了 {n} 条消息",
+        "js_reset": "聊天记录已丢失，从这里重新开始。以上内容仅保留在您的屏幕上。",
+        "js_new": "{n} 条新消息",
+        "js_you": "我",
+        "js_more": "还有 {n} 人",
+        "kept_memory": "最近的 {history} 条消息会为您保留；主持人关闭聊天室后即清除。",
+        "kept_redis": "最近的 {history} 条消息会为您保留，重启后仍在。",
+        "error": "{status}：{reason}",
+        "error_404": "没有这个页面。",
+        "error_421": "本聊天室不以“{host}”为名。管理者可用 --allow-host {host} 允许。",
+        "refused_not-json": "这不是 JSON。",
+        "refused_binary": "只接受文本帧。",
+        "refused_unknown-type": "只接受类型为“say”的帧。",
+        "refused_bad-cid": "cid 须由 1 到 64 个 A-Z a-z 0-9 _ - 字符组成。",
+        "refused_no-text": "该帧没有文本。",
+        "refused_surrogate": "文本中有不完整的字符。",
+        "refused_empty": "消息是空的。",
+        "refused_too-long": "消息超过了 {limit} 个字符。",
+        "refused_too-fast": "发送太快，请稍等片刻。",
+        "refused_unavailable": "消息存储没有响应，请稍后再试。",
+        "refused_name-lost": "昵称“{name}”现已被他人使用。",
+        "refused_taken": "“{name}”已被使用，或与已有昵称相似。",
+        "refused_password": "房间密码不正确。",
+        "refused_name-empty": "昵称至少要有一个字母、文字或数字。",
+        "refused_name-long": "昵称最多 {limit} 个字符。",
+        "refused_name-characters": "昵称中有不可见或不适合的字符。",
+        "refused_name-reserved": "“{name}”容易被误认为聊天室本身，请换一个昵称。",
+        "refused_no-session": "请先登录。",
+        "refused_too-many-tabs": "聊天室已在 {limit} 个标签页中打开。",
+    },
+}
+
+
+def page_words(language: str) -> str:
+    """The words that the script needs, as JSON."""
+    return to_json({key.removeprefix("js_"): text for key, text in WORDS[language].items() if key.startswith("js_")})
+
+
+# language=html
+LOGIN_HTML = r"""<!doctype html>
+<html lang="{{ lang }}">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+  <meta name="color-scheme" content="light dark">
+  <title>{{ title }}</title>
+  <link rel="icon" href="{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link rel="stylesheet" href="{{ asset("style.css") }}">
+</head>
+<body class="login">
+  <main>
+    <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
+    <h1 dir="auto">{{ title }}</h1>
+    <form action="login" method="post" aria-label="{{ w["login_heading"] }}">
+      {% if error %}
+      <p class="error" id="error" role="alert">{{ error }}
+        {% if suggestion %}<span><bdi>{{ suggestion }}</bdi> {{ w["login_free"] }}</span>{% end %}</p>
+      {% end %}
+      <label for="nickname">{{ w["login_nickname"] }}</label>
+      <input id="nickname" name="nickname" value="{{ suggestion or nickname }}" maxlength="64" dir="auto" autofocus
+        autocomplete="nickname" autocapitalize="none" spellcheck="false" aria-describedby="hint">
+      <p class="hint" id="hint">{{ w["login_hint"] }}</p>
+      {% if password_needed %}
+      <label for="password">{{ w["login_password"] }}</label>
+      <input id="password" name="password" type="password" autocomplete="current-password" required>
+      {% end %}
+      <button>{{ w["login_submit"] }}</button>
+    </form>
+    <p class="hint">{{ kept }}</p>
+  </main>
+</body>
+</html>
+"""
+
+# language=html
+CHAT_HTML = r"""<!doctype html>
+<html lang="{{ lang }}">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport"
+    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
+  <meta name="color-scheme" content="light dark">
+  <title>{{ title }}</title>
+  <link rel="icon" href="{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link rel="stylesheet" href="{{ asset("style.css") }}">
+  <script src="{{ asset("chat.js") }}" defer></script>
+</head>
+<body class="chat" data-state="connecting" data-name="{{ name }}" data-words="{{ page_words }}">
+  <header>
+    <h1 id="title" dir="auto">{{ title }}</h1>
+    <p id="state"><span id="state-text" role="status"></span> <span id="state-wait" aria-hidden="true"></span>
+      <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
+    <button id="people" type="button" aria-controls="roster" aria-expanded="false" aria-label="{{ w["chat_show_people"] }}">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><circle cx="9" cy="8" r="4"/><path d="M1 20a8 8 0 0 1 16 0z"/>
+        <path d="M15 4.3a4 4 0 0 1 0 7.4M19 20h4a8 8 0 0 0-5-7.4"/></svg><span class="count"></span></button>
+  </header>
+  <aside id="roster" aria-label="{{ w["chat_people"] }}">
+    <h2>{{ w["chat_people"] }} <span class="count"></span></h2>
+    <ul id="members" tabindex="0" aria-label="{{ w["chat_people"] }}"></ul>
+    <form id="logout" action="logout" method="post"><button>{{ w["chat_logout"] }}</button></form>
+  </aside>
+  <main id="scroller" tabindex="0"><noscript>{{ w["chat_needs_script"] }}</noscript><div id="content">
+    <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
+    <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
+  <form id="composer"><button id="newer" type="button" hidden></button><p id="left-over" role="status"></p>
+    <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
+      placeholder="{{ w["chat_placeholder"] }}"></textarea>
+    <button id="send" aria-label="{{ w["chat_send"] }}"><svg viewBox="0 0 24 24" aria-hidden="true">
+      <path d="M3 20.5 21.5 12 3 3.5l2.6 7L15 12l-9.4 1.5z"/></svg></button></form>
+</body>
+</html>
+"""
+
+# language=css
+STYLE_CSS = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f3f4f0;
+  --surface: #fff;
+  --ink: #1c2326;
+  --quiet: #5a656b;
+  --line: #dcdfd9;
+  --accent: #0f6b5c;
+  --on-accent: #fff;
+  --mine: #d5ece4;
+  --warn: #ffedc4;
+  --on-warn: #5c3f00;
+  --bad: #a32c1b;
+  --shadow: 0 1px 2px #1c232614;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121719;
+    --surface: #1e2629;
+    --ink: #e4eae9;
+    --quiet: #9aa8ad;
+    --line: #2d373b;
+    --accent: #5fcdb3;
+    --on-accent: #06251e;
+    --mine: #174037;
+    --warn: #43340d;
+    --on-warn: #ffdf9b;
+    --bad: #ff9f8f;
+    --shadow: none;
+  }
+}
+
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
+body {
+  margin: 0;
+  background: var(--page);
+  color: var(--ink);
+  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+    sans-serif;
+  -webkit-text-size-adjust: 100%;
+}
+h1, h2, p, ul { margin: 0; padding: 0; }
+a { color: var(--accent); }
+svg { width: 22px; height: 22px; fill: currentColor; vertical-align: middle; }
+button {
+  min-width: 44px;
+  min-height: 44px;
+  padding: 0 16px;
+  border: 0;
+  border-radius: 12px;
+  background: var(--accent);
+  color: var(--on-accent);
+  font: inherit;
+  font-weight: 600;
+  cursor: pointer;
+  touch-action: manipulation;
+}
+button:hover { filter: brightness(1.08); }
+button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
+input, textarea {
+  width: 100%;
+  min-height: 46px;
+  padding: 10px 14px;
+  border: 1px solid var(--quiet);
+  border-radius: 12px;
+  background: var(--surface);
+  color: inherit;
+  font: inherit;
+}
+
+/* Login */
+.login main { max-width: 24rem; margin: 0 auto; padding: min(14vh, 7rem) 20px 32px; text-align: center; }
+.login h1 { margin: 8px 0 24px; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
+.login form {
+  margin-bottom: 20px;
+  padding: 24px;
+  border: 1px solid var(--line);
+  border-radius: 20px;
+  background: var(--surface);
+  box-shadow: var(--shadow);
+  text-align: start;
+}
+.login label { display: block; margin-bottom: 6px; font-weight: 600; }
+.login form button { width: 100%; min-height: 48px; }
+#password { margin-bottom: 20px; }
+.hint { color: var(--quiet); font-size: .875rem; }
+.login form .hint { margin: 6px 0 16px; }
+.error { margin-bottom: 16px; padding: 10px 14px; border-radius: 12px; background: var(--warn); color: var(--on-warn); }
+.error span { display: block; }
+.error bdi { font-weight: 700; }
+
+/* Chat: header, people, messages, composer */
+.chat {
+  display: grid;
+  grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
+  height: 100vh;
+  height: 100dvh;
+  overflow: hidden;
+}
+header {
+  position: relative;
+  z-index: 3;
+  grid-column: 1 / -1;
+  display: flex;
+  align-items: center;
+  gap: 12px;
+  min-height: 56px;
+  padding: env(safe-area-inset-top) max(16px, env(safe-area-inset-right)) 0 max(16px, env(safe-area-inset-left));
+  border-bottom: 1px solid var(--line);
+  background: var(--surface);
+}
+header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
+#people { display: none; margin-inline-start: auto; padding: 0 10px; background: none; color: var(--ink); }
+#people .count { margin-inline-start: 6px; }
+
+/* The state: a quiet word beside the title while all is well, else a strip that covers nothing new */
+#state { flex: none; color: var(--quiet); font-size: .8125rem; }
+#state::before {
+  content: "";
+  display: inline-block;
+  width: 8px;
+  height: 8px;
+  margin-inline-end: 6px;
+  border-radius: 50%;
+  background: #2c9c6a;
+}
+.chat:not([data-state="connected"]) #state {
+  position: absolute;
+  inset: 100% 16rem auto 0;
+  padding: 8px 16px;
+  background: var(--warn);
+  color: var(--on-warn);
+  font-size: .9375rem;
+  text-align: center;
+  animation: appear .2s backwards;
+}
+.chat:not([data-state="connected"]) #state::before { background: #d98a00; }
+.chat[data-state="connecting"] #state { animation-delay: .6s; }
+.chat[data-state="closed"] #state::before { background: var(--bad); }
+#state a { color: inherit; font-weight: 700; }
+@keyframes appear { from { opacity: 0; } }
+
+#roster {
+  grid-area: 2 / 2 / 4 / 3;
+  display: flex;
+  flex-direction: column;
+  gap: 8px;
+  min-height: 0;
+  padding: 16px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom)) 12px;
+  border-inline-start: 1px solid var(--line);
+  background: var(--surface);
+}
+#roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
+#members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
+#members li { display: flex; align-items: center; gap: 10px; padding: 5px 6px; }
+#members bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#members small, #members .more { color: var(--quiet); }
+#logout button { width: 100%; border: 1px solid var(--line); background: none; color: var(--ink); }
+
+#scroller { grid-area: 2 / 1; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
+#scroller.following { overflow-anchor: none; }
+#scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
+#content {
+  display: flex;
+  flex-direction: column;
+  justify-content: flex-end;
+  max-width: 56rem;
+  min-height: 100%;
+  margin: 0 auto;
+  padding: 16px max(12px, env(safe-area-inset-right)) 8px max(12px, env(safe-area-inset-left));
+}
+[data-state="connected"] #log:empty::before {
+  content: attr(data-empty);
+  display: block;
+  padding: 32px 0;
+  color: var(--quiet);
+  text-align: center;
+}
+.face {
+  flex: none;
+  display: grid;
+  place-items: center;
+  width: 32px;
+  height: 32px;
+  border-radius: 50%;
+  background: oklch(.9 .06 var(--hue));
+  color: oklch(.42 .12 var(--hue));
+  font-size: .875rem;
+  font-weight: 700;
+  text-transform: uppercase;
+}
+.who { display: block; color: oklch(.47 .13 var(--hue)); font-size: .875rem; font-weight: 700; }
+@media (prefers-color-scheme: dark) {
+  .face { background: oklch(.36 .07 var(--hue)); color: oklch(.9 .07 var(--hue)); }
+  .who { color: oklch(.82 .1 var(--hue)); }
+}
+.message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
+.message.run { margin-top: 3px; }
+.message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
+.message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
+.message[data-day]::before { margin-bottom: 8px; font-weight: 600; }
+.bubble {
+  max-width: min(85% - 40px, 40rem);
+  padding: 7px 12px;
+  border-radius: 6px 16px 16px;
+  background: var(--surface);
+  box-shadow: var(--shadow);
+}
+/* A short text has its time beside it, a long one below */
+.line { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 12px; }
+.failed .line { display: block; }
+.text { flex: 1 1 auto; white-space: pre-wrap; }
+.bubble time, .status { margin-inline-start: auto; color: var(--quiet); font-size: .75rem; text-align: end; }
+.run .face { visibility: hidden; height: 0; }
+.run .bubble { border-start-start-radius: 16px; }
+.run .who, .mine .who { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.mine { justify-content: flex-end; }
+.mine .face { display: none; }
+.mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
+.past { color: var(--quiet); filter: grayscale(1); }
+.past .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.notice:empty { display: none; }
+[data-kind="missed"], [data-kind="reset"], [data-kind="refused"] {
+  margin: 12px auto;
+  border-radius: 12px;
+  background: var(--warn);
+  color: var(--on-warn);
+}
+#outbox .bubble { border: 1px dashed var(--quiet); background: none; box-shadow: none; }
+#outbox .failed .bubble { border-color: var(--bad); }
+#outbox .failed .status { color: var(--bad); }
+.choices { display: none; gap: 8px; justify-content: flex-end; padding-top: 4px; }
+.failed .choices { display: flex; }
+.choices button + button { background: none; color: inherit; }
+
+#composer {
+  position: relative;
+  grid-area: 3 / 1;
+  display: flex;
+  flex-wrap: wrap;
+  align-items: flex-end;
+  gap: 0 8px;
+  width: 100%;
+  max-width: 56rem;
+  margin: 0 auto;
+  padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
+    max(12px, env(safe-area-inset-left));
+}
+#box { flex: 1; width: 0; max-height: calc(6 * 1.45em + 22px); border-radius: 22px; resize: none; }
+#send { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
+#left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
+#left-over.over { color: var(--bad); font-weight: 700; }
+#newer { position: absolute; bottom: 100%; left: 50%; border-radius: 22px; box-shadow: 0 2px 8px #0004; translate: -50%; }
+
+@media (max-width: 48rem) {
+  .chat { grid-template-columns: minmax(0, 1fr); }
+  #people { display: block; }
+  .chat:not([data-state="connected"]) #state { right: 0; }
+  #roster {
+    position: fixed;
+    z-index: 2;
+    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto;
+    width: min(18rem, 85vw);
+    box-shadow: -8px 8px 32px #0005;
+    visibility: hidden;
+    translate: 100%;
+    transition: translate .2s, visibility .2s;
+  }
+  #roster.open { visibility: visible; translate: 0; }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+@media (forced-colors: active) { .bubble, button { border: 1px solid; } }
+"""
+
+# language=javascript
+CHAT_JS = r"""
+'use strict';
+
+// === Constants: milliseconds, rows and pixels, each with its reason ===
+const RETRY_MS = [500, 10000];    // back-off between tries: the first, and the longest
+const RESTART_MS = [200, 2000];   // after 1001 everybody comes back at once: spread out
+const SILENCE_MS = 45000;         // the server tells the time every 20 s: two of these are missing
+const STALE_MS = 25000;           // woken up: one of them is missing, do not wait for the second
+const ANSWER_MS = 10000;          // to connect, or to confirm a message, which the server does within 5 s
+const HOLD_MS = 3000;             // to wait where a refusal names no time
+const RUN_MS = 5 * 60000;         // a longer pause shows the name again
+const MAX_ROWS = 2000;
+const NAMES_IN_LINE = 3;          // of more people only the number is told
+const BOTTOM_PX = 24;
+const COUNT_FROM = 200;           // characters left when the counter appears
+const FINAL_CODES = [4403, 4409, 4429, 4504];
+const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
+const LINK = /https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
+const LINK_TAIL = /[.,;:!?)\]}*]+$/;
+const words = JSON.parse(document.body.dataset.words);
+const lang = document.documentElement.lang;
+const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
+
+// === Pure formatting ===
+const clockFormat = new Intl.DateTimeFormat(region, {hour: '2-digit', minute: '2-digit'});
+const dateFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full'});
+const fullFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full', timeStyle: 'medium'});
+const listFormat = new Intl.ListFormat(lang);
+const collator = new Intl.Collator(lang);
+const between = (low, high) => low + Math.random() * (high - low);
+const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, key) => values[key]);
+const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name from turning its sentence around
+const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
+
+function hueOf(name) {
+  let hash = 2166136261;
+  for (const letter of name) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
+  return (hash >>> 0) % 360;
+}
+
+function presenceText(sentence, names) {
+  if (!names.size) return [];
+  const few = names.size <= NAMES_IN_LINE;
+  const who = few ? listFormat.format([...names].map(isolate)) : fill(words.people, {n: names.size});
+  return [fill(sentence, {names: who})];
+}
+
+// === DOM: the only place that makes elements, and text only ever as text ===
+const [title, stateText, stateWait, loginAgain, people, roster, memberList, logout, scroller, content, log, outboxList,
+  composer, newer, leftOver, box, send] = ['title', 'state-text', 'state-wait', 'login-again', 'people', 'roster',
+  'members', 'logout', 'scroller', 'content', 'log', 'outbox', 'composer', 'newer', 'left-over', 'box', 'send',
+].map((id) => document.getElementById(id));
+const shown = new Map();          // seq -> row, of this epoch
+let members = new Set();
+let memberCount = 0;
+let rosterDue = false;
+let passing = null;               // who came and went in the newest line of the log
+let following = true;             // the reader is at the bottom
+let bottomTop = 0;                // where the last jump to the bottom came to rest
+let unseen = 0;
+
+function make(tag, className, ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+function setText(element, text) {  // an unchanged text is not announced again
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function withFace(name, row) {
+  const face = make('span', 'face', [...name][0]);
+  face.setAttribute('aria-hidden', 'true');
+  row.style.setProperty('--hue', hueOf(name));
+  row.prepend(face);
+  return row;
+}
+
+function textWithLinks(text) {
+  const nodes = [];
+  let end = 0;
+  for (const match of text.matchAll(LINK)) {
+    const href = match[0].replace(LINK_TAIL, '');
+    const link = Object.assign(make('a', '', href), {href, target: '_blank', rel: 'noopener noreferrer'});
+    nodes.push(text.slice(end, match.index), link);
+    end = match.index + href.length;
+  }
+  return [...nodes, text.slice(end)];
+}
+
+function messageRow(name, text, ...foot) {
+  const body = Object.assign(make('p', 'text', ...textWithLinks(text)), {dir: 'auto'});
+  const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
+  const row = withFace(name, make('div', name === me ? 'message mine' : 'message', bubble));
+  row.dataset.name = name;
+  return row;
+}
+
+function showMessage({seq, ts, name, text}) {
+  if (shown.has(seq)) return;
+  const time = make('time', '', clockFormat.format(ts));
+  Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
+  const row = messageRow(name, text, time);
+  Object.assign(row.dataset, {seq, ts});
+  const later = seq > after ? [] : [...shown.keys()].filter((other) => other > seq);
+  const next = shown.get(Math.min(...later)) || null;
+  log.insertBefore(row, next);
+  shown.set(seq, row);
+  settle(row);
+  settle(next);
+  while (log.childElementCount > MAX_ROWS) dropOldest();
+  if (!following && name !== me) unseen += 1;
+  showNewer();
+}
+
+function settle(row) {  // what a message shows of its day and its author depends on the one above
+  if (!row?.dataset.seq) return;
+  const {name, ts} = row.dataset;
+  let above = row.previousElementSibling;
+  while (above && !above.dataset.ts) above = above.previousElementSibling;
+  const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
+  const goesOn = above === row.previousElementSibling && above?.dataset.name === name;
+  row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
+  if (sameDay) delete row.dataset.day;
+  else row.dataset.day = dateFormat.format(+ts);
+}
+
+function dropOldest() {
+  shown.delete(Number(log.firstElementChild.dataset.seq));
+  log.firstElementChild.remove();
+  settle(log.firstElementChild);
+}
+
+function notice(kind, text) {
+  let row = log.lastElementChild;
+  if (row?.dataset.kind !== kind) log.append(row = make('p', 'notice'));
+  row.dataset.kind = kind;
+  row.textContent = text;
+}
+
+function showPresence(type, names) {  // lines are folded, and who is back at once was never away
+  if (log.lastElementChild?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
+  const undone = passing[type === 'joined' ? 'left' : 'joined'];
+  for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
+  const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
+  notice('presence', parts.join(' · '));
+}
+
+function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
+  for (const row of log.children) {
+    row.classList.add('past');
+    delete row.dataset.seq;
+  }
+  shown.clear();
+  after = null;
+  notice('reset', words.reset);
+}
+
+function showRoster() {  // at most once a frame: a whole class may come in at once
+  if (!rosterDue) requestAnimationFrame(drawRoster);
+  rosterDue = true;
+}
+
+function drawRoster() {
+  rosterDue = false;
+  const others = [...members].filter((name) => name !== me).sort(collator.compare);
+  const rows = [me, ...others].map((name) => withFace(name, make('li', '', make('bdi', '', name))));
+  rows[0].append(make('small', '', words.you));
+  const more = memberCount - rows.length;
+  if (more > 0) rows.push(make('li', 'more', fill(words.more, {n: more})));
+  memberList.replaceChildren(...rows);
+  for (const element of document.querySelectorAll('.count')) setText(element, String(memberCount));
+}
+
+function openRoster(open) {
+  roster.classList.toggle('open', open);
+  people.setAttribute('aria-expanded', open);
+}
+
+function showNewer() {
+  if (following) unseen = 0;
+  newer.hidden = unseen === 0;
+  scroller.classList.toggle('following', following);
+  setText(newer, fill(words.new, {n: unseen}));
+}
+
+function toBottom() {
+  following = true;
+  scroller.scrollTop = scroller.scrollHeight;
+  bottomTop = scroller.scrollTop;
+  showNewer();
+}
+
+function onScroll() {  // the event of a jump to the bottom comes late: new rows may stand below by then
+  const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+  following = below < BOTTOM_PX || (following && scroller.scrollTop > bottomTop - BOTTOM_PX);
+  showNewer();
+}
+
+function stateName() {
+  const failing = phase === 'waiting' || (phase === 'connecting' && failures > 0);
+  if (failing) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
+  return phase === 'connected' && storeAway ? 'away' : phase;
+}
+
+function showState() {
+  const state = document.body.dataset.state = stateName();
+  const seconds = Math.ceil((retryAt - Date.now()) / 1000);
+  const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
+  setText(stateText, phase === 'closed' ? fill(words[`closed_${closeCode}`], {name: me}) : words[`state_${state}`]);
+  setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
+  loginAgain.hidden = phase !== 'closed';
+  send.disabled = phase === 'closed';
+  drawOutbox();
+}
+
+function fitBox() {
+  box.style.height = 'auto';
+  box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  const rest = maxText - [...box.value].length;
+  setText(leftOver, rest < COUNT_FROM ? fill(words.left_over, {n: rest}) : '');
+  leftOver.classList.toggle('over', rest < 0);
+  return rest;
+}
+
+// === Outbox: what is said stays here until the server has confirmed it or its author takes it back ===
+const shelf = `tornchat:${location.pathname}:`;
+const outboxRows = new Map();     // cid -> row
+let outbox = [];                  // {cid, name, text, failed}: failed is the reason in words
+let inFlight = '';                // cid of the one said and not yet answered: one at a time keeps the order
+let saidAt = 0;
+let holdUntil = 0;
+
+// sessionStorage belongs to one tab; a duplicated tab says the same cids, which the room stores once.
+function keep(key, text) {
+  try { sessionStorage.setItem(shelf + key, text); } catch { /* forbidden or full: only a reload will tell */ }
+}
+
+function kept(key) {
+  try { return sessionStorage.getItem(shelf + key) || ''; } catch { return ''; }
+}
+
+function clearShelf() {
+  for (const key of ['outbox', 'draft']) keep(key, '');
+}
+
+function restoreOutbox() {
+  outbox = JSON.parse(kept('outbox') || '[]');
+  for (const item of outbox) if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+}
+
+function outboxChanged() {
+  keep('outbox', JSON.stringify(outbox));
+  drawOutbox();
+  pump();
+}
+
+function pump() {
+  const item = outbox.find(({failed}) => !failed);
+  if (!item || inFlight || phase !== 'connected' || storeAway || Date.now() < holdUntil) return;
+  [inFlight, saidAt] = [item.cid, Date.now()];
+  socket.send(JSON.stringify({type: 'say', text: item.text, cid: item.cid}));
+}
+
+function takeOut(cid) {
+  if (inFlight === cid) inFlight = '';
+  outbox = outbox.filter((item) => item.cid !== cid);
+  outboxRows.get(cid)?.remove();
+  outboxRows.delete(cid);
+  outboxChanged();
+}
+
+function refused({cid, code, text, retry_after: seconds}) {
+  const item = outbox.find((entry) => entry.cid === cid);
+  if (!item) return notice('refused', text);
+  inFlight = '';
+  if (PASSING_REFUSALS.includes(code)) {
+    const wait = seconds * 1000 || HOLD_MS;
+    holdUntil = Date.now() + wait;
+    setTimeout(pump, wait + 20);
+  } else item.failed = text;
+  outboxChanged();
+}
+
+function tryAgain(item) {
+  Object.assign(item, {name: me, failed: ''});
+  outboxChanged();
+}
+
+function edit(item) {
+  box.value = box.value ? `${item.text}\n${box.value}` : item.text;
+  onDraft();
+  box.focus();
+  takeOut(item.cid);
+}
+
+function statusOf(item) {
+  if (item.failed) return fill(words.not_sent, {reason: item.failed});
+  if (phase !== 'connected') return words.waiting;
+  if (storeAway) return words.waiting_store;
+  const seconds = Math.ceil((holdUntil - Date.now()) / 1000);
+  return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
+}
+
+function outboxRow(item) {
+  const again = Object.assign(make('button', '', words.try_again), {onclick: () => tryAgain(item)});
+  const change = Object.assign(make('button', '', words.edit), {onclick: () => edit(item)});
+  const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', again, change));
+  outboxRows.set(item.cid, row);
+  outboxList.append(row);
+  return row;
+}
+
+function drawOutbox() {
+  for (const item of outbox) {
+    const row = outboxRows.get(item.cid) || outboxRow(item);
+    const status = row.querySelector('.status');
+    row.classList.toggle('failed', item.failed !== '');
+    status.setAttribute('role', item.failed ? 'alert' : 'none');
+    setText(status, statusOf(item));
+  }
+}
+
+// === Frames: everything that the server says comes through here ===
+let me = document.body.dataset.name;
+let epoch = '';
+let after = null;                 // the newest seq seen, null before the first
+let replayEnd = 0;                // up to this seq it is history and is not read out
+let maxText = Infinity;           // until the welcome tells it
+let storeAway = false;
+
+function receive(frame) {
+  switch (frame.type) {
+    case 'welcome': return welcomed(frame);
+    case 'message': return arrived(frame);
+    case 'joined': return passed(frame, 'add');
+    case 'left': return passed(frame, 'delete');
+    case 'refused': return refused(frame);
+    case 'store': return storeChanged(frame.available);
+  }
+}
+
+function welcomed(frame) {
+  if (frame.reset || (epoch && epoch !== frame.epoch)) forgetHistory();
+  if (frame.missed) notice('missed', fill(words.missed, {n: frame.missed}));
+  if (frame.seq === 0) after = 0;
+  ({epoch, name: me, seq: replayEnd, count: memberCount, limits: {text: maxText}} = frame);
+  [phase, failures, restarting, loggedIn] = ['connected', 0, false, false];
+  members = new Set(frame.members);
+  setText(title, frame.title);
+  log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
+  showRoster();
+  storeChanged(true);
+}
+
+function arrived(frame) {
+  showMessage(frame);
+  after = Math.max(after, frame.seq);
+  if (frame.name === me && outboxRows.has(frame.cid)) takeOut(frame.cid);
+  if (frame.seq === replayEnd) setTimeout(() => log.setAttribute('aria-live', 'polite'), 500);
+}
+
+function passed({type, names, count}, change) {
+  for (const name of names) members[change](name);
+  memberCount = count;
+  showPresence(type, names);
+  showRoster();
+}
+
+function storeChanged(available) {
+  [storeAway, holdUntil] = [!available, 0];
+  showState();
+  pump();
+}
+
+// === Socket: one at a time, replaced when it is lost, silent or doubtful ===
+let socket = null;
+let phase = 'connecting';         // connected: the welcome is here; waiting: for retryAt; closed: for good
+let heard = 0;
+let failures = 0;
+let retryAt = 0;
+let retryTimer = 0;
+let restarting = false;
+let loggedIn = false;             // by itself, since the last welcome
+let closeCode = 0;
+
+function connect() {
+  clearTimeout(retryTimer);
+  if (socket) socket.onclose = socket.onmessage = null;
+  socket?.close();
+  const url = new URL('chat', location.href);
+  url.protocol = url.protocol.replace('http', 'ws');
+  if (after !== null) url.search = new URLSearchParams({after, epoch});
+  [phase, heard, inFlight] = ['connecting', Date.now(), ''];
+  socket = new WebSocket(url);
+  socket.onclose = disconnected;
+  socket.onmessage = ({data}) => {
+    heard = Date.now();
+    receive(JSON.parse(data));
+  };
+  showState();
+}
+
+function disconnected({code, reason}) {
+  phase = 'waiting';
+  if (code === 4401) return reason === 'logout' ? leave() : logInAgain();
+  if (FINAL_CODES.includes(code)) return stayAway(code);
+  if (code === 1009) refused({cid: inFlight, code: 'too-long', text: words.too_long});
+  restarting ||= code === 1001;
+  const [first, longest] = RETRY_MS;
+  retryIn(code === 1001 ? between(...RESTART_MS) : between(first, Math.min(longest, first * 2 ** (failures + 1))));
+}
+
+function retryIn(milliseconds) {
+  phase = 'waiting';
+  failures += 1;
+  retryAt = Date.now() + milliseconds;
+  retryTimer = setTimeout(connect, milliseconds);
+  showState();
+}
+
+function stayAway(code) {
+  [phase, closeCode] = ['closed', code];
+  loginAgain.href = loginUrl();
+  showState();
+}
+
+function loginUrl() {
+  return `login?${new URLSearchParams({nickname: me})}`;
+}
+
+function leave() {
+  clearShelf();
+  location.assign('login');
+}
+
+async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
+  if (loggedIn) return location.assign(loginUrl());  // once already, in vain: the cookie does not hold
+  [phase, heard] = ['connecting', Date.now()];
+  showState();
+  const body = new URLSearchParams({nickname: me});
+  const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
+  if (answer && [400, 403, 409].includes(answer.status)) return location.assign(loginUrl());
+  loggedIn = Boolean(answer?.ok);
+  if (loggedIn) connect();
+  else retryIn(between(...RETRY_MS));
+}
+
+function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the socket without a word
+  if (phase === 'closed') return;
+  if (phase !== 'connected' || Date.now() - heard > patience) connect();
+}
+
+function tick() {
+  const silence = Date.now() - heard;
+  const unanswered = inFlight && Date.now() - saidAt > ANSWER_MS;
+  const lost = phase === 'connected' ? silence > SILENCE_MS || unanswered : phase === 'connecting' && silence > ANSWER_MS;
+  if (!lost) return showState();
+  failures += 1;
+  connect();
+}
+
+// === Start ===
+function submit(event) {
+  event.preventDefault();
+  const text = box.value.trim();
+  if (!text || fitBox() < 0 || phase === 'closed') return;
+  box.value = '';
+  onDraft();
+  outbox.push({cid: newCid(), name: me, text, failed: ''});
+  outboxChanged();
+  toBottom();
+}
+
+function onDraft() {
+  keep('draft', box.value);
+  fitBox();
+}
+
+function onKey(event) {
+  const composing = event.isComposing || event.keyCode === 229;  // 229: Safari ends a composition before its Enter
+  if (event.key === 'Enter' && !event.shiftKey && !composing) submit(event);
+}
+
+composer.onsubmit = submit;
+box.oninput = onDraft;
+box.onkeydown = onKey;
+newer.onclick = toBottom;
+scroller.onscroll = onScroll;
+scroller.onclick = () => openRoster(false);
+people.onclick = () => openRoster(!roster.classList.contains('open'));
+logout.onsubmit = clearShelf;
+window.onkeydown = ({key}) => { if (key === 'Escape') openRoster(false); };
+window.ononline = () => wake(0);
+window.onoffline = showState;
+window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
+document.onvisibilitychange = () => { if (!document.hidden) wake(STALE_MS); };
+const sizes = new ResizeObserver(() => { if (following) toBottom(); });
+for (const element of [scroller, content]) sizes.observe(element);
+
+box.value = kept('draft');
+fitBox();
+restoreOutbox();
+connect();
+setInterval(tick, 1000);
+if (matchMedia('(hover: hover)').matches) box.focus();  // a phone would open its keyboard
+"""
+
+# language=svg
+ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+  <rect width="64" height="64" rx="16" fill="#0f6b5c"/>
+  <path d="M14 19a6 6 0 0 1 6-6h20a6 6 0 0 1 6 6v12a6 6 0 0 1-6 6H28l-9 8v-8a6 6 0 0 1-5-6z" fill="#fff"/>
+  <path d="M50 25a6 6 0 0 1 3 5v11a6 6 0 0 1-4 5.7V53l-7-6H31a6 6 0 0 1-4-2l2-3h12a9 9 0 0 0 9-9z" fill="#7fd6c1"/>
+  <g fill="#0f6b5c"><circle cx="23" cy="25" r="2.5"/><circle cx="30" cy="25" r="2.5"/><circle cx="37" cy="25" r="2.5"/></g>
+</svg>
+"""
+
+TEMPLATES = {"login.html": LOGIN_HTML, "chat.html": CHAT_HTML}
+ASSETS = {
+    "style.css": ("text/css; charset=utf-8", STYLE_CSS),
+    "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
+    "icon.svg": ("image/svg+xml", ICON_SVG),
+}
+
+
+if __name__ == "__main__":
+    main()
