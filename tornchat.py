@@ -54,7 +54,7 @@ import sys
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol, Self
 
 try:
@@ -144,7 +144,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newli
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - it is an answer, not an error
     """A wish that is answered in words instead of being done.
 
     `code` is the frame's (DESIGN: too-fast, too-long, empty, ...), `word` the key of its sentence in WORDS.
@@ -228,18 +228,18 @@ JOINERS = "\u200c\u200d"
 EMOJI_STYLE = "\ufe0f"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
 
-# Look-alikes of Latin letters, one row a letter: a small part of the table of Unicode Technical Standard 39, with the
+# Look-alikes of Latin letters, by letter: a small part of the table of Unicode Technical Standard 39, with the
 # digits that stand in for letters. Digits go to letters of their own, so that user1 and user10 stay two names.
 LOOKALIKES = {
-    "a": "аɑα4", "b": "ьβ", "c": "сϲ", "d": "ԁ", "e": "еεє3", "g": "ɡ", "h": "һ", "j": "јϳ", "k": "кκ", "l": "iı1|ӏіιɩ!",
-    "m": "м", "n": "пη", "o": "оοσօ0", "p": "рρ", "q": "ԛ", "r": "г", "s": "ѕ5$", "t": "тτ", "u": "υսц", "v": "νѵ",
-    "w": "ԝωш", "x": "хχ", "y": "уγү", "z": "ᴢ",
+    "a": "аɑα4", "b": "ьβ", "c": "сϲ", "d": "ԁ", "e": "еεє3", "g": "ɡ", "h": "һ", "j": "јϳ", "k": "кκ",
+    "l": "iı1|ӏіιɩ!", "m": "м", "n": "пη", "o": "оοσօ0", "p": "рρ", "q": "ԛ", "r": "г", "s": "ѕ5$", "t": "тτ",
+    "u": "υսц", "v": "νѵ", "w": "ԝωш", "x": "хχ", "y": "уγү", "z": "ᴢ",
 }  # fmt: skip
 SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
     | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e\u0307", None)
 )
-RESERVED = ("system", "admin", "administrator", "host", "tornchat", "server", "moderator", "root", "系统", "管理员", "主持人")
+RESERVED = "system admin administrator host tornchat server moderator root 系统 管理员 主持人".split()
 
 
 def clean_name(raw: str) -> str:
@@ -370,7 +370,7 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 STORE_ERRORS = (RedisError, OSError)  # away, silent, full, read-only, or holding something that isn't ours
 
 
-class Rewound(Exception):
+class Rewound(Exception):  # noqa: N818 - a fact about the feed
     """The feed isn't the one that was read so far: flushed, rolled back or replaced."""
 
 
@@ -820,6 +820,8 @@ class Feed:
         self.messages: collections.deque[bytes] = collections.deque(maxlen=FEED_MESSAGES)  # ids, as in the feed
         self.notices: collections.deque[bytes] = collections.deque(maxlen=FEED_NOTICES)
         self.work = asyncio.Event()  # something for the publisher
+        self.idle = asyncio.Event()  # the outbox is empty
+        self.idle.set()
         self.sweep = False  # leases have lapsed
         self.released: dict[str, Member] = {}  # whose last tab here was closed since the last tick
         self.reloading = asyncio.Lock()
@@ -876,11 +878,14 @@ class Feed:
         if isinstance(outcome, Refused):
             raise outcome
 
-    def propose(self, type: str, member: Member, done: Callable[[Outcome], None], *, cid: str = "", text: str = "") -> None:
+    def propose(
+        self, type: str, member: Member, done: Callable[[Outcome], None], *, cid: str = "", text: str = ""
+    ) -> None:
         """Into the outbox. The same proposal once more only changes who is told."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         proposal = Proposal(type, member, cid or "~" + secrets.token_hex(8), done, expires, text)
         self.outbox.setdefault(proposal.id, proposal).done = done
+        self.idle.clear()
         self.work.set()
 
     def release(self, member: Member) -> None:
@@ -941,9 +946,7 @@ class Feed:
             elif proposal.type == "joined" and owner and owner.sid != member.sid:
                 self.settle(proposal.id, Taken(member.name))
                 continue
-            event = Event(
-                proposal.type, seq, self.room.epoch, member.sid, proposal.cid, member.name, proposal.text
-            )
+            event = Event(proposal.type, seq, self.room.epoch, member.sid, proposal.cid, member.name, proposal.text)
             owners[member.key] = member
             events.append(event)
         return events
@@ -958,6 +961,8 @@ class Feed:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
         if proposal := self.outbox.pop(id, None):
             proposal.done(outcome)
+            if not self.outbox:
+                self.idle.set()
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
@@ -1089,7 +1094,9 @@ class Feed:
 
         self.propose("joined", member, done)
 
-    def mark(self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None) -> None:
+    def mark(
+        self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None
+    ) -> None:
         """Notes how the store answers, and tells everybody when that changes: one line, one event."""
         self.readable = self.readable if readable is None else readable
         self.writable = self.writable if writable is None else writable
@@ -1168,8 +1175,7 @@ class Feed:
         """Waits until all that was said is stored or refused, for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_seconds):
-                while self.outbox:
-                    await asyncio.sleep(0.01)
+                await self.idle.wait()
 
 
 class Backoff:
@@ -1698,8 +1704,9 @@ def make_app(services: Services) -> tornado.web.Application:
 def log_request(handler: tornado.web.RequestHandler) -> None:
     """The access log: paths without their query, which may hold a password."""
     request = handler.request
-    level = logging.ERROR if handler.get_status() >= 500 else logging.INFO if handler.get_status() == 421 else logging.DEBUG
-    log.log(level, "%d %s %s %s", handler.get_status(), request.method, shown(request.path), request.remote_ip)
+    status = handler.get_status()
+    level = logging.ERROR if status >= 500 else logging.DEBUG
+    log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
 
 
 def bind(config: Config) -> list[socket.socket]:
@@ -1936,29 +1943,31 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         value = next((environ[name] for name in variables if environ.get(name)), default)
         parser.add_argument(*flags, default=value, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
 
+    # fmt: off
     option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
-           help="port to listen on, 0 = any free one; default 8888 or the next free one")  # fmt: skip
+           help="port to listen on, 0 = any free one; default 8888, or the next free one")
     option("--host", metavar="ADDR", env="TORNCHAT_HOST", default="", help="address to bind; default all")
-    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", default="tornchat", type=one_line,
-           help="name of the room on every page; default tornchat")  # fmt: skip
+    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", default="tornchat", type=room_title,
+           help="name of the room on every page; default tornchat")
     option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", default="", help="asked at login; default none")
     option("--redis-url", metavar="URL", env="REDIS_URL", default="", type=redis_url,
-           help="redis://, rediss:// or unix://; default none: messages are kept in memory")  # fmt: skip
+           help="redis://, rediss:// or unix://; default none: messages are kept in memory")
     option("--room", metavar="NAME", env="TORNCHAT_ROOM", default="lobby", type=room_name,
-           help="which room of that Redis; default lobby")  # fmt: skip
+           help="which room of that Redis; default lobby")
     option("--history", metavar="N", env="TORNCHAT_HISTORY", default=100, type=history_length,
-           help="messages shown to a newcomer; default 100")  # fmt: skip
+           help="messages shown to a newcomer; default 100")
     option("--rate", metavar="N", env="TORNCHAT_RATE", default=2.0, type=message_rate,
-           help="messages per second and session, burst 5 times that, 0 = no limit; default 2")  # fmt: skip
+           help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
     option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined, default=(),
-           help="a public name under which the room may be opened; repeatable, or with commas")  # fmt: skip
-    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True, default=False, metavar="yes",
-           help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")  # fmt: skip
+           help="a public name under which the room may be opened; repeatable, or with commas")
+    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, default=False, nargs="?", const=True,
+           metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
     option("--certfile", metavar="FILE", default="", help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", default="", help="its key, where that is a file of its own")
-    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", default="", help="signs the cookies; default: one is made")
+    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", default="", help="signs the cookies; default: made up")
     option("-q", "--quiet", action="store_true", default=False, help="no banner; log warnings and errors only")
     option("-v", "--verbose", action="count", default=0, help="log requests; twice: everything")
+    # fmt: on
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
     config = Config(**vars(parser.parse_args(argv)))
     if config.keyfile and not config.certfile:
@@ -1994,7 +2003,7 @@ def yes_or_no(text: str) -> bool:
     return text.lower() in ("1", "yes", "true", "on")
 
 
-def one_line(text: str) -> str:
+def room_title(text: str) -> str:
     """A title. Raises ArgumentTypeError."""
     if not 0 < len(shown(text)) == len(text) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
@@ -2264,9 +2273,10 @@ CHAT_HTML = r"""<!doctype html>
     <h1 id="title" dir="auto">{{ title }}</h1>
     <p id="state"><span id="state-text" role="status"></span> <span id="state-wait" aria-hidden="true"></span>
       <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
-    <button id="people" type="button" aria-controls="roster" aria-expanded="false" aria-label="{{ w["chat_show_people"] }}">
-      <svg viewBox="0 0 24 24" aria-hidden="true"><circle cx="9" cy="8" r="4"/><path d="M1 20a8 8 0 0 1 16 0z"/>
-        <path d="M15 4.3a4 4 0 0 1 0 7.4M19 20h4a8 8 0 0 0-5-7.4"/></svg><span class="count"></span></button>
+    <button id="people" type="button" aria-controls="roster" aria-expanded="false">
+      <svg viewBox="0 0 24 24" role="img" aria-label="{{ w["chat_show_people"] }}"><circle cx="9" cy="8" r="4"/>
+        <path d="M1 20a8 8 0 0 1 16 0z"/><path d="M15 4.3a4 4 0 0 1 0 7.4M19 20h4a8 8 0 0 0-5-7.4"/></svg>
+      <span class="count"></span></button>
   </header>
   <aside id="roster" aria-label="{{ w["chat_people"] }}">
     <h2>{{ w["chat_people"] }} <span class="count"></span></h2>
@@ -2288,34 +2298,15 @@ CHAT_HTML = r"""<!doctype html>
 # language=css
 STYLE_CSS = r"""
 :root {
-  color-scheme: light dark;
-  --page: #f3f4f0;
-  --surface: #fff;
-  --ink: #1c2326;
-  --quiet: #5a656b;
-  --line: #dcdfd9;
-  --accent: #0f6b5c;
-  --on-accent: #fff;
-  --mine: #d5ece4;
-  --warn: #ffedc4;
-  --on-warn: #5c3f00;
-  --bad: #a32c1b;
-  --shadow: 0 1px 2px #1c232614;
+  color-scheme: light dark; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #5a656b;
+  --line: #dcdfd9; --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4;
+  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #121719;
-    --surface: #1e2629;
-    --ink: #e4eae9;
-    --quiet: #9aa8ad;
-    --line: #2d373b;
-    --accent: #5fcdb3;
-    --on-accent: #06251e;
-    --mine: #174037;
-    --warn: #43340d;
-    --on-warn: #ffdf9b;
-    --bad: #ff9f8f;
-    --shadow: none;
+    --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad; --line: #2d373b;
+    --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d; --on-warn: #ffdf9b;
+    --bad: #ff9f8f; --shadow: none;
   }
 }
 
@@ -2335,41 +2326,23 @@ h1, h2, p, ul { margin: 0; padding: 0; }
 a { color: var(--accent); }
 svg { width: 22px; height: 22px; fill: currentColor; vertical-align: middle; }
 button {
-  min-width: 44px;
-  min-height: 44px;
-  padding: 0 16px;
-  border: 0;
-  border-radius: 12px;
-  background: var(--accent);
-  color: var(--on-accent);
-  font: inherit;
-  font-weight: 600;
-  cursor: pointer;
-  touch-action: manipulation;
+  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0;
+  border-radius: 12px; background: var(--accent); color: var(--on-accent);
+  font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
 }
 button:hover { filter: brightness(1.08); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input, textarea {
-  width: 100%;
-  min-height: 46px;
-  padding: 10px 14px;
-  border: 1px solid var(--quiet);
-  border-radius: 12px;
-  background: var(--surface);
-  color: inherit;
-  font: inherit;
+  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet);
+  border-radius: 12px; background: var(--surface); color: inherit; font: inherit;
 }
 
 /* Login */
 .login main { max-width: 24rem; margin: 0 auto; padding: min(14vh, 7rem) 20px 32px; text-align: center; }
 .login h1 { margin: 8px 0 24px; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 .login form {
-  margin-bottom: 20px;
-  padding: 24px;
-  border: 1px solid var(--line);
-  border-radius: 20px;
-  background: var(--surface);
-  box-shadow: var(--shadow);
+  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line);
+  border-radius: 20px; background: var(--surface); box-shadow: var(--shadow);
   text-align: start;
 }
 .login label { display: block; margin-bottom: 6px; font-weight: 600; }
@@ -2390,41 +2363,25 @@ input, textarea {
   overflow: hidden;
 }
 header {
-  position: relative;
-  z-index: 3;
-  grid-column: 1 / -1;
-  display: flex;
-  align-items: center;
-  gap: 12px;
-  min-height: 56px;
+  position: relative; z-index: 3; grid-column: 1 / -1; display: flex;
+  align-items: center; gap: 12px; min-height: 56px;
   padding: env(safe-area-inset-top) max(16px, env(safe-area-inset-right)) 0 max(16px, env(safe-area-inset-left));
-  border-bottom: 1px solid var(--line);
-  background: var(--surface);
+  border-bottom: 1px solid var(--line); background: var(--surface);
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
 #people { display: none; margin-inline-start: auto; padding: 0 10px; background: none; color: var(--ink); }
-#people .count { margin-inline-start: 6px; }
+#people .count { margin-inline-start: 2px; }
 
 /* The state: a quiet word beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: "";
-  display: inline-block;
-  width: 8px;
-  height: 8px;
-  margin-inline-end: 6px;
-  border-radius: 50%;
-  background: #2c9c6a;
+  content: ""; display: inline-block; width: 8px; height: 8px;
+  margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
-  position: absolute;
-  inset: 100% 16rem auto 0;
-  padding: 8px 16px;
-  background: var(--warn);
-  color: var(--on-warn);
-  font-size: .9375rem;
-  text-align: center;
-  animation: appear .2s backwards;
+  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px;
+  background: var(--warn); color: var(--on-warn); font-size: .9375rem;
+  text-align: center; animation: appear .2s backwards;
 }
 .chat:not([data-state="connected"]) #state::before { background: #d98a00; }
 .chat[data-state="connecting"] #state { animation-delay: .6s; }
@@ -2433,14 +2390,10 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 @keyframes appear { from { opacity: 0; } }
 
 #roster {
-  grid-area: 2 / 2 / 4 / 3;
-  display: flex;
-  flex-direction: column;
-  gap: 8px;
+  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px;
   min-height: 0;
   padding: 16px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom)) 12px;
-  border-inline-start: 1px solid var(--line);
-  background: var(--surface);
+  border-inline-start: 1px solid var(--line); background: var(--surface);
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
@@ -2453,12 +2406,8 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
-  display: flex;
-  flex-direction: column;
-  justify-content: flex-end;
-  max-width: 56rem;
-  min-height: 100%;
-  margin: 0 auto;
+  display: flex; flex-direction: column; justify-content: flex-end;
+  max-width: 56rem; min-height: 100%; margin: 0 auto;
   padding: 16px max(12px, env(safe-area-inset-right)) 8px max(12px, env(safe-area-inset-left));
 }
 [data-state="connected"] #log:empty::before {
@@ -2469,16 +2418,9 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
   text-align: center;
 }
 .face {
-  flex: none;
-  display: grid;
-  place-items: center;
-  width: 32px;
-  height: 32px;
-  border-radius: 50%;
-  background: oklch(.9 .06 var(--hue));
-  color: oklch(.42 .12 var(--hue));
-  font-size: .875rem;
-  font-weight: 700;
+  flex: none; display: grid; place-items: center; width: 32px; height: 32px;
+  border-radius: 50%; background: oklch(.9 .06 var(--hue));
+  color: oklch(.42 .12 var(--hue)); font-size: .875rem; font-weight: 700;
   text-transform: uppercase;
 }
 .who { display: block; color: oklch(.47 .13 var(--hue)); font-size: .875rem; font-weight: 700; }
@@ -2492,6 +2434,7 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
 .message[data-day]::before { margin-bottom: 8px; font-weight: 600; }
 .bubble {
+  position: relative;
   max-width: min(85% - 40px, 40rem);
   padding: 7px 12px;
   border-radius: 6px 16px 16px;
@@ -2526,15 +2469,8 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 .choices button + button { background: none; color: inherit; }
 
 #composer {
-  position: relative;
-  grid-area: 3 / 1;
-  display: flex;
-  flex-wrap: wrap;
-  align-items: flex-end;
-  gap: 0 8px;
-  width: 100%;
-  max-width: 56rem;
-  margin: 0 auto;
+  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap;
+  align-items: flex-end; gap: 0 8px; width: 100%; max-width: 56rem; margin: 0 auto;
   padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
     max(12px, env(safe-area-inset-left));
 }
@@ -2542,20 +2478,19 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 #send { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
-#newer { position: absolute; bottom: 100%; left: 50%; border-radius: 22px; box-shadow: 0 2px 8px #0004; translate: -50%; }
+#newer {
+  position: absolute; bottom: 100%; left: 50%; translate: -50%;
+  border-radius: 22px; box-shadow: 0 2px 8px #0004;
+}
 
 @media (max-width: 48rem) {
   .chat { grid-template-columns: minmax(0, 1fr); }
   #people { display: block; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
-    position: fixed;
-    z-index: 2;
-    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto;
-    width: min(18rem, 85vw);
-    box-shadow: -8px 8px 32px #0005;
-    visibility: hidden;
-    translate: 100%;
+    position: fixed; z-index: 2;
+    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
+    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%;
     transition: translate .2s, visibility .2s;
   }
   #roster.open { visibility: visible; translate: 0; }
@@ -3010,6 +2945,7 @@ async function logInAgain() {  // the server no longer knows this session: it wa
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
   if (answer && [400, 403, 409].includes(answer.status)) return location.assign(loginUrl());
+  if (phase === 'connected') return;  // another try was quicker
   loggedIn = Boolean(answer?.ok);
   if (loggedIn) connect();
   else retryIn(between(...RETRY_MS));
@@ -3022,8 +2958,8 @@ function wake(patience) {  // a sleep, a drop of the network or the bfcache may 
 
 function tick() {
   const silence = Date.now() - heard;
-  const unanswered = inFlight && Date.now() - saidAt > ANSWER_MS;
-  const lost = phase === 'connected' ? silence > SILENCE_MS || unanswered : phase === 'connecting' && silence > ANSWER_MS;
+  const mute = silence > SILENCE_MS || (inFlight && Date.now() - saidAt > ANSWER_MS);
+  const lost = (phase === 'connected' && mute) || (phase === 'connecting' && silence > ANSWER_MS);
   if (!lost) return showState();
   failures += 1;
   connect();
@@ -3080,7 +3016,8 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
   <rect width="64" height="64" rx="16" fill="#0f6b5c"/>
   <path d="M14 19a6 6 0 0 1 6-6h20a6 6 0 0 1 6 6v12a6 6 0 0 1-6 6H28l-9 8v-8a6 6 0 0 1-5-6z" fill="#fff"/>
   <path d="M50 25a6 6 0 0 1 3 5v11a6 6 0 0 1-4 5.7V53l-7-6H31a6 6 0 0 1-4-2l2-3h12a9 9 0 0 0 9-9z" fill="#7fd6c1"/>
-  <g fill="#0f6b5c"><circle cx="23" cy="25" r="2.5"/><circle cx="30" cy="25" r="2.5"/><circle cx="37" cy="25" r="2.5"/></g>
+  <g fill="#0f6b5c"><circle cx="23" cy="25" r="2.5"/><circle cx="30" cy="25" r="2.5"/>
+    <circle cx="37" cy="25" r="2.5"/></g>
 </svg>
 """
 
