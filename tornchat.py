@@ -239,7 +239,7 @@ SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
     | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e\u0307", None)
 )
-RESERVED = "system admin administrator host tornchat server moderator root 系统 管理员 主持人".split()
+RESERVED = ("system", "admin", "administrator", "host", "tornchat", "server", "root", "系统", "管理员", "主持人")
 
 
 def clean_name(raw: str) -> str:
@@ -827,6 +827,7 @@ class Feed:
         self.reloading = asyncio.Lock()
         self.readable = self.writable = True
         self.stopping = False
+        self.tasks: list[asyncio.Task[NoReturn]] = []
 
     # --- what members want ---
 
@@ -1165,11 +1166,17 @@ class Feed:
         await self.store.read_clock()
         await self.reload()
 
-    async def run(self) -> None:
-        """The tasks of a daemon, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for task in (self.read, self.publish, self.beat, self.keep_leases):
-                tasks.create_task(task())
+    def start(self) -> None:
+        """Sets the tasks of a daemon going. None of them ends by itself, but by a bug."""
+        self.tasks = [asyncio.create_task(task()) for task in (self.read, self.publish, self.beat, self.keep_leases)]
+
+    async def stop(self) -> None:
+        """Ends the tasks: asks again, because in Python 3.11 a wait_for in a library may swallow a cancellation."""
+        pending = set(self.tasks)
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.1)
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while."""
@@ -1783,7 +1790,7 @@ class Daemon:
             body_timeout=10,  # s
         )
         self.server.add_sockets(self.sockets)
-        self.tasks = asyncio.create_task(self.feed.run())
+        self.feed.start()
 
     @property
     def url(self) -> str:
@@ -1806,8 +1813,7 @@ class Daemon:
         for listener in tuple(self.room.listeners):
             listener.shut(1001, "restarting")
         await self.goodbyes()
-        self.tasks.cancel()
-        await asyncio.gather(self.tasks, return_exceptions=True)
+        await self.feed.stop()
         await self.store.close()
 
     async def goodbyes(self) -> None:
@@ -1824,9 +1830,10 @@ async def serve(config: Config) -> None:
     if not config.quiet:
         print(banner(daemon), flush=True)
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([stopped, daemon.tasks], return_when=asyncio.FIRST_COMPLETED)
-    if daemon.tasks.done():
-        await daemon.tasks  # a bug: its traceback is the best we can give
+    await asyncio.wait([stopped, *daemon.feed.tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in daemon.feed.tasks:
+        if task.done():
+            task.result()  # a bug: its traceback is the best we can give
     if not config.quiet:
         print("tornchat: stopping", flush=True)
     await daemon.stop()
