@@ -1176,7 +1176,7 @@ class Feed:
         while pending:
             for task in pending:
                 task.cancel()
-            _, pending = await asyncio.wait(pending, timeout=0.1)
+            _, pending = await asyncio.wait(pending, timeout=0.02)
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while."""
