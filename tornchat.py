@@ -217,13 +217,14 @@ def clean_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise Refused("bad-frame", "surrogate") from None
-    if all(unicodedata.category(char)[0] in "CZ" or char in BLANKS for char in text):
+    if all(unicodedata.category(char) in UNSEEN or char in BLANKS for char in text):
         raise Refused("empty")
     return text
 
 
 # Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille.
 BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # not Cn: what this Python doesn't know may be next year's emoji
 JOINERS = "\u200c\u200d"
 EMOJI_STYLE = "\ufe0f"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
@@ -237,7 +238,7 @@ LOOKALIKES = {
 }  # fmt: skip
 SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
-    | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e\u0307", None)
+    | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e ", None)
 )
 RESERVED = ("system", "admin", "administrator", "host", "tornchat", "server", "root", "系统", "管理员", "主持人")
 
@@ -275,8 +276,8 @@ def joins(name: str, at: int) -> bool:
 
 def name_key(name: str) -> str:
     """What two names have in common that look alike: a member's key on the roster (G7)."""
-    folded = unicodedata.normalize("NFKC", name).casefold().translate(SKELETON)
-    return unicodedata.normalize("NFC", folded).replace("rn", "m").replace("vv", "w").replace(" ", "")
+    letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", name).casefold()).translate(SKELETON)
+    return unicodedata.normalize("NFC", letters.replace("l\u0307", "l").replace("rn", "m").replace("vv", "w"))
 
 
 RESERVED_KEYS = frozenset(map(name_key, RESERVED))
@@ -284,7 +285,11 @@ RESERVED_KEYS = frozenset(map(name_key, RESERVED))
 
 def variants(name: str) -> Iterable[str]:
     """Names to offer instead of one that is taken: Ann2, Ann3, ..."""
-    return (f"{name[: NAME_CHARS - 4]}{number}" for number in range(2, 1000))
+    for number in range(2, 1000):
+        for length in range(min(len(name), NAME_CODEPOINTS - 3), 0, -1):
+            with contextlib.suppress(Refused):
+                yield clean_name(f"{name[:length]}{number}")
+                break
 
 
 class Event(NamedTuple):
