@@ -19,7 +19,8 @@ The socket (GET /chat) speaks JSON, one event a frame. A client says
 and hears welcome, message, joined, left, refused, store and time. The `message` that carries its own cid is the
 confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH (of the last message
 seen) and gets what it missed; the same cid sent again is stored once. Log in first with POST /login
-(nickname=Ann), or open /chat?nickname=Ann. GET /healthz says how the daemon is.
+(nickname=Ann), or open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the
+like. GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Command line, Pages
@@ -141,6 +142,9 @@ class Config:
 
 CID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+STEERING = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)  # a terminal, or its reader
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -158,14 +162,14 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
         """The reason, for the user."""
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
-    def frame(self, language: str) -> dict[str, object]:
-        """The `refused` event."""
-        frame: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
+    def event(self, language: str) -> dict[str, object]:
+        """As it is told to the client."""
+        event: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
         if self.cid:
-            frame["cid"] = self.cid
+            event["cid"] = self.cid
         if self.retry_after:
-            frame["retry_after"] = round(self.retry_after, 1)
-        return frame
+            event["retry_after"] = math.ceil(self.retry_after * 10) / 10
+        return event
 
 
 class Taken(Refused):
@@ -331,8 +335,8 @@ FIELDS = tuple(field.encode() for field in Event._fields[:-1])
 
 
 def shown(text: str) -> str:
-    """Text from outside as it may appear on a terminal or in a log: nothing that steers, no bidi tricks."""
-    return "".join(char for char in text if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+    """Text from outside as one line of a log: nothing that steers a terminal, no bidi tricks."""
+    return STEERING.sub("", text.replace("\n", " "))
 
 
 def guest_name(address: str) -> str:
@@ -353,17 +357,45 @@ def ws_frame(payload: bytes, opcode: int = 0x1) -> bytes:
 PING = ws_frame(b"", 0x9)
 
 
-def encode(frame: Mapping[str, object]) -> bytes:
-    """An event as one WebSocket frame. Made once, and sent to everybody as it is."""
-    return ws_frame(to_json(frame).encode())
+class Encoded(NamedTuple):
+    """An event as WebSocket frames, made once and sent to everybody as they are; `line` is b"" if it has no words."""
+
+    frame: bytes  # JSON
+    line: bytes  # for the subprotocol `text`
 
 
-def encode_message(event: Event) -> bytes:
+def encode(event: Mapping[str, Any]) -> Encoded:
+    """Both encodings of an event that is given as its JSON object."""
+    line = STEERING.sub("", line_of(event))
+    return Encoded(ws_frame(to_json(event).encode()), ws_frame(line.encode()) if line else b"")
+
+
+def line_of(event: Mapping[str, Any]) -> str:
+    """What a reader of plain lines is told. Only the room begins a line with a tilde: a message has a name before it,
+    and spaces before its further lines.
+    """
+    match event["type"]:
+        case "message":
+            return f"{event['name']}: {event['text']}".replace("\n", "\n    ")
+        case "joined" | "left" as what:
+            return f"~~~ {', '.join(event['names'])} {what} ~~~"
+        case "welcome":
+            lost = "; the history was lost" if event["reset"] else ""
+            missed = f"; {event['missed']} messages missed" if event["missed"] else ""
+            return f"~~~ {event['title']}, {event['count']} here: {', '.join(event['members'])}{lost}{missed} ~~~"
+        case "refused":
+            return f"~~~ {event['text']} ~~~"
+        case "store":
+            return f"~~~ the message store is {'back' if event['available'] else 'away'} ~~~"
+    return ""
+
+
+def encode_message(event: Event) -> Encoded:
     """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside."""
-    frame = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
+    message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
     if not event.cid.startswith("~"):
-        frame["cid"] = event.cid
-    return encode(frame)
+        message["cid"] = event.cid
+    return encode(message)
 
 
 # === Store ============================================================================================================
@@ -560,15 +592,20 @@ def split_name(value: bytes) -> tuple[str, str]:
 
 
 class Batch:
-    """The events that came in one turn, encoded once; every listener writes the same bytes."""
+    """The events that came in one turn; every listener of a kind writes the same bytes, in one write."""
 
-    def __init__(self, frames: Iterable[bytes] = ()) -> None:
-        self.frames = list(frames)
+    def __init__(self, *events: Encoded) -> None:
+        self.events = events
 
     @functools.cached_property
-    def data(self) -> memoryview:
-        """All frames in one piece: one write a listener."""
-        return memoryview(b"".join(self.frames))
+    def frames(self) -> memoryview:
+        """For listeners of JSON."""
+        return memoryview(b"".join([event.frame for event in self.events]))
+
+    @functools.cached_property
+    def lines(self) -> memoryview:
+        """For listeners of plain text."""
+        return memoryview(b"".join([event.line for event in self.events]))
 
 
 class Listener(Protocol):
@@ -580,10 +617,10 @@ class Listener(Protocol):
     def send(self, batch: Batch) -> None:
         """Live events."""
 
-    def replay(self, frames: list[bytes]) -> None:
+    def replay(self, events: list[Encoded]) -> None:
         """What is owed from before; as much as it takes."""
 
-    def beat(self, now: float, time_frame: bytes) -> None:
+    def beat(self, now: float, time: Encoded) -> None:
         """Time to show a sign of life and to ask for one; `now` in s of the loop's clock."""
 
     def refuse(self, refused: Refused) -> None:
@@ -608,30 +645,41 @@ class Member:
 
 
 class Ring:
-    """The newest messages as encoded frames, by seq."""
+    """The newest messages with their encodings, by seq."""
 
     def __init__(self, size: int) -> None:
-        self.frames: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=size)
+        self.kept: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=size)
 
-    def append(self, seq: int, frame: bytes) -> None:
-        """Takes the next message; the oldest one falls out."""
-        self.frames.append((seq, frame))
+    def append(self, event: Event) -> Encoded:
+        """Takes the next message, encoded; the oldest one falls out."""
+        encoded = encode_message(event)
+        self.kept.append((event, encoded))
+        return encoded
 
-    def newest(self, count: int) -> list[bytes]:
+    def clear(self) -> None:
+        """Forgets all."""
+        self.kept.clear()
+
+    def newest(self, count: int) -> list[Encoded]:
         """The last `count`, oldest first."""
-        return [frame for _, frame in itertools.islice(self.frames, max(0, len(self.frames) - count), None)]
+        return [encoded for _, encoded in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
 
-    def after(self, seq: int) -> list[bytes] | None:
+    def after(self, seq: int) -> list[Encoded] | None:
         """All that came after `seq`, oldest first; None if the first of them has fallen out."""
-        if self.frames and self.frames[0][0] > seq + 1:
+        if self.kept and self.kept[0][0].seq > seq + 1:
             return None
-        return self.newest(len(self.frames) - bisect.bisect_right(self.frames, seq, key=lambda item: item[0]))
+        return self.newest(len(self.kept) - bisect.bisect_right(self.kept, seq, key=lambda kept: kept[0].seq))
+
+    def find(self, seq: int) -> Event | None:
+        """The message of that number, if it is still here."""
+        at = bisect.bisect_left(self.kept, seq, key=lambda kept: kept[0].seq)
+        return self.kept[at][0] if at < len(self.kept) and self.kept[at][0].seq == seq else None
 
 
 class Owed(NamedTuple):
     """What a joining listener is told first."""
 
-    frames: list[bytes]
+    events: list[Encoded]
     recovered: bool = False
     missed: int = 0
     reset: bool = False
@@ -658,9 +706,9 @@ class Room:
 
     def tell(self, listener: Listener, owed: Owed) -> None:
         """What a listener hears first: the welcome, the store if it is away, and what it is owed."""
-        listener.base = self.seq - len(owed.frames)
+        listener.base = self.seq - len(owed.events)
         away = [] if self.available else [encode({"type": "store", "available": False})]
-        listener.replay([self.welcome(listener.member, owed), *away, *owed.frames])
+        listener.replay([self.welcome(listener.member, owed), *away, *owed.events])
 
     def leave(self, listener: Listener) -> bool:
         """Forgets a listener; whether it was its member's last one here."""
@@ -680,13 +728,13 @@ class Room:
             return Owed(newest)
         if epoch not in ("", self.epoch) or after > self.seq:
             return Owed(newest, reset=True)
-        frames = self.ring.after(after)
-        if frames is None or len(frames) > RING_MESSAGES:
-            return Owed(newest, missed=self.seq - after - len(newest))
-        missed = self.seq - after - len(frames)
-        return Owed(frames, recovered=not missed, missed=missed)
+        events = self.ring.after(after)
+        if events is None or len(events) > RING_MESSAGES:
+            events = newest
+        missed = self.seq - after - len(events)
+        return Owed(events, recovered=not missed, missed=missed)
 
-    def welcome(self, member: Member, owed: Owed) -> bytes:
+    def welcome(self, member: Member, owed: Owed) -> Encoded:
         """The first event of a connection, and of a new beginning."""
         others = itertools.islice((other.name for key, other in self.roster.items() if key != member.key), ROSTER_NAMES)
         return encode(
@@ -709,17 +757,17 @@ class Room:
         """Tells everybody when the store goes away or comes back; whether that is news."""
         if news := available != self.available:
             self.available = available
-            self.send(Batch([encode({"type": "store", "available": available})]))
+            self.send(Batch(encode({"type": "store", "available": available})))
         return news
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Takes what the store holds for the truth. Who listens already is told as if just back: recovered or reset."""
         after, epoch = self.seq, self.epoch
         self.epoch, self.seq = snapshot.events[-1].epoch, snapshot.events[-1].seq
-        self.ring.frames.clear()
+        self.ring.clear()
         for event in snapshot.events:
             if event.type == "message":
-                self.ring.append(event.seq, encode_message(event))
+                self.ring.append(event)
         self.roster.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         for sid, name in snapshot.roster.values():
@@ -749,25 +797,24 @@ class Room:
 
     def apply(self, events: Iterable[Event]) -> None:
         """Takes what the feed brought in one turn, in its order, and hands it to every listener as one batch."""
-        frames: list[bytes] = []
+        encoded: list[Encoded] = []
         for type, run in itertools.groupby(events, key=lambda event: event.type):
             if type == "message":
-                frames += map(self.add_message, run)
+                encoded += map(self.add_message, run)
             elif type == "joined":
-                frames += self.notice(type, [event for event in run if self.enter(event.sid, event.name)])
+                encoded += self.notice(type, [event for event in run if self.enter(event.sid, event.name)])
             elif type == "left":
-                frames += self.notice(type, [event for event in run if self.exit(event.sid, event.name)])
-        self.send(Batch(frames))
+                encoded += self.notice(type, [event for event in run if self.exit(event.sid, event.name)])
+        if encoded:
+            self.send(Batch(*encoded))
 
-    def add_message(self, event: Event) -> bytes:
-        """Into the ring; the frame."""
-        frame = encode_message(event)
+    def add_message(self, event: Event) -> Encoded:
+        """Into the ring."""
         self.seq = event.seq
-        self.ring.append(event.seq, frame)
-        return frame
+        return self.ring.append(event)
 
-    def notice(self, type: str, events: Sequence[Event]) -> list[bytes]:
-        """One frame for however many came or went in this turn."""
+    def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
+        """One event for however many came or went in this turn."""
         if not events:
             return []
         names = [event.name for event in events]
@@ -775,9 +822,8 @@ class Room:
 
     def send(self, batch: Batch) -> None:
         """The only way out to everybody. A listener that can't keep up deals with it by itself."""
-        if batch.frames:
-            for listener in tuple(self.listeners):
-                listener.send(batch)
+        for listener in tuple(self.listeners):
+            listener.send(batch)
 
     def free_variant(self, name: str) -> str:
         """A name like this one that nobody has; "" if there is none."""
@@ -841,7 +887,8 @@ class Feed:
         self.pace(member, say.cid)
         if stored := self.stored.get((member.sid, say.cid)):
             seq, id = stored
-            done(Event("message", seq, self.room.epoch, member.sid, say.cid, member.name, say.text, id))
+            event = Event("message", seq, self.room.epoch, member.sid, say.cid, member.name, say.text, id)
+            done(self.room.ring.find(seq) or event)
             return
         if len(self.outbox) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
@@ -854,11 +901,11 @@ class Feed:
         if not rate:
             return
         now = asyncio.get_running_loop().time()
-        member.tokens = min(rate * 5, member.tokens + (now - member.spent) * rate)
+        member.tokens = min(max(1, rate * 5), member.tokens + (now - member.spent) * rate)
         member.spent = now
         if member.tokens < 1:
             member.refusals += 1
-            raise Refused("too-fast", cid=cid, retry_after=max(0.1, (1 - member.tokens) / rate))
+            raise Refused("too-fast", cid=cid, retry_after=(1 - member.tokens) / rate)
         member.tokens -= 1
         member.refusals = 0
 
@@ -920,7 +967,7 @@ class Feed:
 
     async def commit(self) -> bool:
         """One transaction: catch up with the feed, append what is still wanted. Whether anything was written."""
-        if not self.outbox and not self.sweep:
+        if not self.outbox and not self.sweep and self.writable:
             self.work.clear()
             return False
         decided: list[Event] = []
@@ -928,6 +975,8 @@ class Feed:
         def decide(newer: list[Entry], lapsed: set[str]) -> Changes:
             self.absorb(newer)
             decided[:] = [*self.lapse(lapsed), *self.decide()]
+            if not decided and not self.writable:
+                decided.append(Event("opened", self.room.seq, self.room.epoch))  # says nothing, but tries the store
             return self.changes(decided)
 
         sweep, self.sweep = self.sweep, False
@@ -1120,9 +1169,9 @@ class Feed:
         while True:
             await asyncio.sleep(self.config.tick_seconds)
             self.expire(loop.time())
-            time_frame = encode({"type": "time", "ts": self.store.now()})
+            now = encode({"type": "time", "ts": self.store.now()})
             for listener in tuple(self.room.listeners):
-                listener.beat(loop.time(), time_frame)
+                listener.beat(loop.time(), now)
 
     async def keep_leases(self) -> NoReturn:
         """Renews the leases of who is connected here, shortens those of who has gone, and looks for lapsed ones."""
@@ -1149,7 +1198,6 @@ class Feed:
         ]
         if due:
             await self.store.renew([member.key for member in due], self.config.lease_seconds)
-            self.mark(writable=True)
         for member in due:
             member.renewed = now
 
@@ -1239,14 +1287,14 @@ class Services(NamedTuple):
 
 def is_our_host(header: str, hosts: frozenset[str]) -> bool:
     """Whether a Host header names us. A name that isn't local may be one that an attacker's DNS points at us."""
-    try:
-        name = (urllib.parse.urlsplit("//" + header).hostname or "").removesuffix(".")
-    except ValueError:
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
+    if match is None:
         return False
+    name = match[1] or match[2]
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    return name in hosts or name.endswith(LOCAL_SUFFIXES) or re.fullmatch(r"[a-z0-9_-]+", name) is not None
+    return name in hosts or name.endswith(LOCAL_SUFFIXES) or "." not in name
 
 
 def choose_language(header: str) -> str:
@@ -1351,7 +1399,7 @@ class PageHandler(BaseHandler):
         if self.current_user is None:
             self.redirect("/login")
             return
-        self.page("chat.html", name=self.current_user.name, page_words=page_words(self.language))
+        self.page("chat.html", name=self.current_user.name, page_words=to_json(page_words(self.language)))
 
 
 class LoginHandler(BaseHandler):
@@ -1363,9 +1411,9 @@ class LoginHandler(BaseHandler):
 
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
-        nickname = self.get_body_argument("nickname", "")
+        nickname = self.field("nickname")
         try:
-            check_password(self.services.config, self.get_body_argument("password", ""))
+            check_password(self.services.config, self.field("password"))
             session = await log_in(self.services, nickname, self.request.remote_ip or "", self.current_user)
         except Refused as refused:
             self.refuse(refused, nickname)
@@ -1375,6 +1423,13 @@ class LoginHandler(BaseHandler):
             self.finish({"name": session.name})
         else:
             self.redirect("/", status=303)
+
+    def field(self, name: str) -> str:
+        """A field of the form as it was sent: get_body_argument would turn control characters into spaces."""
+        try:
+            return self.request.body_arguments.get(name, [b""])[-1].decode()
+        except UnicodeDecodeError:
+            raise tornado.web.HTTPError(400) from None
 
     def refuse(self, refused: Refused, nickname: str) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
@@ -1461,6 +1516,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     member: Member
     base = 0
     joined = False
+    plain = False  # the subprotocol `text`
     stream: tornado.iostream.IOStream
 
     def initialize(self, services: Services) -> None:
@@ -1479,6 +1535,11 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         self.epoch = self.get_query_argument("epoch", "")
         self.nickname = self.get_query_argument("nickname", None)
         self.password = self.get_query_argument("password", "")
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        """`text`: lines instead of JSON."""
+        self.plain = "text" in subprotocols
+        return "text" if self.plain else None
 
     def detach(self) -> tornado.iostream.IOStream:
         """Tornado hands the stream over to the WebSocket here; we write to it too."""
@@ -1527,7 +1588,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return  # it has been turned away
         self.heard = asyncio.get_running_loop().time()
         try:
-            self.services.feed.say(self.member, parse_say(message), self.settled)
+            say = clean_say(message, "") if self.plain else parse_say(message)
+            self.services.feed.say(self.member, say, self.settled)
         except Refused as refused:
             self.refuse(refused)
             if self.member.refusals > IGNORED_REFUSALS:
@@ -1542,28 +1604,29 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         if isinstance(outcome, Refused):
             self.refuse(outcome)
         elif outcome.seq <= self.base:
-            self.send(Batch([encode_message(outcome)]))
+            self.send(Batch(encode_message(outcome)))
 
     def refuse(self, refused: Refused) -> None:
         """Tells the client why not."""
-        self.send(Batch([encode(refused.frame(self.language))]))
+        self.send(Batch(encode(refused.event(self.language))))
 
     def send(self, batch: Batch) -> None:
         """Live events: to the socket if nothing waits there, else into the backlog. Too much of it is the end."""
+        data = batch.lines if self.plain else batch.frames
         if not (self.draining or self.stream.writing()):
-            self.transmit(batch.data)
+            self.transmit(data)
             return
-        self.backlog.append((batch.data, len(batch.frames)))
-        self.waiting_bytes += len(batch.data)
-        self.waiting_events += len(batch.frames)
+        self.backlog.append((data, len(batch.events)))
+        self.waiting_bytes += len(data)
+        self.waiting_events += len(batch.events)
         if self.waiting_bytes > BACKLOG_BYTES or self.waiting_events > BACKLOG_EVENTS:
             self.shut(4008, "too slow")
         else:
             self.drain_later()
 
-    def replay(self, frames: list[bytes]) -> None:
+    def replay(self, events: list[Encoded]) -> None:
         """History, from the ring: whatever its size it doesn't count as waiting, the bytes are everybody's."""
-        self.backlog.extend((memoryview(frame), 0) for frame in frames)
+        self.backlog.extend((memoryview(event.line if self.plain else event.frame), 0) for event in events)
         if not self.draining:
             self.drain()
 
@@ -1605,18 +1668,18 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         if self.backlog:
             self.drain_later()
 
-    def beat(self, now: float, time_frame: bytes) -> None:
+    def beat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
         every = self.services.config.ping_seconds
         if now - self.heard > 2 * every:
             self.stream.close()
         elif now - self.pinged >= every:
             self.pinged = now
-            frames = [PING]
+            events = [Encoded(PING, PING)]
             if now - self.timed >= self.services.config.time_seconds:
                 self.timed = now
-                frames.append(time_frame)
-            self.send(Batch(frames))
+                events.append(time)
+            self.send(Batch(*events))
 
     def shut(self, code: int, reason: str) -> None:
         """No more events; the client is told why, and has Tornado's 5 s to say goodbye."""
@@ -1717,7 +1780,7 @@ def log_request(handler: tornado.web.RequestHandler) -> None:
     """The access log: paths without their query, which may hold a password."""
     request = handler.request
     status = handler.get_status()
-    level = logging.ERROR if status >= 500 else logging.DEBUG
+    level = logging.ERROR if status == 500 else logging.DEBUG
     log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
 
 
@@ -1849,10 +1912,10 @@ def stop_on_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
 
     def handle(number: int, frame: object) -> None:
+        """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
         if stop.is_set():
             os._exit(0)
-        stop.set()
-        loop.call_soon_threadsafe(lambda: None)  # wakes the loop
+        loop.call_soon_threadsafe(stop.set)
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
@@ -2200,7 +2263,7 @@ WORDS = {
         "js_more": "还有 {n} 人",
         "kept_memory": "最近的 {history} 条消息会为您保留；主持人关闭聊天室后即清除。",
         "kept_redis": "最近的 {history} 条消息会为您保留，重启后仍在。",
-        "error": "{status}：{reason}",
+        "error": "出错了：{status} {reason}",
         "error_404": "没有这个页面。",
         "error_421": "本聊天室不以“{host}”为名。管理者可用 --allow-host {host} 允许。",
         "refused_not-json": "这不是 JSON。",
@@ -2226,9 +2289,9 @@ WORDS = {
 }
 
 
-def page_words(language: str) -> str:
-    """The words that the script needs, as JSON."""
-    return to_json({key.removeprefix("js_"): text for key, text in WORDS[language].items() if key.startswith("js_")})
+def page_words(language: str) -> dict[str, str]:
+    """The words that the script needs."""
+    return {key.removeprefix("js_"): text for key, text in WORDS[language].items() if key.startswith("js_")}
 
 
 # language=html
