@@ -142,9 +142,8 @@ class Config:
 
 CID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
-STEERING = re.compile(
-    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-)  # a terminal, or its reader
+# What could steer a terminal, or deceive its reader: controls but newline, and the marks of bidirectional text.
+STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -196,6 +195,8 @@ def parse_say(raw: str | bytes) -> Say:
         raise Refused("bad-frame", "not-json") from None
     if not isinstance(frame, dict) or frame.get("type") != "say":
         raise Refused("bad-frame", "unknown-type")
+    if frame.get("cid") == "":
+        raise Refused("bad-frame", "bad-cid")
     return clean_say(frame.get("text"), frame.get("cid", ""))
 
 
@@ -1283,6 +1284,7 @@ class Services(NamedTuple):
     cookie: str  # its name
     hosts: frozenset[str]  # names under which the room may be opened
     started: float  # in s of time.monotonic
+    sockets: set[ChatSocket]  # all that are open, joined or not
 
 
 def is_our_host(header: str, hosts: frozenset[str]) -> bool:
@@ -1549,6 +1551,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
         self.set_nodelay(True)
+        self.services.sockets.add(self)
         try:
             await self.enter(await self.session())
         except Refused as refused:
@@ -1683,12 +1686,14 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
     def shut(self, code: int, reason: str) -> None:
         """No more events; the client is told why, and has Tornado's 5 s to say goodbye."""
-        self.services.room.leave(self)
+        if self.joined:
+            self.services.room.leave(self)
         self.backlog.clear()
         self.close(code, reason)
 
     def on_close(self) -> None:
         """The connection is gone, for whatever reason."""
+        self.services.sockets.discard(self)
         if self.joined:
             self.services.room.leave(self)
             self.services.feed.release(self.member)
@@ -1716,7 +1721,7 @@ class HealthHandler(BaseHandler):
                 "status": "ok" if room.available else "unavailable",
                 "version": __version__,
                 "uptime": round(time.monotonic() - services.started, 1),
-                "connections": len(room.listeners),
+                "connections": len(services.sockets),
                 "members": len(room.roster),
                 "store": "redis" if services.config.redis_url else "memory",
             }
@@ -1812,9 +1817,10 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 class Daemon:
     """A running room: what `python tornchat.py` starts, and what tests start in their own loop."""
 
-    def __init__(self, config: Config, sockets: list[socket.socket], tls: ssl.SSLContext | None) -> None:
-        self.config, self.sockets, self.tls = config, sockets, tls
-        self.port = int(sockets[0].getsockname()[1])
+    def __init__(self, config: Config, ports: list[socket.socket], tls: ssl.SSLContext | None) -> None:
+        self.config, self.ports, self.tls = config, ports, tls
+        self.port = int(ports[0].getsockname()[1])
+        self.sockets: set[ChatSocket] = set()
         self.store = Store(connect(config), config)
         self.room = Room(config.title, config.history)
         self.feed = Feed(self.store, self.room, config)
@@ -1823,10 +1829,10 @@ class Daemon:
     async def start(cls, config: Config) -> Self:
         """Takes a port, reads the store, opens the room. Raises StartError, and then leaves nothing behind."""
         async with contextlib.AsyncExitStack() as undo:
-            sockets = bind(config)
-            for sock in sockets:
-                undo.callback(sock.close)
-            daemon = cls(config, sockets, tls_context(config))
+            ports = bind(config)
+            for port in ports:
+                undo.callback(port.close)
+            daemon = cls(config, ports, tls_context(config))
             undo.push_async_callback(daemon.store.close)
             try:
                 await daemon.feed.open()
@@ -1848,6 +1854,7 @@ class Daemon:
             cookie="tornchat-" + hashlib.sha256(lasting.encode()).hexdigest()[:8],
             hosts=frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *self.config.allow_host)),
             started=time.monotonic(),
+            sockets=self.sockets,
         )
         self.server = tornado.httpserver.HTTPServer(
             make_app(services),
@@ -1857,7 +1864,7 @@ class Daemon:
             idle_connection_timeout=15,  # s, also for a header that never ends
             body_timeout=10,  # s
         )
-        self.server.add_sockets(self.sockets)
+        self.server.add_sockets(self.ports)
         self.feed.start()
 
     @property
@@ -1878,16 +1885,20 @@ class Daemon:
         self.feed.stopping = True
         self.server.stop()
         await self.feed.drain()
-        for listener in tuple(self.room.listeners):
-            listener.shut(1001, "restarting")
-        await self.goodbyes()
+        await self.say_goodbye()
         await self.feed.stop()
         await self.store.close()
 
-    async def goodbyes(self) -> None:
-        """Gives the clients a moment to close; who doesn't is cut off."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.server.close_all_connections(), 0.5)
+    async def say_goodbye(self) -> None:
+        """Tells everybody, and gives them a moment to close; who doesn't is cut off."""
+        for listener in tuple(self.sockets):
+            listener.shut(1001, "restarting")
+        deadline = time.monotonic() + 0.5
+        while self.sockets and time.monotonic() < deadline:  # noqa: ASYNC110 - once, and half a second at the most
+            await asyncio.sleep(0.01)
+        for listener in tuple(self.sockets):
+            listener.stream.close()
+        await self.server.close_all_connections()
 
 
 async def serve(config: Config) -> None:
