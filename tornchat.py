@@ -264,6 +264,8 @@ def clean_name(raw: str) -> str:
         raise Refused("invalid", "name-long", limit=NAME_CHARS)
     if kinds[0][0] == "M" or not all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf"):
         raise Refused("invalid", "name-characters")
+    if ":" in name or name[0] == "~":  # as plain lines they could be mistaken for somebody's words, or the room's
+        raise Refused("invalid", "name-characters")
     if name_key(name) in RESERVED_KEYS:
         raise Refused("invalid", "name-reserved", name=name)
     return name
@@ -1259,10 +1261,13 @@ class Backoff:
 # Thin: parse, ask the room or the feed, answer. Who somebody is comes from the signed cookie alone; which pages may
 # ask comes from Host and Origin.
 
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
                "too-many-tabs": 4504, "unavailable": 1013}  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
@@ -1336,10 +1341,8 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def set_default_headers(self) -> None:
         """On every answer, errors too."""
-        self.set_header("Content-Security-Policy", CSP)
-        self.set_header("X-Content-Type-Options", "nosniff")
-        self.set_header("Referrer-Policy", "no-referrer")
-        self.set_header("Cache-Control", "no-store")
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
         self.set_header("Server", "tornchat")
 
     def prepare(self) -> None:
@@ -1464,31 +1467,33 @@ def check_password(config: Config, password: str) -> None:
 
 
 async def log_in(services: Services, nickname: str, address: str, session: Session | None) -> Session:
-    """A session under that name, the same one if this browser has it already. Raises Refused.
+    """A session under that name, the same one if this browser has it already; "" = a guest. Raises Refused.
 
     Another name that the browser had is given back: it can't talk under it any more.
     """
-    if not nickname.strip():
-        return await log_in_guest(services, address)
-    name = clean_name(nickname)
-    if session and name_key(session.name) == name_key(name):
+    name = clean_name(nickname) if nickname.strip() else ""
+    if session and name and name_key(session.name) == name_key(name):
         await services.feed.enter(session.sid, session.name)
         return session
-    new = Session(secrets.token_hex(16), name)
-    await services.feed.enter(new.sid, new.name)
+    new = await (enter_as(services, name) if name else enter_as_guest(services, address))
     if session and (member := services.room.sessions.get(session.sid)):
-        with contextlib.suppress(Refused):  # then it lapses with its lease
+        with contextlib.suppress(Refused):  # the store is away: then the name lapses with its lease
             await services.feed.exit(member)
     return new
 
 
-async def log_in_guest(services: Services, address: str) -> Session:
-    """A session under a free name that is made from the address. Raises Refused."""
+async def enter_as(services: Services, name: str) -> Session:
+    """A new session under that name. Raises Refused."""
+    session = Session(secrets.token_hex(16), name)
+    await services.feed.enter(session.sid, session.name)
+    return session
+
+
+async def enter_as_guest(services: Services, address: str) -> Session:
+    """A new session under a free name that is made from the address. Raises Refused."""
     for _ in range(5):  # others may take the same one meanwhile
-        guest = Session(secrets.token_hex(16), services.room.guest(address))
         with contextlib.suppress(Taken):
-            await services.feed.enter(guest.sid, guest.name)
-            return guest
+            return await enter_as(services, services.room.guest(address))
     raise Refused("unavailable", retry_after=1)
 
 
@@ -1507,70 +1512,67 @@ class LogoutHandler(BaseHandler):
         self.redirect("/login", status=303)
 
 
+class Wish(NamedTuple):
+    """The query of a handshake."""
+
+    after: int | None
+    epoch: str
+    nickname: str | None
+    password: str
+
+
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
-    """GET /chat: a member's WebSocket, a Listener of the room.
+    """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
 
-    Fast, because a batch of events is one `send` of bytes that were made once: it goes straight to the socket, past
-    the stream's bookkeeping, futures and tasks. Only a client that can't take it at once gets a backlog. It is
-    bounded, and handed to the stream in chunks, each when the last one is out.
-    """
-
-    member: Member
-    base = 0
-    joined = False
-    plain = False  # the subprotocol `text`
+    listener: SocketListener | None = None
     stream: tornado.iostream.IOStream
-
-    def initialize(self, services: Services) -> None:
-        """As for every route."""
-        super().initialize(services)
-        self.backlog: collections.deque[tuple[memoryview, int]] = collections.deque()  # data, live events in it
-        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining = False  # the stream will call drain
-        self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
 
     def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
         super().prepare()
         after = self.get_query_argument("after", "")
-        self.after = int(after) if re.fullmatch(r"[0-9]{1,15}", after) else None
-        self.epoch = self.get_query_argument("epoch", "")
-        self.nickname = self.get_query_argument("nickname", None)
-        self.password = self.get_query_argument("password", "")
+        self.wish: Wish | None = Wish(
+            int(after) if re.fullmatch(r"[0-9]{1,15}", after) else None,
+            self.get_query_argument("epoch", ""),
+            self.get_query_argument("nickname", None),
+            self.get_query_argument("password", ""),
+        )
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         """`text`: lines instead of JSON."""
-        self.plain = "text" in subprotocols
-        return "text" if self.plain else None
+        return "text" if "text" in subprotocols else None
 
     def detach(self) -> tornado.iostream.IOStream:
-        """Tornado hands the stream over to the WebSocket here; we write to it too."""
+        """Tornado hands the stream over to the WebSocket here; the listener writes to it too."""
         self.stream = super().detach()
         return self.stream
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
+        wish, self.wish = self.wish, None
+        assert wish
         self.set_nodelay(True)
         self.services.sockets.add(self)
         try:
-            await self.enter(await self.session())
+            await self.enter(await self.session(wish), wish)
         except Refused as refused:
             if refused.code == "name-lost":
-                self.refuse(refused)
+                await self.write_message(to_json(refused.event(self.language)))
             sentence = refused.sentence(self.language).encode()[:123].decode(errors="ignore")  # all that a frame takes
             self.close(CLOSE_CODES[refused.code], sentence)
+        self.forget_handshake()
 
-    async def session(self) -> Session:
+    async def session(self, wish: Wish) -> Session:
         """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
         known = self.current_user
-        if known and (self.nickname is None or name_key(self.nickname) == name_key(known.name)):
+        if known and (wish.nickname is None or name_key(wish.nickname) == name_key(known.name)):
             return known
-        if self.nickname is None:
+        if wish.nickname is None:
             raise Refused("no-session")
-        check_password(self.services.config, self.password)
-        return await log_in(self.services, self.nickname, self.request.remote_ip or "", None)
+        check_password(self.services.config, wish.password)
+        return await log_in(self.services, wish.nickname, self.request.remote_ip or "", None)
 
-    async def enter(self, session: Session) -> None:
+    async def enter(self, session: Session, wish: Wish) -> None:
         """Joins the room. Raises Refused."""
         room, feed = self.services.room, self.services.feed
         try:
@@ -1579,59 +1581,83 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             raise Refused("name-lost", name=session.name) from None
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-        if self.after is not None and self.after > room.seq:
+        if wish.after is not None and wish.after > room.seq:
             await feed.try_to_catch_up()  # the client comes from another daemon, which was ahead of this one
         if self.ws_connection is not None:  # it may have gone while we waited
-            self.member, self.joined = member, True
-            room.join(self, self.after, self.epoch)
+            self.listener = SocketListener(self, member)
+            room.join(self.listener, wish.after, wish.epoch)
+
+    def forget_handshake(self) -> None:
+        """Drops what only the handshake needed: a fifth of what an idle connection would keep."""
+        self.request.headers.clear()
+        self.request.cookies.clear()
+        for name in SECURITY_HEADERS:
+            self.clear_header(name)
 
     def on_message(self, message: str | bytes) -> None:
         """One frame of the client."""
-        if not self.joined:
+        listener = self.listener
+        if listener is None:
             return  # it has been turned away
-        self.heard = asyncio.get_running_loop().time()
+        listener.heard = asyncio.get_running_loop().time()
         try:
-            say = clean_say(message, "") if self.plain else parse_say(message)
-            self.services.feed.say(self.member, say, self.settled)
+            say = clean_say(message, "") if listener.plain else parse_say(message)
+            self.services.feed.say(listener.member, say, listener.settled)
         except Refused as refused:
-            self.refuse(refused)
-            if self.member.refusals > IGNORED_REFUSALS:
+            listener.refuse(refused)
+            if listener.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
     def on_pong(self, data: bytes) -> None:
         """The client lives."""
-        self.heard = asyncio.get_running_loop().time()
+        if self.listener:
+            self.listener.heard = asyncio.get_running_loop().time()
 
-    def settled(self, outcome: Outcome) -> None:
-        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
-        if isinstance(outcome, Refused):
-            self.refuse(outcome)
-        elif outcome.seq <= self.base:
-            self.send(Batch(encode_message(outcome)))
+    def shut(self, code: int, reason: str) -> None:
+        """No more events; the client is told why, and has Tornado's 5 s to say goodbye."""
+        if self.listener:
+            self.services.room.leave(self.listener)
+        self.close(code, reason)
 
-    def refuse(self, refused: Refused) -> None:
-        """Tells the client why not."""
-        self.send(Batch(encode(refused.event(self.language))))
+    def on_close(self) -> None:
+        """The connection is gone, for whatever reason."""
+        self.services.sockets.discard(self)
+        if self.listener:
+            self.services.room.leave(self.listener)
+            self.services.feed.release(self.listener.member)
+
+
+class SocketListener:
+    """The way out to one socket, and the reason why tornchat is fast.
+
+    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
+    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
+    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
+    """
+
+    __slots__ = ("backlog", "base", "draining", "handler", "heard", "member", "pinged", "plain", "stream", "timed",
+                 "waiting_bytes", "waiting_events")  # fmt: skip
+
+    def __init__(self, handler: ChatSocket, member: Member) -> None:
+        self.handler, self.member, self.stream = handler, member, handler.stream
+        self.plain = handler.selected_subprotocol == "text"
+        self.base = 0
+        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
+        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
+        self.draining = False  # the stream will call drain
+        self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
-        """Live events: to the socket if nothing waits there, else into the backlog. Too much of it is the end."""
+        """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
         if not (self.draining or self.stream.writing()):
             self.transmit(data)
             return
-        self.backlog.append((data, len(batch.events)))
+        self.wait([(data, len(batch.events))])
         self.waiting_bytes += len(data)
         self.waiting_events += len(batch.events)
         if self.waiting_bytes > BACKLOG_BYTES or self.waiting_events > BACKLOG_EVENTS:
             self.shut(4008, "too slow")
-        else:
-            self.drain_later()
-
-    def replay(self, events: list[Encoded]) -> None:
-        """History, from the ring: whatever its size it doesn't count as waiting, the bytes are everybody's."""
-        self.backlog.extend((memoryview(event.line if self.plain else event.frame), 0) for event in events)
-        if not self.draining:
-            self.drain()
 
     def transmit(self, data: memoryview) -> None:
         """Straight to the socket; what that doesn't take goes through the stream."""
@@ -1648,6 +1674,20 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.stream.write(data[sent:])
             self.drain_later()
 
+    def replay(self, events: list[Encoded]) -> None:
+        """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
+        self.wait([(memoryview(event.line if self.plain else event.frame), 0) for event in events])
+
+    def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
+        """Into the backlog, and out again as soon as the stream can take it."""
+        if self.backlog is None:
+            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
+        self.backlog.extend(pieces)
+        if self.stream.writing():
+            self.drain_later()
+        elif not self.draining:
+            self.drain()
+
     def drain_later(self) -> None:
         """Goes on with the backlog when the stream has written all that it has."""
         if not (self.draining or self.stream.closed()):
@@ -1657,46 +1697,53 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def drain(self, written: asyncio.Future[None] | None = None) -> None:
         """Hands over the backlog, a chunk at a time."""
         self.draining = False
-        while self.backlog and not self.stream.closed() and not self.stream.writing():
-            chunk: list[memoryview] = []
-            size = 0
-            while self.backlog and size < CHUNK_BYTES:
-                data, events = self.backlog.popleft()
-                chunk.append(data)
-                size += len(data)
-                if events:
-                    self.waiting_bytes -= len(data)
-                    self.waiting_events -= events
-            self.transmit(memoryview(b"".join(chunk)))
-        if self.backlog:
-            self.drain_later()
+        while self.backlog and not self.stream.closed():
+            if self.stream.writing():
+                self.drain_later()
+                return
+            self.transmit(self.next_chunk(self.backlog))
+        self.backlog = None
+
+    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
+        """The oldest of the backlog, as much as goes out well in one piece."""
+        chunk: list[memoryview] = []
+        size = 0
+        while backlog and size < CHUNK_BYTES:
+            data, events = backlog.popleft()
+            chunk.append(data)
+            size += len(data)
+            self.waiting_bytes -= len(data) if events else 0
+            self.waiting_events -= events
+        return memoryview(b"".join(chunk))
+
+    def settled(self, outcome: Outcome) -> None:
+        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        if isinstance(outcome, Refused):
+            self.refuse(outcome)
+        elif outcome.seq <= self.base:
+            self.send(Batch(encode_message(outcome)))
+
+    def refuse(self, refused: Refused) -> None:
+        """Tells this client why not."""
+        self.send(Batch(encode(refused.event(self.handler.language))))
 
     def beat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
-        every = self.services.config.ping_seconds
-        if now - self.heard > 2 * every:
+        config = self.handler.services.config
+        if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
-        elif now - self.pinged >= every:
+        elif now - self.pinged >= config.ping_seconds:
             self.pinged = now
             events = [Encoded(PING, PING)]
-            if now - self.timed >= self.services.config.time_seconds:
+            if now - self.timed >= config.time_seconds:
                 self.timed = now
                 events.append(time)
             self.send(Batch(*events))
 
     def shut(self, code: int, reason: str) -> None:
-        """No more events; the client is told why, and has Tornado's 5 s to say goodbye."""
-        if self.joined:
-            self.services.room.leave(self)
-        self.backlog.clear()
-        self.close(code, reason)
-
-    def on_close(self) -> None:
-        """The connection is gone, for whatever reason."""
-        self.services.sockets.discard(self)
-        if self.joined:
-            self.services.room.leave(self)
-            self.services.feed.release(self.member)
+        """The end, with a close code."""
+        self.backlog = None
+        self.handler.shut(code, reason)
 
 
 class NotFoundHandler(BaseHandler):
@@ -2219,7 +2266,7 @@ WORDS = {
         "refused_password": "That is not the room's password.",
         "refused_name-empty": "A nickname needs a letter or a digit.",
         "refused_name-long": "A nickname has at most {limit} characters.",
-        "refused_name-characters": "There is a character in it that cannot be seen or does not belong in a name.",
+        "refused_name-characters": "There is a character in it that cannot be seen, or does not belong in a name.",
         "refused_name-reserved": "“{name}” could be mistaken for the room itself. Please choose another name.",
         "refused_no-session": "Please log in first.",
         "refused_too-many-tabs": "The room is open in {limit} tabs already.",
