@@ -2574,8 +2574,8 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
   background: var(--surface);
   box-shadow: var(--shadow);
 }
-/* A short text has its time beside it, a long one below */
-.line { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 12px; }
+/* The time stands beside the last line if there is room, else below */
+.line { display: flex; flex-wrap: wrap; align-items: end; align-items: last baseline; gap: 0 12px; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; white-space: pre-wrap; }
 .bubble time, .status { margin-inline-start: auto; color: var(--quiet); font-size: .75rem; text-align: end; }
