@@ -97,7 +97,7 @@ BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come 
 CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 SOCKETS_A_SESSION = 10  # tabs of one browser
-IGNORED_REFUSALS = 50  # too-fast in a row before a flooder is closed
+IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
@@ -245,7 +245,10 @@ SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
     | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e ", None)
 )
-RESERVED = ("system", "admin", "administrator", "host", "tornchat", "server", "root", "系统", "管理员", "主持人")
+RESERVED = (
+    *("system", "admin", "administrator", "host", "tornchat", "server", "moderator", "root"),
+    *("系统", "管理员", "主持人", "服务器", "聊天室", "房主"),
+)
 
 
 def clean_name(raw: str) -> str:
@@ -423,11 +426,12 @@ class Snapshot(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What one transaction does to the feed: append events, forget the oldest messages and notices."""
+    """What one transaction does: append events, forget the oldest messages and notices, and leases of nobody."""
 
     events: list[Event]
     keep_from: bytes = b""
     delete: Sequence[bytes] = ()
+    strays: Sequence[str] = ()
 
 
 def id_order(id: bytes) -> tuple[int, int]:
@@ -503,7 +507,7 @@ class Store:
             newer = after_last(await pipe.xrange(self.feed, min=last), last)
             lapsed = await pipe.zrangebyscore(self.leases, "-inf", self.now()) if sweep else []
             changes = decide(newer, {key.decode(errors="replace") for key in lapsed})
-            if not changes.events:
+            if not changes.events and not changes.strays:
                 return []
             pipe.multi()
             self.write(pipe, changes)
@@ -524,6 +528,8 @@ class Store:
                 pipe.zrem(self.leases, key)
         if changes.delete:
             pipe.xdel(self.feed, *changes.delete)
+        if changes.strays:
+            pipe.zrem(self.leases, *changes.strays)
 
     async def reopen(self, last: bytes, opened: Event, roster: Iterable[Member], secret: str) -> None:
         """Begins a new epoch after `last` (b"": no entry), and puts back what a flush or a rollback took.
@@ -545,10 +551,15 @@ class Store:
                 pipe.zadd(self.leases, {member.key: self.lapses_in(self.config.lease_seconds)})
             await pipe.execute()
 
-    async def read_clock(self) -> None:
-        """Learns the store's time; between two readings it is carried on by a clock that nobody can set."""
+    async def read_clock(self) -> float:
+        """Learns the store's time; by how many s it has jumped ahead.
+
+        Between two readings the time is carried on by a clock that nobody can set.
+        """
+        before = self.clock_ahead
         seconds, microseconds = await self.redis.time()
         self.clock_ahead = (seconds + microseconds / 1e6 - time.monotonic()) * 1000
+        return (self.clock_ahead - before) / 1000
 
     def now(self) -> int:
         """The store's clock, in ms."""
@@ -558,18 +569,15 @@ class Store:
         """The score of a lease."""
         return self.now() + int(seconds * 1000)
 
-    async def renew(self, keys: Sequence[str], seconds: float) -> None:
-        """Sets these leases."""
+    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
+        """Sets these leases, or those of them that are missing."""
         for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
-            await self.redis.zadd(self.leases, dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds)))
+            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
+            await self.redis.zadd(self.leases, scores, nx=missing)
 
-    async def lapsed(self) -> list[str]:
-        """The keys of members whose lease is over."""
-        return [key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())]
-
-    async def forget(self, keys: Sequence[str]) -> None:
-        """Drops leases that belong to nobody."""
-        await self.redis.zrem(self.leases, *keys)
+    async def any_lapsed(self) -> bool:
+        """Whether there are leases that are over."""
+        return bool(await self.redis.zcount(self.leases, "-inf", self.now()))
 
     async def close(self) -> None:
         """Gives the connections back."""
@@ -645,6 +653,7 @@ class Member:
     tokens: float = math.inf  # of the bucket that holds its pace
     spent: float = 0  # when the last one was taken, in s
     refusals: int = 0  # in a row
+    rejoining: bool = False
 
 
 class Ring:
@@ -829,13 +838,17 @@ class Room:
             listener.send(batch)
 
     def free_variant(self, name: str) -> str:
-        """A name like this one that nobody has; "" if there is none."""
+        """A name like this one that nobody has; "" if there is none. A look-alike's is that of the original."""
+        owner = self.roster.get(name_key(name))
+        name = owner.name if owner else name
         return next((new for new in variants(name) if name_key(new) not in self.roster), "")
 
     def guest(self, address: str) -> str:
         """A free name for whoever gives none."""
         name = guest_name(address)
-        return name if name_key(name) not in self.roster else self.free_variant(name)
+        if name_key(name) in self.roster:
+            name = self.free_variant(name) or f"guest-{secrets.token_hex(4)}"
+        return name
 
 
 # === Feed =============================================================================================================
@@ -861,6 +874,11 @@ class Proposal:
         """Under which the feed knows it: this is stored once, however often it is tried."""
         return self.member.sid, self.cid
 
+    @property
+    def cid_of_client(self) -> str:
+        """The cid that its author knows; "" for one that the daemon made."""
+        return "" if self.cid.startswith("~") else self.cid
+
 
 class Feed:
     """Keeps the room the sum of the feed, and gets into the feed what members want there: three tasks a daemon."""
@@ -878,6 +896,8 @@ class Feed:
         self.idle.set()
         self.sweep = False  # leases have lapsed
         self.released: dict[str, Member] = {}  # whose last tab here was closed since the last tick
+        self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
+        self.all_leased = 0.0  # when the roster was last searched for names without a lease
         self.reloading = asyncio.Lock()
         self.readable = self.writable = True
         self.stopping = False
@@ -907,10 +927,8 @@ class Feed:
         member.tokens = min(max(1, rate * 5), member.tokens + (now - member.spent) * rate)
         member.spent = now
         if member.tokens < 1:
-            member.refusals += 1
             raise Refused("too-fast", cid=cid, retry_after=(1 - member.tokens) / rate)
         member.tokens -= 1
-        member.refusals = 0
 
     async def enter(self, sid: str, name: str) -> Member:
         """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
@@ -919,26 +937,39 @@ class Feed:
             member = Member(sid, name, name_key(name))
         if self.room.roster.get(member.key) is not member:
             await self.settled("joined", member)
-        return self.room.roster.get(member.key, member)
+        entered = self.room.roster.get(member.key)
+        if entered is None or entered.sid != sid:  # it has left again meanwhile
+            raise Taken(name)
+        return entered
 
     async def exit(self, member: Member) -> None:
-        """Gives a name back at once, and closes the session everywhere. Raises Refused (unavailable)."""
+        """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
         if self.room.roster.get(member.key) is member:
-            await self.settled("left", member, text="logout")
+            written = asyncio.Event()
+            self.propose("left", member, lambda _: written.set(), text="logout", patience=math.inf)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    async def settled(self, type: str, member: Member, text: str = "") -> None:
+    async def settled(self, type: str, member: Member) -> None:
         """Waits until the feed has a notice. Raises Refused."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.propose(type, member, future.set_result, text=text)
+        self.propose(type, member, future.set_result)
         outcome = await future
         if isinstance(outcome, Refused):
             raise outcome
 
     def propose(
-        self, type: str, member: Member, done: Callable[[Outcome], None], *, cid: str = "", text: str = ""
+        self,
+        type: str,
+        member: Member,
+        done: Callable[[Outcome], None],
+        *,
+        cid: str = "",
+        text: str = "",
+        patience: float | None = None,
     ) -> None:
         """Into the outbox. The same proposal once more only changes who is told."""
-        expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
+        expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         proposal = Proposal(type, member, cid or "~" + secrets.token_hex(8), done, expires, text)
         self.outbox.setdefault(proposal.id, proposal).done = done
         self.idle.clear()
@@ -980,7 +1011,7 @@ class Feed:
             decided[:] = [*self.lapse(lapsed), *self.decide()]
             if not decided and not self.writable:
                 decided.append(Event("opened", self.room.seq, self.room.epoch))  # says nothing, but tries the store
-            return self.changes(decided)
+            return self.changes(decided, [key for key in lapsed if key not in self.room.roster])
 
         sweep, self.sweep = self.sweep, False
         ids = await self.store.compare_and_append(self.last, decide, sweep=sweep)
@@ -989,7 +1020,7 @@ class Feed:
 
     def lapse(self, lapsed: set[str]) -> list[Event]:
         """The notices for leases that are over."""
-        gone = [self.room.roster[key] for key in lapsed & self.room.roster.keys()]
+        gone = [member for key in lapsed if (member := self.room.roster.get(key)) and not member.listeners]
         return [Event("left", self.room.seq, self.room.epoch, member.sid, "", member.name) for member in gone]
 
     def decide(self) -> list[Event]:
@@ -997,23 +1028,31 @@ class Feed:
         events: list[Event] = []
         seq, owners = self.room.seq, dict[str, Member | None]()
         for proposal in list(itertools.islice(self.outbox.values(), GROUP_PROPOSALS)):
-            member = proposal.member
+            type, member = proposal.type, proposal.member
             owner = owners.setdefault(member.key, self.room.roster.get(member.key))
-            if proposal.type == "message":
-                seq += 1
-            elif proposal.type == "joined" and owner and owner.sid != member.sid:
+            its_own = owner is not None and owner.sid == member.sid
+            if type == "joined" and owner and not its_own:
                 self.settle(proposal.id, Taken(member.name))
                 continue
-            event = Event(proposal.type, seq, self.room.epoch, member.sid, proposal.cid, member.name, proposal.text)
-            owners[member.key] = member
+            if type == "message" and not its_own:
+                self.settle(proposal.id, Refused("name-lost", cid=proposal.cid_of_client, name=member.name))
+                continue
+            event = Event(
+                type, seq + (type == "message"), self.room.epoch, member.sid, proposal.cid, member.name, proposal.text
+            )
+            if type == "left" and not its_own:
+                self.settle(proposal.id, event)
+                continue
+            seq = event.seq
+            owners[member.key] = None if type == "left" else member
             events.append(event)
         return events
 
-    def changes(self, events: list[Event]) -> Changes:
+    def changes(self, events: list[Event], strays: list[str]) -> Changes:
         """The transaction for these events. It drops from the feed what falls out of our lists when they come back."""
         keep_from = self.messages[0] if len(self.messages) == FEED_MESSAGES else b""
         surplus = len(self.notices) + sum(event.type != "message" for event in events) - FEED_NOTICES
-        return Changes(events, keep_from, list(itertools.islice(self.notices, max(0, surplus))))
+        return Changes(events, keep_from, list(itertools.islice(self.notices, max(0, surplus))), strays)
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
@@ -1024,9 +1063,13 @@ class Feed:
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
-        for proposal in list(itertools.takewhile(lambda proposal: proposal.expires <= now, self.outbox.values())):
-            cid = "" if proposal.cid.startswith("~") else proposal.cid
-            self.settle(proposal.id, Refused("unavailable", cid=cid, retry_after=self.config.retry_seconds))
+        for proposal in [proposal for proposal in self.outbox.values() if proposal.expires <= now]:
+            self.refuse(proposal)
+
+    def refuse(self, proposal: Proposal) -> None:
+        """The store didn't answer in time."""
+        retry_after = self.config.retry_seconds
+        self.settle(proposal.id, Refused("unavailable", cid=proposal.cid_of_client, retry_after=retry_after))
 
     # --- the reader ---
 
@@ -1035,8 +1078,7 @@ class Feed:
         pause = Backoff(self.config.retry_seconds)
         while True:
             try:
-                next_id = await self.store.next_id(self.last)
-                if next_id is None or id_order(next_id) > id_order(self.last):
+                if not self.readable or await self.news():
                     await self.catch_up()
                 self.mark(readable=True)
                 pause.reset()
@@ -1045,6 +1087,11 @@ class Feed:
             except STORE_ERRORS as error:
                 self.mark(readable=False, error=error)
                 await pause()
+
+    async def news(self) -> bool:
+        """Waits for an entry that isn't our own; False for those. After a while it is time to look in any case."""
+        next_id = await self.store.next_id(self.last)
+        return next_id is None or id_order(next_id) > id_order(self.last)
 
     async def catch_up(self) -> None:
         """Absorbs all that is in the feed by now. Raises Rewound and STORE_ERRORS."""
@@ -1119,13 +1166,20 @@ class Feed:
                 return  # the other task has done it meanwhile
             while True:
                 snapshot = await self.store.load()
-                newest = snapshot.events[-1] if snapshot.events else Event("opened", 0, self.room.epoch)
-                if snapshot.events and (newest.epoch != self.room.epoch or newest.seq >= self.room.seq):
+                if not self.has_lost(snapshot):
                     break
-                opened = Event("opened", newest.seq, secrets.token_hex(8))
+                opened = Event("opened", snapshot.events[-1].seq if snapshot.events else 0, secrets.token_hex(8))
                 with contextlib.suppress(WatchError):
                     await self.store.reopen(snapshot.last, opened, self.room.roster.values(), self.secret)
             self.adopt(snapshot)
+
+    def has_lost(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot has nothing, or not the newest message that we have shown, and nobody has noticed yet."""
+        if not snapshot.events or snapshot.events[-1].epoch != self.room.epoch:
+            return not snapshot.events
+        ours = self.room.ring.find(self.room.seq)
+        others = [event for event in snapshot.events if event.type == "message" and event.seq == self.room.seq]
+        return snapshot.events[-1].seq < self.room.seq or (ours is not None and others != [] and ours not in others)
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Starts from a snapshot. Whoever is connected here and not on its roster joins again."""
@@ -1137,14 +1191,23 @@ class Feed:
         for event in snapshot.events:
             self.remember(event)
         self.room.adopt(snapshot)
+        self.rejoin_missing()
+
+    def rejoin_missing(self) -> None:
+        """Whoever is connected here belongs on the roster."""
         for member in list(self.room.sessions.values()):
             if member.listeners and self.room.roster.get(member.key) is not member:
                 self.rejoin(member)
 
     def rejoin(self, member: Member) -> None:
         """Puts a connected member back on the roster; if the name is gone, says so."""
+        if member.rejoining:
+            return
+        member.rejoining = True
 
         def done(outcome: Outcome) -> None:
+            """Called when the feed has it, or not."""
+            member.rejoining = False
             if isinstance(outcome, Taken):
                 for listener in tuple(member.listeners):
                     listener.refuse(Refused("name-lost", name=member.name))
@@ -1180,36 +1243,40 @@ class Feed:
         """Renews the leases of who is connected here, shortens those of who has gone, and looks for lapsed ones."""
         while True:
             try:
-                await self.store.read_clock()
+                if await self.store.read_clock() > self.config.renew_seconds:
+                    self.spare()
                 await self.renew()
                 await self.look_for_lapsed()
             except STORE_ERRORS as error:
                 log.debug("leases: %s", error)  # the reader tells
+                self.spare()
             await asyncio.sleep(self.config.tick_seconds)
+
+    def spare(self) -> None:
+        """The store was away, or its clock jumped: first every daemon must have had the time to renew its leases."""
+        self.spared_until = time.monotonic() + self.config.renew_seconds + 2 * self.config.tick_seconds
 
     async def renew(self) -> None:
         """The leases that are due, in one command. A name without a tab keeps it for the grace."""
         now = time.monotonic()
-        gone = [key for key, member in self.released.items() if not member.listeners]
-        self.released.clear()
+        self.rejoin_missing()
+        gone = {key: member for key, member in self.released.items() if not member.listeners}
         if gone:
-            await self.store.renew(gone, self.config.grace_seconds)
-        due = [
-            member
-            for member in self.room.sessions.values()
-            if member.listeners and now - member.renewed >= self.config.renew_seconds
-        ]
+            await self.store.renew(list(gone), self.config.grace_seconds)
+        self.released.clear()
+        here = [member for member in self.room.sessions.values() if member.listeners]
+        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
         if due:
             await self.store.renew([member.key for member in due], self.config.lease_seconds)
         for member in due:
             member.renewed = now
+        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
+            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
+            self.all_leased = now
 
     async def look_for_lapsed(self) -> None:
-        """Has the publisher announce members whose lease is over; a lease without a member is dropped."""
-        lapsed = await self.store.lapsed()
-        if strays := [key for key in lapsed if key not in self.room.roster]:
-            await self.store.forget(strays)
-        if len(strays) < len(lapsed):
+        """Has the publisher announce members whose lease is over."""
+        if time.monotonic() > self.spared_until and await self.store.any_lapsed():
             self.sweep = True
             self.work.set()
 
@@ -1338,6 +1405,10 @@ class BaseHandler(tornado.web.RequestHandler):
         self.language = choose_language(self.request.headers.get("Accept-Language", ""))
         if services.config.trust_proxy:
             believe_proxy(self.request)
+        try:
+            urllib.parse.urlsplit(self.request.headers.get("Origin", ""))
+        except ValueError:  # where Tornado compares it, that would be an error of ours
+            self.request.headers["Origin"] = "null"
 
     def set_default_headers(self) -> None:
         """On every answer, errors too."""
@@ -1373,14 +1444,21 @@ class BaseHandler(tornado.web.RequestHandler):
         """Whether a program asks."""
         return "application/json" in self.request.headers.get("Accept", "")
 
+    def log_exception(self, *error: Any) -> None:
+        """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
+        if not isinstance(error[1], tornado.web.HTTPError):
+            log.error("%s %s", self.request.method, shown(self.request.path), exc_info=error)
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """One sentence instead of Tornado's page."""
+        """One sentence, on a page or as JSON."""
         words = WORDS[self.language]
         text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=shown(self.request.headers.get("Host", ""))
+            status=status_code, reason=self._reason, host=shown(self.request.headers.get("Host", ""))[:100]
         )
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
-        self.finish(to_json({"code": status_code, "text": text}) if self.wants_json() else text + "\n")
+        if self.wants_json():
+            self.finish({"code": status_code, "text": text})
+        else:
+            self.page("error.html", text=text)
 
     def page(self, template: str, **values: object) -> None:
         """Answers with one of the HTML templates, in the reader's language."""
@@ -1411,8 +1489,9 @@ class LoginHandler(BaseHandler):
     """GET and POST /login."""
 
     def get(self) -> None:
-        """The form, filled in with ?nickname=."""
-        self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS])
+        """The form, filled in with ?nickname=; the chat page adds ?why= when it sends somebody here."""
+        why = WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), "")
+        self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS], error=why)
 
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
@@ -1440,7 +1519,7 @@ class LoginHandler(BaseHandler):
         """The reason, and with a name that is taken a free one that is like it."""
         self.set_status({"password": 403, "taken": 409, "unavailable": 503}.get(refused.code, 400))
         text = refused.sentence(self.language)
-        suggestion = self.services.room.free_variant(str(refused.values["name"])) if refused.code == "taken" else ""
+        suggestion = self.services.room.free_variant(nickname) if isinstance(refused, Taken) else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
@@ -1477,8 +1556,7 @@ async def log_in(services: Services, nickname: str, address: str, session: Sessi
         return session
     new = await (enter_as(services, name) if name else enter_as_guest(services, address))
     if session and (member := services.room.sessions.get(session.sid)):
-        with contextlib.suppress(Refused):  # the store is away: then the name lapses with its lease
-            await services.feed.exit(member)
+        await services.feed.exit(member)
     return new
 
 
@@ -1504,8 +1582,7 @@ class LogoutHandler(BaseHandler):
         """Gives the name back and forgets the session."""
         session = self.current_user
         if session and (member := self.services.room.sessions.get(session.sid)):
-            with contextlib.suppress(Refused):  # the store is away: the name lapses with its lease
-                await self.services.feed.exit(member)
+            await self.services.feed.exit(member)
             for listener in tuple(member.listeners):
                 listener.shut(4401, "logout")
         self.clear_cookie(self.services.cookie)
@@ -1583,6 +1660,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if wish.after is not None and wish.after > room.seq:
             await feed.try_to_catch_up()  # the client comes from another daemon, which was ahead of this one
+            if not room.available:
+                raise Refused("unavailable")
         if self.ws_connection is not None:  # it may have gone while we waited
             self.listener = SocketListener(self, member)
             room.join(self.listener, wish.after, wish.epoch)
@@ -1603,8 +1682,10 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         try:
             say = clean_say(message, "") if listener.plain else parse_say(message)
             self.services.feed.say(listener.member, say, listener.settled)
+            listener.member.refusals = 0
         except Refused as refused:
             listener.refuse(refused)
+            listener.member.refusals += 1
             if listener.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
@@ -1614,17 +1695,21 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.listener.heard = asyncio.get_running_loop().time()
 
     def shut(self, code: int, reason: str) -> None:
-        """No more events; the client is told why, and has Tornado's 5 s to say goodbye."""
-        if self.listener:
-            self.services.room.leave(self.listener)
+        """The end in both directions; the client is told why, and has Tornado's 5 s to say goodbye."""
+        self.leave()
         self.close(code, reason)
 
     def on_close(self) -> None:
         """The connection is gone, for whatever reason."""
         self.services.sockets.discard(self)
-        if self.listener:
-            self.services.room.leave(self.listener)
-            self.services.feed.release(self.listener.member)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on nothing that comes in is heard, and nothing goes out."""
+        listener, self.listener = self.listener, None
+        if listener:
+            self.services.room.leave(listener)
+            self.services.feed.release(listener.member)
 
 
 class SocketListener:
@@ -1721,11 +1806,16 @@ class SocketListener:
         if isinstance(outcome, Refused):
             self.refuse(outcome)
         elif outcome.seq <= self.base:
-            self.send(Batch(encode_message(outcome)))
+            self.tell(encode_message(outcome))
 
     def refuse(self, refused: Refused) -> None:
         """Tells this client why not."""
-        self.send(Batch(encode(refused.event(self.handler.language))))
+        self.tell(encode(refused.event(self.handler.language)))
+
+    def tell(self, event: Encoded) -> None:
+        """Something for this client alone, if it is still there."""
+        if self.handler.listener is self:
+            self.send(Batch(event))
 
     def beat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
@@ -1844,8 +1934,8 @@ def bind(config: Config) -> list[socket.socket]:
             return tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
         except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
             if tries == 1 or error.errno != errno.EADDRINUSE:
-                why = error.strerror or str(error)
-                raise StartError(f"cannot listen on {config.host or 'all addresses'}, port {port}: {why}") from None
+                where = f"{config.host} port {port}" if config.host else f"port {port}"
+                raise StartError(f"cannot listen on {where}: {error.strerror}. Another port: --port N") from None
     raise StartError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
 
 
@@ -1856,8 +1946,11 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(config.certfile, config.keyfile or None)
-    except (OSError, ssl.SSLError) as error:
-        raise StartError(f"cannot use the certificate {config.certfile}: {error.strerror or error}") from None
+    except ssl.SSLError:
+        raise StartError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
+    except OSError as error:
+        files = " or ".join(filter(None, (config.certfile, config.keyfile)))
+        raise StartError(f"cannot read the certificate {files}: {error.strerror}") from None
     return context
 
 
@@ -1932,6 +2025,8 @@ class Daemon:
         self.feed.stopping = True
         self.server.stop()
         await self.feed.drain()
+        for proposal in list(self.feed.outbox.values()):
+            self.feed.refuse(proposal)
         await self.say_goodbye()
         await self.feed.stop()
         await self.store.close()
@@ -1963,6 +2058,8 @@ async def serve(config: Config) -> None:
     if not config.quiet:
         print("tornchat: stopping", flush=True)
     await daemon.stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
@@ -1993,14 +2090,19 @@ def banner(daemon: Daemon) -> str:
     config = daemon.config
     addresses = lan_addresses() if config.host in ("", "0.0.0.0") else []
     urls = [f"{daemon.scheme}://{address}:{daemon.port}/" for address in addresses]
-    lines = [f"tornchat {__version__}", f"  on this machine  {daemon.url}"]
-    if config.port is None and daemon.port != DEFAULT_PORT:
-        lines[0] += f" (port {DEFAULT_PORT} is in use)"
-    lines += [f"  on the network   {url}" for url in urls]
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
-    lines.append(f"  messages         {kept}")
+    moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and daemon.port != DEFAULT_PORT else ""
+    lines = [
+        f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
+        f"  on this machine  {daemon.url}{moved}",
+        *(f"  on the network   {url}" for url in urls),
+        f"  messages         {kept}",
+    ]
     if urls:
-        lines.append("  Phones cannot connect? They need the same Wi-Fi, and the firewall must let Python in.")
+        lines += [
+            "  Phones cannot connect? They need the same Wi-Fi,",
+            "  and this machine's firewall must let Python in.",
+        ]
     lines.append("  Ctrl+C stops.")
     return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
 
@@ -2069,12 +2171,19 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line."""
-    parser = Parser("tornchat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "tornchat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
-    def option(*flags: str, env: str = "", default: object = None, help: str, **kwargs: Any) -> None:
+    def option(*flags: str, env: str = "", help: str, **kwargs: Any) -> None:
+        """An option; the first of its environment variables that is set becomes its default."""
         variables = env.split()
-        value = next((environ[name] for name in variables if environ.get(name)), default)
-        parser.add_argument(*flags, default=value, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
+        if name := next(filter(environ.get, variables), ""):
+            try:
+                kwargs["default"] = kwargs.get("type", str)(environ[name])
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"environment variable {name}: {error}")
+        parser.add_argument(*flags, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
 
     # fmt: off
     option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
@@ -2112,8 +2221,9 @@ class Joined(argparse.Action):
     """For an option that may be given several times, each time with several values."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        """Called by argparse."""
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+        """Called by argparse. The first one replaces the default."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else (*before, *values))
 
 
 def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
@@ -2160,7 +2270,9 @@ def redis_url(text: str) -> str:
     try:
         connect(Config(redis_url=text)).connection_pool.make_connection()
     except (ValueError, TypeError, RedisError):
-        raise argparse.ArgumentTypeError("malformed: redis://, rediss:// or unix:// expected") from None
+        raise argparse.ArgumentTypeError(
+            "malformed: redis://host:port/db expected, or rediss://, or unix:///path"
+        ) from None
     return text
 
 
@@ -2205,6 +2317,11 @@ WORDS = {
         "login_password": "Room password",
         "login_free": "is free: join with it, or choose another.",
         "login_submit": "Join",
+        "login_why_taken": "While you were away, somebody else took your name. Please choose another one.",
+        "login_why_password": "The room was restarted. Please give its password again.",
+        "login_why_invalid": "The room was restarted, and does not take your name any more.",
+        "login_why_logout": "In another tab you logged out, or took another name.",
+        "login_why_cookie": "This browser does not keep the room’s cookie, so the room cannot know you.",
         "chat_needs_script": "This page needs JavaScript. It loads nothing from outside this server.",
         "chat_log": "Messages",
         "chat_outbox": "Not yet sent",
@@ -2221,7 +2338,7 @@ WORDS = {
         "js_state_waiting": "Connection lost.",
         "js_state_offline": "This device is offline.",
         "js_state_restarting": "The server is restarting.",
-        "js_state_away": "The message store is away. You can read; what you write waits and is sent when it is back.",
+        "js_state_away": "The room cannot save messages right now. What you write waits, and is sent when it can.",
         "js_retry_in": "Next try in {n} s",
         "js_retry_now": "Trying now…",
         "js_closed_4403": "This room cannot be entered from here.",
@@ -2230,40 +2347,43 @@ WORDS = {
         "js_closed_4504": "The room is open in too many tabs. Close one of them first.",
         "js_sending": "Sending…",
         "js_waiting": "Waiting for the connection",
-        "js_waiting_store": "Waiting for the store",
-        "js_waiting_seconds": "Sent in {n} s",
+        "js_waiting_store": "Waiting until it can be saved",
+        "js_waiting_seconds": "Sends in {n} s",
+        "js_waiting_turn": "Waiting its turn",
         "js_not_sent": "Not sent: {reason}",
         "js_too_long": "the text is too long",
         "js_other_name": "written under the name “{name}”",
         "js_try_again": "Try again",
         "js_edit": "Edit",
         "js_left_over": "Characters left: {n}",
+        "js_too_many": "Characters too many: {n}",
         "js_joined": "{names} joined",
         "js_left": "{names} left",
         "js_people": "{n} people",
         "js_missed": "Messages missed while you were away: {n}",
-        "js_reset": "The room’s history was lost and begins anew here. What stands above is only on your screen.",
+        "js_reset": "The room has lost its history and starts again here. Everything above is only on your screen.",
         "js_new": "{n} new",
         "js_you": "you",
         "js_more": "and {n} more",
-        "kept_memory": "The last {history} messages wait for you; they are forgotten when the host stops the room.",
-        "kept_redis": "The last {history} messages wait for you; they outlive a restart.",
+        "kept_memory": "Earlier messages that you will see: the last {history}. Stopping the room forgets them.",
+        "kept_redis": "Earlier messages that you will see: the last {history}. They outlive a restart.",
+        "error_back": "To the room",
         "error": "{status}: {reason}",
         "error_404": "There is no such page here.",
         "error_421": "This room is not known as “{host}”. Whoever runs it can allow that: --allow-host {host}",
         "refused_not-json": "That is not JSON.",
         "refused_binary": "Only text frames are understood.",
         "refused_unknown-type": "Only frames of the type “say” are understood.",
-        "refused_bad-cid": "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ -",
+        "refused_bad-cid": "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ and -.",
         "refused_no-text": "The frame has no text.",
-        "refused_surrogate": "The text has half a character in it.",
+        "refused_surrogate": "The text has an incomplete character in it.",
         "refused_empty": "The message is empty.",
         "refused_too-long": "The message is longer than {limit} characters.",
         "refused_too-fast": "Too fast. Please wait a moment.",
-        "refused_unavailable": "The message store does not answer. Please try again in a moment.",
+        "refused_unavailable": "The room cannot save anything right now. Please try again in a moment.",
         "refused_name-lost": "Somebody else has the name “{name}” now.",
         "refused_taken": "“{name}” is taken, or looks like a name that is.",
-        "refused_password": "That is not the room's password.",
+        "refused_password": "That is not the room’s password.",
         "refused_name-empty": "A nickname needs a letter or a digit.",
         "refused_name-long": "A nickname has at most {limit} characters.",
         "refused_name-characters": "There is a character in it that cannot be seen, or does not belong in a name.",
@@ -2278,6 +2398,11 @@ WORDS = {
         "login_password": "房间密码",
         "login_free": "还没有人用：可以直接加入，也可以另选一个。",
         "login_submit": "加入",
+        "login_why_taken": "您离开期间，您的昵称已被他人使用，请另选一个。",
+        "login_why_password": "聊天室已重启，请再次输入密码。",
+        "login_why_invalid": "聊天室已重启，不再接受您的昵称。",
+        "login_why_logout": "您在另一个标签页中退出了，或换了昵称。",
+        "login_why_cookie": "此浏览器没有保存聊天室的 Cookie，因此无法识别您。",
         "chat_needs_script": "本页面需要启用 JavaScript，不会从本服务器以外加载任何内容。",
         "chat_log": "消息",
         "chat_outbox": "尚未发出",
@@ -2294,7 +2419,7 @@ WORDS = {
         "js_state_waiting": "连接已断开。",
         "js_state_offline": "本设备已离线。",
         "js_state_restarting": "服务器正在重启。",
-        "js_state_away": "消息存储暂时不可用。您仍可阅读；写下的内容会先保留，恢复后自动发送。",
+        "js_state_away": "聊天室暂时无法保存消息。您写下的内容会先保留，恢复后自动发送。",
         "js_retry_in": "{n} 秒后重试",
         "js_retry_now": "正在重试…",
         "js_closed_4403": "无法从这里进入本聊天室。",
@@ -2303,24 +2428,27 @@ WORDS = {
         "js_closed_4504": "打开的标签页过多，请先关闭一个。",
         "js_sending": "正在发送…",
         "js_waiting": "等待连接",
-        "js_waiting_store": "等待存储恢复",
+        "js_waiting_store": "等待保存",
         "js_waiting_seconds": "{n} 秒后发送",
+        "js_waiting_turn": "排队中",
         "js_not_sent": "未发送：{reason}",
         "js_too_long": "内容过长",
-        "js_other_name": "以昵称“{name}”写下",
+        "js_other_name": "这是您用昵称“{name}”写的",
         "js_try_again": "重试",
         "js_edit": "编辑",
-        "js_left_over": "还可输入 {n} 字",
-        "js_joined": "{names} 加入了聊天室",
-        "js_left": "{names} 离开了聊天室",
+        "js_left_over": "还可输入 {n} 个字符",
+        "js_too_many": "超出 {n} 个字符",
+        "js_joined": "{names}加入了聊天室",
+        "js_left": "{names}离开了聊天室",
         "js_people": "{n} 人",
         "js_missed": "您离开期间错过了 {n} 条消息",
         "js_reset": "聊天记录已丢失，从这里重新开始。以上内容仅保留在您的屏幕上。",
         "js_new": "{n} 条新消息",
         "js_you": "我",
         "js_more": "还有 {n} 人",
-        "kept_memory": "最近的 {history} 条消息会为您保留；主持人关闭聊天室后即清除。",
-        "kept_redis": "最近的 {history} 条消息会为您保留，重启后仍在。",
+        "kept_memory": "您将看到最近的 {history} 条消息；聊天室关闭后即清除。",
+        "kept_redis": "您将看到最近的 {history} 条消息；重启后仍会保留。",
+        "error_back": "回到聊天室",
         "error": "出错了：{status} {reason}",
         "error_404": "没有这个页面。",
         "error_421": "本聊天室不以“{host}”为名。管理者可用 --allow-host {host} 允许。",
@@ -2333,7 +2461,7 @@ WORDS = {
         "refused_empty": "消息是空的。",
         "refused_too-long": "消息超过了 {limit} 个字符。",
         "refused_too-fast": "发送太快，请稍等片刻。",
-        "refused_unavailable": "消息存储没有响应，请稍后再试。",
+        "refused_unavailable": "聊天室暂时无法保存，请稍后再试。",
         "refused_name-lost": "昵称“{name}”现已被他人使用。",
         "refused_taken": "“{name}”已被使用，或与已有昵称相似。",
         "refused_password": "房间密码不正确。",
@@ -2383,6 +2511,27 @@ LOGIN_HTML = r"""<!doctype html>
       <button>{{ w["login_submit"] }}</button>
     </form>
     <p class="hint">{{ kept }}</p>
+  </main>
+</body>
+</html>
+"""
+
+# language=html
+ERROR_HTML = r"""<!doctype html>
+<html lang="{{ lang }}">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+  <meta name="color-scheme" content="light dark">
+  <title>{{ title }}</title>
+  <link rel="icon" href="/{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link rel="stylesheet" href="/{{ asset("style.css") }}">
+</head>
+<body class="login">
+  <main>
+    <h1 dir="auto">{{ title }}</h1>
+    <p class="error" role="alert">{{ text }}</p>
+    <p><a href="/">{{ w["error_back"] }}</a></p>
   </main>
 </body>
 </html>
@@ -2531,7 +2680,7 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
 #members li { display: flex; align-items: center; gap: 10px; padding: 5px 6px; }
-#members bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#members bdi { overflow-wrap: anywhere; }
 #members small, #members .more { color: var(--quiet); }
 #logout button { width: 100%; border: 1px solid var(--line); background: none; color: var(--ink); }
 
@@ -2657,7 +2806,7 @@ const lang = document.documentElement.lang;
 const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
 
 // === Pure formatting ===
-const clockFormat = new Intl.DateTimeFormat(region, {hour: '2-digit', minute: '2-digit'});
+const clockFormat = new Intl.DateTimeFormat(region, {hour: 'numeric', minute: '2-digit'});
 const dateFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full'});
 const fullFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full', timeStyle: 'medium'});
 const listFormat = new Intl.ListFormat(lang);
@@ -2692,7 +2841,8 @@ let rosterDue = false;
 let passing = null;               // who came and went in the newest line of the log
 let following = true;             // the reader is at the bottom
 let bottomTop = 0;                // where the last jump to the bottom came to rest
-let unseen = 0;
+let unseen = 0;                   // below what is in view
+let unread = 0;                   // since the page was last in front
 
 function make(tag, className, ...children) {
   const element = document.createElement(tag);
@@ -2821,6 +2971,11 @@ function showNewer() {
   setText(newer, fill(words.new, {n: unseen}));
 }
 
+function showUnread(count) {
+  unread = count;
+  document.title = count ? `(${count}) ${title.textContent}` : title.textContent;
+}
+
 function toBottom() {
   following = true;
   scroller.scrollTop = scroller.scrollHeight;
@@ -2855,7 +3010,7 @@ function fitBox() {
   box.style.height = 'auto';
   box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
   const rest = maxText - [...box.value].length;
-  setText(leftOver, rest < COUNT_FROM ? fill(words.left_over, {n: rest}) : '');
+  setText(leftOver, rest < COUNT_FROM ? fill(rest < 0 ? words.too_many : words.left_over, {n: Math.abs(rest)}) : '');
   leftOver.classList.toggle('over', rest < 0);
   return rest;
 }
@@ -2892,8 +3047,12 @@ function outboxChanged() {
   pump();
 }
 
+function nextUp() {
+  return outbox.find(({failed}) => !failed);
+}
+
 function pump() {
-  const item = outbox.find(({failed}) => !failed);
+  const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || Date.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, Date.now()];
   socket.send(JSON.stringify({type: 'say', text: item.text, cid: item.cid}));
@@ -2935,6 +3094,7 @@ function statusOf(item) {
   if (item.failed) return fill(words.not_sent, {reason: item.failed});
   if (phase !== 'connected') return words.waiting;
   if (storeAway) return words.waiting_store;
+  if (item !== nextUp()) return words.waiting_turn;
   const seconds = Math.ceil((holdUntil - Date.now()) / 1000);
   return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
 }
@@ -2985,6 +3145,7 @@ function welcomed(frame) {
   [phase, failures, restarting, loggedIn] = ['connected', 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
+  showUnread(unread);
   log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
   showRoster();
   storeChanged(true);
@@ -2994,6 +3155,7 @@ function arrived(frame) {
   showMessage(frame);
   after = Math.max(after, frame.seq);
   if (frame.name === me && outboxRows.has(frame.cid)) takeOut(frame.cid);
+  if (document.hidden && frame.name !== me && frame.seq > replayEnd) showUnread(unread + 1);
   if (frame.seq === replayEnd) setTimeout(() => log.setAttribute('aria-live', 'polite'), 500);
 }
 
@@ -3040,7 +3202,7 @@ function connect() {
 
 function disconnected({code, reason}) {
   phase = 'waiting';
-  if (code === 4401) return reason === 'logout' ? leave() : logInAgain();
+  if (code === 4401) return reason === 'logout' ? location.assign(loginUrl('logout')) : logInAgain();
   if (FINAL_CODES.includes(code)) return stayAway(code);
   if (code === 1009) refused({cid: inFlight, code: 'too-long', text: words.too_long});
   restarting ||= code === 1001;
@@ -3058,26 +3220,23 @@ function retryIn(milliseconds) {
 
 function stayAway(code) {
   [phase, closeCode] = ['closed', code];
-  loginAgain.href = loginUrl();
+  if (code === 4504) Object.assign(loginAgain, {href: '', textContent: words.try_again});
+  else loginAgain.href = loginUrl('');
   showState();
 }
 
-function loginUrl() {
-  return `login?${new URLSearchParams({nickname: me})}`;
-}
-
-function leave() {
-  clearShelf();
-  location.assign('login');
+function loginUrl(why) {  // the login page says why one finds oneself there
+  return `login?${new URLSearchParams({nickname: me, why})}`;
 }
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
-  if (loggedIn) return location.assign(loginUrl());  // once already, in vain: the cookie does not hold
+  if (loggedIn) return location.assign(loginUrl('cookie'));  // once already, in vain: it does not hold
   [phase, heard] = ['connecting', Date.now()];
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
-  if (answer && [400, 403, 409].includes(answer.status)) return location.assign(loginUrl());
+  const why = {400: 'invalid', 403: 'password', 409: 'taken'}[answer?.status];
+  if (why) return location.assign(loginUrl(why));
   if (phase === 'connected') return;  // another try was quicker
   loggedIn = Boolean(answer?.ok);
   if (loggedIn) connect();
@@ -3123,6 +3282,7 @@ function onKey(event) {
 composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
+send.onmousedown = (event) => event.preventDefault();  // a phone would close its keyboard after each message
 newer.onclick = toBottom;
 scroller.onscroll = onScroll;
 scroller.onclick = () => openRoster(false);
@@ -3132,7 +3292,11 @@ window.onkeydown = ({key}) => { if (key === 'Escape') openRoster(false); };
 window.ononline = () => wake(0);
 window.onoffline = showState;
 window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
-document.onvisibilitychange = () => { if (!document.hidden) wake(STALE_MS); };
+document.onvisibilitychange = () => {
+  if (document.hidden) return;
+  showUnread(0);
+  wake(STALE_MS);
+};
 const sizes = new ResizeObserver(() => { if (following) toBottom(); });
 for (const element of [scroller, content]) sizes.observe(element);
 
@@ -3154,7 +3318,7 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 </svg>
 """
 
-TEMPLATES = {"login.html": LOGIN_HTML, "chat.html": CHAT_HTML}
+TEMPLATES = {"login.html": LOGIN_HTML, "chat.html": CHAT_HTML, "error.html": ERROR_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
