@@ -2174,6 +2174,16 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     parser = Parser(
         "tornchat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.set_defaults(**dataclasses.asdict(Config()))
+    add_options(parser, environ)
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.keyfile and not config.certfile:
+        parser.error("--keyfile needs --certfile")
+    return config
+
+
+def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
+    """All options. A setting without flag and variable is what Config says."""
 
     def option(*flags: str, env: str = "", help: str, **kwargs: Any) -> None:
         """An option; the first of its environment variables that is set becomes its default."""
@@ -2188,33 +2198,29 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     # fmt: off
     option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
            help="port to listen on, 0 = any free one; default 8888, or the next free one")
-    option("--host", metavar="ADDR", env="TORNCHAT_HOST", default="", help="address to bind; default all")
-    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", default="tornchat", type=room_title,
+    option("--host", metavar="ADDR", env="TORNCHAT_HOST", help="address to bind; default all")
+    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", type=room_title,
            help="name of the room on every page; default tornchat")
-    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", default="", help="asked at login; default none")
-    option("--redis-url", metavar="URL", env="REDIS_URL", default="", type=redis_url,
+    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", help="asked at login; default none")
+    option("--redis-url", metavar="URL", env="REDIS_URL", type=redis_url,
            help="redis://, rediss:// or unix://; default none: messages are kept in memory")
-    option("--room", metavar="NAME", env="TORNCHAT_ROOM", default="lobby", type=room_name,
+    option("--room", metavar="NAME", env="TORNCHAT_ROOM", type=room_name,
            help="which room of that Redis; default lobby")
-    option("--history", metavar="N", env="TORNCHAT_HISTORY", default=100, type=history_length,
+    option("--history", metavar="N", env="TORNCHAT_HISTORY", type=history_length,
            help="messages shown to a newcomer; default 100")
-    option("--rate", metavar="N", env="TORNCHAT_RATE", default=2.0, type=message_rate,
+    option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined, default=(),
+    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined,
            help="a public name under which the room may be opened; repeatable, or with commas")
-    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, default=False, nargs="?", const=True,
+    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
            metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
-    option("--certfile", metavar="FILE", default="", help="certificate (PEM) to serve https with")
-    option("--keyfile", metavar="FILE", default="", help="its key, where that is a file of its own")
-    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", default="", help="signs the cookies; default: made up")
-    option("-q", "--quiet", action="store_true", default=False, help="no banner; log warnings and errors only")
-    option("-v", "--verbose", action="count", default=0, help="log requests; twice: everything")
+    option("--certfile", metavar="FILE", help="certificate (PEM) to serve https with")
+    option("--keyfile", metavar="FILE", help="its key, where that is a file of its own")
+    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", help="signs the cookies; default: made up")
+    option("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
+    option("-v", "--verbose", action="count", help="log requests; twice: everything")
     # fmt: on
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
-    config = Config(**vars(parser.parse_args(argv)))
-    if config.keyfile and not config.certfile:
-        parser.error("--keyfile needs --certfile")
-    return config
 
 
 class Joined(argparse.Action):
