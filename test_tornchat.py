@@ -28,6 +28,7 @@ import contextlib
 import errno
 import functools
 import gc
+import html
 import html.parser
 import itertools
 import json
@@ -1410,6 +1411,80 @@ class TestFeed:
         await feeds.settled(1)
 
     @transcript
+    async def test_G6_nobody_leaves_for_an_outage(self, feeds: Feeds) -> None:
+        """After an outage, or when the store's clock has jumped, leases that are over are spared for a while."""
+        feed = await feeds.start(renew_seconds=0.1, lease_seconds=0.3)
+        await feeds.enter(feed, "Ann")
+        absent = await feed.enter("sid-Carl", "Carl")
+        feed.store.clock_ahead -= 3_600_000  # as if the last reading had been an hour behind
+
+        async def spared() -> bool:
+            return feed.spared_until > time.monotonic()
+
+        async def gone() -> bool:
+            return absent.key not in feed.room.roster
+
+        await until(spared)
+        await until(gone)
+        assert [*feed.room.roster] == [tornchat.name_key("Ann")]
+
+    @transcript
+    async def test_a_name_without_a_lease(self, feeds: Feeds) -> None:
+        """A name whose lease was lost gets another one, and so can leave."""
+        feed = await feeds.start(renew_seconds=0.1, lease_seconds=0.3)
+        carl = await feed.enter("sid-Carl", "Carl")
+        await feeds.redis.delete(feeds.place.key("leases"))
+
+        async def gone() -> bool:
+            return carl.key not in feed.room.roster
+
+        await until(gone)
+
+    @transcript
+    async def test_G7_a_late_goodbye(self, feeds: Feeds) -> None:
+        """Who has left already can't take the name from its next owner by leaving again, nor talk under it."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        old = ann.member
+        await feed.exit(old)
+        new = await feed.enter("sid-new", "Ann")
+        left: list[object] = []
+        feed.propose("left", old, left.append, text="logout")
+        said: list[object] = []
+        feed.propose("message", old, said.append, cid="c1", text="I am Ann")
+        await feeds.settled(0)
+        await feed.enter("sid-Bob", "Bob")  # the two before are decided by now
+        assert len(left) == len(said) == 1
+        assert isinstance(said[0], tornchat.Refused)
+        assert said[0].code == "name-lost"
+        assert feed.room.roster[new.key] is new
+        assert (await feed.store.load()).roster[new.key] == ("sid-new", "Ann")
+
+    @transcript
+    async def test_G2_rolled_back_and_overtaken(self, feeds: Feeds) -> None:
+        """A feed that was rolled back, and has grown again beyond what a daemon had shown, is another history."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        for n in range(3):
+            say(feed, ann, str(n))
+        await feeds.settled(3)
+        epoch = feed.room.epoch
+        entries = await feeds.redis.xrange(feeds.place.key("feed"))
+        transaction = feeds.redis.pipeline()
+        transaction.delete(feeds.place.key("feed"))
+        for _, fields in [*entries[:-1], entries[-1], entries[-1], entries[-1]]:
+            transaction.xadd(feeds.place.key("feed"), fields)
+        number = len(entries)
+        await transaction.execute()
+        assert number > 3
+
+        async def reset() -> bool:
+            return any(frame["reset"] for frame in ann.of("welcome"))
+
+        await until(reset)
+        assert feed.room.epoch != epoch
+
+    @transcript
     async def test_stray_leases(self, feeds: Feeds) -> None:
         """A lease that belongs to nobody is dropped when it is over."""
         feed = await feeds.start()
@@ -1896,6 +1971,24 @@ class TestLogin:
         code, said = await memory_lan.browser().ask(twin)
         assert (code, said["code"]) == (409, "taken")
 
+    @transcript
+    async def test_a_look_alike_is_offered_the_original_letters(self, memory_lan: Lan) -> None:
+        """The free variant is that of the name on the list, not of its look-alike."""
+        await memory_lan.serve()
+        await memory_lan.join("Ann")
+        _, said = await memory_lan.browser().ask("\u0410nn")
+        assert said["suggestion"] == "Ann2"
+
+    @transcript
+    async def test_why_one_is_asked_to_log_in(self, memory_lan: Lan) -> None:
+        """The login page tells whom the chat page sends there why; it says nothing else that is in the address."""
+        await memory_lan.serve()
+        for why in ("taken", "password", "invalid", "logout", "cookie"):
+            page = text_of(await memory_lan.browser().fetch(f"/login?nickname=Ann&why={why}"))
+            assert html.escape(tornchat.WORDS["en"]["login_why_" + why], quote=False).replace("'", "&#39;") in page
+        page = text_of(await memory_lan.browser().fetch("/login?nickname=Ann&why=<b>"))
+        assert 'class="error"' not in page
+
     @slow
     @transcript
     async def test_fifty_logins_for_one_name(self, lan: Lan) -> None:
@@ -1967,6 +2060,15 @@ class TestLogin:
         names = [(await lan.browser().ask(nickname))[1]["name"] for nickname in ("", "  ", "")]
         assert all(name.startswith("guest-") for name in names)
         assert len({tornchat.name_key(name) for name in names}) == 3
+
+    @transcript
+    async def test_a_thousand_guests_of_one_address(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """When all the numbers of an address are taken, there are other guest names."""
+        await memory_lan.serve()
+        monkeypatch.setattr(tornchat, "variants", lambda name: iter(()))
+        names = {(await memory_lan.browser().ask(""))[1]["name"] for _ in range(3)}
+        assert len(names) == 3
+        assert all(re.fullmatch("guest-[0-9a-f]+", name) for name in names)
 
     @transcript
     async def test_password(self, memory_lan: Lan) -> None:
@@ -2294,6 +2396,23 @@ class TestSocket:
         await bob.quiet()
 
     @transcript
+    async def test_G5_nonsense_without_end(self, lan: Lan) -> None:
+        """A client that sends only what can't be understood is closed; one that errs now and then is not."""
+        await lan.serve()
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        for n in range(60):
+            await bob.send("nonsense")
+            await bob.expect("refused", code="bad-frame")
+            await bob.say(str(n))
+            await bob.expect("message", text=str(n))
+        for _ in range(51):
+            await ann.send("nonsense")
+        while (frame := await ann.frame()) is not None:
+            assert frame["type"] in CHATTER | {"message", "refused"}
+        assert ann.socket is not None
+        assert ann.socket.close_code == 4429
+
+    @transcript
     async def test_joined(self, lan: Lan) -> None:
         """Who comes is announced to the others by name, with the new count."""
         await lan.serve()
@@ -2386,6 +2505,26 @@ class TestSocket:
         reader, writer = await handshake(ann.url, ann.headers()["Cookie"])
         await bob.expect("left", names=["Ann"])
         await asyncio.wait_for(reader.read(), PATIENCE)
+        writer.close()
+
+    @transcript
+    async def test_G7_a_logged_out_socket_is_deaf(self, lan: Lan) -> None:
+        """Who logs out and does not close the socket can't talk on it, not even when the name is somebody else's."""
+        await lan.serve()
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        reader, writer = await handshake(ann.url, ann.headers()["Cookie"])
+        await ann.fetch("/logout", form={})
+        await bob.expect("left", names=["Ann"])
+        other = await lan.join("Ann")
+        await bob.expect("joined", names=["Ann"])
+        said = b'{"type":"say","text":"I am still Ann"}'
+        writer.write(bytes((0x81, 0x80 | len(said), 0, 0, 0, 0)) + said)
+        await other.say("I am Ann")
+        await bob.expect("message", text="I am Ann", seq=1)
+        writer.write(b"\x88\x80\0\0\0\0")
+        heard = await asyncio.wait_for(reader.read(), PATIENCE)
+        assert heard.endswith(b"\x88\x08\x11\x31logout")  # 4401, and nothing behind it
         writer.close()
 
     @transcript
@@ -3074,6 +3213,15 @@ class TestSecurity:
             assert 400 <= answer.code < 500, (body[:50], answer.code)
 
     @transcript
+    async def test_G10_an_origin_that_is_none(self, memory_lan: Lan) -> None:
+        """An Origin that can't be read is a foreign one: no error of the daemon, whatever is asked for."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        assert (await ann.fetch("/login", form={"nickname": "Ann"}, Origin="http://[")).code == 403
+        assert (await ann.fetch("/logout", form={}, Origin="http://[")).code == 403
+        assert await ann.knock(Origin="http://[") == 403
+
+    @transcript
     async def test_the_log_keeps_secrets(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
         """No message, password or cookie is in the log, nor a control character."""
         await memory_lan.serve(password="hunter2", secret="s3cret")
@@ -3090,6 +3238,7 @@ class TestSecurity:
             await ann.expect("refused")
             bob = await memory_lan.browser().connect(nickname="Bob", password="hunter2")
             await bob.expect("welcome")
+            await raw_request(ann.url, "GET /chat?password=hunter2&nickname=%FF HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         log = "\n".join(
             record.getMessage()
             for record in caplog.records
@@ -3203,9 +3352,21 @@ class TestHealth:
         assert time.monotonic() - began < 2 * PATIENCE / 5
         await ann.say("can anyone hear me?", cid)
         await ann.expect("message", cid=cid, seq=4)
+        assert ann.names_in("left") == ["Dan"]  # the logout was not forgotten
         await bob.expect("store", available=True)
         await bob.expect("message", cid=cid, seq=4)
         assert (await own_lan.browser().fetch("/healthz")).code == 200
+
+    @slow
+    @transcript
+    async def test_G2_resuming_where_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """A client that has seen more than a daemon without its store knows is sent away to come back, not reset."""
+        daemon = await own_lan.serve()
+        ann = await own_lan.join("Ann")
+        own_redis.kill()
+        await ann.expect("store", available=False)
+        there = await ann.tab().connect(after=5, epoch=daemon.room.epoch)
+        await there.closed(1013)
 
     @slow
     @transcript

@@ -2110,7 +2110,7 @@ def banner(daemon: Daemon) -> str:
 def qr_code(url: str) -> str:
     """The URL for a phone's camera, if the package segno is installed; else nothing."""
     try:
-        import segno
+        import segno  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError:
         return ""
     out = io.StringIO()
