@@ -722,16 +722,14 @@ class Room:
         away = [] if self.available else [encode({"type": "store", "available": False})]
         listener.replay([self.welcome(listener.member, owed), *away, *owed.events])
 
-    def leave(self, listener: Listener) -> bool:
-        """Forgets a listener; whether it was its member's last one here."""
+    def leave(self, listener: Listener) -> None:
+        """Forgets a listener."""
         self.listeners.discard(listener)
-        here = listener.member.listeners
-        if listener not in here:
-            return False
-        here.remove(listener)
-        if not here and self.roster.get(listener.member.key) is not listener.member:
-            self.sessions.pop(listener.member.sid, None)
-        return not here
+        member = listener.member
+        if listener in member.listeners:
+            member.listeners.remove(listener)
+        if not member.listeners and self.roster.get(member.key) is not member:
+            self.sessions.pop(member.sid, None)
 
     def owed(self, after: int | None, epoch: str) -> Owed:
         """What somebody has to hear who has seen all up to `after` of that epoch."""
