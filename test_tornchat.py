@@ -11,6 +11,7 @@
     python -m pytest -q -k "not slow"                without those that take seconds
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
+    python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
@@ -36,9 +37,11 @@ import logging
 import os
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -50,7 +53,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, Self
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Self
 
 import fakeredis
 import hypothesis
@@ -4129,5 +4132,171 @@ class TestWindows:
             ann.well_behaved()
 
 
+# === Benchmark ========================================================================================================
+# `python test_tornchat.py bench`: tornchat beside a chat as the tutorials write it, in turn and under the same load.
+# It prints, and never fails on time. The load is one thread on raw sockets, so that the chats are the limit. It needs
+# Linux, where what a process has used stands in /proc.
+
+TUTORIAL = """
+import asyncio, sys, tornado.web, tornado.websocket
+clients = set()
+class Chat(tornado.websocket.WebSocketHandler):
+    def open(self): clients.add(self)
+    def on_close(self): clients.discard(self)
+    def on_message(self, message):
+        for client in clients:
+            client.write_message(message)
+async def main():
+    tornado.web.Application([("/chat", Chat)]).listen(int(sys.argv[1]), "127.0.0.1")
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+class Load:
+    """Some members of a chat on raw sockets, and when each message came to each of them."""
+
+    def __init__(self, port: int, members: int, name: str = "member") -> None:
+        self.selector = selectors.DefaultSelector()
+        self.sockets = [self.join(port, f"{name}{number}") for number in range(members)]
+        self.delays: list[float] = []  # of every delivery, in s
+        self.tails = dict.fromkeys(self.sockets, b"")
+
+    def join(self, port: int, name: str) -> socket.socket:
+        """One more member."""
+        sock = socket.create_connection(("127.0.0.1", port), 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = f"GET /chat?nickname={name} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\n"
+        key = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        sock.sendall((head + key).encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += sock.recv(4096)
+        assert b" 101 " in answer, answer
+        sock.setblocking(False)
+        self.selector.register(sock, selectors.EVENT_READ, sock)
+        return sock
+
+    def say(self, sock: socket.socket) -> None:
+        """A message of about 100 bytes that tells when it was sent; masked with zeros, as any mask would do."""
+        text = f"@{time.perf_counter():.6f}@".ljust(70, "x")
+        payload = json.dumps({"type": "say", "text": text}).encode()
+        sock.sendall(bytes((0x81, 0x80 | len(payload), 0, 0, 0, 0)) + payload)
+
+    def hear(self, seconds: float) -> list[socket.socket]:
+        """Take what has arrived, or wait so long for it; on which sockets."""
+        ready: list[socket.socket] = [key.data for key, _ in self.selector.select(max(0, seconds))]
+        for sock in ready:
+            data = self.tails[sock] + sock.recv(1 << 18)
+            *whole, self.tails[sock] = re.split(rb"x{20}", data)  # behind its moment each text has a row of x
+            now = time.perf_counter()
+            moments = [float(moment[1]) for piece in whole if (moment := re.search(rb"@([\d.]+)@", piece))]
+            self.delays += [now - moment for moment in moments]
+        return ready
+
+    def settle(self) -> None:
+        """Take what is still on its way, and forget what was counted."""
+        while self.hear(0.3):
+            pass
+        self.delays = []
+
+    def steady(self, rate: float, seconds: float) -> None:
+        """So many messages a second, from one member after the other."""
+        talkers = itertools.cycle(self.sockets)
+        began = time.perf_counter()
+        for number in range(int(rate * seconds)):
+            while (wait := began + number / rate - time.perf_counter()) > 0:
+                self.hear(wait)
+            self.say(next(talkers))
+        while self.hear(0.3):
+            pass
+
+    def flood(self, seconds: float) -> None:
+        """Eight members who speak again as soon as they hear something."""
+        talkers = set(self.sockets[:8])
+        for sock in talkers:
+            self.say(sock)
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            for sock in talkers.intersection(self.hear(0.1)):
+                self.say(sock)
+
+
+def cpu_seconds(pid: int) -> float:
+    """What the process has used of a core (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> int:
+    """Its resident memory in bytes (Linux)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Figures(NamedTuple):
+    """What one chat did under the same load as the others."""
+
+    cpu: float  # us of a core for each delivery, at 20,000 deliveries/s
+    p50: float  # ms from saying to hearing
+    p99: float
+    flood: float  # deliveries/s when eight talk as fast as they can
+    memory: float  # KB a member
+
+
+def measure(command: list[str], members: int) -> Figures:
+    """One fresh chat under all loads."""
+    port = free_port()
+    chat = subprocess.Popen([sys.executable, *command, str(port)])
+    try:
+        early = wait_for_chat(port)
+        empty = memory(chat.pid)
+        load = Load(port, members)
+        load.settle()
+        kilobytes = (memory(chat.pid) - empty) / members / 1024
+        spent = cpu_seconds(chat.pid)
+        load.steady(20_000 / members, 4)
+        spent = (cpu_seconds(chat.pid) - spent) / len(load.delays) * 1e6
+        p50, p99 = (1000 * statistics.quantiles(load.delays, n=100)[at] for at in (49, 98))
+        load.settle()
+        load.flood(4)
+        early.settle()
+        return Figures(spent, p50, p99, len(load.delays) / 4, kilobytes)
+    finally:
+        chat.terminate()
+        chat.wait(10)
+
+
+def wait_for_chat(port: int) -> Load:
+    """A few members who have seen the chat come up, so that what it allocates once is allocated."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with contextlib.suppress(ConnectionRefusedError):
+            early = Load(port, 10, "early")
+            early.settle()
+            return early
+        time.sleep(0.05)
+    raise TimeoutError(f"nobody answers on port {port}")
+
+
+def bench(members: int = 200, rounds: int = 3) -> None:
+    """Prints the medians of some rounds, the chats in turn."""
+    chats = {
+        "tornchat": [str(PROGRAM), "--host", "127.0.0.1", "--rate", "0", "-q", "-p"],
+        "as in the tutorials": ["-c", TUTORIAL],
+    }
+    results: dict[str, list[Figures]] = {name: [] for name in chats}
+    for _ in range(rounds):
+        for name, command in chats.items():
+            results[name].append(measure(command, members))
+    print(f"{members} members, medians of {rounds} rounds; 20,000 deliveries/s, then a flood from 8 members")
+    print(f"{'':20}  us of CPU/delivery  p50 ms  p99 ms  flood: deliveries/s  KB/member")
+    for name, rounds_of_it in results.items():
+        row = Figures(*map(statistics.median, zip(*rounds_of_it, strict=True)))
+        print(f"{name:20}  {row.cpu:18.1f}  {row.p50:6.1f}  {row.p99:6.1f}  {row.flood:19,.0f}  {row.memory:9.1f}")
+
+
 if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))
+    if sys.argv[1:2] == ["bench"]:
+        bench()
+    else:
+        raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))
