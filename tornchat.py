@@ -101,6 +101,8 @@ IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
+WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
+WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,8 @@ class Config:
     certfile: str = ""
     keyfile: str = ""
     secret: str = ""
+    workers: int = 1
+    inherited: tuple[int, ...] = ()  # descriptors that a worker listens on
     quiet: bool = False
     verbose: int = 0
 
@@ -1926,6 +1930,8 @@ def log_request(handler: tornado.web.RequestHandler) -> None:
 
 def bind(config: Config) -> list[socket.socket]:
     """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
+    if config.inherited:
+        return [socket.socket(fileno=descriptor) for descriptor in config.inherited]
     first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
     for port in range(first, first + tries):
         try:
@@ -2008,13 +2014,7 @@ class Daemon:
     @property
     def url(self) -> str:
         """The room's address on this machine."""
-        host = self.config.host if self.config.host not in ("", "0.0.0.0", "::") else "localhost"
-        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/"
-
-    @property
-    def scheme(self) -> str:
-        """http or https."""
-        return "https" if self.tls else "http"
+        return local_url(self.config, self.port)
 
     async def stop(self) -> None:
         """Nobody new, nothing lost: what was said is stored, everybody is told, the leases stay for their return."""
@@ -2042,27 +2042,87 @@ class Daemon:
 
 
 async def serve(config: Config) -> None:
-    """Runs a daemon until SIGINT or SIGTERM. Raises StartError."""
-    stop = asyncio.Event()
-    stop_on_signals(stop)
+    """Runs a daemon until SIGINT or SIGTERM, or until the parent of a worker is gone. Raises StartError."""
+    stop = stop_on_signals()
     daemon = await Daemon.start(config)
-    if not config.quiet:
-        print(banner(daemon), flush=True)
+    if config.inherited:
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
+    elif not config.quiet:
+        print(banner(config, daemon.port), flush=True)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([stopped, *daemon.feed.tasks], return_when=asyncio.FIRST_COMPLETED)
     for task in daemon.feed.tasks:
         if task.done():
             task.result()  # a bug: its traceback is the best we can give
-    if not config.quiet:
+    if not config.quiet and not config.inherited:
         print("tornchat: stopping", flush=True)
     await daemon.stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
 
-def stop_on_signals(stop: asyncio.Event) -> None:
-    """The first SIGINT or SIGTERM stops in order, a second one at once. Works where loops have no signal handlers."""
+async def supervise(config: Config, command: Sequence[str]) -> None:
+    """Runs workers, each a daemon, on sockets that it holds for them, until SIGINT or SIGTERM. Raises StartError."""
+    stop = stop_on_signals()
+    ports = bind(config)
+    tls_context(config)  # what a worker could not start for is said once, here
+    store = Store(connect(config), config)
+    try:
+        await store.read_clock()
+    except STORE_ERRORS as error:
+        raise StartError(f"cannot use the Redis at {store_name(config)}: {error}") from None
+    finally:
+        await store.close()
+    if not config.quiet:
+        print(banner(config, int(ports[0].getsockname()[1])), flush=True)
+    descriptors = [port.fileno() for port in ports]
+    async with asyncio.TaskGroup() as workers:
+        for number in range(1, config.workers + 1):
+            workers.create_task(keep_worker(number, command, descriptors, stop))
+    if not config.quiet:
+        print("tornchat: stopped", flush=True)
+
+
+async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int], stop: asyncio.Event) -> None:
+    """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
+    pause = Backoff(WORKER_PAUSE_SECONDS)
+    environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
+    while not stop.is_set():
+        began = time.monotonic()
+        worker = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,  # it ends when we do, however we do
+            pass_fds=descriptors,
+            env=environ,
+            start_new_session=True,  # Ctrl+C is for us; we pass it on
+        )
+        ended, stopped = asyncio.create_task(worker.wait()), asyncio.create_task(stop.wait())
+        await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            await end_worker(worker)
+            return
+        stopped.cancel()
+        log.error("worker %d has ended with code %d: another one is started", number, ended.result())
+        if time.monotonic() - began > WORKER_PAUSE_SECONDS:
+            pause.reset()
+        await pause()
+
+
+async def end_worker(worker: asyncio.subprocess.Process) -> None:
+    """In order, and if that takes longer than it may, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        worker.terminate()
+    try:
+        await asyncio.wait_for(worker.wait(), WORKER_END_SECONDS)
+    except TimeoutError:
+        worker.kill()
+        await worker.wait()
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Set by the first SIGINT or SIGTERM; a second one ends us at once. Works where loops have no signal handlers."""
     loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
 
     def handle(number: int, frame: object) -> None:
         """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
@@ -2073,6 +2133,7 @@ def stop_on_signals(stop: asyncio.Event) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handle)
+    return stop
 
 
 def store_name(config: Config) -> str:
@@ -2083,19 +2144,26 @@ def store_name(config: Config) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def banner(daemon: Daemon) -> str:
+def local_url(config: Config, port: int, host: str = "") -> str:
+    """The room's address under that name, or on this machine."""
+    host = host or (config.host if config.host not in ("", "0.0.0.0", "::") else "localhost")
+    return f"http{'s' if config.certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def banner(config: Config, port: int) -> str:
     """What the operator sees: where to open the room, and what to know."""
-    config = daemon.config
     addresses = lan_addresses() if config.host in ("", "0.0.0.0") else []
-    urls = [f"{daemon.scheme}://{address}:{daemon.port}/" for address in addresses]
+    urls = [local_url(config, port, address) for address in addresses]
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
-    moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and daemon.port != DEFAULT_PORT else ""
+    moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
         f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
-        f"  on this machine  {daemon.url}{moved}",
+        f"  on this machine  {local_url(config, port)}{moved}",
         *(f"  on the network   {url}" for url in urls),
         f"  messages         {kept}",
     ]
+    if config.workers > 1:
+        lines.append(f"  workers          {config.workers} processes")
     if urls:
         lines += [
             "  Phones cannot connect? They need the same Wi-Fi,",
@@ -2174,7 +2242,12 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     )
     parser.set_defaults(**dataclasses.asdict(Config()))
     add_options(parser, environ)
+    parser.set_defaults(inherited=tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(",")))))
     config = Config(**vars(parser.parse_args(argv)))
+    if config.workers > 1 and not config.redis_url:
+        parser.error("--workers needs a Redis (--redis-url), where the workers meet")
+    if config.workers > 1 and not hasattr(os, "fork"):
+        parser.error("--workers needs a Unix system")
     if config.keyfile and not config.certfile:
         parser.error("--keyfile needs --certfile")
     return config
@@ -2212,6 +2285,8 @@ def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
            metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
+    option("--workers", metavar="N", env="TORNCHAT_WORKERS", type=worker_count,
+           help="that many processes on one port; more than 1 needs a Redis; default 1")
     option("--certfile", metavar="FILE", help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", help="its key, where that is a file of its own")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", help="signs the cookies; default: made up")
@@ -2239,6 +2314,7 @@ def number_between(text: str, least: float, most: float, kind: type[int] | type[
 
 
 port_number = functools.partial(number_between, least=0, most=65535, kind=int)
+worker_count = functools.partial(number_between, least=1, most=64, kind=int)
 history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
 message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
 
@@ -2301,7 +2377,10 @@ def main() -> None:
     config = parse_config(sys.argv[1:], os.environ)
     configure_logging(config)
     try:
-        asyncio.run(serve(config))
+        if config.workers > 1 and not config.inherited:
+            asyncio.run(supervise(config, [sys.executable, __file__, *sys.argv[1:]]))
+        else:
+            asyncio.run(serve(config))
     except StartError as error:
         sys.exit(f"tornchat: {error}")
     except KeyboardInterrupt:  # before the signal handlers stood
