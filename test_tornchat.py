@@ -3551,7 +3551,7 @@ class TestOperator:
         """The banner says in less than 15 lines where to open the room, where messages are kept and how to stop it."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
         daemon = await memory_lan.serve(host="0.0.0.0")
-        lines = tornchat.banner(daemon).splitlines()
+        lines = tornchat.banner(daemon.config, daemon.port).splitlines()
         assert len(lines) < 15
         assert re.findall(r"http://\S+", "\n".join(lines)) == [
             f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")
@@ -3565,7 +3565,7 @@ class TestOperator:
     async def test_banner_of_one_address(self, redis_lan: Lan) -> None:
         """A daemon bound to one address names that one and its Redis, without a password."""
         daemon = await redis_lan.serve()
-        banner = tornchat.banner(daemon)
+        banner = tornchat.banner(daemon.config, daemon.port)
         assert re.findall(r"http://\S+", banner) == [daemon.url]
         assert redis_lan.store.url in banner
         assert (
