@@ -3524,7 +3524,7 @@ class TestStopping:
             raise RuntimeError("a bug")
 
         monkeypatch.setattr(tornchat.Feed, "read", broken)
-        monkeypatch.setattr(tornchat, "stop_on_signals", lambda stop: None)
+        monkeypatch.setattr(tornchat, "stop_on_signals", asyncio.Event)
         with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.wait_for(tornchat.serve(tornchat.Config(port=0, host="127.0.0.1", quiet=True)), PATIENCE)
 

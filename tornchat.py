@@ -55,8 +55,8 @@ import sys
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol, Self
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 try:
     import fakeredis
@@ -134,8 +134,8 @@ class Config:
     grace_seconds: float = 7  # from the last closed tab to `left` (G6: 10 s); a reload takes less
     tick_seconds: float = 1  # the beat of leases, pings and sweeping
     confirm_seconds: float = 4  # until an unconfirmed message is refused, at the next tick (G1: 5 s)
-    block_seconds: float = 1  # the reader's wait; must stay below the socket's time-out
-    silence_seconds: float = 4  # the socket's time-out towards Redis (with the reader's wait: 5 of G8's 6 s)
+    block_seconds: float = 1  # the reader's wait for news; must stay below the silence
+    silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
     drain_seconds: float = 2  # for stopping in order
 
@@ -412,6 +412,8 @@ def encode_message(event: Event) -> Encoded:
 # The only section that knows Redis; fakeredis in this process is the same code. One stream, `feed`, is the truth.
 # Nothing here retries or keeps anything: a lost reply may mean "done", so the Feed reads before it tries again.
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 STORE_ERRORS = (RedisError, OSError)  # away, silent, full, read-only, or holding something that isn't ours
@@ -447,14 +449,27 @@ def id_order(id: bytes) -> tuple[int, int]:
 def connect(config: Config) -> Any:
     """A client of the Redis that was asked for, or of one in this process. Raises ValueError for a malformed URL."""
     if not config.redis_url:
-        return fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(), protocol=2)
+        return fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(), protocol=2, socket_timeout=None)
     return redis.asyncio.Redis.from_url(
         config.redis_url,
         protocol=2,
         retry=Retry(NoBackoff(), 0),  # its own retries would write a message once more for each lost reply
-        socket_timeout=config.silence_seconds,
-        socket_connect_timeout=config.silence_seconds,
+        socket_timeout=None,  # its own time-outs cost a task a command; `bounded` has one timer for all of a call
     )
+
+
+def bounded(
+    method: Callable[Concatenate[Store, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Store, P], Coroutine[Any, Any, T]]:
+    """A method that raises TimeoutError (one of STORE_ERRORS) when the store is silent."""
+
+    @functools.wraps(method)
+    async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The method, in time."""
+        async with asyncio.timeout(self.config.silence_seconds):
+            return await method(self, *args, **kwargs)
+
+    return call
 
 
 class Store:
@@ -473,6 +488,7 @@ class Store:
         self.leases, self.secret = prefix + "leases", prefix + "secret"
         self.clock_ahead = 0.0  # of time.monotonic, in ms
 
+    @bounded
     async def load(self) -> Snapshot:
         """The whole feed and the roster that belongs to it."""
         async with self.redis.pipeline() as pipe:
@@ -482,22 +498,26 @@ class Store:
         roster = {key.decode(errors="replace"): split_name(value) for key, value in names.items()}
         return Snapshot(entries[-1][0] if entries else b"", events, roster)
 
+    @bounded
     async def keep_secret(self, secret: str) -> str:
         """The room's secret: this one, unless there is one already."""
         await self.redis.set(self.secret, secret, nx=True)
         kept: bytes | None = await self.redis.get(self.secret)
         return kept.decode(errors="replace") if kept else secret
 
+    @bounded
     async def next_id(self, last: bytes) -> bytes | None:
         """Waits a moment for an entry after `last`; its id, or None."""
         found = await self.redis.xread({self.feed: last}, count=1, block=int(self.config.block_seconds * 1000))
         next_id: bytes | None = found[0][1][0][0] if found else None
         return next_id
 
+    @bounded
     async def since(self, last: bytes) -> list[Entry]:
         """The entries after `last`. Raises Rewound if that one is gone."""
         return after_last(await self.redis.xrange(self.feed, min=last), last)
 
+    @bounded
     async def compare_and_append(
         self, last: bytes, decide: Callable[[list[Entry], set[str]], Changes], *, sweep: bool = False
     ) -> list[bytes]:
@@ -535,6 +555,7 @@ class Store:
         if changes.strays:
             pipe.zrem(self.leases, *changes.strays)
 
+    @bounded
     async def reopen(self, last: bytes, opened: Event, roster: Iterable[Member], secret: str) -> None:
         """Begins a new epoch after `last` (b"": no entry), and puts back what a flush or a rollback took.
 
@@ -555,6 +576,7 @@ class Store:
                 pipe.zadd(self.leases, {member.key: self.lapses_in(self.config.lease_seconds)})
             await pipe.execute()
 
+    @bounded
     async def read_clock(self) -> float:
         """Learns the store's time; by how many s it has jumped ahead.
 
@@ -573,12 +595,14 @@ class Store:
         """The score of a lease."""
         return self.now() + int(seconds * 1000)
 
+    @bounded
     async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
         """Sets these leases, or those of them that are missing."""
         for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
             scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
             await self.redis.zadd(self.leases, scores, nx=missing)
 
+    @bounded
     async def any_lapsed(self) -> bool:
         """Whether there are leases that are over."""
         return bool(await self.redis.zcount(self.leases, "-inf", self.now()))
