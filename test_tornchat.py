@@ -1386,6 +1386,31 @@ class TestFeed:
         await feeds.settled(1)
 
     @transcript
+    async def test_gone_while_entering(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who has left again before it is known that they came is told that the name is not theirs."""
+        feed = await feeds.start()
+
+        async def nothing(*args: object, **kwargs: object) -> None:
+            """The notice is in the feed, and another one already behind it."""
+
+        monkeypatch.setattr(feed, "settled", nothing)
+        with pytest.raises(tornchat.Taken):
+            await feed.enter("sid-Ann", "Ann")
+
+    @transcript
+    async def test_one_return_at_a_time(self, feeds: Feeds) -> None:
+        """Who is on the way back to the list does not set out a second time."""
+        feed = await feeds.start()
+        ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
+        await feed.exit(bob.member)
+        for _ in range(3):
+            feed.rejoin(bob.member)
+        assert len(feed.outbox) == 1
+        say(feed, ann, "on")
+        await feeds.settled(1)
+        assert [frame["names"] for frame in ann.of("joined")] == [["Bob"], ["Bob"]]
+
+    @transcript
     async def test_two_daemons_begin_anew(self, feeds: Feeds) -> None:
         """Of two daemons that find the feed gone, only the first begins a new epoch."""
         feed = await feeds.start()
@@ -2590,8 +2615,8 @@ class TestSocket:
         await lan.serve()
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         assert bob.socket is not None
-        for n in range(1, 1801):  # about 7 MB: more than the kernel holds for Bob
-            await ann.expect("message", cid=await ann.say("x" * 4000), seq=n)
+        for n in range(1, 1801):  # about 21 MB: more than the kernel holds for Bob
+            await ann.expect("message", cid=await ann.say("好" * 4000), seq=n)
         last = 0
         while (frame := await bob.frame()) is not None:
             if frame["type"] == "message":
@@ -2600,12 +2625,33 @@ class TestSocket:
         assert bob.socket.close_code in (4008, None)  # the close frame may have stayed behind what was not read
         assert last < 1800
         await bob.connect(900, bob.epoch)
-        await ann.say("the end")  # before Bob has read anything of 3.6 MB
+        await ann.say("the end")  # before Bob has read anything of 11 MB
         await ann.expect("message")
         assert (await bob.expect("welcome"))["recovered"] is True
         for seq in range(901, 1801):
-            await bob.expect("message", seq=seq, text="x" * 4000)
+            await bob.expect("message", seq=seq, text="好" * 4000)
         await bob.expect("message", seq=1801, text="the end")
+
+    @pytest.mark.parametrize(("text", "enough"), [("x", 513), ("x" * 4000, 65)], ids=["events", "bytes"])
+    @transcript
+    async def test_G5_what_waits_is_bounded(
+        self, text: str, enough: int, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For a client that takes nothing at most 512 events wait, and at most 256 KB; then it is closed with 4008."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        (listener,) = daemon.room.listeners
+        assert isinstance(listener, tornchat.SocketListener)
+        monkeypatch.setattr(listener.stream, "writing", lambda: True)
+        event = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Ann", "text": text})
+        for _ in range(enough - 1):
+            daemon.room.send(tornchat.Batch(event))
+        assert listener in daemon.room.listeners
+        daemon.room.send(tornchat.Batch(event))
+        assert listener not in daemon.room.listeners
+        await bob.ended()
+        assert bob.socket is not None
+        assert bob.socket.close_code == 4008
 
     @transcript
     async def test_a_socket_that_takes_nothing_just_now(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3179,6 +3225,33 @@ class TestSecurity:
         assert "Location" not in answer.headers
         assert "tornado" not in (text_of(answer) + str(dict(answer.headers))).lower()
 
+    @transcript
+    async def test_a_refused_program_is_told_in_json(self, memory_lan: Lan) -> None:
+        """A program that asks for JSON gets it in a refusal too."""
+        await memory_lan.serve()
+        answer = await memory_lan.browser().fetch("/login", Host="evil.example", Accept="application/json")
+        refused = json.loads(answer.body)
+        assert (answer.code, refused["code"]) == (421, 421)
+        assert "--allow-host" in refused["text"]
+
+    @transcript
+    async def test_a_bug(
+        self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A bug is 500 in one sentence, with the traceback in the log and not on the page."""
+        await memory_lan.serve()
+
+        def broken(handler: tornchat.LoginHandler) -> NoReturn:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(tornchat.LoginHandler, "get", broken)
+        answer = await memory_lan.browser().fetch("/login?password=hunter2")
+        assert answer.code == 500
+        assert "a bug" not in text_of(answer)
+        assert "a bug" in caplog.text
+        assert "hunter2" not in caplog.text
+        caplog.clear()
+
     @pytest.mark.parametrize(
         ("method", "path"), [("PUT", "/login"), ("DELETE", "/"), ("GET", "/logout"), ("POST", "/healthz")]
     )
@@ -3484,6 +3557,45 @@ class TestStopping:
             last += 1
             await there.expect("message", seq=last, text=str(last - 1), cid=cids[last - 1])
         await there.quiet()
+
+    @slow
+    @transcript
+    async def test_G9_what_waits_is_stored(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """A daemon that stops waits for the store to take what was said before it says goodbye."""
+        daemon = await own_lan.serve()
+        ann = await own_lan.join("Ann")
+        own_redis.send_signal(signal.SIGSTOP)
+        cid = await ann.say("wait for me")
+
+        async def waits() -> bool:
+            return bool(daemon.feed.outbox)
+
+        await until(waits)
+        stopping = asyncio.create_task(daemon.stop())
+        await asyncio.sleep(0)
+        own_redis.send_signal(signal.SIGCONT)
+        await ann.expect("message", cid=cid)
+        await ann.closed(1001)
+        await stopping
+
+    @slow
+    @transcript
+    async def test_G1_what_cannot_be_stored_is_refused(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """What the store does not take before the daemon must stop is refused aloud."""
+        daemon = await own_lan.serve(drain_seconds=0.2)
+        ann = await own_lan.join("Ann")
+        own_redis.send_signal(signal.SIGSTOP)
+        cid = await ann.say("too late")
+
+        async def waits() -> bool:
+            return bool(daemon.feed.outbox)
+
+        await until(waits)
+        stopping = asyncio.create_task(daemon.stop())
+        await ann.expect("refused", code="unavailable", cid=cid)
+        await ann.closed(1001)
+        await asyncio.wait_for(stopping, 3)
+        own_redis.send_signal(signal.SIGCONT)
 
     @transcript
     async def test_G9_names_stay(self, redis_lan: Lan) -> None:
@@ -4299,4 +4411,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         bench()
     else:
-        raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))
+        raise SystemExit(pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]]))

@@ -781,7 +781,7 @@ class Room:
                 "name": member.name,
                 "title": self.title,
                 "members": [member.name, *others][:ROSTER_NAMES],
-                "count": len(self.roster),
+                "count": len(self.roster) + (member.key not in self.roster),  # not yet back on it after a reset
                 "epoch": self.epoch,
                 "seq": self.seq,
                 "recovered": owed.recovered,
