@@ -3985,6 +3985,18 @@ class TestProcess:
         program.signal(signal.SIGTERM)
         assert await program.ended() == (0, "", "")
 
+    @transcript
+    async def test_as_many_files_as_allowed(self, memory_lan: Lan) -> None:
+        """A shell's low limit of open files is raised to what the system allows; more is not asked for."""
+        resource = pytest.importorskip("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        try:
+            tornchat.raise_file_limit()
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, tornchat.FILES), hard)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
     @slow
     @transcript
     async def test_G2_killed_and_started_again(self, redis_lan: Lan) -> None:

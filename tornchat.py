@@ -101,6 +101,7 @@ IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
+FILES = 65536  # open at once, if the system allows: nearly as many people
 WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
 WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
 
@@ -2068,6 +2069,7 @@ class Daemon:
 async def serve(config: Config) -> None:
     """Runs a daemon until SIGINT or SIGTERM, or until the parent of a worker is gone. Raises StartError."""
     stop = stop_on_signals()
+    raise_file_limit()
     daemon = await Daemon.start(config)
     if config.inherited:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
@@ -2083,6 +2085,19 @@ async def serve(config: Config) -> None:
     await daemon.stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
+
+
+def raise_file_limit() -> None:
+    """Lets the process have as many connections as the system allows; a shell's own limit is often 1,024."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return  # Windows has no such limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        with contextlib.suppress(ValueError, OSError):  # macOS promises more than it gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 async def supervise(config: Config, command: Sequence[str]) -> None:
