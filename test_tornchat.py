@@ -45,6 +45,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import urllib.parse
@@ -4419,8 +4420,59 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {row.cpu:18.1f}  {row.p50:6.1f}  {row.p99:6.1f}  {row.flood:19,.0f}  {row.memory:9.1f}")
 
 
+async def write_messages(url: str, room: str, name: str, count: int) -> None:
+    """One daemon without its web side, that writes as fast as the store takes it; prints when it began and ended."""
+    config = tornchat.Config(redis_url=url, room=room, rate=0.0)
+    feed = tornchat.Feed(tornchat.Store(tornchat.connect(config), config), tornchat.Room("bench", 100), config)
+    await feed.open()
+    feed.start()
+    member = await feed.enter(name, name)
+    began = time.time()
+    for number in range(count):
+        if len(feed.outbox) >= 500:
+            await feed.idle.wait()
+        feed.say(member, tornchat.Say("x" * 100, f"c{number}"), lambda outcome: None)
+    await feed.idle.wait()
+    print(began, time.time())
+    await feed.stop()
+    await feed.store.close()
+
+
+def bench_store(url: str, daemons: int, count: int) -> float:
+    """How many messages a second so many daemons store together, each `count` of them."""
+    room = uuid.uuid4().hex
+    command = [sys.executable, __file__, "write", url, room]
+    writers = [
+        subprocess.Popen([*command, f"writer{number}", str(count)], stdout=subprocess.PIPE, text=True)
+        for number in range(daemons)
+    ]
+    moments = [list(map(float, writer.communicate(timeout=120)[0].split())) for writer in writers]
+    return daemons * count / (max(end for _, end in moments) - min(began for began, _ in moments))
+
+
+def bench_stores(folder: Path) -> None:
+    """Prints what the path through the store carries, to fakeredis and to a real Redis, by one daemon and by four."""
+    print(f"messages/s into fakeredis, 1 daemon: {bench_store('', 1, 10_000):,.0f}")
+    if shutil.which("redis-server"):
+        server = RedisServer(folder)
+        for daemons in (1, 4):
+            print(f"messages/s into Redis, {daemons} daemon(s): {bench_store(server.url, daemons, 10_000):,.0f}")
+        server.kill()
+
+
+def main(*arguments: str) -> int:
+    """The tests, or what else this file can do."""
+    match arguments:
+        case ["bench"]:
+            bench()
+            with tempfile.TemporaryDirectory() as folder:
+                bench_stores(Path(folder))
+        case ["write", url, room, name, count]:
+            asyncio.run(write_messages(url, room, name, int(count)))
+        case _:
+            return pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *arguments])
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["bench"]:
-        bench()
-    else:
-        raise SystemExit(pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]]))
+    raise SystemExit(main(*sys.argv[1:]))
