@@ -4312,12 +4312,19 @@ class Load:
         """Take what has arrived, or wait so long for it; on which sockets."""
         ready: list[socket.socket] = [key.data for key, _ in self.selector.select(max(0, seconds))]
         for sock in ready:
-            data = self.tails[sock] + sock.recv(1 << 18)
+            heard = sock.recv(1 << 18)
+            assert heard, "the chat has closed a connection"
+            data = self.tails[sock] + heard
             *whole, self.tails[sock] = re.split(rb"x{20}", data)  # behind its moment each text has a row of x
             now = time.perf_counter()
             moments = [float(moment[1]) for piece in whole if (moment := re.search(rb"@([\d.]+)@", piece))]
             self.delays += [now - moment for moment in moments]
         return ready
+
+    def close(self) -> None:
+        """Everybody goes."""
+        for sock in self.sockets:
+            sock.close()
 
     def settle(self) -> None:
         """Take what is still on its way, and forget what was counted."""
@@ -4384,7 +4391,7 @@ def measure(command: list[str], members: int) -> Figures:
         p50, p99 = (1000 * statistics.quantiles(load.delays, n=100)[at] for at in (49, 98))
         load.settle()
         load.flood(4)
-        early.settle()
+        early.close()
         return Figures(spent, p50, p99, len(load.delays) / 4, kilobytes)
     finally:
         chat.terminate()

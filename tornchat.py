@@ -94,6 +94,7 @@ OUTBOX_PROPOSALS = 1000  # waiting for the store; more are refused at once
 GROUP_PROPOSALS = 256  # committed in one transaction: about 10 ms of fakeredis
 BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener (G5) ...
 BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come back when it can
+SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, which would hold 3 MB for a client that doesn't read
 CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 SOCKETS_A_SESSION = 10  # tabs of one browser
@@ -1656,6 +1657,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         wish, self.wish = self.wish, None
         assert wish
         self.set_nodelay(True)
+        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.services.sockets.add(self)
         try:
             await self.enter(await self.session(wish), wish)
