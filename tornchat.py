@@ -1173,25 +1173,24 @@ class Feed:
     # --- when the feed isn't what it was ---
 
     async def recover(self) -> None:
-        """Loads the feed anew, whatever it takes."""
-        pause = Backoff(self.config.retry_seconds)
+        """Loads the feed anew, whatever it takes, unless the other task has done it meanwhile."""
+        pause, last = Backoff(self.config.retry_seconds), self.last
         while True:
             try:
-                return await self.reload()
+                return await self.reload(last)
             except STORE_ERRORS as error:
                 self.mark(readable=False, error=error)
                 await pause()
 
-    async def reload(self) -> None:
-        """Takes what the store holds now. Raises STORE_ERRORS.
+    async def reload(self, last: bytes) -> None:
+        """Takes what the store holds now, instead of what was read up to `last`. Raises STORE_ERRORS.
 
         An empty feed, or one that has lost what we have shown, begins a new epoch: so nobody takes a new message
         number 96 for the lost one (G2).
         """
-        last = self.last
         async with self.reloading:
             if self.last != last:
-                return  # the other task has done it meanwhile
+                return
             while True:
                 snapshot = await self.store.load()
                 if not self.has_lost(snapshot):
@@ -1219,6 +1218,8 @@ class Feed:
         for event in snapshot.events:
             self.remember(event)
         self.room.adopt(snapshot)
+        for event in snapshot.events:
+            self.settle((event.sid, event.cid), event)  # what another try has stored meanwhile
         self.rejoin_missing()
 
     def rejoin_missing(self) -> None:
@@ -1242,6 +1243,8 @@ class Feed:
                     listener.shut(4409, "name taken")
 
         self.propose("joined", member, done)
+        *said, joined = self.outbox.items()  # before what the member has said meanwhile
+        self.outbox = dict([joined, *said])
 
     def mark(
         self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None
@@ -1315,7 +1318,7 @@ class Feed:
         if not self.secret:
             self.secret = await self.store.keep_secret(secrets.token_hex(32))
         await self.store.read_clock()
-        await self.reload()
+        await self.reload(self.last)
 
     def start(self) -> None:
         """Sets the tasks of a daemon going. None of them ends by itself, but by a bug."""
@@ -2912,6 +2915,7 @@ CHAT_JS = r"""
 // === Constants: milliseconds, rows and pixels, each with its reason ===
 const RETRY_MS = [500, 10000];    // back-off between tries: the first, and the longest
 const RESTART_MS = [200, 2000];   // after 1001 everybody comes back at once: spread out
+const SPREAD_MS = 20;             // a member: a crowd comes back with no more than 50 tries a second
 const SILENCE_MS = 45000;         // the server tells the time every 20 s: two of these are missing
 const STALE_MS = 25000;           // woken up: one of them is missing, do not wait for the second
 const ANSWER_MS = 10000;          // to connect, or to confirm a message, which the server does within 5 s
@@ -3331,7 +3335,8 @@ function disconnected({code, reason}) {
   if (code === 1009) refused({cid: inFlight, code: 'too-long', text: words.too_long});
   restarting ||= code === 1001;
   const [first, longest] = RETRY_MS;
-  retryIn(code === 1001 ? between(...RESTART_MS) : between(first, Math.min(longest, first * 2 ** (failures + 1))));
+  const [low, high] = code === 1001 ? RESTART_MS : [first, Math.min(longest, first * 2 ** (failures + 1))];
+  retryIn(between(low, Math.max(high, low + memberCount * SPREAD_MS)));
 }
 
 function retryIn(milliseconds) {
