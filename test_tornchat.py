@@ -5200,7 +5200,7 @@ class TestManyDaemons:
     @slow
     def test_G2_G3_G4_whatever_happens(self) -> None:
         """Sends, lost answers, second tries, flushes and restarts in any order: G2, G3 and G4 hold."""
-        hypothesis.stateful.run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        hypothesis.stateful.run_state_machine_as_test(  # type: ignore[no-untyped-call,unused-ignore]
             Faults,
             settings=hypothesis.settings(
                 max_examples=30,
