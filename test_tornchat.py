@@ -1153,6 +1153,15 @@ class TestFeed:
         assert [outcome.seq for outcome in outcomes if isinstance(outcome, tornchat.Event)] == [5]
 
     @transcript
+    async def test_the_secret(self, feeds: Feeds) -> None:
+        """The room keeps the secret that its daemons agree on; one that the operator gives stays out of the store."""
+        given = await feeds.start(secret="from the operator")
+        assert given.secret == "from the operator"
+        assert not await feeds.redis.exists(feeds.place.key("secret"))
+        first, second = await feeds.start(), await feeds.start()
+        assert first.secret == second.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
+
+    @transcript
     async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
         """A cid sent again with another text is confirmed with the text that was stored."""
         feed = await feeds.start()

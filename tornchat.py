@@ -909,7 +909,7 @@ class Proposal:
 
 
 class Feed:
-    """Keeps the room the sum of the feed, and gets into the feed what members want there: three tasks a daemon."""
+    """Keeps the room the sum of the feed, and gets into the feed what members want there: four tasks a daemon."""
 
     def __init__(self, store: Store, room: Room, config: Config) -> None:
         self.store, self.room, self.config = store, room, config
@@ -1197,7 +1197,8 @@ class Feed:
                     break
                 opened = Event("opened", snapshot.events[-1].seq if snapshot.events else 0, secrets.token_hex(8))
                 with contextlib.suppress(WatchError):
-                    await self.store.reopen(snapshot.last, opened, self.room.roster.values(), self.secret)
+                    kept = "" if self.config.secret else self.secret  # one that was given stays out of the store
+                    await self.store.reopen(snapshot.last, opened, self.room.roster.values(), kept)
             self.adopt(snapshot)
 
     def has_lost(self, snapshot: Snapshot) -> bool:
@@ -1291,10 +1292,11 @@ class Feed:
         """The leases that are due, in one command. A name without a tab keeps it for the grace."""
         now = time.monotonic()
         self.rejoin_missing()
-        gone = {key: member for key, member in self.released.items() if not member.listeners}
-        if gone:
-            await self.store.renew(list(gone), self.config.grace_seconds)
-        self.released.clear()
+        released = dict(self.released)
+        if gone := [key for key, member in released.items() if not member.listeners]:
+            await self.store.renew(gone, self.config.grace_seconds)
+        for key in released:  # and not those that have been added meanwhile
+            del self.released[key]
         here = [member for member in self.room.sessions.values() if member.listeners]
         due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
         if due:
