@@ -1035,6 +1035,7 @@ class Feed:
         decided: list[Event] = []
 
         def decide(newer: list[Entry], lapsed: set[str]) -> Changes:
+            """Called when the store can't change any more without our noticing."""
             self.absorb(newer)
             decided[:] = [*self.lapse(lapsed), *self.decide()]
             if not decided and not self.writable:
@@ -1058,23 +1059,26 @@ class Feed:
         for proposal in list(itertools.islice(self.outbox.values(), GROUP_PROPOSALS)):
             type, member = proposal.type, proposal.member
             owner = owners.setdefault(member.key, self.room.roster.get(member.key))
-            its_own = owner is not None and owner.sid == member.sid
-            if type == "joined" and owner and not its_own:
-                self.settle(proposal.id, Taken(member.name))
+            if verdict := self.verdict(proposal, owner):
+                self.settle(proposal.id, verdict)
                 continue
-            if type == "message" and not its_own:
-                self.settle(proposal.id, Refused("name-lost", cid=proposal.cid_of_client, name=member.name))
-                continue
-            event = Event(
-                type, seq + (type == "message"), self.room.epoch, member.sid, proposal.cid, member.name, proposal.text
-            )
-            if type == "left" and not its_own:
-                self.settle(proposal.id, event)
-                continue
-            seq = event.seq
+            seq += type == "message"
             owners[member.key] = None if type == "left" else member
-            events.append(event)
+            events.append(Event(type, seq, self.room.epoch, member.sid, proposal.cid, member.name, proposal.text))
         return events
+
+    def verdict(self, proposal: Proposal, owner: Member | None) -> Outcome | None:
+        """What becomes of a proposal without the feed, given who has its name; None if it belongs into the feed."""
+        member = proposal.member
+        if owner is not None and owner.sid == member.sid:
+            return None
+        match proposal.type:
+            case "joined":
+                return Taken(member.name) if owner else None
+            case "message":
+                return Refused("name-lost", cid=proposal.cid_of_client, name=member.name)
+            case _:  # it has left already
+                return Event("left", self.room.seq, self.room.epoch, member.sid, proposal.cid, member.name)
 
     def changes(self, events: list[Event], strays: list[str]) -> Changes:
         """The transaction for these events. It drops from the feed what falls out of our lists when they come back."""
@@ -1491,10 +1495,10 @@ class BaseHandler(tornado.web.RequestHandler):
         if self.wants_json():
             self.finish({"code": status_code, "text": text})
         else:
-            self.page("error.html", text=text)
+            self.page("error.html", root="/", text=text)
 
-    def page(self, template: str, **values: object) -> None:
-        """Answers with one of the HTML templates, in the reader's language."""
+    def page(self, template: str, root: str = "", **values: object) -> None:
+        """Answers with one of the HTML templates, in the reader's language; `root` leads from its URL to the room's."""
         self.finish(
             self.render_string(
                 template,
@@ -1502,6 +1506,7 @@ class BaseHandler(tornado.web.RequestHandler):
                 w=WORDS[self.language],
                 title=self.services.config.title,
                 asset=asset_url,
+                root=root,
                 **values,
             )
         )
@@ -2610,17 +2615,24 @@ def page_words(language: str) -> dict[str, str]:
 
 
 # language=html
-LOGIN_HTML = r"""<!doctype html>
+PLAIN_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
   <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
   <meta name="color-scheme" content="light dark">
   <title>{{ title }}</title>
-  <link rel="icon" href="{{ asset("icon.svg") }}" type="image/svg+xml">
-  <link rel="stylesheet" href="{{ asset("style.css") }}">
+  <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link rel="stylesheet" href="{{ root }}{{ asset("style.css") }}">
 </head>
 <body class="login">
+{% block main %}{% end %}
+</body>
+</html>
+"""
+
+# language=html
+LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
   <main>
     <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
     <h1 dir="auto">{{ title }}</h1>
@@ -2641,29 +2653,17 @@ LOGIN_HTML = r"""<!doctype html>
     </form>
     <p class="hint">{{ kept }}</p>
   </main>
-</body>
-</html>
+{% end %}
 """
 
 # language=html
-ERROR_HTML = r"""<!doctype html>
-<html lang="{{ lang }}">
-<head>
-  <meta charset="utf-8">
-  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-  <meta name="color-scheme" content="light dark">
-  <title>{{ title }}</title>
-  <link rel="icon" href="/{{ asset("icon.svg") }}" type="image/svg+xml">
-  <link rel="stylesheet" href="/{{ asset("style.css") }}">
-</head>
-<body class="login">
+ERROR_HTML = r"""{% extends "plain.html" %}{% block main %}
   <main>
     <h1 dir="auto">{{ title }}</h1>
     <p class="error" role="alert">{{ text }}</p>
     <p><a href="/">{{ w["error_back"] }}</a></p>
   </main>
-</body>
-</html>
+{% end %}
 """
 
 # language=html
@@ -3449,7 +3449,7 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 </svg>
 """
 
-TEMPLATES = {"login.html": LOGIN_HTML, "chat.html": CHAT_HTML, "error.html": ERROR_HTML}
+TEMPLATES = {"plain.html": PLAIN_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
