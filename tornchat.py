@@ -86,6 +86,7 @@ TEXT_CHARS = 4000  # of one message: a long paragraph, or a page of code
 FRAME_BYTES = 16 * 1024  # of one frame or form from a client; 4,000 characters of 4 bytes each fit
 NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on top, up to
 NAME_CODEPOINTS = 64
+PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_NOTICES = 1000  # joined, left, opened in the store: they must never push a message out
@@ -233,27 +234,48 @@ def clean_text(text: str) -> str:
     return text
 
 
-# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille.
-BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille,
+# the object replacement, the Khitan filler, the null notehead.
+BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffc\U00016fe4\U0001d159")
 UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # not Cn: what this Python doesn't know may be next year's emoji
 JOINERS = "\u200c\u200d"
-EMOJI_STYLE = "\ufe0f"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
 
-# Look-alikes of Latin letters, by letter: a small part of the table of Unicode Technical Standard 39, with the
-# digits that stand in for letters. Digits go to letters of their own, so that user1 and user10 stay two names.
+# Look-alikes by what they look like, folded as in name_key: the letters that the table of Unicode Technical Standard 39
+# has for one Latin letter, small capitals, and digits that stand in for letters. Digits go to letters of their own, so
+# that user1 and user10 stay two names. An accent or a stroke is seen, so that Éva, Øle and Łukasz stay what they are.
 LOOKALIKES = {
-    "a": "аɑα4", "b": "ьβ", "c": "сϲ", "d": "ԁ", "e": "еεє3", "g": "ɡ", "h": "һ", "j": "јϳ", "k": "кκ",
-    "l": "iı1|ӏіιɩ!", "m": "м", "n": "пη", "o": "оοσօ0", "p": "рρ", "q": "ԛ", "r": "г", "s": "ѕ5$", "t": "тτ",
-    "u": "υսц", "v": "νѵ", "w": "ԝωш", "x": "хχ", "y": "уγү", "z": "ᴢ",
+    "a": "аɑα4Ꭺᗅꓮ𖽀𐊠ᴀ@⍺", "b": "ьβƅᏏᑲᖯꞵвᏴᗷꓐ𐊂𐊡𐌁ʙ8", "c": "сᴄⲥᏟ𐐽ꓚ𐊢𐌂𐔜", "d": "ԁᏧᑯꓒᎠᗞᗪꓓᴅ",
+    "e": "еεє3ꬲҽⴹᎬꓰ𑣆𑣎𐊆ᴇз℮", "f": "ꬵꞙẝքᖴꓝ𑣂𐊇𐊥𐔥ꜰ", "g": "ɡᶃƍցԍᏀᏳꓖɢ6б", "h": "һհᏂⲏнᎻᕼꓧ𐋏ʜ", "j": "јϳʝᎫᒍꓙᴊ", "k": "кκⲕᏦᛕꓗ𐔘ᴋ",
+    "l": "iı1|ӏіιɩ!ɪꙇᎥ𑣃ǀⲓⵏᛁꓲ𖼨𐊊𐌉ⳑᏞᒪꓡ𖼖𑣒𐑃𐔦ʟاוᏆ∣│", "m": "мⲙᎷᗰᛖꓟ𐊰𐌑ᴍ", "n": "пηոռⲛꓠ𐔓ɴ",
+    "o": "оοσօ0ᴏᴑꬽⲟჿഠဝ𐓪𑣈𑣗𐐬〇ⵔዐଠꓳ𑣕𐊒𐊫𐔖هەہھס", "p": "рρⲣᏢᑭꓑ𐊕ᴘ", "q": "ԛգզⵕꞯ9", "r": "гꭇꭈⲅᎱʀᎡᏒ𐓜ᖇꓣ𖼵",
+    "s": "ѕ5$ꜱƽᏚ𑣁𐑈տᏕꓢ𖼺𐊖", "t": "тτⲧᎢꓔ𖼊𐊗𐊱𐌕ᴛ7⊤", "u": "υսцꞟᴜꭎꭒʋ𐓶𑣘ሀᑌꓴ𖽂∪", "v": "νѵᴠ𑜆Ꮩ𑣀ⴸᐯꛟꓦ𖼈𐔝∨",
+    "w": "ԝωшɯᴡѡա𑜊𑜎𑜏ᎳᏔꓪ", "x": "хχ×ᕁᕽꭓⲭⵝᚷꓫ𐊐𐊴𐌗𐔧", "y": "уγүɣᶌʏỿꭚყ𑣜ⲩᎩᎽꓬ𖽃𐊲", "z": "ᴢᏃ𑣄ꓜ𑣉2",
+    "'": "\u2018\u2019\u02bc\u02b9\u2032`", "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    "\u00b7": "\u2022\u2219\u22c5\u30fb\u2027", "\u0306": "\u030c", "\u0327": "\u0326", "ي": "یى", "ك": "ک",
+    "工": "エ", "力": "カ", "二": "ニ", "口": "ロ", "一": "ー", "卜": "ト", "八": "ハ", "夕": "タ", "ヘ": "へ",
+    "リ": "り",
 }  # fmt: skip
+BADGES = (0x1F150, 0x1F170, 0x1F1E6)  # where letters in circles, in squares, and in flags begin
 SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
-    | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e ", None)
+    | {chr(first + at): letter for first in BADGES for at, letter in enumerate("abcdefghljklmnopqrstuvwxyz")}
+    | dict.fromkeys([*JOINERS, " ", *map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))], None)
 )
+GREEK_SMALL = re.compile("[α-ω]")
+GREEK_CAPITALS = str.maketrans("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABEZHIKMNOPTYX")  # four look unlike their small ones: Η Μ Ν Υ
+COLONS = ":\u02d0\u02f8\u0589\u05c3\u2236\ua789"
+TILDES = "~\u02dc\u223c\u223d\u223f\u2053\u301c"
+# What could be mistaken for the room itself, in the languages that most people read; words that are also names of
+# people (Nizam, Musharraf) are not in it.
 RESERVED = (
-    *("system", "admin", "administrator", "host", "tornchat", "server", "moderator", "root"),
-    *("系统", "管理员", "主持人", "服务器", "聊天室", "房主"),
+    "tornchat root system admin administrator host server moderator gastgeber systeem beheerder gastheer",
+    "système administrateur hôte modérateur serveur sistema administrador anfitrión moderador servidor anfitrião",
+    "amministratore moderatore sistem yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên",
+    "система администратор админ модератор ведущий хост сервер адміністратор адмін ведучий σύστημα διαχειριστής",
+    "النظام مدير المدير المشرف المضيف سیستم میزبان מערכת מנהל מארח सिस्टम प्रशासक व्यवस्थापक संचालक एडमिन होस्ट",
+    "সিস্টেম অ্যাডমিন ระบบ ผู้ดูแล แอดมิน システム 管理者 管理人 司会 ホスト モデレーター サーバー",
+    "시스템 관리자 운영자 호스트 진행자 서버 방장 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器",
 )
 
 
@@ -273,18 +295,20 @@ def clean_name(raw: str) -> str:
         raise Refused("invalid", "name-long", limit=NAME_CHARS)
     if kinds[0][0] == "M" or not all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf"):
         raise Refused("invalid", "name-characters")
-    if ":" in name or name[0] == "~":  # as plain lines they could be mistaken for somebody's words, or the room's
+    if "M" * PILED_MARKS in "".join(kind[0] for kind in kinds):  # it would cover its neighbours
         raise Refused("invalid", "name-characters")
-    if name_key(name) in RESERVED_KEYS:
+    if name[0] in TILDES or any(char in COLONS for char in name):  # as plain lines: somebody's words, or the room's
+        raise Refused("invalid", "name-characters")
+    if not RESERVED_KEYS.isdisjoint({letters_of(name_key(name)), name_key(letters_of(name))}):
         raise Refused("invalid", "name-reserved", name=name)
     return name
 
 
 def joins(name: str, at: int) -> bool:
     """Whether the format character at this place is a joiner where one belongs: in Indic or Arabic words, in emoji."""
-    if name[at] not in JOINERS or not 0 < at < len(name) - 1:
+    if name[at] not in JOINERS or at == 0:
         return False
-    before, behind = name[at - 1], name[at + 1]
+    before, behind = name[at - 1], name[at + 1 : at + 2] or " "
     arabic = unicodedata.bidirectional(before) == unicodedata.bidirectional(behind) == "AL"
     emoji = unicodedata.category(before) in ("So", "Sk", "Mn") and unicodedata.category(behind) == "So"
     return unicodedata.combining(before) == VIRAMA or arabic or (emoji and name[at] == "\u200d")
@@ -292,11 +316,22 @@ def joins(name: str, at: int) -> bool:
 
 def name_key(name: str) -> str:
     """What two names have in common that look alike: a member's key on the roster (G7)."""
-    letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", name).casefold()).translate(SKELETON)
+    name = unicodedata.normalize("NFKC", name)
+    if not GREEK_SMALL.search(name) or re.search("[a-zA-Z]", name):  # else it is a Greek word, and N begins ν
+        name = name.translate(GREEK_CAPITALS)
+    digits = (str(unicodedata.decimal(char, char)) for char in unicodedata.normalize("NFD", name.casefold()))
+    letters = "".join(digits).translate(SKELETON)
     return unicodedata.normalize("NFC", letters.replace("l\u0307", "l").replace("rn", "m").replace("vv", "w"))
 
 
-RESERVED_KEYS = frozenset(map(name_key, RESERVED))
+def letters_of(name: str) -> str:
+    """A name without its accents and signs: they don't make another word of a reserved one."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFD", name)))
+
+
+RESERVED_KEYS = frozenset(
+    key for word in " ".join(RESERVED).split() for key in (letters_of(name_key(word)), name_key(letters_of(word)))
+)
 
 
 def variants(name: str) -> Iterable[str]:
