@@ -325,6 +325,13 @@ class Lan:
         browser.welcome = await browser.expect("welcome", name=name)
         return browser
 
+    async def ask_raw(self, method: str, path: str, headers: Mapping[str, str], body: str = "") -> str:
+        """What the newest daemon answers to a request that is written as it stands here, up to the body."""
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        if method in ("POST", "PUT"):
+            lines.append(f"Content-Length: {len(body)}")
+        return await raw_request(f"http://127.0.0.1:{self.daemons[-1].port}", "\r\n".join([*lines, "", body]))
+
     async def close(self) -> None:
         for browser in self.browsers:
             browser.drop()
@@ -1881,6 +1888,7 @@ FIELDS: list[tuple[list[str], dict[str, str], str, object]] = [
     ([], {}, "allow_host", ()),
     (["--allow-host", "a.org", "--allow-host", "b.org"], {}, "allow_host", ("a.org", "b.org")),
     ([], {"TORNCHAT_ALLOW_HOST": "a.org, b.org"}, "allow_host", ("a.org", "b.org")),
+    (["--allow-host", "A.org.:8888,[2001:db8::1]:80"], {}, "allow_host", ("a.org", "2001:db8::1")),
     ([], {}, "trust_proxy", False),
     (["--trust-proxy"], {}, "trust_proxy", True),
     ([], {"TORNCHAT_TRUST_PROXY": "1"}, "trust_proxy", True),
@@ -3238,6 +3246,22 @@ FOREIGN_HOSTS = [
 ]
 
 
+ROUTES = [
+    *[
+        ("GET", path)
+        for path in ("/", "/login", "/chat", "/healthz", "/style.css", "/chat.js", "/icon.svg", "/nothing")
+    ],
+    *[("POST", path) for path in ("/", "/login", "/logout", "/healthz", "/nothing")],
+    *[("HEAD", "/login"), ("OPTIONS", "/login"), ("PUT", "/login"), ("GET", "/logout"), ("GET", "/style.css?v=1")],
+]
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw==",
+}
+
+
 def certificate(folder: Path) -> tuple[str, str]:
     """A certificate for this machine, and its key."""
     openssl = shutil.which("openssl")
@@ -3278,63 +3302,126 @@ class TestSecurity:
     async def test_G10_foreign_host(self, host: str, memory_lan: Lan) -> None:
         """Any other Host is refused on every route with 421 and the flag to use: DNS rebinding finds no door."""
         await memory_lan.serve(allow_host=("chat.example.org",))
-        url = memory_lan.browser().url
-        for path in ("/", "/login", "/healthz", "/style.css", "/chat.js", "/icon.svg", "/nothing"):
-            answer = await raw_request(url, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
-            assert re.match(r"HTTP/1.1 4(21|00) ", answer), answer
-            if host == "evil.example":
-                assert "421" in answer
-        upgrade = (
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\nOrigin: http://{host}\r\n"
-        )
-        answer = await raw_request(url, f"GET /chat?nickname=Eve HTTP/1.1\r\nHost: {host}\r\n{upgrade}\r\n")
-        assert re.match(r"HTTP/1.1 4(21|00|03) ", answer), answer
-
-    @transcript
-    async def test_G10_the_flag_is_named(self, memory_lan: Lan) -> None:
-        """The refusal of a Host names the flag that allows it."""
-        await memory_lan.serve()
-        answer = await memory_lan.browser().fetch("/login", Host="chat.example.org")
-        assert answer.code == 421
-        assert "--allow-host chat.example.org" in text_of(answer)
-
-    @transcript
-    async def test_two_hosts(self, memory_lan: Lan) -> None:
-        """A request with two Hosts is refused."""
-        await memory_lan.serve()
-        answer = await raw_request(
-            memory_lan.browser().url, "GET /login HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
-        )
+        malformed = set(host) & set("@ ")
+        origin = {"Origin": f"http://{host}", "Cookie": "tornchat=x"}  # as the page of an attacker's name sends them
+        for method, path in ROUTES:
+            answer = await memory_lan.ask_raw(method, path, {"Host": host, "Connection": "close"} | origin)
+            assert answer.startswith(f"HTTP/1.1 {400 if malformed else 421} "), (method, path, answer)
+            if not malformed:
+                assert "default-src 'none'" in answer
+        answer = await memory_lan.ask_raw("GET", "/chat?nickname=Eve", {"Host": host} | UPGRADE | origin)
         assert re.match(r"HTTP/1.1 4(21|00) ", answer), answer
+        assert (await memory_lan.browser().ask("Eve"))[0] == 200  # nobody has taken the name
 
     @pytest.mark.parametrize(
-        ("headers", "allowed"),
+        ("version", "hosts", "status"),
         [
-            ({}, True),
-            ({"Origin": "same"}, True),
-            ({"Origin": "http://evil.example"}, False),
-            ({"Origin": "null"}, False),
-            ({"Origin": "http://127.0.0.1:1"}, False),
-            ({"Sec-Fetch-Site": "cross-site"}, False),
-            ({"Sec-Fetch-Site": "same-site"}, False),
-            ({"Sec-Fetch-Site": "same-origin", "Origin": "same"}, True),
+            ("1.1", [], 400),
+            ("1.0", [], 421),
+            ("1.0", ["localhost"], 200),
+            ("1.0", ["evil.example"], 421),
+            ("1.1", ["localhost", "localhost"], 400),
+            ("1.1", ["localhost", "evil.example"], 400),
+            ("1.1", ["localhost, evil.example"], 400),
+            ("1.1", ["localhost/evil.example"], 400),
+            ("1.1", ["localhost\t"], 200),
+            ("1.1", ["local\x00host"], 400),
+            ("1.1", ["localhost:evil"], 421),
+            ("1.1", [":8888"], 421),
+            ("1.1", ["localhost.."], 421),
         ],
     )
     @transcript
-    async def test_G10_origins(self, headers: dict[str, str], allowed: bool, memory_lan: Lan) -> None:
-        """No page of another origin can log in, log out, or open a socket."""
+    async def test_G10_odd_hosts(self, version: str, hosts: list[str], status: int, memory_lan: Lan) -> None:
+        """No Host, two of them, or one that could be read in two ways opens nothing, in HTTP 1.0 as in 1.1."""
         await memory_lan.serve()
+        lines = "".join(f"Host: {host}\r\n" for host in hosts)
+        answer = await raw_request(memory_lan.browser().url, f"GET /login HTTP/{version}\r\n{lines}\r\n")
+        assert re.match(rf"HTTP/1.1 {status} ", answer), answer
+
+    @transcript
+    async def test_an_absolute_address(self, memory_lan: Lan) -> None:
+        """What stands in the request line is no way around the Host."""
+        await memory_lan.serve()
+        answer = await memory_lan.ask_raw("GET", "http://localhost/login", {"Host": "evil.example"})
+        assert answer.startswith("HTTP/1.1 421 ")
+        answer = await memory_lan.ask_raw("GET", "http://evil.example/login", {"Host": "localhost"})
+        assert answer.startswith("HTTP/1.1 404 ")
+
+    @pytest.mark.parametrize("host", ["chat.example.org", "CHAT.example.org:8888", "chat.example.org.:80"])
+    @transcript
+    async def test_G10_the_flag_is_named(self, host: str, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """The refusal of a Host names the flag that allows it, on the page and in the log; with that it is let in."""
+        await memory_lan.serve()
+        answer = await memory_lan.browser().fetch("/login", Host=host)
+        assert answer.code == 421
+        for told in (text_of(answer), caplog.text):
+            assert re.search(r"--allow-host chat\.example\.org(?![.:\w])", told)
+        config = tornchat.parse_config(["--allow-host", host], {})
+        await memory_lan.serve(allow_host=config.allow_host)
+        assert (await memory_lan.browser().fetch("/login", Host=host)).code == 200
+
+    @pytest.mark.parametrize("name", ["https://a.org/", "*.a.org", "a b", "a.org;reboot", "ä.org"])
+    def test_what_is_allowed_is_a_host(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """--allow-host takes names that a Host header can have, and says so of others, instead of never matching."""
+        with pytest.raises(SystemExit) as ended:
+            tornchat.parse_config(["--allow-host", f"b.org,{name}"], {})
+        assert ended.value.code == 2
+        assert name in capsys.readouterr().err
+
+    @pytest.mark.parametrize("upstream", ["tornchat_backend", "127.0.0.1:8888"])
+    @transcript
+    async def test_a_proxy_that_drops_the_host(
+        self, upstream: str, memory_lan: Lan, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Behind a proxy that puts its own name for us into Host, the log says in one line what the proxy has to do."""
+        await memory_lan.serve(trust_proxy=True, allow_host=("chat.example.org",))
+        browser = memory_lan.browser()
+        dropped: dict[str, Any] = {
+            "Host": upstream,
+            "Origin": "http://chat.example.org",
+            "X_Forwarded_For": "192.0.2.7",
+        }
+        assert (await browser.fetch("/login", form={"nickname": "Ann"}, **dropped)).code == 403
+        await browser.login("Ann")
+        assert await browser.knock(**dropped) == 403
+        told = [record.getMessage() for record in caplog.records]
+        assert told
+        for line in told:
+            assert "http://chat.example.org" in line
+            assert "proxy_set_header Host $http_host" in line
+
+    @pytest.mark.parametrize("upgrade", [True, False], ids=["socket", "form"])
+    @pytest.mark.parametrize("site", ["", "same-origin", "none", "same-site", "cross-site", "odd"])
+    @pytest.mark.parametrize(
+        "origin",
+        [
+            *("", "same", "same in capitals", "null", "http://evil.example", "http://127.0.0.1:1", "http://127.0.0.1"),
+            *("https://127.0.0.1.evil.example:{port}", "http://evil.example#127.0.0.1:{port}", "127.0.0.1:{port}"),
+            *("http://127.0.0.1:{port}@evil.example", "http://evil.example@127.0.0.1:{port}"),
+            *("http://localhost:{port}", "file://", "http://127.0.0.1:{port}, http://evil.example"),
+        ],
+    )
+    @transcript
+    async def test_G10_origins(self, origin: str, site: str, upgrade: bool, memory_lan: Lan) -> None:
+        """No page of another origin can log in, log out, or open a socket, whether the browser tells the site or not."""
+        daemon = await memory_lan.serve()
+        ours = f"http://127.0.0.1:{daemon.port}"
+        origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))
+        told: dict[str, Any] = {"Origin": origin, "Sec_Fetch_Site": site}
+        told = {name: value for name, value in told.items() if value}
+        # What the browser says of the site can't be forged by a page; where it says nothing, the Origin decides.
+        allowed = site in ("same-origin", "none") if site else origin.lower() in ("", ours)
         ann = memory_lan.browser()
         await ann.login("Ann")
-        underscored: dict[str, Any] = {
-            name.replace("-", "_"): ann.url if value == "same" else value for name, value in headers.items()
-        }
-        for path in ("/login", "/logout"):
-            other = memory_lan.browser()
-            answer = await other.fetch(path, form={"nickname": "Eve"}, **underscored)
-            assert answer.code == (303 if allowed else 403)
-        assert await ann.knock(**underscored) == (101 if allowed else 403)
+        if upgrade:
+            assert await ann.knock(**told) == (101 if allowed else 403)
+            return
+        eve = memory_lan.browser()
+        assert (await eve.fetch("/login", form={"nickname": "Eve"}, **told)).code == (303 if allowed else 403)
+        assert bool(eve.cookies) == allowed
+        assert (await ann.fetch("/logout", form={}, **told)).code == (303 if allowed else 403)
+        assert (await ann.fetch("/")).code == (302 if allowed else 200)
 
     @transcript
     async def test_G10_headers(self, memory_lan: Lan) -> None:

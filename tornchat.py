@@ -1431,16 +1431,18 @@ class Services(NamedTuple):
     sockets: set[ChatSocket]  # all that are open, joined or not
 
 
-def is_our_host(header: str, hosts: frozenset[str]) -> bool:
-    """Whether a Host header names us. A name that isn't local may be one that an attacker's DNS points at us."""
+def host_name(header: str) -> str:
+    """The name or address in a Host header, without port and final dot; "" if there is none."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
-    if match is None:
-        return False
-    name = match[1] or match[2]
+    return (match[1] or match[2]) if match else ""
+
+
+def is_our_host(name: str, hosts: frozenset[str]) -> bool:
+    """Whether a Host is ours. A name that isn't local may be one that an attacker's DNS points at us."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    return name in hosts or name.endswith(LOCAL_SUFFIXES) or "." not in name
+    return name in hosts or name.endswith(LOCAL_SUFFIXES) or (name != "" and "." not in name)
 
 
 def choose_language(header: str) -> str:
@@ -1490,8 +1492,24 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def prepare(self) -> None:
         """Refuses a Host that isn't ours."""
-        if not is_our_host(self.request.headers.get("Host", ""), self.services.hosts):
+        name = host_name(self.request.headers.get("Host", ""))
+        if not is_our_host(name, self.services.hosts):
+            log.warning(
+                "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
+                name[:100] or "(none)",
+                name[:100] or "NAME",
+            )
             raise tornado.web.HTTPError(421, reason="Misdirected Request")
+
+    def check_trusted_origin(self, origin: str) -> bool:
+        """Called by Tornado for a page that doesn't seem to be ours, which is not trusted, whatever it is."""
+        log.warning(
+            "a page of %s was refused at %s: if it is the room's own, a proxy between them has to pass the Host"
+            " (nginx: proxy_set_header Host $http_host;)",
+            shown(origin)[:100],
+            shown(self.request.headers.get("Host", ""))[:100],
+        )
+        return False
 
     def get_current_user(self) -> Session | None:
         """The session of the cookie; None if it has none, or one that we didn't sign."""
@@ -1525,7 +1543,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """One sentence, on a page or as JSON."""
         words = WORDS[self.language]
         text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=shown(self.request.headers.get("Host", ""))[:100]
+            status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
         )
         if self.wants_json():
             self.finish({"code": status_code, "text": text})
@@ -2427,8 +2445,12 @@ def room_name(text: str) -> str:
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    """Host names, separated by commas."""
-    return tuple(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
+    """Host names, separated by commas. Raises ArgumentTypeError."""
+    headers = list(filter(None, map(str.strip, text.split(","))))
+    names = tuple(map(host_name, headers))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{headers[names.index('')]!r} is not the name of a host")
+    return names
 
 
 def redis_url(text: str) -> str:
