@@ -64,6 +64,7 @@ import hypothesis.strategies as st
 import pytest
 import redis
 import redis.asyncio
+import tornado.web
 from playwright.async_api import Page as WebPage
 from playwright.async_api import async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
@@ -325,12 +326,15 @@ class Lan:
         browser.welcome = await browser.expect("welcome", name=name)
         return browser
 
-    async def ask_raw(self, method: str, path: str, headers: Mapping[str, str], body: str = "") -> str:
+    async def ask_raw(
+        self, method: str, path: str, headers: Mapping[str, str], body: str = "", expect: bytes = b""
+    ) -> str:
         """What the newest daemon answers to a request that is written as it stands here, up to the body."""
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         if method in ("POST", "PUT"):
             lines.append(f"Content-Length: {len(body)}")
-        return await raw_request(f"http://127.0.0.1:{self.daemons[-1].port}", "\r\n".join([*lines, "", body]))
+        request = "\r\n".join([*lines, "", body])
+        return await raw_request(f"http://127.0.0.1:{self.daemons[-1].port}", request, expect=expect)
 
     async def close(self) -> None:
         for browser in self.browsers:
@@ -632,12 +636,15 @@ async def run_to_end(*options: str, python: tuple[str, ...] = (str(PROGRAM),), *
     return code, out, err
 
 
-async def raw_request(url: str, request: str) -> str:
-    """What the daemon answers to these bytes, until it closes or falls silent."""
+async def raw_request(url: str, request: str, *, expect: bytes = b"") -> str:
+    """What the daemon answers to these bytes: the head, and what comes with or after it that begins as expected."""
     place = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     writer.write(request.encode("latin-1"))
     answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+    if expect and b" 101 " in answer:
+        answer += await asyncio.wait_for(reader.readuntil(expect), PATIENCE)
+        answer += await asyncio.wait_for(reader.readexactly(3), PATIENCE)
     writer.close()
     return answer.decode("latin-1")
 
@@ -2084,6 +2091,44 @@ class TestCommandLine:
 # === Login and names ==================================================================================================
 
 
+def signed(secret: str, name: str, *, days_ago: float = 0, value: str = "0123456789abcdef Eve") -> str:
+    """A cookie as a daemon with that secret makes it."""
+    clock = functools.partial(float, time.time() - days_ago * 86400)
+    return tornado.web.create_signed_value(secret, name, value, clock=clock).decode()
+
+
+FORGERIES: dict[str, Callable[[str, str, str], str]] = {  # of the room's secret, the cookie's name, a good value
+    "empty": lambda secret, name, value: "",
+    "nonsense": lambda secret, name, value: "nonsense",
+    "truncated": lambda secret, name, value: value[:-3],
+    "without its signature": lambda secret, name, value: value.rpartition("|")[0] + "|",
+    "a bit changed": lambda secret, name, value: value[:-1] + ("0" if value[-1] != "0" else "1"),
+    "unsigned": lambda secret, name, value: "0123456789abcdef Eve",
+    "unsigned, in base64": lambda secret, name, value: "MDEyMzQ1Njc4OWFiY2RlZiBFdmU=",
+    "base64 garbage": lambda secret, name, value: re.sub(r"\|\d+:[^|]*\|(?=[0-9a-f]{64})", "|4:====|", value),
+    "older version": lambda secret, name, value: value.replace("2|", "1|", 1),
+    "signed as an older version": lambda secret, name, value: tornado.web.create_signed_value(
+        secret, name, "sid Eve", version=1
+    ).decode(),
+    "a newer version": lambda secret, name, value: value.replace("2|", "3|", 1),
+    "another key version": lambda secret, name, value: value.replace("2|1:0|", "2|1:7|", 1),
+    "lengths that lie": lambda secret, name, value: re.sub(r"\|(\d+):", r"|9\1:", value),
+    "negative lengths": lambda secret, name, value: re.sub(r"\|(\d+):", r"|-\1:", value),
+    "reversed": lambda secret, name, value: value[::-1],
+    "long": lambda secret, name, value: "x" * 12_000,
+    "only bars": lambda secret, name, value: "2|" * 2000,
+    "a number of 5,000 digits": lambda secret, name, value: "2|1:0|10:" + "9" * 5000 + "|",
+    "odd bytes": lambda secret, name, value: "\xff\xfe\x80" + value,
+    "escapes": lambda secret, name, value: '"\\777\\000\\"',
+    "signed by another room": lambda secret, name, value: signed("another secret", name),
+    "of another cookie": lambda secret, name, value: signed(secret, "tornchat-00000000"),
+    "41 days old": lambda secret, name, value: signed(secret, name, days_ago=41),
+    "31 days old": lambda secret, name, value: signed(secret, name, days_ago=31),
+    "signed, without a name": lambda secret, name, value: signed(secret, name, value="0123456789abcdef"),
+    "signed, empty": lambda secret, name, value: signed(secret, name, value=""),
+}
+
+
 class TestLogin:
     @transcript
     async def test_without_a_session(self, memory_lan: Lan) -> None:
@@ -2369,31 +2414,88 @@ class TestLogin:
         there = await ann.tab(at=second).connect()
         await there.expect("welcome", name="Ann", members=["Ann"], count=1)
 
-    @pytest.mark.parametrize(
-        "forge",
-        [
-            lambda value: "",
-            lambda value: "nonsense",
-            lambda value: value[:-3],
-            lambda value: value.replace("2|", "1|", 1),
-            lambda value: value[::-1],
-            lambda value: "x" * 4000,
-            lambda value: "2|1:0|10:9999999999|1:a|4:QW5u|" + "0" * 64,
-        ],
-        ids=["empty", "nonsense", "truncated", "older version", "reversed", "long", "signed by another"],
-    )
     @transcript
-    async def test_forged_cookie(self, forge: Callable[[str], str], memory_lan: Lan) -> None:
-        """A cookie that the room did not sign is no session: never an error of the server."""
-        await memory_lan.serve()
+    async def test_logout_at_another_daemon(self, redis_lan: Lan) -> None:
+        """A logout closes every connection of the session, at every daemon, and the requests that wait there."""
+        first, second = await redis_lan.serve(grace_seconds=60), await redis_lan.serve(grace_seconds=60)
+        ann = await redis_lan.join("Ann", at=first)
+        there, waiting = await ann.tab(at=second).connect(), ann.tab(at=second)
+        welcome = await there.expect("welcome", name="Ann")
+        poll = asyncio.create_task(waiting.fetch(f"/messages?after=0&epoch={welcome['epoch']}&wait=30"))
+
+        async def both_there() -> bool:
+            return len(second.room.listeners) == 2
+
+        await until(both_there)
+        assert (await ann.tab(at=second).fetch("/logout", form={})).code == 303
+        await ann.closed(4401, "logout")
+        await there.closed(4401, "logout")
+        assert (await poll).code == 401
+        assert (await redis_lan.browser(first).ask("Ann"))[0] == 200
+
+    @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
+    @transcript
+    async def test_forged_cookie(self, forge: Callable[[str, str, str], str], memory_lan: Lan) -> None:
+        """A cookie that the room did not sign, or too long ago, is no session: never an error of the server."""
+        daemon = await memory_lan.serve()
         ann = memory_lan.browser()
         await ann.login("Ann")
         ((name, value),) = ann.cookies.items()
-        thief = memory_lan.browser()
-        thief.cookies = {name: forge(value.strip('"'))}
-        assert (await thief.fetch("/")).code == 302
-        await thief.connect()
-        await thief.closed(4401)
+        thief = {"Cookie": f"{name}={forge(daemon.feed.secret, name, value.strip(chr(34)))}", "Host": "localhost"}
+        for method, path, status in [
+            *[("GET", "/", 302), ("GET", "/login", 200), ("GET", "/messages", 401), ("POST", "/messages", 401)],
+            *[("POST", "/logout", 303), ("GET", "/chat", 400)],
+        ]:
+            answer = await memory_lan.ask_raw(method, path, thief)
+            assert re.match(rf"HTTP/1.1 ({status}|400) ", answer), answer
+        answer = await memory_lan.ask_raw("GET", "/chat", thief | UPGRADE, expect=b"\x88")
+        assert "\x11\x31" in answer or " 400 " in answer  # 4401
+        assert (await ann.fetch("/")).code == 200
+
+    @transcript
+    async def test_a_cookie_too_big(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """A cookie of 60 KB is not even read."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        reader, writer = await asyncio.open_connection("127.0.0.1", memory_lan.daemons[-1].port)
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: a=" + b"x" * 60_000 + b"\r\n\r\n")
+            assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+        writer.close()
+        assert (await ann.fetch("/")).code == 200
+        assert len(caplog.records) <= 1
+
+    @transcript
+    async def test_many_cookies(self, memory_lan: Lan) -> None:
+        """Among hundreds of cookies of others ours is found; an odd one beside it does not hide it."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        ours = ann.headers()["Cookie"]
+        for others in (
+            "; ".join(f"c{n}={n}" for n in range(500)),
+            'a="\\',
+            "=;;;=; ,",
+            "a=\xff",
+            "$Version=1",
+            "\xa0=x",
+        ):
+            for cookie in (f"{others}; {ours}", f"{ours}; {others}"):
+                answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
+                assert answer.startswith("HTTP/1.1 200 "), answer
+
+    @transcript
+    async def test_a_cookie_of_another_room(self, memory_lan: Lan) -> None:
+        """Two rooms with one port, one after the other, don't know each other's people: a secret made up is new."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await memory_lan.restart()
+        assert (await ann.fetch("/")).code == 302
+        bob = memory_lan.browser()
+        await bob.login("Bob")
+        assert bob.cookies.keys() == ann.cookies.keys()
 
 
 # === Socket ===========================================================================================================
@@ -3752,9 +3854,9 @@ FOREIGN_HOSTS = [
 ROUTES = [
     *[
         ("GET", path)
-        for path in ("/", "/login", "/chat", "/healthz", "/style.css", "/chat.js", "/icon.svg", "/nothing")
+        for path in ("/", "/login", "/chat", "/messages", "/healthz", "/style.css", "/chat.js", "/icon.svg", "/nothing")
     ],
-    *[("POST", path) for path in ("/", "/login", "/logout", "/healthz", "/nothing")],
+    *[("POST", path) for path in ("/", "/login", "/logout", "/messages", "/healthz", "/nothing")],
     *[("HEAD", "/login"), ("OPTIONS", "/login"), ("PUT", "/login"), ("GET", "/logout"), ("GET", "/style.css?v=1")],
 ]
 UPGRADE = {

@@ -1627,7 +1627,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def get_current_user(self) -> Session | None:
         """The session of the cookie; None if it has none, or one that we didn't sign."""
-        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS)
+        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS, min_version=2)
         sid, _, name = (value or b"").decode(errors="replace").partition(" ")
         return Session(sid, name) if name else None
 
