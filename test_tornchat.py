@@ -2726,6 +2726,22 @@ class TestSocket:
         assert ann.socket.close_code == 4429
 
     @transcript
+    async def test_G5_pings_without_end(self, lan: Lan) -> None:
+        """A client may ping; one that does nothing else is closed."""
+        await lan.serve(tick_seconds=0.5)
+        bob, ann = await lan.join("Bob"), await lan.join("Ann")
+        assert ann.socket is not None
+        for _ in range(10):
+            ann.socket.ping(b"?")
+        await ann.quiet()
+        for _ in range(200):
+            with contextlib.suppress(WebSocketClosedError):
+                ann.socket.ping(b"?")
+        await ann.closed(4429, "too many pings")
+        await bob.expect("message", name="Ann")
+        await bob.quiet()
+
+    @transcript
     async def test_joined(self, lan: Lan) -> None:
         """Who comes is announced to the others by name, with the new count."""
         await lan.serve()
@@ -4561,6 +4577,38 @@ class TestOperator:
         assert tornchat.interface_addresses() == []
         assert set(tornchat.lan_addresses()) <= {*map(tornchat.source_address, tornchat.ROUTE_PROBES)}
 
+    def test_one_line_a_second(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A hundred lines of a kind are one, the next one tells; other kinds, requests, changes are not held back."""
+        handler = logging.StreamHandler(sys.stdout)
+        handler.addFilter(tornchat.OneASecond())
+        log = logging.Logger("somewhere")
+        log.addHandler(handler)
+
+        def write(seconds: float, level: int, words: str, *args: object, **extra: object) -> None:
+            record = log.makeRecord("somewhere", level, "", 0, words, args, None, extra=extra)
+            record.created = seconds
+            log.handle(record)
+
+        for number in range(100):
+            write(number / 200, logging.WARNING, "odd: %d", number)
+        write(0.5, logging.ERROR, "another kind")
+        write(0.5, logging.DEBUG, "a request")
+        write(0.5, logging.DEBUG, "a request")
+        for number in range(2):
+            write(0.5, logging.ERROR, "changed %d times", number, every_change=True)
+        write(1.1, logging.WARNING, "odd: %d", 100)
+        assert capsys.readouterr().out.splitlines() == [
+            *("odd: 0", "another kind", "a request", "a request", "changed 0 times", "changed 1 times"),
+            "odd: 100 (and 99 more like this)",
+        ]
+
+    def test_kinds_of_lines_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tornchat, "LOG_KINDS", 10)
+        one_a_second = tornchat.OneASecond()
+        for number in range(100):
+            assert one_a_second.filter(logging.LogRecord("x", logging.ERROR, "", 0, f"kind {number}", None, None))
+        assert len(one_a_second.kinds) <= 11
+
     def test_a_log_line_steers_no_terminal(self) -> None:
         """Whatever is logged, no control character and no bidi control reaches the terminal."""
         record = logging.LogRecord("tornchat", logging.INFO, "", 1, "%s\n%s", ("a\x1b[31m\x9b\r\u202eb", "c"), None)
@@ -4831,6 +4879,32 @@ class TestProcess:
         await until(answers)
         program.signal(signal.SIGTERM)
         assert await program.ended() == (0, "", "")
+
+    @slow
+    @transcript
+    async def test_G5_more_visitors_than_descriptors(self, memory_lan: Lan) -> None:
+        """300 connections where 128 files may be open: those inside talk on, one line is logged; later others get in."""
+        limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (128, 128)); del sys.argv[0]; "
+        run = limited + "runpy.run_path(sys.argv[0], run_name='__main__')"
+        program = await Program.start("--host", "127.0.0.1", "--port", "0", python=("-c", run, str(PROGRAM)))
+        memory_lan.programs.append(program)
+        address = await program.address()
+        ann, bob = await memory_lan.join("Ann", at=address), await memory_lan.join("Bob", at=address)
+        port = urllib.parse.urlsplit(address).port
+        crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
+        eve = asyncio.create_task(memory_lan.join("Eve", at=address))
+        for number in range(8):
+            await ann.say(str(number))
+            await bob.expect("message", text=str(number))
+        assert not eve.done()
+        for _, writer in crowd:
+            writer.close()
+        await eve
+        await bob.expect("joined", names=["Eve"])
+        program.signal(signal.SIGTERM)
+        code, _, errors = await program.ended()
+        assert (code, len(errors.splitlines())) == (0, 1), errors
+        assert "full: newcomers wait" in errors
 
     @transcript
     async def test_as_many_files_as_allowed(self, memory_lan: Lan) -> None:
