@@ -23,6 +23,7 @@ No test sleeps to let something happen. "Nothing came" is proven by a barrier: w
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import bisect
@@ -51,11 +52,12 @@ import time
 import types
 import urllib.parse
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, ParamSpec, Self
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
 
 import fakeredis
 import hypothesis
@@ -78,6 +80,7 @@ SOURCE = PROGRAM.read_text(encoding="utf-8")
 CHATTER = {"joined", "left", "time"}  # frames that come when they like: passed over unless they are asked for
 Frame = dict[str, Any]
 P = ParamSpec("P")
+T = TypeVar("T")
 
 hypothesis.settings.register_profile("tornchat", deadline=None, max_examples=100)
 hypothesis.settings.load_profile("tornchat")
@@ -362,6 +365,7 @@ class Browser:
         self.epoch: str | None = None  # where a page would resume
         self.after: int | None = None
         self.last: str | None = None  # the cursor of its last poll
+        self.port = urllib.parse.urlsplit(url).port or 80
         self.certificates: str | None = None  # whom to trust for https
         self.cids = (f"cid-{uuid.uuid4().hex[:6]}-{n}" for n in itertools.count(1))
         lan.browsers.append(self)
@@ -650,11 +654,11 @@ async def raw_request(url: str, request: str, *, expect: bytes = b"") -> str:
 
 
 async def handshake(
-    url: str, cookie: str = "", after: bytes = b""
+    url: str, cookie: str = "", after: bytes = b"", *, buffer: int = 65536
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A WebSocket made by hand, for a client that does not do what clients do; `after` is sent in the same breath."""
     place = urllib.parse.urlsplit(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=buffer)
     head = [
         "GET /chat HTTP/1.1",
         f"Host: {place.netloc}",
@@ -4241,6 +4245,498 @@ class TestSecurity:
         await ann.connect()
         await ann.expect("welcome", name="Ann")
         await ann.expect("message", cid=await ann.say("x" * 4000))
+
+
+# === Attacks: slow ones, greedy ones, and whatever bytes there are ====================================================
+
+ODD_HEADERS = ["Origin", "Sec-Fetch-Site", "Accept", "Accept-Language", "X-Forwarded-For", "X-Forwarded-Proto"]
+ODD_HEADERS += ["X-Forwarded-Host", "If-None-Match", "Range", "Expect", "Sec-WebSocket-Protocol", "Content-Encoding"]
+MISCHIEF = (
+    "\x1b]0;owned\x07\x1b[31m\x9b31m\x7f\x00\x08\r\u202e\u2066\u200f\u061c\u2028"  # what must not reach a terminal
+)
+STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+any_header = st.text(st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"), max_size=60)
+any_query = st.dictionaries(
+    st.sampled_from(["after", "epoch", "wait", "last", "nickname", "password", "why", "v", "name", "seq", "x"]),
+    st.text(max_size=30).map(lambda text: urllib.parse.quote(text, errors="surrogatepass"))
+    | st.binary(max_size=30).map(urllib.parse.quote_from_bytes)
+    | st.sampled_from(
+        ["0", "-1", "1e3", "1e999", "nan", "inf", "9" * 15, "9" * 5000, "1-0", "0-0!", "%", "%FF", "&", ""]
+    )
+    | st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=20),
+).map(lambda query: "&".join(f"{name}={value}" for name, value in query.items()))
+any_form = (
+    st.binary(max_size=300)
+    | st.dictionaries(st.sampled_from(["nickname", "password", "text", "cid", "x"]), st.text(max_size=40)).map(
+        lambda form: urllib.parse.urlencode(form, errors="surrogatepass").encode()
+    )
+    | any_json.map(json.dumps).map(str.encode)
+    | st.builds(
+        lambda name, head, value: (
+            b'--x\r\nContent-Disposition: form-data; name="%b"\r\n%b\r\n\r\n%b\r\n--x--\r\n' % (name, head, value)
+        ),
+        st.sampled_from([b"nickname", b"text", b"\xff", b'"', b""]),
+        st.binary(max_size=30),
+        st.binary(max_size=60),
+    )
+)
+any_type = (
+    st.sampled_from(
+        [
+            *("application/x-www-form-urlencoded", "application/x-www-form-urlencoded; charset=utf-16", ""),
+            *("application/json", "application/json;charset=latin-1", "text/plain", "multipart/form-data"),
+            *(
+                "multipart/form-data; boundary=x",
+                'multipart/form-data; boundary="',
+                "multipart/form-data; boundary=" + "x" * 300,
+            ),
+            *("multipart/form-data; boundary=x; boundary=y", "Application/JSON", "multipart/mixed; boundary=x"),
+        ]
+    )
+    | any_header
+)
+any_ws_frame = st.builds(
+    lambda head, masked, size, payload: bytes((head, masked << 7 | min(size, 125) if size >= 0 else len(payload)))
+    + (b"\0\0\0\0" if masked else b"")
+    + payload,
+    st.integers(0, 255) | st.sampled_from([0x81, 0x82, 0x80, 0x01, 0x88, 0x89, 0x8A]),
+    st.booleans(),
+    st.sampled_from([-1, -1, -1, 0, 1, 126, 127]),
+    st.binary(max_size=120) | any_frame.map(lambda frame: frame.encode() if isinstance(frame, str) else frame)
+    .filter(lambda frame: len(frame) < 126),
+)  # fmt: skip
+
+
+def unquoted(value: str) -> str:
+    """A cookie's value without the quotes that stand around it on the wire."""
+    return value.strip('"')
+
+
+@contextlib.contextmanager
+def on_stage(lan: Lan) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
+    """One loop and what runs in it for all examples of a test: what it yields plays a coroutine there."""
+    with asyncio.Runner() as runner:
+        try:
+            yield lambda scene: runner.run(asyncio.wait_for(scene, 4 * PATIENCE))
+        finally:
+            runner.run(lan.close())
+            runner.run(sweep())
+
+
+def examples(few: int, many: int) -> pytest.MarkDecorator:
+    """Fuzz with a few examples, and as a slow test with many."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(many, id="slow")])
+
+
+async def exchange(port: int, request: bytes) -> bytes:
+    """All that the daemon answers to these bytes before it closes, or falls silent for want of more."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = b""
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        writer.write(request)
+        writer.write_eof()
+        while piece := await asyncio.wait_for(reader.read(65536), PATIENCE):
+            answer += piece
+    writer.transport.abort()
+    return answer
+
+
+class TestAttacks:
+    @examples(100, 500)
+    def test_any_frames_at_the_door(self, examples: int, memory_lan: Lan) -> None:
+        """Whatever frames and bytes come through a socket: the daemon logs no error, and others talk on."""
+        with on_stage(memory_lan) as play:
+            play(memory_lan.serve())
+            bob, ann = play(memory_lan.join("Bob")), memory_lan.browser()
+            play(ann.login("Ann"))
+
+            async def attack(frames: list[bytes], plain: bool) -> None:
+                protocol = "Sec-WebSocket-Protocol: text\r\n" if plain else ""
+                head = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
+                request = (
+                    f"GET /chat HTTP/1.1\r\nHost: localhost\r\nCookie: {ann.headers()['Cookie']}\r\n{protocol}{head}"
+                )
+                end = b"\x88\x82\0\0\0\0\x03\xe8"
+                heard = await exchange(ann.port, request.encode() + b"\r\n" + b"".join(frames) + end)
+                assert heard.startswith(b"HTTP/1.1 101 ")
+                cid = await bob.say("still here")
+                while (await bob.expect("message")).get("cid") != cid:
+                    pass  # what the attack said well
+
+            @hypothesis.settings(max_examples=examples)
+            @hypothesis.given(st.lists(any_ws_frame | st.binary(max_size=40), max_size=8), st.booleans())
+            def attacks(frames: list[bytes], plain: bool) -> None:
+                play(attack(frames, plain))
+
+            attacks()
+
+    @examples(150, 1000)
+    def test_any_request(self, examples: int, memory_lan: Lan) -> None:
+        """Whatever form, query, type and header comes to any route: an answer below 500, and no error in the log."""
+        with on_stage(memory_lan) as play:
+            play(memory_lan.serve(password="open", trust_proxy=True))
+            ann = memory_lan.browser()
+            play(ann.login("Ann", "open"))
+
+            @hypothesis.settings(max_examples=examples)
+            @hypothesis.given(
+                st.sampled_from(["GET", "POST", "POST", "PUT", "HEAD"]),
+                st.sampled_from(
+                    ["/", "/login", "/login", "/logout", "/chat", "/messages", "/messages", "/chat.js", "/x"]
+                ),
+                any_query,
+                any_form,
+                any_type,
+                st.dictionaries(st.sampled_from(ODD_HEADERS), any_header, max_size=3),
+                st.booleans(),
+            )
+            def attacks(
+                method: str, path: str, query: str, form: bytes, kind: str, more: dict[str, str], upgrade: bool
+            ) -> None:
+                headers = {"Host": "localhost", "Content-Type": kind, "Content-Length": str(len(form))}
+                headers |= {"Cookie": ann.headers()["Cookie"]} if path != "/logout" else {}
+                headers |= UPGRADE if upgrade and path == "/chat" else {}
+                query = re.sub("wait=[^&]*", "wait=0", query) if path == "/messages" else query
+                lines = [f"{method} {path}?{query} HTTP/1.1", *(f"{n}: {v}" for n, v in (headers | more).items())]
+                request = "\r\n".join([*lines, "", ""]).encode("latin-1")
+                answer = play(exchange(ann.port, request + form))
+                assert re.match(rb"HTTP/1.1 [1-4]\d\d ", answer) or not answer, (request, form, answer)
+                assert len(re.findall(rb"(?mi)^(?:set-cookie|location): (?!tornchat-|/)", answer)) == 0, answer
+
+            attacks()
+            assert play(ann.fetch("/")).code == 200
+
+    @transcript
+    async def test_G7_no_field_of_a_form_changes_the_speaker(self, lan: Lan) -> None:
+        """Neither the form nor the JSON nor the query of a POST says who speaks, when, or as what."""
+        await lan.serve()
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        false = {"name": "Bob", "nickname": "Bob", "sid": "x", "session": "x", "seq": "99", "ts": "1", "type": "left"}
+        false |= {"epoch": "x", "id": "9-9", "names": "Bob", "member": "Bob", "from": "Bob"}
+        query = urllib.parse.urlencode(false)
+        answers = [
+            await ann.fetch(f"/messages?{query}", form={"text": "hi", "cid": "c1"} | false),
+            await ann.fetch(
+                f"/messages?{query}",
+                "POST",
+                body=json.dumps({"text": "hi", "cid": "c2"} | false),
+                Content_Type="application/json",
+                X_Forwarded_For="192.0.2.1",
+                X_Forwarded_User="Bob",
+            ),
+        ]
+        for seq, answer in enumerate(answers, 1):
+            assert answer.code == 201
+            message = await bob.expect("message", name="Ann", seq=seq, cid=f"c{seq}", text="hi")
+            assert json.loads(answer.body) == message
+            assert set(message) == {"type", "seq", "ts", "name", "text", "cid"}
+            assert message["ts"] > 1_600_000_000_000
+
+    @pytest.mark.parametrize(
+        "kind", ["message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say"]
+    )
+    @transcript
+    async def test_G7_only_says_are_heard(self, kind: str, memory_lan: Lan) -> None:
+        """A frame that looks like one of the room's own is refused, and nobody else sees it."""
+        await memory_lan.serve()
+        ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
+        await ann.send(json.dumps({"type": kind, "text": "hi", "names": ["Bob"], "name": "Bob", "seq": 1, "ts": 1}))
+        await ann.expect("refused", code="bad-frame")
+        await bob.quiet()
+
+    @transcript
+    async def test_G7_a_query_changes_nobody(self, lan: Lan) -> None:
+        """With a session, the query of a socket can't make somebody else of its owner."""
+        await lan.serve()
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.connect(name="Bob", sid="x", session="x", seq="9")
+        await ann.expect("welcome", name="Ann")
+        taken = await ann.tab().connect(nickname="Bob")
+        await taken.closed(4409)
+        await ann.say("hi")
+        await bob.expect("message", name="Ann")
+
+    @slow
+    @transcript
+    async def test_G5_a_slow_reader_leaves_no_trace(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """Five who don't read are closed, one of them with all that may wait, and nothing is kept of them."""
+        daemon = await memory_lan.serve()
+        ann, names = await memory_lan.join("Ann"), [f"slow{n}" for n in range(5)]
+        stalled = []
+        for name in names:
+            browser = memory_lan.browser()
+            await browser.login(name)
+            stalled.append(await handshake(browser.url, browser.headers()["Cookie"], buffer=4096))
+
+        async def all_in() -> bool:
+            return len(daemon.room.listeners) == 6
+
+        await until(all_in)
+        kept = [
+            weakref.ref(handler)
+            for handler in daemon.sockets
+            if handler.listener and handler.listener.member.name in names
+        ]
+        tasks = len(asyncio.all_tasks())
+        caplog.set_level(logging.INFO)
+        for _, writer in stalled:
+            assert isinstance(writer.transport, asyncio.Transport)
+            writer.transport.pause_reading()
+        for n in range(700):
+            await ann.expect("message", cid=await ann.say("x" * 4000), seq=n + 1)
+        assert len(daemon.room.listeners) == 1
+
+        async def all_gone() -> bool:
+            gc.collect()
+            return len(daemon.sockets) == 1 and not any(handler() for handler in kept)
+
+        await until(all_gone, within=5 + PATIENCE)  # Tornado waits 5 s for their goodbye
+        assert len(asyncio.all_tasks()) <= tasks
+        assert len(caplog.records) <= 1
+        for _, writer in stalled:
+            writer.transport.abort()
+
+    @transcript
+    async def test_G5_a_thousand_waiting_messages_are_closed(
+        self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Who goes while a thousand messages wait takes them along: one line in the log at the most, no task left."""
+        daemon = await memory_lan.serve()
+        monkeypatch.setattr(tornchat, "BACKLOG_EVENTS", 2000)
+        await memory_lan.join("Ann")
+        bob = await memory_lan.join("Bob")
+        caplog.set_level(logging.DEBUG, "tornchat")
+        caplog.set_level(logging.INFO)
+        (listener,) = [listener for listener in daemon.room.listeners if listener.member.name == "Bob"]
+        assert isinstance(listener, tornchat.SocketListener)
+        tasks = len(asyncio.all_tasks())
+        monkeypatch.setattr(listener.stream, "writing", lambda: True)
+        event = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Ann", "text": "hi"})
+        for _ in range(1000):
+            daemon.room.send(tornchat.Batch(event))
+        assert listener.waiting_events == 1000
+        bob.drop()
+
+        async def gone() -> bool:
+            return len(daemon.sockets) == 1
+
+        await until(gone)
+        assert len(asyncio.all_tasks()) <= tasks
+        assert len(caplog.records) <= 1
+
+    @transcript
+    async def test_G5_slow_requests(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """Headers that stop half-way, bodies that drip, connections that say nothing: all are cut; others log in."""
+        daemon = await memory_lan.serve(header_seconds=0.4, body_seconds=0.4)
+        caplog.set_level(logging.INFO)
+        head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        slow = [b"", b"G", head[:60], head, head + b"X: ", head + b"Content-Length: 99\r\n\r\nnick", b"\x16\x03\x01"]
+        slow += [head + b"Transfer-Encoding: chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nni"]
+
+        async def drip(opening: bytes) -> None:
+            """Go on with a byte now and then until one is cut off."""
+            reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            writer.write(opening)
+            cut = asyncio.create_task(reader.read())
+            while not cut.done():
+                if opening:
+                    writer.write(b"a")
+                await asyncio.wait([cut], timeout=0.05)
+            writer.transport.abort()
+            assert not isinstance(cut.exception(), Exception) or isinstance(cut.exception(), ConnectionError)
+
+        drops = [asyncio.create_task(drip(opening)) for opening in slow * 10]
+        await memory_lan.browser().login("Ann")
+        await asyncio.wait_for(asyncio.gather(*drops), PATIENCE)
+        await memory_lan.browser().login("Bob")
+        assert not [record for record in caplog.records if record.name == "tornchat"]
+
+    @transcript
+    async def test_G5_a_handshake_of_tls_that_stops(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """Who opens a connection for https and says nothing, or half of it, is cut off too."""
+        cert, key = certificate(tmp_path)
+        daemon = await memory_lan.serve(certfile=cert, keyfile=key, header_seconds=0.3)
+        for opening in (b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            writer.write(opening)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), PATIENCE)
+            writer.transport.abort()
+
+    @transcript
+    async def test_G5_answers_that_nobody_takes(self, memory_lan: Lan) -> None:
+        """Who asks and asks and doesn't read the answers is cut off: they are not kept for ever."""
+        daemon = await memory_lan.serve(answer_seconds=0.3)
+        ann = await memory_lan.join("Ann")
+        for _ in range(100):
+            await ann.expect("message", cid=await ann.say("好" * 4000))
+        connections = daemon.server._connections
+        before = len(connections)
+        cookie = ann.headers()["Cookie"]
+        request = f"GET /messages HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie}\r\n\r\n".encode()
+        with socket.socket() as greedy:
+            greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            greedy.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(greedy, ("127.0.0.1", daemon.port))
+            await loop.sock_sendall(greedy, request * 10)
+            sent = len(await loop.sock_recv(greedy, 1))
+
+            async def cut() -> bool:
+                return len(connections) <= before
+
+            await until(cut)
+            with contextlib.suppress(ConnectionError):
+                while piece := await loop.sock_recv(greedy, 65536):
+                    sent += len(piece)
+        assert sent < 1_000_000  # of an answer of 1.2 MB
+        page = await ann.fetch("/messages")
+        assert len(page.body) > 1_200_000
+
+    @transcript
+    async def test_G10_no_redirect_leads_away(self, memory_lan: Lan) -> None:
+        """Whatever stands in an address, a redirect leads to the room or to its login page, and splits no header."""
+        await memory_lan.serve()
+        ann, nobody = memory_lan.browser(), memory_lan.browser()
+        await ann.login("Ann")
+        for path in [
+            *(
+                "/",
+                "//",
+                "//evil.example",
+                "//evil.example/..",
+                "/\\evil.example",
+                "/%5cevil.example",
+                "/.//evil.example",
+            ),
+            *("/?next=//evil.example", "/login?next=//evil.example", "/login?next=https://evil.example&nickname=x"),
+            *(
+                "/%0d%0aSet-Cookie:%20a=b",
+                "/?%0d%0aLocation:%20//evil.example",
+                "/login?why=%0d%0aX:y",
+                "/@evil.example",
+            ),
+        ]:
+            for browser in (ann, nobody):
+                answer = await browser.fetch(path)
+                assert answer.headers.get("Location", "/login") == "/login"
+                assert answer.code in (200, 302, 404)
+                assert {"X", "Set-Cookie"}.isdisjoint(answer.headers)
+        for path in ("/login?next=//evil.example", "/login?%0d%0aSet-Cookie:a=b"):
+            answer = await memory_lan.browser().fetch(path, form={"nickname": "", "next": "//evil.example"})
+            assert (answer.code, answer.headers["Location"]) == (303, "/")
+        answer = await nobody.fetch("/logout?next=//evil.example", form={"next": "//evil.example"})
+        assert (answer.code, answer.headers["Location"]) == (303, "/login")
+
+    @pytest.mark.parametrize("line", ["\r\nSet-Cookie: a=b", "\nX: y", "\r\n\r\n<script>", "\x0bX: y", "\x85X: y"])
+    @transcript
+    async def test_G10_nothing_splits_a_header(self, line: str, memory_lan: Lan) -> None:
+        """A line break in a name, a password, a cid or a title ends no header and begins none."""
+        with pytest.raises(argparse.ArgumentTypeError):
+            tornchat.room_title(f"Room{line}")
+        await memory_lan.serve(title=f"Room{line}")
+        eve = memory_lan.browser()
+        for accept in ("text/html", "application/json"):
+            answer = await eve.fetch("/login", form={"nickname": f"Eve{line}", "password": line}, Accept=accept)
+            assert answer.code == 400
+            assert {"Set-Cookie", "X"}.isdisjoint(answer.headers)
+            assert "<script>" not in text_of(answer)
+        await eve.login("Eve")
+        answer = await eve.fetch("/messages", form={"text": f"hi{line}", "cid": f"c{line}"})
+        assert (answer.code, json.loads(answer.body)["code"]) == (400, "bad-frame")
+        assert {"Set-Cookie", "X"}.isdisjoint(answer.headers)
+
+    @transcript
+    async def test_G10_headers_of_every_answer(self, memory_lan: Lan) -> None:
+        """Every route in every way, errors too, has the headers that forbid what the pages do not need."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        cookie = {"Cookie": ann.headers()["Cookie"]}
+        for method, path in ROUTES:
+            for more in ({}, cookie, cookie | {"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+                if path == "/logout" and "Origin" not in more:
+                    continue
+                answer = await memory_lan.ask_raw(method, path, {"Host": "localhost"} | more)
+                headers = dict(line.split(": ", 1) for line in answer.strip().split("\r\n")[1:])
+                assert {name: headers[name] for name in list(tornchat.SECURITY_HEADERS)[:3]} == {
+                    name: tornchat.SECURITY_HEADERS[name] for name in list(tornchat.SECURITY_HEADERS)[:3]
+                }
+                assert headers["Server"] == "tornchat"
+                if not path.startswith(("/style", "/chat.js", "/icon")) or " 200 " not in answer:
+                    assert headers["Cache-Control"] == "no-store", (method, path)
+                assert not any(name.startswith("Access-Control") for name in headers)
+
+    @pytest.mark.parametrize("verbose", [(), ("-v",), ("-v", "-v")], ids=["usual", "-v", "-v -v"])
+    @transcript
+    async def test_what_reaches_the_operator(
+        self, verbose: tuple[str, ...], redis_server: RedisServer, redis_lan: Lan
+    ) -> None:
+        """Whoever writes what where: no control character reaches the operator's terminal, and no secret his log."""
+        with redis_server.client as client:
+            client.acl_setuser("tornchat", enabled=True, passwords=["+redispassword"], keys=["*"], commands=["+@all"])
+        url = redis_server.url.replace("redis://", "redis://tornchat:redispassword@")
+        program = await Program.start(
+            *(
+                "-p",
+                "0",
+                "--host",
+                "127.0.0.1",
+                "--password",
+                "roompassword",
+                "--rate",
+                "0",
+                "--room",
+                redis_lan.store.room,
+            ),
+            *("--trust-proxy", "--secret", "cookiesecret", *verbose),
+            REDIS_URL=url,
+        )
+        redis_lan.programs.append(program)
+        address = await program.address()
+        port = int(address.rpartition(":")[2])
+        ann = redis_lan.browser(address)
+        await ann.login("Ann", "roompassword")
+        await ann.connect()
+        await ann.expect("welcome")
+        await ann.expect("message", cid=await ann.say("private matters" + MISCHIEF.replace("\x00", "")))
+        await ann.send("nonsense" + MISCHIEF)
+        await ann.expect("refused")
+        await ann.fetch("/messages", form={"text": "private matters too", "cid": MISCHIEF})
+        quoted, raw = urllib.parse.quote(MISCHIEF), MISCHIEF.encode().replace(b"\r", b"")
+        bare = "".join(char for char in MISCHIEF if char > "\x7f").encode()
+        cookie = ann.headers()["Cookie"].encode()
+        for mischief in (quoted.encode(), raw, bare, b"\xc2\x9b31m", b"\x9b31m"):
+            for request in (
+                b"GET /%b?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\n\r\n" % (mischief, mischief),
+                b"GET /login HTTP/1.1\r\nHost: a%b.example\r\n\r\n" % mischief,
+                b"GET /login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-Host: a%b.example\r\n\r\n" % mischief,
+                b"GET /login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: %b\r\n\r\n" % mischief,
+                b"GET /login HTTP/1.1\r\nHost: localhost\r\nUser-Agent: %b\r\n%b: x\r\n\r\n" % (mischief, mischief),
+                b"%b /login HTTP/1.1\r\nHost: localhost\r\n\r\n" % mischief,
+                b"GET /login %b\r\nHost: localhost\r\n\r\n" % mischief,
+                b"POST /login HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%b\r\nContent-Length: 0\r\n\r\n" % mischief,
+                b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n" % mischief,
+                b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=%b\r\n"
+                b"Content-Length: 3\r\n\r\nabc" % mischief,
+                b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: %b; %b\r\n\r\n" % (cookie, mischief),
+                b"GET /chat?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\nUpgrade: %b\r\n\r\n"
+                % (mischief, mischief),
+            ):
+                await exchange(port, request)
+        ann.drop()
+        program.signal(signal.SIGTERM)
+        code, out, err = await program.ended()
+        assert code == 0
+        assert "Traceback" not in err
+        assert not STEERS.search((out + err).replace("\n", ""))
+        assert "owned" in err  # the attacks are in the log, but tame
+        secrets = ["redispassword"]
+        if verbose != ("-v", "-v"):
+            secrets += ["private matters", "roompassword", "cookiesecret", *map(unquoted, ann.cookies.values())]
+        for secret in secrets:
+            assert secret not in out + err
 
 
 # === Health ===========================================================================================================

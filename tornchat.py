@@ -160,6 +160,9 @@ class Config:
     silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
     drain_seconds: float = 2  # for stopping in order
+    header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
+    body_seconds: float = 10  # for its body
+    answer_seconds: float = 30  # for the client to take the answer; the longest has 1.6 MB
 
 
 # === Messages and names ===============================================================================================
@@ -1688,6 +1691,15 @@ class BaseHandler(tornado.web.RequestHandler):
             if not room.available:
                 raise Refused("unavailable", retry_after=self.services.config.retry_seconds)
 
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> asyncio.Future[None]:
+        """The answer is complete. Tornado would hold it for ever for a client that doesn't take it."""
+        taken = super().finish(chunk)
+        if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
+            connection: Any = self.request.connection
+            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
+            taken.add_done_callback(lambda _: cut.cancel())
+        return taken
+
     def wants_json(self) -> bool:
         """Whether a program asks."""
         return "application/json" in self.request.headers.get("Accept", "")
@@ -2007,7 +2019,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         wish, self.wish = self.wish, None
         assert wish
         self.set_nodelay(True)
-        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.services.sockets.add(self)
         try:
             await self.enter(await self.session(wish), wish.seen)
@@ -2359,7 +2370,9 @@ def bind(config: Config) -> list[socket.socket]:
     for port in range(first, first + tries):
         try:
             ports = tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
-            return [Door(fileno=port.detach()) for port in ports]
+            for bound in ports:  # what it accepts inherits that
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            return [Door(fileno=bound.detach()) for bound in ports]
         except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
@@ -2429,8 +2442,8 @@ class Daemon:
             ssl_options=self.tls,
             max_header_size=FRAME_BYTES,
             max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
-            idle_connection_timeout=15,  # s, also for a header that never ends
-            body_timeout=10,  # s
+            idle_connection_timeout=self.config.header_seconds,
+            body_timeout=self.config.body_seconds,
         )
         self.server.add_sockets(self.ports)
         self.feed.start()
@@ -2766,7 +2779,7 @@ def yes_or_no(text: str) -> bool:
 
 def room_title(text: str) -> str:
     """A title. Raises ArgumentTypeError."""
-    if not 0 < len(shown(text)) == len(text) <= 80:
+    if shown(text) != text or not 0 < len(text) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
     return text
 
