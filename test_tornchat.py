@@ -12,6 +12,7 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
+    python test_tornchat.py bench floods             no test: what clients cost that mean ill
     python test_tornchat.py bench transports         no test: what polling costs beside a socket
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
@@ -28,18 +29,22 @@ import argparse
 import ast
 import asyncio
 import bisect
+import concurrent.futures
 import contextlib
 import errno
 import functools
 import gc
 import html
 import html.parser
+import http.client
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -49,6 +54,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import urllib.parse
@@ -4330,15 +4336,16 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("examples", [few, pytest.param(many, id="slow")])
 
 
-async def exchange(port: int, request: bytes) -> bytes:
-    """All that the daemon answers to these bytes before it closes, or falls silent for want of more."""
+async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
+    """All that the daemon answers to these bytes, up to this end, or before it closes, or until patience is over."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""
     with contextlib.suppress(ConnectionError, TimeoutError):
         writer.write(request)
-        writer.write_eof()
         while piece := await asyncio.wait_for(reader.read(65536), PATIENCE):
             answer += piece
+            if end and end in answer:
+                break
     writer.transport.abort()
     return answer
 
@@ -4358,7 +4365,7 @@ class TestAttacks:
                 request = (
                     f"GET /chat HTTP/1.1\r\nHost: localhost\r\nCookie: {ann.headers()['Cookie']}\r\n{protocol}{head}"
                 )
-                end = b"\x88\x82\0\0\0\0\x03\xe8"
+                end = b"\x88\x82\0\0\0\0\x03\xe8" + bytes(20_000) + b"\xff" * 40  # an end in any case
                 heard = await exchange(ann.port, request.encode() + b"\r\n" + b"".join(frames) + end)
                 assert heard.startswith(b"HTTP/1.1 101 ")
                 cid = await bob.say("still here")
@@ -4401,8 +4408,8 @@ class TestAttacks:
                 query = re.sub("wait=[^&]*", "wait=0", query) if path == "/messages" else query
                 lines = [f"{method} {path}?{query} HTTP/1.1", *(f"{n}: {v}" for n, v in (headers | more).items())]
                 request = "\r\n".join([*lines, "", ""]).encode("latin-1")
-                answer = play(exchange(ann.port, request + form))
-                assert re.match(rb"HTTP/1.1 [1-4]\d\d ", answer) or not answer, (request, form, answer)
+                answer = play(exchange(ann.port, request + form, b"\r\n\r\n"))
+                assert re.match(rb"HTTP/1.1 [1-4]\d\d ", answer), (request, form, answer)
                 assert len(re.findall(rb"(?mi)^(?:set-cookie|location): (?!tornchat-|/)", answer)) == 0, answer
 
             attacks()
@@ -4726,7 +4733,7 @@ class TestAttacks:
                 b"GET /chat?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\nUpgrade: %b\r\n\r\n"
                 % (mischief, mischief),
             ):
-                await exchange(port, request)
+                await exchange(port, request, b"\r\n\r\n")
         ann.drop()
         program.signal(signal.SIGTERM)
         code, out, err = await program.ended()
@@ -6672,11 +6679,12 @@ class Load:
         self.selector.register(sock, selectors.EVENT_READ, sock)
         return sock
 
-    def say(self, sock: socket.socket) -> None:
-        """A message of about 100 bytes that tells when it was sent; masked with zeros, as any mask would do."""
-        text = f"@{time.perf_counter():.6f}@".ljust(70, "x")
+    def say(self, sock: socket.socket, size: int = 70) -> None:
+        """A message that tells when it was sent, mostly of 100 bytes; masked with zeros, as any mask would do."""
+        text = f"@{time.perf_counter():.6f}@".ljust(70, "x").ljust(size, "y")
         payload = json.dumps({"type": "say", "text": text}).encode()
-        sock.sendall(bytes((0x81, 0x80 | len(payload), 0, 0, 0, 0)) + payload)
+        length = bytes((0x80 | len(payload),)) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2, "big")
+        sock.sendall(b"\x81" + length + bytes(4) + payload)
 
     def hear(self, seconds: float) -> list[socket.socket]:
         """Take what has arrived, or wait so long for it; on which sockets."""
@@ -6975,6 +6983,229 @@ def bench_stores(folder: Path) -> None:
         server.kill()
 
 
+class Target:
+    """A daemon that a benchmark attacks: a process, its log, and one connection that asks how it is."""
+
+    def __init__(self, folder: Path, *options: str, files: int = 0, redis_url: str = "") -> None:
+        self.port = free_port()
+        self.log = folder / f"log-{self.port}"
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); " if files else ""
+        run = f"{limit}import runpy, sys; sys.argv[:1] = []; runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", run, str(PROGRAM), "--host", "127.0.0.1", "-p", str(self.port), *options]
+        command += ["--room", uuid.uuid4().hex]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=log, env=os.environ | {"REDIS_URL": redis_url}
+            )
+        wait_for_chat(self.port).close()
+        self.health = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.health.close()
+        self.process.terminate()
+        self.process.wait(10)
+
+    def ask(self) -> tuple[dict[str, Any], float]:
+        """GET /healthz, and how many ms the answer took."""
+        began = time.perf_counter()
+        self.health.request("GET", "/healthz")
+        answer: dict[str, Any] = json.loads(self.health.getresponse().read())
+        return answer, 1000 * (time.perf_counter() - began)
+
+    def lines(self) -> int:
+        """In its log so far."""
+        return self.log.read_bytes().count(b"\n")
+
+
+def speak(load: Load, target: Target, count: int, rate: float, stalled: int) -> tuple[list[float], int]:
+    """So many messages of 1 KB at that rate; when each of the stalled had been closed, in s, and the most memory."""
+    closed: list[float] = []
+    most, before = memory(target.process.pid), len(load.sockets) + stalled
+    began = looked = time.perf_counter()
+    number = 0
+    while number < count or (len(closed) < stalled and time.perf_counter() - began < 60):
+        if number < count and time.perf_counter() >= began + number / rate:
+            load.say(load.sockets[number % len(load.sockets)], 1000)
+            number += 1
+        load.hear(0.001)
+        if (now := time.perf_counter()) - looked > 0.1:
+            looked, most = now, max(most, memory(target.process.pid))
+            gone = before - target.ask()[0]["connections"]
+            closed += [now - began] * (gone - len(closed))
+    while load.hear(0.3):
+        pass
+    return closed, most
+
+
+def bench_stalled(folder: Path, redis_url: str, count: int = 10_000, rate: float = 600) -> None:
+    """Prints what five members who stop reading cost the others."""
+    with Target(folder, "--rate", "0", redis_url=redis_url) as target:
+        load = Load(target.port, 25)
+        speak(load, target, count, 2000, 0)  # so that ring, index and buffers are full
+        load.settle()
+        speak(load, target, count, rate, 0)
+        quiet, before = load.delays, memory(target.process.pid)
+        load.settle()
+        stalled = Load(target.port, 5, "stalled")
+        lines = target.lines()
+        closed, most = speak(load, target, count, rate, 5)
+        p99, p99_quiet = (1000 * statistics.quantiles(delays, n=100)[98] for delays in (load.delays, quiet))
+        print(
+            f"5 of 30 stop reading, {count} messages of 1 KB at {rate:.0f}/s: memory +{(most - before) / 1e6:.1f} MB;"
+        )
+        print(f"  gone after {', '.join(f'{moment:.1f}' for moment in closed)} s (5 of it for their goodbye);")
+        print(
+            f"  the others' p99 {p99:.1f} ms, {p99_quiet:.1f} without them; {target.lines() - lines} lines in the log"
+        )
+        stalled.close()
+        load.close()
+
+
+FLOODS = {
+    "messages": b'\x81\x99\0\0\0\0{"type":"say","text":"x"}',
+    "nonsense": b"\x81\x81\0\0\0\0x",
+    "pings": b"\x89\x80\0\0\0\0",
+    "fragments": b"\x01\x81\0\0\0\0x" + b"\x00\x81\0\0\0\0x" * 998 + b"\x80\x81\0\0\0\0x",
+}
+
+
+def bench_flooder(folder: Path, redis_url: str, what: str, count: int = 100_000) -> None:
+    """Prints what one member costs the others who sends as fast as it can."""
+    frames = FLOODS[what] * (count // (1000 if what == "fragments" else 1))
+    with Target(folder, redis_url=redis_url) as target:
+        flooder = Load(target.port, 1, "flooder").sockets[0]
+        flooder.settimeout(10)
+        idle = [target.ask()[1] for _ in range(200)]
+        spent, lines, began = cpu_seconds(target.process.pid), target.lines(), time.perf_counter()
+        threading.Thread(target=send_all, args=(flooder, frames), daemon=True).start()
+        with concurrent.futures.ThreadPoolExecutor() as listener:
+            closed = listener.submit(closing_code, flooder)
+            closed.add_done_callback(lambda _: moments.append(time.perf_counter() - began))
+            moments, lags = list[float](), list[float]()
+            while not closed.done() or time.perf_counter() < began + 3:  # what comes after the end is read too
+                lags.append(target.ask()[1])
+                time.sleep(0.005)
+        spent = cpu_seconds(target.process.pid) - spent
+        print(f"{count} frames at once ({what}): {closed.result()} after {moments[0]:.2f} s, {spent:.2f} s of CPU;")
+        print(f"  others wait {max(lags, default=0):.1f} ms at most ({max(idle):.1f} before);", end=" ")
+        print(f"{target.lines() - lines} lines in the log")
+        flooder.close()
+
+
+def closing_code(sock: socket.socket) -> str:
+    """With which code the other side closes."""
+    heard = b""
+    with contextlib.suppress(OSError):
+        while piece := sock.recv(65536):
+            heard += piece
+            if code := re.search(rb"\x88[\x02-\x7d]([\x03\x0f-\x13].)", heard, re.DOTALL):
+                return f"closed with {int.from_bytes(code[1], 'big')}"
+    return f"cut off ({len(heard)} bytes heard)" if heard else "cut off"
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """As much as the other side takes."""
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+
+
+def bench_crowd(folder: Path, visitors: int = 300, files: int = 128) -> None:
+    """Prints how a daemon fares that may not have as many connections as there are visitors."""
+    with Target(folder, "--rate", "0", files=files) as target:
+        load = Load(target.port, 10)
+        head = "GET /chat?nickname=v{} HTTP/1.1\r\nHost: localhost\r\n" + "".join(
+            f"{k}: {v}\r\n" for k, v in UPGRADE.items()
+        )
+        crowd = []
+        for number in range(visitors):
+            crowd.append(socket.create_connection(("127.0.0.1", target.port), 10))
+            crowd[-1].sendall((head.format(number) + "\r\n").encode())
+        load.settle()
+        lines, spent = target.lines(), cpu_seconds(target.process.pid)
+        load.steady(20, 3)
+        spent = cpu_seconds(target.process.pid) - spent
+        p99 = 1000 * statistics.quantiles(load.delays, n=100)[98]
+        inside = {sock for sock in crowd if select.select([sock], [], [], 0)[0]}
+        print(
+            f"{visitors} visitors where {files} files may be open: {len(inside)} are let in; for 3 s those before them"
+        )
+        print(f"  chat on, p99 {p99:.1f} ms; {100 * spent / 3.3:.0f} % CPU, {target.lines() - lines} lines in the log;")
+        for sock in inside:
+            sock.close()
+        began = time.perf_counter()
+        waiting = [sock for sock in crowd if sock not in inside]
+        let_in = []
+        while waiting and time.perf_counter() - began < 15:
+            let_in = select.select(waiting, [], [], 1)[0]
+            waiting = [sock for sock in waiting if sock not in let_in]
+            for sock in let_in:
+                sock.close()
+        took = time.perf_counter() - began
+        print(f"  as they leave all but {len(waiting)} come in within {took:.1f} s; {target.lines()} lines in all")
+        for sock in waiting:
+            sock.close()
+        load.close()
+
+
+async def bench_slow_requests(folder: Path, headers: int = 500, bodies: int = 200) -> None:
+    """Prints how long requests last that never end, and how long somebody else waits meanwhile."""
+    with Target(folder) as target:
+        lasted: dict[bytes, list[float]] = {}
+        waits: list[float] = []
+        head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        body = head + b"Content-Length: 1000\r\n\r\n"
+
+        async def drip(opening: bytes) -> None:
+            """Half a request, then a byte a second until it is cut."""
+            began = time.perf_counter()
+            reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
+            writer.write(opening)
+            cut = asyncio.ensure_future(reader.read())
+            while not cut.done():
+                await asyncio.wait([cut], timeout=1)
+                writer.write(b"a")
+            writer.transport.abort()
+            lasted.setdefault(opening, []).append(time.perf_counter() - began)
+
+        async def log_in() -> None:
+            """Somebody else, now and then."""
+            for number in itertools.count():
+                form = f"nickname=n{number}".encode()
+                began = time.perf_counter()
+                answer = await exchange(
+                    target.port, head + b"Content-Length: %d\r\n\r\n" % len(form) + form, b"\r\n\r\n"
+                )
+                waits.append(1000 * (time.perf_counter() - began))
+                assert b" 303 " in answer, answer
+                await asyncio.sleep(1.5)
+
+        drops = [asyncio.create_task(drip(opening)) for opening in [head] * headers + [body] * bodies]
+        logins = asyncio.create_task(log_in())
+        await asyncio.wait(drops, timeout=60)
+        logins.cancel()
+        for what, opening in ((f"{headers} half-sent headers", head), (f"{bodies} bodies of a byte a second", body)):
+            moments = lasted.get(opening, [math.nan])
+            print(f"{what}: {len(moments)} cut, the last after {max(moments):.1f} s")
+        print(f"  {len(waits)} logins meanwhile: {max(waits):.1f} ms at most; {target.lines()} lines in the log")
+
+
+def bench_floods() -> None:
+    """Prints what bad clients cost."""
+    with tempfile.TemporaryDirectory() as name:
+        server = RedisServer(Path(name)) if shutil.which("redis-server") else None
+        url = server.url if server else ""
+        bench_stalled(Path(name), url)
+        for what in FLOODS:
+            bench_flooder(Path(name), url, what)
+        bench_crowd(Path(name))
+        asyncio.run(bench_slow_requests(Path(name)))
+        if server:
+            server.kill()
+
+
 def main(*arguments: str) -> int:
     """The tests, or what else this file can do."""
     match arguments:
@@ -6985,6 +7216,8 @@ def main(*arguments: str) -> int:
         case ["bench", "transports"]:
             asyncio.run(bench_transports())
             asyncio.run(bench_polls())
+        case ["bench", "floods"]:
+            bench_floods()
         case ["write", url, room, name, count]:
             asyncio.run(write_messages(url, room, name, int(count)))
         case _:
