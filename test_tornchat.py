@@ -13,6 +13,7 @@
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
     python test_tornchat.py bench floods             no test: what clients cost that mean ill
+    python test_tornchat.py echo 9001                no test: ws://127.0.0.1:9001/chat for Autobahn's fuzzing client
     python test_tornchat.py bench transports         no test: what polling costs beside a socket
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
@@ -73,7 +74,10 @@ import hypothesis.strategies as st
 import pytest
 import redis
 import redis.asyncio
+import tornado.httpserver
+import tornado.netutil
 import tornado.web
+import tornado.websocket
 from playwright.async_api import Page as WebPage
 from playwright.async_api import async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
@@ -4037,7 +4041,7 @@ class TestSecurity:
     )
     @transcript
     async def test_G10_origins(self, origin: str, site: str, upgrade: bool, memory_lan: Lan) -> None:
-        """No page of another origin can log in, log out, or open a socket, whether browsers tell the site or not."""
+        """No page of another origin can log in, write, log out, or open a socket, whether browsers tell the site or not."""
         daemon = await memory_lan.serve()
         ours = f"http://127.0.0.1:{daemon.port}"
         origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))
@@ -4053,6 +4057,10 @@ class TestSecurity:
         eve = memory_lan.browser()
         assert (await eve.fetch("/login", form={"nickname": "Eve"}, **told)).code == (303 if allowed else 403)
         assert bool(eve.cookies) == allowed
+        assert (await ann.fetch("/messages", form={"text": "hi"}, **told)).code == (201 if allowed else 403)
+        body = {"body": '{"text":"hi"}', "Content_Type": "application/json"}
+        assert (await ann.fetch("/messages", "POST", **body, **told)).code == (201 if allowed else 403)
+        assert daemon.room.seq == (2 if allowed else 0)
         assert (await ann.fetch("/logout", form={}, **told)).code == (303 if allowed else 403)
         assert (await ann.fetch("/")).code == (302 if allowed else 200)
 
@@ -4257,6 +4265,7 @@ class TestSecurity:
 
 # === Attacks: slow ones, greedy ones, and whatever bytes there are ====================================================
 
+CLOSES = (0, 999, 1000, 1001, 1003, 1004, 1005, 1006, 1007, 1011, 1012, 1015, 1016, 2999, 3000, 4999, 5000, 65535)
 ODD_HEADERS = ["Origin", "Sec-Fetch-Site", "Accept", "Accept-Language", "X-Forwarded-For", "X-Forwarded-Proto"]
 ODD_HEADERS += ["X-Forwarded-Host", "If-None-Match", "Range", "Expect", "Sec-WebSocket-Protocol", "Content-Encoding"]
 MISCHIEF = (
@@ -4313,6 +4322,79 @@ any_ws_frame = st.builds(
     st.binary(max_size=120) | any_frame.map(lambda frame: frame.encode() if isinstance(frame, str) else frame)
     .filter(lambda frame: len(frame) < 126),
 )  # fmt: skip
+
+
+def masked(head: int, payload: bytes = b"", size: int | None = None) -> bytes:
+    """A frame of a client, masked with zeros; `size` is what it claims to have."""
+    size = len(payload) if size is None else size
+    width = 0 if size < 126 else 2 if size < 65536 else 8
+    length = bytes((0x80 | (size if not width else 126 if width == 2 else 127),))
+    return bytes((head,)) + length + (size.to_bytes(width, "big") if width else b"") + bytes(4) + payload
+
+
+PROTOCOL = {
+    "pings": masked(0x89) + masked(0x89, b"hi") + masked(0x89, b"\x00\xff" * 62) + masked(0x8A, b"unasked"),
+    "a ping of 126 bytes": masked(0x89, b"x" * 126),
+    "a ping in fragments": masked(0x09, b"x") + masked(0x80, b"y"),
+    "pings between fragments": masked(0x01, b"a") + masked(0x89, b"1") + masked(0x00, b"b") + masked(0x80, b"c"),
+    "a stray continuation": masked(0x80, b"x"),
+    "a stray continuation that goes on": masked(0x00, b"x"),
+    "a text within a text": masked(0x01, b"a") + masked(0x81, b"b"),
+    "fragments too many": masked(0x01, b"x" * 9000) + masked(0x80, b"x" * 9000),
+    "too long": masked(0x81, b"x" * 20_000),
+    "2 to the 62nd bytes": masked(0x81, b"x", 2**62),
+    "2 to the 64th bytes": masked(0x81, b"x", 2**64 - 1),
+    "not UTF-8": masked(0x81, b"\xff"),
+    "a surrogate": masked(0x81, b"\xed\xa0\x80"),
+    "UTF-8 cut by a fragment": masked(0x01, b"\xe5\xa5") + masked(0x80, b"\xbd"),
+    "UTF-8 that ends early": masked(0x01, b"\xe5") + masked(0x80, b"x"),
+    "a close in the midst of a text": masked(0x01, b"a") + masked(0x88, b"\x03\xe8"),
+    "frames behind a close": masked(0x88, b"\x03\xe8") + masked(0x81, b"x") + masked(0x89, b"x"),
+    "unmasked": b"\x81\x01x",
+    **{f"bit {bit:#x}": masked(0x81 | bit, b"x") for bit in (0x10, 0x20, 0x40, 0x70)},
+    **{f"opcode {code:#x}": masked(0x80 | code, b"x") for code in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+    **{f"close {code}": masked(0x88, code.to_bytes(2, "big") + b"why") for code in CLOSES},
+    "close without a code": masked(0x88),
+    "close with half a code": masked(0x88, b"\x03"),
+    "close with a reason that is no text": masked(0x88, b"\x03\xe8\xff\xfe"),
+    "close of 126 bytes": masked(0x88, b"\x03\xe8" + b"x" * 124),
+}
+
+
+class Mute(tornado.websocket.WebSocketHandler):
+    """Plain Tornado, without any behaviour of its own."""
+
+    def on_message(self, message: str | bytes) -> None:
+        """Called by Tornado."""
+
+
+class Echo(tornchat.ChatSocket):
+    """The product's socket, its way in and its way out, for a fuzzer that wants everything back."""
+
+    async def session(self, wish: tornchat.Wish) -> tornchat.Session | None:
+        """Everybody is a guest."""
+        return await tornchat.log_in(self.services, "", "", None)
+
+    def on_message(self, message: str | bytes) -> None:
+        """Back it goes."""
+        frame = tornchat.ws_frame(message, 0x2) if isinstance(message, bytes) else tornchat.ws_frame(message.encode())
+        if self.listener:
+            self.listener.send(tornchat.Batch(tornchat.Encoded(frame, b"")))
+
+
+async def echo(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Echoes on /chat for ever, for Autobahn's `wstest -m fuzzingclient`; the room itself keeps silent."""
+    for name, value in {
+        "ChatSocket": Echo,
+        "FRAME_BYTES": 2**26,
+        "BACKLOG_BYTES": 2**30,
+        "PINGS_A_TICK": 2**30,
+    }.items():
+        monkeypatch.setattr(tornchat, name, value)
+    monkeypatch.setattr(tornchat.Room, "tell", lambda self, listener, seen: setattr(listener, "base", 0))
+    monkeypatch.setattr(tornchat.Room, "notice", lambda self, kind, events: [])
+    await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", rate=0, ping_seconds=1e9))
+    await asyncio.Event().wait()
 
 
 def unquoted(value: str) -> str:
@@ -4414,6 +4496,32 @@ class TestAttacks:
 
             attacks()
             assert play(ann.fetch("/")).code == 200
+
+    @pytest.mark.parametrize("frames", PROTOCOL.values(), ids=PROTOCOL.keys())
+    @transcript
+    async def test_the_protocol(self, frames: bytes, memory_lan: Lan) -> None:
+        """Good and bad frames are answered as plain Tornado answers them, with the same pongs and close frames."""
+        await memory_lan.serve()
+        server = tornado.httpserver.HTTPServer(
+            tornado.web.Application([("/chat", Mute)], websocket_max_message_size=tornchat.FRAME_BYTES)
+        )
+        (port,) = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        server.add_socket(port)
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        answers: list[list[tuple[int, bytes]]] = []
+        for url in (ann.url, f"http://127.0.0.1:{port.getsockname()[1]}"):
+            reader, writer = await handshake(url, ann.headers()["Cookie"], after=frames + b"\x88\x82\0\0\0\0\x03\xe8")
+            answers.append([])
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    head, size = await asyncio.wait_for(reader.readexactly(2), PATIENCE)
+                    size = int.from_bytes(await reader.readexactly(2), "big") if size == 126 else size
+                    answers[-1] += [(head, await reader.readexactly(size))]
+            writer.transport.abort()
+        server.stop()
+        ours, plain = ([answer for answer in answered if answer[0] & 0x8] for answered in answers)
+        assert [(head & 0xF, data) for head, data in ours] == [(head & 0xF, data) for head, data in plain]
 
     @transcript
     async def test_G7_no_field_of_a_form_changes_the_speaker(self, lan: Lan) -> None:
@@ -7218,6 +7326,9 @@ def main(*arguments: str) -> int:
             asyncio.run(bench_polls())
         case ["bench", "floods"]:
             bench_floods()
+        case ["echo", port]:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                asyncio.run(echo(int(port), monkeypatch))
         case ["write", url, room, name, count]:
             asyncio.run(write_messages(url, room, name, int(count)))
         case _:
