@@ -1746,6 +1746,19 @@ FIELDS: list[tuple[list[str], dict[str, str], str, object]] = [
     ([], {}, "secret", ""),
     (["--secret", "s"], {"TORNCHAT_SECRET": "t"}, "secret", "s"),
     ([], {"TORNCHAT_SECRET": "t"}, "secret", "t"),
+    ([], {}, "join", None),
+    (["--join", "http://localhost:8888/"], {}, "join", "http://localhost:8888/"),
+    (["--join", "https://chat.example.org"], {}, "join", "https://chat.example.org/"),
+    (["--join", "HTTP://192.168.1.7:9000/login?nickname=Ann"], {}, "join", "http://192.168.1.7:9000/"),
+    (["--join", "ws://host/chat"], {}, "join", "http://host/"),
+    (["--join", "wss://host:443/class/5b/chat"], {}, "join", "https://host:443/class/5b/"),
+    (["--join", "classroom"], {}, "join", "http://classroom:8888/"),
+    (["--join", "classroom:9000"], {}, "join", "http://classroom:9000/"),
+    (["--join", "[::1]:9000"], {}, "join", "http://[::1]:9000/"),
+    ([], {}, "name", ""),
+    ([], {"USER": "ann"}, "name", "ann"),
+    ([], {"USER": "root"}, "name", ""),
+    (["--name", "Bob"], {"USER": "ann"}, "name", "Bob"),
 ]
 
 WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
@@ -1774,6 +1787,15 @@ WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
     (["--room", "a:b"], {}),
     ([], {"TORNCHAT_ROOM": "{a}"}),
     ([], {"TORNCHAT_TRUST_PROXY": "perhaps"}),
+    (["--join", ""], {}),
+    (["--join", "http://"], {}),
+    (["--join", "http://host:port/"], {}),
+    (["--join", "http://host:99999/"], {}),
+    (["--join", "http://a host/"], {}),
+    (["--join", "http://[::1/"], {}),
+    (["--join", "ftp://host/"], {}),
+    (["--join", "http://user:secret@host/"], {}),
+    (["--join"], {}),
 ]
 
 
