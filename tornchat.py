@@ -2303,7 +2303,7 @@ QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is t
 NAMES_IN_LINE = 10  # of more people only the number is told
 PENDING_ROWS = 3  # shown of what isn't sent yet
 FINAL_CODES = (4403, 4409, 4429, 4504)
-PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # the last one is followed by a close code
+PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # after the last one a close code tells
 UNREACHED = (OSError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)
 NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
 INDENT = "    "
@@ -2312,7 +2312,7 @@ PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}] *")  # between two of them a row 
 KEY = re.compile(
     r"\x1b\[200~([^\x03]*?)\x1b\[201~|\x1b\[[0-9;?]*[ -/]*[@-~]|\x1bO.|\x1b[\x7f\r\nbf]|[^\x1b]", re.DOTALL
 )
-PART_OF_A_KEY = re.compile(r"\x1b(\[(200~[^\x03]*|[0-9;?]*[ -/]*)|O)?")
+PART_OF_A_KEY = re.compile(r"\x1b(\[(200~((?!\x1b\[201~)[^\x03])*|[0-9;?]*[ -/]*)|O)?")
 
 
 class Ended(Exception):  # noqa: N818 - a fact, not an error
@@ -2543,6 +2543,7 @@ class Client:
             free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
             raise Ended(shown(f"{told['text']} {free}"))
         self.name = shown(told["name"])
+        self.members.setdefault(self.name)
         cookies = (line.split(";")[0].partition("=") for line in answer.headers.get_list("Set-Cookie"))
         self.cookies |= {name: value for name, _, value in cookies}
         if date := answer.headers.get("Date"):  # to the second, until an event tells the time better
@@ -2570,7 +2571,7 @@ class Client:
     async def log_out(self) -> None:
         """Gives the name back, so that it is free for whoever comes next."""
         with contextlib.suppress(*UNREACHED, TimeoutError):
-            await asyncio.wait_for(self.post("logout"), QUIT_SECONDS)
+            await asyncio.wait_for(self.post("logout"), 2)
 
     # --- connection ---
 
@@ -2601,7 +2602,7 @@ class Client:
             await self.log_in()
             return 0
         if code == 1009 and self.in_flight:
-            self.drop(self.words["js_too_long"])
+            self.unsent(self.take_out(self.in_flight), self.words["js_too_long"])
         self.restarting = self.restarting or code == 1001
         low, high = RETRY_SECONDS
         low, high = RESTART_SECONDS if code == 1001 else (low, min(high, low * 2 ** (self.failures + 1)))
@@ -2686,9 +2687,8 @@ class Client:
             self.set_clock(frame["ts"])
         if frame["seq"] > self.skipped:
             self.view.message(frame)
-        if self.in_flight and (frame.get("cid"), shown(frame["name"])) == (self.in_flight, self.name):
-            self.outbox.popleft()
-            self.in_flight = ""
+        if shown(frame["name"]) == self.name:
+            self.take_out(frame.get("cid"))
 
     def passed(self, frame: Mapping[str, Any]) -> None:
         """Somebody came or went."""
@@ -2704,14 +2704,12 @@ class Client:
 
     def refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never."""
-        if not self.in_flight or frame.get("cid") != self.in_flight:
-            self.view.notice(shown(frame["text"]))
-        elif frame["code"] in PASSING_REFUSALS:
+        if frame["code"] not in PASSING_REFUSALS:
+            self.unsent(self.take_out(frame.get("cid")), shown(frame["text"]))
+        elif self.in_flight and frame.get("cid") == self.in_flight:
             wait = frame.get("retry_after", HOLD_SECONDS)
             self.in_flight, self.hold_until = "", time.monotonic() + wait
             asyncio.get_running_loop().call_later(wait + 0.02, self.update)
-        else:
-            self.drop(shown(frame["text"]))
 
     def set_clock(self, ts: float) -> None:
         """What the room's clock says, in ms."""
@@ -2742,10 +2740,15 @@ class Client:
             self.idle.clear()
         self.view.update()
 
-    def drop(self, reason: str) -> None:
-        """Gives up what is in flight."""
-        self.in_flight = ""
-        self.unsent(self.outbox.popleft().text, reason)
+    def take_out(self, cid: str | None) -> str:
+        """What had that cid: it is confirmed, or given up."""
+        said = next((saying for saying in self.outbox if saying.cid == cid), None)
+        if said is None:
+            return ""
+        self.outbox.remove(said)
+        if self.in_flight == cid:
+            self.in_flight = ""
+        return said.text
 
     def unsent(self, text: str, reason: str) -> None:
         """Tells that something won't be said."""
@@ -2981,7 +2984,7 @@ class Screen(Lines):
         """All that is below, after what is printed above it."""
         columns, height = self.size()
         above = self.pending(columns - 1)
-        before = f"{self.client.name}> "
+        before = f"{cut(self.client.name, columns // 3)}> "
         rows, at, left_of_cursor = layout(before + self.editor.text, len(before) + self.editor.at, columns - 1)
         most = max(1, height - len(above) - 1)
         first = max(0, at - most + 1)
@@ -3258,7 +3261,8 @@ def configure_logging(config: Config) -> None:
     """One line an event on stderr: warnings with -q, state changes without, requests with -v, all with -v -v."""
     handler = logging.StreamHandler()
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else logging.WARNING)
+    level = logging.ERROR if config.join else logging.WARNING  # a client tells by itself what Tornado warns of
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
 
