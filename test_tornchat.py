@@ -5609,6 +5609,43 @@ class TestTerminal:
         assert daemon.room.roster == {}
 
     @transcript
+    async def test_the_terminal_goes_away(self, memory_lan: Lan) -> None:
+        """A window that is closed without a word ends the client, and gives the name back."""
+        daemon = await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        await ann.shows("here: Ann")
+        asyncio.get_running_loop().remove_reader(ann.master)
+        os.dup2(ann.slave, ann.master)
+        await asyncio.wait_for(ann.process.wait(), 2 * PATIENCE)
+        assert daemon.room.roster == {}
+
+    def test_what_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In words: what was missed, that the history is lost, what was not sent; and another day."""
+        printed: list[str] = []
+        monkeypatch.setattr(tornchat.Screen, "write", lambda self, text: printed.append(text))
+        config = tornchat.Config(join="http://h/")
+        client = tornchat.Client(config, "en")
+        client.view = tornchat.Screen(client, config, colors=False)
+        welcome: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["Ann"], "count": 1, "epoch": "e",
+                   "seq": 1000, "recovered": True, "missed": 0, "reset": False,
+                   "limits": {"text": 4000, "history": 100}}  # fmt: skip
+        message: Frame = {"type": "message", "name": "Bob", "text": "hi", "seq": 1000, "ts": 1}
+        for frame, told in [
+            (welcome, "here: Ann"),
+            (message, "~ 1970-01-01"),
+            (message | {"seq": 1001, "ts": client.now().timestamp() * 1000}, f"~ {client.now().date()}"),
+            (welcome | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
+            (welcome | {"seq": 1, "reset": True}, "The room has lost its history"),
+            ({"type": "refused", "code": "empty", "text": "Nothing there."}, "Not sent: Nothing there."),
+        ]:
+            client.receive(frame)
+            assert told in "".join(printed)
+            printed.clear()
+        client.say("x" * 4001)
+        assert "longer than 4000" in "".join(printed)
+        assert client.outbox == {}
+
+    @transcript
     async def test_colours(self, memory_lan: Lan) -> None:
         """A name has its colour, the same in every window; with NO_COLOR there is none."""
         await memory_lan.serve()

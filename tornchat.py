@@ -2464,41 +2464,27 @@ class Editor:
         """Where the word behind the cursor ends."""
         return len(self.text) - len(re.sub(r"^\s*\S*", "", self.text[self.at :]))
 
-    def home(self) -> int:
-        """The beginning."""
-        return 0
 
-    def end(self) -> int:
-        """The end."""
-        return len(self.text)
-
-
-MOVES = {
-    **dict.fromkeys(("\x01", "\x1b[H", "\x1b[1~", "\x1b[7~", "\x1bOH"), Editor.home),
-    **dict.fromkeys(("\x05", "\x1b[F", "\x1b[4~", "\x1b[8~", "\x1bOF"), Editor.end),
+# What keys do, by all that terminals send for them: where the cursor goes, up to where is erased, what is recalled.
+MOVES: dict[str, Callable[[Editor], int]] = {
+    **dict.fromkeys(("\x01", "\x1b[H", "\x1b[1~", "\x1b[7~", "\x1bOH"), lambda editor: 0),
+    **dict.fromkeys(("\x05", "\x1b[F", "\x1b[4~", "\x1b[8~", "\x1bOF"), lambda editor: len(editor.text)),
     **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor.left),
     **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor.right),
     **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D"), Editor.word_left),
     **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C"), Editor.word_right),
 }
-ERASES = {
+ERASES: dict[str, Callable[[Editor], int]] = {
     **dict.fromkeys(("\x7f", "\x08"), Editor.left),
     **dict.fromkeys(("\x04", "\x1b[3~"), Editor.right),
     **dict.fromkeys(("\x17", "\x1b\x7f"), Editor.word_left),
-    "\x15": Editor.home,
-    "\x0b": Editor.end,
+    "\x15": lambda editor: 0,
+    "\x0b": lambda editor: len(editor.text),
 }
 RECALLS = {
     **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), -1),
     **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), 1),
 }
-
-
-class Saying(NamedTuple):
-    """Something in the outbox of a client."""
-
-    text: str
-    cid: str
 
 
 class Client:
@@ -2522,7 +2508,7 @@ class Client:
         self.skipped = 0  # and up to this one, older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
-        self.outbox: collections.deque[Saying] = collections.deque()
+        self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
         self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
         self.said_at = self.hold_until = 0.0
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
@@ -2602,7 +2588,7 @@ class Client:
             await self.log_in()
             return 0
         if code == 1009 and self.in_flight:
-            self.unsent(self.take_out(self.in_flight), self.words["js_too_long"])
+            self.unsent(self.settle(self.in_flight), self.words["js_too_long"])
         self.restarting = self.restarting or code == 1001
         low, high = RETRY_SECONDS
         low, high = RESTART_SECONDS if code == 1001 else (low, min(high, low * 2 ** (self.failures + 1)))
@@ -2678,7 +2664,9 @@ class Client:
         self.failures, self.restarting, self.renewed = 0, False, False
         if first:
             self.skipped = frame["seq"] - self.history
-            self.view.presence(f"{shown(frame['title'])} · {self.people(NAMES_IN_LINE)} · {self.words['term_hint']}")
+            self.view.notice(
+                f"{shown(frame['title'])} · {self.people(NAMES_IN_LINE)} · {self.words['term_hint']}", minor=True
+            )
 
     def arrived(self, frame: Mapping[str, Any]) -> None:
         """A message; if it is the one that we said, it is confirmed."""
@@ -2688,7 +2676,7 @@ class Client:
         if frame["seq"] > self.skipped:
             self.view.message(frame)
         if shown(frame["name"]) == self.name:
-            self.take_out(frame.get("cid"))
+            self.settle(frame.get("cid"))
 
     def passed(self, frame: Mapping[str, Any]) -> None:
         """Somebody came or went."""
@@ -2700,12 +2688,12 @@ class Client:
             if frame["type"] == "joined":
                 self.members[name] = None
         if names:
-            self.view.presence(self.words["js_" + frame["type"]].format(names=", ".join(names)))
+            self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
     def refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never."""
         if frame["code"] not in PASSING_REFUSALS:
-            self.unsent(self.take_out(frame.get("cid")), shown(frame["text"]))
+            self.unsent(self.settle(frame.get("cid")), shown(frame["text"]))
         elif self.in_flight and frame.get("cid") == self.in_flight:
             wait = frame.get("retry_after", HOLD_SECONDS)
             self.in_flight, self.hold_until = "", time.monotonic() + wait
@@ -2720,7 +2708,7 @@ class Client:
     def say(self, text: str) -> None:
         """Into the outbox, if it can be said at all."""
         try:
-            self.outbox.append(Saying(clean_text(text), secrets.token_hex(12)))
+            self.outbox[secrets.token_hex(12)] = clean_text(text)
         except Refused as refused:
             self.unsent(text, refused.sentence(self.language))
         self.update()
@@ -2729,7 +2717,7 @@ class Client:
         """After whatever has changed: says what can be said, and lets everybody know."""
         ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
         if ready and self.outbox and not self.in_flight and self.socket:
-            text, self.in_flight = self.outbox[0]
+            self.in_flight, text = next(iter(self.outbox.items()))
             self.said_at = time.monotonic()
             with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
                 written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
@@ -2740,15 +2728,11 @@ class Client:
             self.idle.clear()
         self.view.update()
 
-    def take_out(self, cid: str | None) -> str:
-        """What had that cid: it is confirmed, or given up."""
-        said = next((saying for saying in self.outbox if saying.cid == cid), None)
-        if said is None:
-            return ""
-        self.outbox.remove(said)
-        if self.in_flight == cid:
+    def settle(self, cid: str | None) -> str:
+        """Takes out of the outbox what is confirmed or given up; its text."""
+        if cid == self.in_flight:
             self.in_flight = ""
-        return said.text
+        return self.outbox.pop(cid or "", "")
 
     def unsent(self, text: str, reason: str) -> None:
         """Tells that something won't be said."""
@@ -2823,13 +2807,8 @@ class Lines:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def __enter__(self) -> Self:
-        """Before `read`."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """After it, whatever happened."""
-        self.restore()
+    def begin(self) -> None:
+        """Takes the terminal."""
 
     def restore(self) -> None:
         """Leaves the terminal as it was."""
@@ -2842,17 +2821,13 @@ class Lines:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
             raise Ended from None
 
-    def presence(self, text: str) -> None:
-        """Who came or went."""
-        if self.config.verbose:
-            self.notice(text)
+    def notice(self, text: str, *, minor: bool = False) -> None:
+        """Something that the user has to know, or may like to know."""
+        if self.config.verbose or not minor:
+            with contextlib.suppress(BrokenPipeError):
+                print(f"tornchat: {text}", file=sys.stderr, flush=True)
 
-    def notice(self, text: str) -> None:
-        """Something that the user has to know."""
-        with contextlib.suppress(BrokenPipeError):
-            print(f"tornchat: {text}", file=sys.stderr, flush=True)
-
-    def update(self) -> None:
+    def update(self, printed: str = "") -> None:
         """Tells when the connection is lost, and when it is back."""
         state = self.client.state()
         if state not in (self.told, "js_state_connecting"):
@@ -2913,7 +2888,7 @@ class Screen(Lines):
         self.looks: tuple[int, str] = 0, ""  # of all of them
         self.hurry = False
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
         """Keys come one by one and aren't echoed; pasted text comes in brackets."""
         import termios
 
@@ -2923,7 +2898,6 @@ class Screen(Lines):
         modes[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
         self.write("\x1b[?2004h")
-        return self
 
     def restore(self) -> None:
         """Leaves the terminal as it was, without the rows below."""
@@ -2931,16 +2905,19 @@ class Screen(Lines):
 
         self.write(self.erasure(self.size()[0]) + "\x1b[?2004l")
         self.drawn, self.looks = [], (0, "")
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.modes)
+        with contextlib.suppress(termios.error):  # it has gone
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.modes)
 
     def write(self, text: str) -> None:
         """Straight to the terminal, in one piece."""
-        with contextlib.suppress(OSError):  # it has gone; stdin will tell
+        with contextlib.suppress(OSError):  # it has gone, as stdin will tell
             print(text, end="", flush=True)
 
     def size(self) -> tuple[int, int]:
         """Columns and rows; 80 x 24 where the terminal doesn't know."""
-        columns, rows = os.get_terminal_size(sys.stdout.fileno())
+        columns = rows = 0
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(sys.stdout.fileno())
         return max(columns or 80, 12), rows or 24
 
     # --- what is shown ---
@@ -2959,29 +2936,21 @@ class Screen(Lines):
             rows[0] = self.styled(head, "2") + colored + rows[0].removeprefix(head + name)
         self.show(rows)
 
-    def presence(self, text: str) -> None:
-        """Who came or went."""
-        self.notice(text, "2")
-
-    def notice(self, text: str, style: str = "") -> None:
+    def notice(self, text: str, *, minor: bool = False) -> None:
         """After a tilde, with which no name begins."""
         rows = wrap(f"{self.client.now():%H:%M} ~ {text}", self.size()[0] - 1)
-        self.show([self.styled(row, style) for row in rows])
+        self.show([self.styled(row, "2") if minor else row for row in rows])
 
     def styled(self, text: str, style: str) -> str:
         """In a colour, if that is wanted."""
-        return f"\x1b[{style}m{text}\x1b[0m" if self.colors and style and text else text
+        return f"\x1b[{style}m{text}\x1b[0m" if self.colors and text else text
 
     def show(self, rows: list[str]) -> None:
         """For good, above the rows that are drawn anew."""
-        self.draw("".join(f"{row}\n" for row in rows))
+        self.update("".join(f"{row}\n" for row in rows))
 
-    def update(self) -> None:
-        """The rows below, if they look different."""
-        self.draw()
-
-    def draw(self, printed: str = "") -> None:
-        """All that is below, after what is printed above it."""
+    def update(self, printed: str = "") -> None:
+        """Draws the rows below, after what is printed above them, or if they look different."""
         columns, height = self.size()
         above = self.pending(columns - 1)
         before = f"{cut(self.client.name, columns // 3)}> "
@@ -3004,7 +2973,7 @@ class Screen(Lines):
     def pending(self, columns: int) -> list[str]:
         """What isn't sent yet, and what is wrong."""
         client, words = self.client, self.client.words
-        rows = [f"{cut(shown(text), columns - 24)} · {self.status(cid)}" for text, cid in client.outbox]
+        rows = [f"{cut(shown(text), columns - 24)} · {self.status(cid)}" for cid, text in client.outbox.items()]
         rows = rows[:PENDING_ROWS] + ([f"+ {len(rows) - PENDING_ROWS}"] if len(rows) > PENDING_ROWS else [])
         if (state := client.state()) != "js_state_connected":
             rows.append(words[state])
@@ -3020,7 +2989,7 @@ class Screen(Lines):
             return words["js_waiting"]
         if client.store_away:
             return words["js_waiting_store"]
-        if cid != client.outbox[0].cid:
+        if cid != next(iter(client.outbox)):
             return words["js_waiting_turn"]
         seconds = math.ceil(client.hold_until - time.monotonic())
         return words["js_waiting_seconds"].format(n=seconds) if seconds > 0 else words["js_sending"]
@@ -3031,9 +3000,9 @@ class Screen(Lines):
         """Until Ctrl-C, or until the user leaves and has been heard."""
         loop = asyncio.get_running_loop()
         loop.add_reader(sys.stdin.fileno(), self.on_keys)
-        loop.add_signal_handler(signal.SIGWINCH, self.draw)
+        loop.add_signal_handler(signal.SIGWINCH, self.update)
         while not self.leaving.is_set():
-            self.draw()
+            self.update()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.leaving.wait(), 1)  # the seconds on the screen pass
         if self.client.outbox and not self.hurry:
@@ -3051,13 +3020,13 @@ class Screen(Lines):
             elif line == "\x03" or not self.client.command(line):
                 self.hurry = line == "\x03"
                 self.leaving.set()
-        self.draw()
+        self.update()
 
     def suspend(self) -> None:
         """Ctrl-Z: gives the terminal to the shell until that calls us back."""
         self.restore()
         os.kill(0, signal.SIGTSTP)
-        self.__enter__()
+        self.begin()
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
@@ -3074,14 +3043,15 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
     else:
         client.view = Lines(client, config)
     try:
-        with client.view as view:
-            stop = stop_on_signals(view.restore)
-            tasks = [asyncio.create_task(task) for task in (client.stay(), view.read(), stop.wait())]
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        client.view.begin()
+        stop = stop_on_signals(client.view.restore)
+        tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     finally:
+        client.view.restore()
         await client.log_out()
     if client.outbox:
         print("tornchat:", client.words["term_unsent"].format(n=len(client.outbox)), file=sys.stderr)
