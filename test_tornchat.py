@@ -602,7 +602,7 @@ class Program:
             await self.kill()
             pytest.fail("the program does not end")
         assert self.process.returncode is not None
-        return self.process.returncode, self.printed + out.decode(), err.decode()
+        return self.process.returncode, self.printed + (out or b"").decode(), err.decode()
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -5737,6 +5737,19 @@ class TestTerminal:
         await shell.wait()
 
     @transcript
+    async def test_a_full_disk(self, memory_lan: Lan) -> None:
+        """Where what was said cannot be written the client ends, and says why."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say("hi")
+        if not (disk := Path("/dev/full")).exists():
+            pytest.skip("this system has no /dev/full")
+        with disk.open("w") as full:
+            ann = await Joined.spawn([str(PROGRAM), "--join", place(daemon)], {}, stdout=full.fileno())
+        memory_lan.programs.append(ann)
+        assert await ann.ended() == (1, "", "tornchat: No space left on device\n")
+
+    @transcript
     async def test_a_person_types_into_a_pipe(self, memory_lan: Lan) -> None:
         """With stdout in a pipe and stdin a terminal, what is typed is said, until Ctrl-D; commands are answered."""
         daemon = await memory_lan.serve()
@@ -5863,7 +5876,7 @@ class TestTerminal:
         await ann.connect()
         where, password = place(daemon), "lighthouse"
         async with HostileRoom() as other:
-            for options, given, code, told in [
+            starts = [
                 ([f"http://127.0.0.1:{free_port()}"], "", 1, "cannot be reached"),
                 (["http://no-such-host.invalid/"], "", 1, "cannot be reached"),
 ([secure.url], "", 1, "certificate"),
@@ -5874,8 +5887,9 @@ class TestTerminal:
                 ([where.replace("127.0.0.1", "localhost.example.org")], "", 1, "cannot be reached"),
                 ([where, "--name", "Bob"], password, 0, ""),
                 (["http://host:port/"], "", 2, "malformed"),
-            ]:  # fmt: skip
-                ended, out, err = await run_to_end("--join", *options, TORNCHAT_PASSWORD=given)
+            ]  # fmt: skip
+            runs = [run_to_end("--join", *options, TORNCHAT_PASSWORD=given) for options, given, _, _ in starts]
+            for (_, _, code, told), (ended, out, err) in zip(starts, await asyncio.gather(*runs), strict=True):
                 assert (ended, out) == (code, ""), err
                 assert told in err
                 assert len(err.splitlines()) == (code > 0), err

@@ -2577,10 +2577,10 @@ class Client:
 
     async def pause_after(self, code: int | None, reason: str) -> float:
         """How many s to wait before the next try. Raises Ended if there is none, and UNREACHED."""
-        if not self.epoch and code not in (1001, 1013):
-            raise Ended(self.words["term_unreachable"].format(url=self.url, reason=reason or code))
         if code in FINAL_CODES:
             raise Ended(self.words[f"js_closed_{code}"].format(name=self.name))
+        if code is None and not self.epoch:  # it was never reached
+            raise Ended(self.words["term_unreachable"].format(url=self.url, reason=reason))
         if code == 4401:  # restarted without a lasting store: it no longer knows us
             if self.renewed or reason == "logout":
                 raise Ended(self.words["login_why_logout"] if reason == "logout" else reason)
@@ -2814,12 +2814,12 @@ class Lines:
         """Leaves the terminal as it was."""
 
     def message(self, frame: Mapping[str, Any]) -> None:
-        """Somebody said something. Raises Ended when nobody reads any more."""
+        """Somebody said something. Raises Ended, without a word when nobody reads any more."""
         try:
             print(safe(line_of(frame)), flush=True)
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
-            raise Ended from None
+            raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         """Something that the user has to know, or may like to know."""
