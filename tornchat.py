@@ -13,7 +13,7 @@ Everybody on the same network opens a printed address, types a nickname and talk
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
 they outlive a restart, and all daemons with the same Redis and --room are one room.
 
-A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start, 2 wrong usage.
+A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
