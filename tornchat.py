@@ -107,6 +107,7 @@ TEXT_CHARS = 4000  # of one message: a long paragraph, or a page of code
 FRAME_BYTES = 16 * 1024  # of one frame or form from a client; 4,000 characters of 4 bytes each fit
 NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on top, up to
 NAME_CODEPOINTS = 64
+PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_NOTICES = 1000  # joined, left, opened in the store: they must never push a message out
@@ -170,6 +171,9 @@ class Config:
     silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
     drain_seconds: float = 2  # for stopping in order
+    header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
+    body_seconds: float = 10  # for its body
+    answer_seconds: float = 30  # for the client to take the answer; the longest has 1.6 MB
 
 
 # === Messages and names ===============================================================================================
@@ -274,27 +278,48 @@ def clean_text(text: str) -> str:
     return text
 
 
-# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille.
-BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille,
+# the object replacement, the Khitan filler, the null notehead.
+BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffc\U00016fe4\U0001d159")
 UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # not Cn: what this Python doesn't know may be next year's emoji
 JOINERS = "\u200c\u200d"
-EMOJI_STYLE = "\ufe0f"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
 
-# Look-alikes of Latin letters, by letter: a small part of the table of Unicode Technical Standard 39, with the
-# digits that stand in for letters. Digits go to letters of their own, so that user1 and user10 stay two names.
+# Look-alikes by what they look like, folded as in name_key: the letters that the table of Unicode Technical Standard 39
+# has for one Latin letter, small capitals, and digits that stand in for letters. Digits go to letters of their own, so
+# that user1 and user10 stay two names. An accent or a stroke is seen, so that Éva, Øle and Łukasz stay what they are.
 LOOKALIKES = {
-    "a": "аɑα4", "b": "ьβ", "c": "сϲ", "d": "ԁ", "e": "еεє3", "g": "ɡ", "h": "һ", "j": "јϳ", "k": "кκ",
-    "l": "iı1|ӏіιɩ!", "m": "м", "n": "пη", "o": "оοσօ0", "p": "рρ", "q": "ԛ", "r": "г", "s": "ѕ5$", "t": "тτ",
-    "u": "υսц", "v": "νѵ", "w": "ԝωш", "x": "хχ", "y": "уγү", "z": "ᴢ",
+    "a": "аɑα4Ꭺᗅꓮ𖽀𐊠ᴀ@⍺", "b": "ьβƅᏏᑲᖯꞵвᏴᗷꓐ𐊂𐊡𐌁ʙ8", "c": "сᴄⲥᏟ𐐽ꓚ𐊢𐌂𐔜", "d": "ԁᏧᑯꓒᎠᗞᗪꓓᴅ",
+    "e": "еεє3ꬲҽⴹᎬꓰ𑣆𑣎𐊆ᴇз℮", "f": "ꬵꞙẝքᖴꓝ𑣂𐊇𐊥𐔥ꜰ", "g": "ɡᶃƍցԍᏀᏳꓖɢ6б", "h": "һհᏂⲏнᎻᕼꓧ𐋏ʜ", "j": "јϳʝᎫᒍꓙᴊ", "k": "кκⲕᏦᛕꓗ𐔘ᴋ",
+    "l": "iı1|ӏіιɩ!ɪꙇᎥ𑣃ǀⲓⵏᛁꓲ𖼨𐊊𐌉ⳑᏞᒪꓡ𖼖𑣒𐑃𐔦ʟاוᏆ∣│", "m": "мⲙᎷᗰᛖꓟ𐊰𐌑ᴍ", "n": "пηոռⲛꓠ𐔓ɴ",
+    "o": "оοσօ0ᴏᴑꬽⲟჿഠဝ𐓪𑣈𑣗𐐬〇ⵔዐଠꓳ𑣕𐊒𐊫𐔖هەہھס", "p": "рρⲣᏢᑭꓑ𐊕ᴘ", "q": "ԛգզⵕꞯ9", "r": "гꭇꭈⲅᎱʀᎡᏒ𐓜ᖇꓣ𖼵",
+    "s": "ѕ5$ꜱƽᏚ𑣁𐑈տᏕꓢ𖼺𐊖", "t": "тτⲧᎢꓔ𖼊𐊗𐊱𐌕ᴛ7⊤", "u": "υսцꞟᴜꭎꭒʋ𐓶𑣘ሀᑌꓴ𖽂∪", "v": "νѵᴠ𑜆Ꮩ𑣀ⴸᐯꛟꓦ𖼈𐔝∨",
+    "w": "ԝωшɯᴡѡա𑜊𑜎𑜏ᎳᏔꓪ", "x": "хχ×ᕁᕽꭓⲭⵝᚷꓫ𐊐𐊴𐌗𐔧", "y": "уγүɣᶌʏỿꭚყ𑣜ⲩᎩᎽꓬ𖽃𐊲", "z": "ᴢᏃ𑣄ꓜ𑣉2",
+    "'": "\u2018\u2019\u02bc\u02b9\u2032`", "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    "\u00b7": "\u2022\u2219\u22c5\u30fb\u2027", "\u0306": "\u030c", "\u0327": "\u0326", "ي": "یى", "ك": "ک",
+    "工": "エ", "力": "カ", "二": "ニ", "口": "ロ", "一": "ー", "卜": "ト", "八": "ハ", "夕": "タ", "ヘ": "へ",
+    "リ": "り",
 }  # fmt: skip
+BADGES = (0x1F150, 0x1F170, 0x1F1E6)  # where letters in circles, in squares, and in flags begin
 SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
-    | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e ", None)
+    | {chr(first + at): letter for first in BADGES for at, letter in enumerate("abcdefghljklmnopqrstuvwxyz")}
+    | dict.fromkeys([*JOINERS, " ", *map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))], None)
 )
+GREEK_SMALL = re.compile("[α-ω]")
+GREEK_CAPITALS = str.maketrans("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABEZHIKMNOPTYX")  # four look unlike their small ones: Η Μ Ν Υ
+COLONS = ":\u02d0\u02f8\u0589\u05c3\u2236\ua789"
+TILDES = "~\u02dc\u223c\u223d\u223f\u2053\u301c"
+# What could be mistaken for the room itself, in the languages that most people read; words that are also names of
+# people (Nizam, Musharraf) are not in it.
 RESERVED = (
-    *("system", "admin", "administrator", "host", "tornchat", "server", "moderator", "root"),
-    *("系统", "管理员", "主持人", "服务器", "聊天室", "房主"),
+    "tornchat root system admin administrator host server moderator gastgeber systeem beheerder gastheer",
+    "système administrateur hôte modérateur serveur sistema administrador anfitrión moderador servidor anfitrião",
+    "amministratore moderatore sistem yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên",
+    "система администратор админ модератор ведущий хост сервер адміністратор адмін ведучий σύστημα διαχειριστής",
+    "النظام مدير المدير المشرف المضيف سیستم میزبان מערכת מנהל מארח सिस्टम प्रशासक व्यवस्थापक संचालक एडमिन होस्ट",
+    "সিস্টেম অ্যাডমিন ระบบ ผู้ดูแล แอดมิน システム 管理者 管理人 司会 ホスト モデレーター サーバー",
+    "시스템 관리자 운영자 호스트 진행자 서버 방장 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器",
 )
 
 
@@ -314,18 +339,20 @@ def clean_name(raw: str) -> str:
         raise Refused("invalid", "name-long", limit=NAME_CHARS)
     if kinds[0][0] == "M" or not all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf"):
         raise Refused("invalid", "name-characters")
-    if ":" in name or name[0] == "~":  # as plain lines they could be mistaken for somebody's words, or the room's
+    if "M" * PILED_MARKS in "".join(kind[0] for kind in kinds):  # it would cover its neighbours
         raise Refused("invalid", "name-characters")
-    if name_key(name) in RESERVED_KEYS:
+    if name[0] in TILDES or any(char in COLONS for char in name):  # as plain lines: somebody's words, or the room's
+        raise Refused("invalid", "name-characters")
+    if not RESERVED_KEYS.isdisjoint({letters_of(name_key(name)), name_key(letters_of(name))}):
         raise Refused("invalid", "name-reserved", name=name)
     return name
 
 
 def joins(name: str, at: int) -> bool:
     """Whether the format character at this place is a joiner where one belongs: in Indic or Arabic words, in emoji."""
-    if name[at] not in JOINERS or not 0 < at < len(name) - 1:
+    if name[at] not in JOINERS or at == 0:
         return False
-    before, behind = name[at - 1], name[at + 1]
+    before, behind = name[at - 1], name[at + 1 : at + 2] or " "
     arabic = unicodedata.bidirectional(before) == unicodedata.bidirectional(behind) == "AL"
     emoji = unicodedata.category(before) in ("So", "Sk", "Mn") and unicodedata.category(behind) == "So"
     return unicodedata.combining(before) == VIRAMA or arabic or (emoji and name[at] == "\u200d")
@@ -333,11 +360,22 @@ def joins(name: str, at: int) -> bool:
 
 def name_key(name: str) -> str:
     """What two names have in common that look alike: a member's key on the roster (G7)."""
-    letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", name).casefold()).translate(SKELETON)
+    name = unicodedata.normalize("NFKC", name)
+    if not GREEK_SMALL.search(name) or re.search("[a-zA-Z]", name):  # else it is a Greek word, and N begins ν
+        name = name.translate(GREEK_CAPITALS)
+    digits = (str(unicodedata.decimal(char, char)) for char in unicodedata.normalize("NFD", name.casefold()))
+    letters = "".join(digits).translate(SKELETON)
     return unicodedata.normalize("NFC", letters.replace("l\u0307", "l").replace("rn", "m").replace("vv", "w"))
 
 
-RESERVED_KEYS = frozenset(map(name_key, RESERVED))
+def letters_of(name: str) -> str:
+    """A name without its accents and signs: they don't make another word of a reserved one."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFD", name)))
+
+
+RESERVED_KEYS = frozenset(
+    key for word in " ".join(RESERVED).split() for key in (letters_of(name_key(word)), name_key(letters_of(word)))
+)
 
 
 def variants(name: str) -> Iterable[str]:
@@ -1533,16 +1571,18 @@ class Services(NamedTuple):
     sockets: set[ChatSocket]  # all that are open, joined or not
 
 
-def is_our_host(header: str, hosts: frozenset[str]) -> bool:
-    """Whether a Host header names us. A name that isn't local may be one that an attacker's DNS points at us."""
+def host_name(header: str) -> str:
+    """The name or address in a Host header, without port and final dot; "" if there is none."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
-    if match is None:
-        return False
-    name = match[1] or match[2]
+    return (match[1] or match[2]) if match else ""
+
+
+def is_our_host(name: str, hosts: frozenset[str]) -> bool:
+    """Whether a Host is ours. A name that isn't local may be one that an attacker's DNS points at us."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    return name in hosts or name.endswith(LOCAL_SUFFIXES) or "." not in name
+    return name in hosts or name.endswith(LOCAL_SUFFIXES) or (name != "" and "." not in name)
 
 
 def choose_language(header: str) -> str:
@@ -1592,12 +1632,28 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def prepare(self) -> None:
         """Refuses a Host that isn't ours."""
-        if not is_our_host(self.request.headers.get("Host", ""), self.services.hosts):
+        name = host_name(self.request.headers.get("Host", ""))
+        if not is_our_host(name, self.services.hosts):
+            log.warning(
+                "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
+                name[:100] or "(none)",
+                name[:100] or "NAME",
+            )
             raise tornado.web.HTTPError(421, reason="Misdirected Request")
+
+    def check_trusted_origin(self, origin: str) -> bool:
+        """Called by Tornado for a page that doesn't seem to be ours, which is not trusted, whatever it is."""
+        log.warning(
+            "a page of %s was refused at %s: if it is the room's own, a proxy between them has to pass the Host"
+            " (nginx: proxy_set_header Host $http_host;)",
+            shown(origin)[:100],
+            shown(self.request.headers.get("Host", ""))[:100],
+        )
+        return False
 
     def get_current_user(self) -> Session | None:
         """The session of the cookie; None if it has none, or one that we didn't sign."""
-        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS)
+        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS, min_version=2)
         sid, _, name = (value or b"").decode(errors="replace").partition(" ")
         return Session(sid, name) if name else None
 
@@ -1646,6 +1702,15 @@ class BaseHandler(tornado.web.RequestHandler):
             if not room.available:
                 raise Refused("unavailable", retry_after=self.services.config.retry_seconds)
 
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> asyncio.Future[None]:
+        """The answer is complete. Tornado would hold it for ever for a client that doesn't take it."""
+        taken = super().finish(chunk)
+        if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
+            connection: Any = self.request.connection
+            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
+            taken.add_done_callback(lambda _: cut.cancel())
+        return taken
+
     def wants_json(self) -> bool:
         """Whether a program asks."""
         return "application/json" in self.request.headers.get("Accept", "")
@@ -1659,7 +1724,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """One sentence, on a page or as JSON."""
         words = WORDS[self.language]
         text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=shown(self.request.headers.get("Host", ""))[:100]
+            status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
         )
         if self.wants_json():
             self.finish({"code": status_code, "text": text})
@@ -1965,7 +2030,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         wish, self.wish = self.wish, None
         assert wish
         self.set_nodelay(True)
-        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.services.sockets.add(self)
         try:
             await self.enter(await self.session(wish), wish.seen)
@@ -2317,7 +2381,9 @@ def bind(config: Config) -> list[socket.socket]:
     for port in range(first, first + tries):
         try:
             ports = tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
-            return [Door(fileno=port.detach()) for port in ports]
+            for bound in ports:  # what it accepts inherits that
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            return [Door(fileno=bound.detach()) for bound in ports]
         except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
@@ -2387,8 +2453,8 @@ class Daemon:
             ssl_options=self.tls,
             max_header_size=FRAME_BYTES,
             max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
-            idle_connection_timeout=15,  # s, also for a header that never ends
-            body_timeout=10,  # s
+            idle_connection_timeout=self.config.header_seconds,
+            body_timeout=self.config.body_seconds,
         )
         self.server.add_sockets(self.ports)
         self.feed.start()
@@ -3502,7 +3568,7 @@ def yes_or_no(text: str) -> bool:
 
 def room_title(text: str) -> str:
     """A title. Raises ArgumentTypeError."""
-    if not 0 < len(shown(text)) == len(text) <= 80:
+    if shown(text) != text or not 0 < len(text) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
     return text
 
@@ -3515,8 +3581,12 @@ def room_name(text: str) -> str:
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    """Host names, separated by commas."""
-    return tuple(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
+    """Host names, separated by commas. Raises ArgumentTypeError."""
+    headers = list(filter(None, map(str.strip, text.split(","))))
+    names = tuple(map(host_name, headers))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{headers[names.index('')]!r} is not the name of a host")
+    return names
 
 
 def redis_url(text: str) -> str:
