@@ -32,7 +32,9 @@ import asyncio
 import bisect
 import concurrent.futures
 import contextlib
+import datetime
 import errno
+import fcntl
 import functools
 import gc
 import html
@@ -43,6 +45,7 @@ import json
 import logging
 import math
 import os
+import pty
 import random
 import re
 import select
@@ -55,6 +58,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -597,21 +601,28 @@ class Program:
         self.printed = ""
 
     @classmethod
-    async def start(cls, *options: str, python: tuple[str, ...] = (str(PROGRAM),), **environ: str) -> Program:
+    async def start(cls, *options: str, python: tuple[str, ...] = (str(PROGRAM),), **environ: str) -> Self:
         """Start it with these options and, of the environment, only what a program needs to run."""
+        return await cls.spawn([*python, *options], environ)
+
+    @classmethod
+    async def spawn(
+        cls,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        *,
+        stdin: int = asyncio.subprocess.DEVNULL,
+        stdout: int = asyncio.subprocess.PIPE,
+        stderr: int = asyncio.subprocess.PIPE,
+    ) -> Self:
+        """Start it with these streams."""
         keep = {
             name: os.environ[name]
             for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "VIRTUAL_ENV")
             if name in os.environ
         }
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *python,
-            *options,
-            env=keep | environ,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            sys.executable, *command, env=keep | dict(environ), stdin=stdin, stdout=stdout, stderr=stderr
         )
         return cls(process)
 
@@ -632,7 +643,7 @@ class Program:
             await self.kill()
             pytest.fail("the program does not end")
         assert self.process.returncode is not None
-        return self.process.returncode, self.printed + out.decode(), err.decode()
+        return self.process.returncode, self.printed + (out or b"").decode(), err.decode()
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -1937,6 +1948,19 @@ FIELDS: list[tuple[list[str], dict[str, str], str, object]] = [
     ([], {}, "secret", ""),
     (["--secret", "s"], {"TORNCHAT_SECRET": "t"}, "secret", "s"),
     ([], {"TORNCHAT_SECRET": "t"}, "secret", "t"),
+    ([], {}, "join", None),
+    (["--join", "http://localhost:8888/"], {}, "join", "http://localhost:8888/"),
+    (["--join", "https://chat.example.org"], {}, "join", "https://chat.example.org/"),
+    (["--join", "HTTP://192.168.1.7:9000/login?nickname=Ann"], {}, "join", "http://192.168.1.7:9000/"),
+    (["--join", "ws://host/chat"], {}, "join", "http://host/"),
+    (["--join", "wss://host:443/class/5b/chat"], {}, "join", "https://host:443/class/5b/"),
+    (["--join", "classroom"], {}, "join", "http://classroom:8888/"),
+    (["--join", "classroom:9000"], {}, "join", "http://classroom:9000/"),
+    (["--join", "[::1]:9000"], {}, "join", "http://[::1]:9000/"),
+    ([], {}, "name", ""),
+    ([], {"USER": "ann"}, "name", "ann"),
+    ([], {"USER": "root"}, "name", ""),
+    (["--name", "Bob"], {"USER": "ann"}, "name", "Bob"),
 ]
 
 WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
@@ -1965,6 +1989,15 @@ WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
     (["--room", "a:b"], {}),
     ([], {"TORNCHAT_ROOM": "{a}"}),
     ([], {"TORNCHAT_TRUST_PROXY": "perhaps"}),
+    (["--join", ""], {}),
+    (["--join", "http://"], {}),
+    (["--join", "http://host:port/"], {}),
+    (["--join", "http://host:99999/"], {}),
+    (["--join", "http://a host/"], {}),
+    (["--join", "http://[::1/"], {}),
+    (["--join", "ftp://host/"], {}),
+    (["--join", "http://user:secret@host/"], {}),
+    (["--join"], {}),
 ]
 
 
@@ -6740,6 +6773,657 @@ class TestManyDaemons:
                 suppress_health_check=list(hypothesis.HealthCheck),
             ),
         )
+
+
+# === Terminal client ==================================================================================================
+
+# What is typed -> what then stands there, the cursor as |
+KEYSTROKES = {
+    "plain": ("hello", "hello|"),
+    "in the midst": ("helo\x1b[Dl", "hell|o"),
+    "left and right": ("ab\x1b[D\x1b[D\x1b[Cx", "ax|b"),
+    "other codes of the arrows": ("ab\x1bOD\x02\x06x", "ax|b"),
+    "not beyond the ends": ("ab\x1b[C\x1b[D\x1b[D\x1b[D", "|ab"),
+    "home and end": ("bc\x01a\x05d\x1b[H|\x1b[F", "|abcd|"),
+    "backspace": ("abc\x7f\x08", "a|"),
+    "backspace at the beginning": ("a\x01\x7f", "|a"),
+    "delete": ("abc\x01\x1b[3~\x04", "|c"),
+    "erase to the beginning": ("one two\x1b[D\x15", "|o"),
+    "erase to the end": ("one two\x1bb\x0b", "one |"),
+    "erase a word": ("one two  \x17", "one |"),
+    "by words": ("one two\x1bb\x1b[1;5Dx\x1bfy", "xoney| two"),
+    "wide characters": ("你好\x1b[D世", "你世|好"),
+    "a character with its marks": ("ae\u0301\x7f", "a|"),
+    "an emoji of several": ("a👩\u200d🚀\x1b[Db", "ab|👩\u200d🚀"),
+    "a paste": ("<\x1b[200~one\r\ntwo\rthree\x1b[201~>", "<one\ntwo\nthree>|"),
+    "a paste with keys in it": ("\x1b[200~a\x1b[31m\x7f\x01b\x9b\u202e\x1b[201~c", "a[31mbc|"),
+    "a new line": ("one\x1b\rtwo", "one\ntwo|"),
+    "keys that do nothing": ("a\x1b[15~\x1b[5~\x1bOP\x00\x1b[?1;2cb", "ab|"),
+    "Escape": ("\x1bxy", "xy|"),
+    "recall": ("one\rtwo\rthr\x1b[A\x1b[A", "one|"),
+    "and back to what was being typed": ("one\rtwo\rthr\x1b[A\x1b[A\x1b[A\x1b[B\x1b[B\x1b[B", "thr|"),
+    "the same again is recalled once": ("one\rone\r\r  \r\x1b[A", "one|"),
+}
+
+SUBMITTED = {
+    "a line": ("hi\r", ["hi"]),
+    "as sent by a script": ("hi\n", ["hi"]),
+    "two at once": ("one\rtwo\rthr", ["one", "two"]),
+    "nothing": ("\r  \r", []),
+    "several rows": ("\x1b[200~one\ntwo\x1b[201~\r", ["one\ntwo"]),
+    "recalled": ("one\r\x1b[A!\r", ["one", "one!"]),
+    "Ctrl-C": ("abc\x03", ["\x03"]),
+    "Ctrl-D": ("\x04", ["/quit"]),
+    "Ctrl-D before a text": ("abc\x01\x04\r", ["bc"]),
+    "Ctrl-Z": ("ab\x1ac\r", ["\x1a", "abc"]),
+    "Ctrl-C when the end of a paste is missing": ("\x1b[200~abc\x03", ["\x03"]),
+}
+
+ATTACKS = {
+    "colour": "\x1b[31mred",
+    "clear the screen": "\x1b[2J\x1b[H",
+    "C1 CSI": "\x9b2J",
+    "window title": "\x1b]0;pwned\x07",
+    "link": "\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\",
+    "clipboard": "\x1b]52;c;cHduZWQ=\x07",
+    "C1 OSC": "\x9d52;c;cHduZWQ=\x9c",
+    "device control": "\x1bP$q\x1b\\",
+    "report": "\x1b[6n\x1b[c",
+    "bell": "\x07",
+    "backspace": "Bob: hi\x08\x08\x08\x08",
+    "carriage return": "hi\rAnn: bye",
+    "vertical tab and form feed": "a\x0bb\x0cc",
+    "next line": "a\x85Ann: bye",
+    "shift out": "\x0e\x0f",
+    "NUL and DEL": "a\x00b\x7fc",
+    "right-to-left override": "\u202egnp.exe",
+    "isolates": "\u2066a\u2067b\u2069",
+    "bidi marks": "\u200ea\u200fb\u061cc",
+    "line separators": "a\u2028Ann: bye\u2029b",
+    "lone surrogate": "a\ud800b",
+    "newline": "hi\nAnn: bye\n12:34 Ann: bye",
+    "a row that wraps": "x" + " " * 200 + "12:34 Ann: bye",
+    "a row that wraps without spaces": "\u00e9" * 90 + "12:34\u00a0Ann:\u00a0bye",
+}
+OWN_SEQUENCES = re.compile(r"\x1b\[(?:\d*A|J|\?2004[hl]|[\d;]*m)")  # what the client itself tells the terminal
+
+
+def typed(*chunks: str) -> tuple[tornchat.Editor, list[str]]:
+    """An editor after these keys, and what they submitted."""
+    editor = tornchat.Editor()
+    return editor, [line for chunk in chunks for line in editor.feed(chunk)]
+
+
+class Joined(Program):
+    """`tornchat.py --join` in a pipe: lines go in, lines come out."""
+
+    @classmethod
+    async def run(cls, lan: Lan, at: str, *options: str, **environ: str) -> Self:
+        command = [str(PROGRAM), "--join", at, *options]
+        program = await cls.spawn(command, environ, stdin=asyncio.subprocess.PIPE)
+        lan.programs.append(program)
+        return program
+
+    def feed(self, *lines: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+
+    def feed_no_more(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    async def lines(self, count: int) -> list[str]:
+        """The next lines of stdout."""
+        assert self.process.stdout is not None
+        read = self.process.stdout.readline
+        return [(await asyncio.wait_for(read(), 2 * PATIENCE)).decode().rstrip("\n") for _ in range(count)]
+
+
+class Terminal(Program):
+    """`tornchat.py --join` as a person runs it, in a terminal of its own (a pty)."""
+
+    master: int
+    slave: int
+
+    @classmethod
+    async def run(cls, lan: Lan, at: str, *options: str, columns: int = 80, **environ: str) -> Self:
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        command = [str(PROGRAM), "--join", at, *options]
+        environ = {"TERM": "xterm-256color"} | environ
+        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
+        program.master, program.slave, program.seen = master, slave, b""
+        program.modes = termios.tcgetattr(slave)
+        lan.programs.append(program)
+        os.set_blocking(master, False)
+        asyncio.get_running_loop().add_reader(master, program.on_output)
+        return program
+
+    modes: list[Any]  # of the terminal, before
+    seen: bytes  # all that was written to it
+
+    def on_output(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.seen += os.read(self.master, 65536)
+
+    def keys(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    @property
+    def text(self) -> str:
+        """What was written, without the sequences that the client itself uses."""
+        return OWN_SEQUENCES.sub("", self.seen.decode()).replace("\r\n", "\n")
+
+    @property
+    def below(self) -> str:
+        """What was drawn last: the rows that aren't in the log yet."""
+        return OWN_SEQUENCES.sub("", self.seen.decode().rpartition("\x1b[J")[2])
+
+    async def shows(self, text: str, times: int = 1) -> None:
+        """Wait until that was written so often."""
+
+        async def written() -> bool:
+            return self.text.count(text) >= times
+
+        try:
+            await until(written, 2 * PATIENCE)
+        except BaseException:
+            print(self.text)
+            raise
+
+    async def leaves(self) -> int:
+        """Wait for its end; the terminal is as it was before."""
+        code = await asyncio.wait_for(self.process.wait(), 2 * PATIENCE)
+        assert termios.tcgetattr(self.slave) == self.modes
+        assert self.seen.count(b"\x1b[?2004h") == self.seen.count(b"\x1b[?2004l")
+        self.on_output()
+        return code
+
+    async def kill(self) -> None:
+        await super().kill()
+        asyncio.get_running_loop().remove_reader(self.master)
+        os.close(self.master)
+        os.close(self.slave)
+
+
+class HostileRoom:
+    """A server that says to a terminal whatever it likes, in every field of its frames."""
+
+    async def __aenter__(self) -> str:
+        """Its address."""
+        everything = "".join(ATTACKS.values())
+
+        class Login(tornado.web.RequestHandler):
+            def post(self) -> None:
+                self.finish(json.dumps({"name": "Me" + everything}))
+
+        class Chat(tornado.websocket.WebSocketHandler):
+            def open(self, *args: str, **kwargs: str) -> None:
+                self.tell(type="welcome", title="Room" + everything, name="Me" + everything,
+                          members=["Me", "Bob" + everything], count=2, epoch="e", seq=len(ATTACKS) + 1, recovered=False,
+                          missed=0, reset=False, limits={"text": 4000, "history": 100})  # fmt: skip
+                for seq, (name, attack) in enumerate(ATTACKS.items(), 1):
+                    common = {"ts": 1795166143321, "name": "Bob" + attack, "text": name + attack, "count": 2}
+                    self.tell(type="joined", names=["Bob" + attack], **common)
+                    self.tell(type="refused", code="empty", **common)
+                    self.tell(type="left", names=["Bob" + attack], **common)
+                    self.tell(type="message", seq=seq, cid="x", **common)
+                self.tell(type="message", seq=seq + 1, **common | {"name": "Eve", "text": "the end"})
+
+            def tell(self, **frame: object) -> None:
+                self.write_message(json.dumps(frame))
+
+        application = tornado.web.Application([("/login", Login), ("/chat", Chat)], log_function=lambda handler: None)
+        self.server = tornado.httpserver.HTTPServer(application)
+        sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        self.server.add_sockets(sockets)
+        return f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
+
+    async def __aexit__(self, *error: object) -> None:
+        self.server.stop()
+        await self.server.close_all_connections()
+
+
+class TestTerminal:
+    @pytest.mark.parametrize(("keys", "shown"), KEYSTROKES.values(), ids=KEYSTROKES)
+    def test_keys(self, keys: str, shown: str) -> None:
+        """Each key does what it does in a shell."""
+        editor, _ = typed(keys)
+        assert editor.text[: editor.at] + "|" + editor.text[editor.at :] == shown
+
+    @pytest.mark.parametrize(("keys", "lines"), SUBMITTED.values(), ids=SUBMITTED)
+    def test_submitted(self, keys: str, lines: list[str]) -> None:
+        """Enter submits what was typed; Ctrl-C and Ctrl-D leave."""
+        assert typed(keys)[1] == lines
+
+    @hypothesis.given(st.lists(st.sampled_from([keys for keys, _ in [*KEYSTROKES.values(), *SUBMITTED.values()]])))
+    def test_keys_in_pieces(self, keys: list[str]) -> None:
+        """However the keys are cut in pieces on their way, they are the same keys."""
+        whole, lines = typed("".join(keys))
+        pieces, same = typed(*"".join(keys))
+        assert (whole.text, whole.at, lines) == (pieces.text, pieces.at, same)
+
+    @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40), st.data())
+    def test_layout(self, text: str, columns: int, data: st.DataObject) -> None:
+        """What is being typed fits into the rows of any terminal, and the cursor stands where it belongs."""
+        at = data.draw(st.integers(0, len(text)))
+        rows, row, before = tornchat.layout(text, at, columns)
+        assert all(tornchat.width(row) <= columns for row in rows)
+        assert "".join(rows) == text.replace("\n", "")
+        assert "".join(rows[:row]) + before == text[:at].replace("\n", "")
+
+    @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40))
+    def test_wrap(self, text: str, columns: int) -> None:
+        """Rows of a message fit, lose no letter, and only the first begins at the margin; a long URL stays whole."""
+        first, *others = tornchat.wrap("12:34 Ann: " + text, columns)
+        assert first.startswith("12:34 Ann:"[:columns])
+        assert all(row.startswith("    ") or not row for row in others)
+        assert "".join([first, *others]).replace(" ", "") == "12:34Ann:" + re.sub(r"\s", "", text)
+        for row in [first, *others]:
+            assert tornchat.width(row) <= columns or row.isascii(), row
+        url = "http://example.org/" + "x" * 100
+        assert f"    {url}" in tornchat.wrap(f"12:34 Ann: see {url} there", columns)
+
+    @transcript
+    async def test_G10_attacks(self, memory_lan: Lan) -> None:
+        """No byte of others steers the terminal or writes a line of somebody else's, whatever field it stands in."""
+        async with HostileRoom() as url:
+            terminal = await Terminal.run(memory_lan, url, TZ="UTC")
+            await terminal.shows("Eve: the end")
+            terminal.keys("/who\r/nothing\r")
+            await terminal.shows("/nothing")
+            terminal.keys("\x03")
+            assert await terminal.leaves() == 0
+            piped = await Joined.run(memory_lan, url, "-v")
+            piped.feed_no_more()
+            code, out, err = await piped.ended()
+        assert code == 0
+        for printed in (terminal.text.replace("\r", ""), out, err):
+            assert [char for char in printed if tornchat.STEERING.match(char) or char == "\x1b"] == []
+            assert not re.search(r"^(\d\d:\d\d )?Ann", printed, re.MULTILINE), printed
+        said = [line for line in out.splitlines() if not line.startswith(" ")]
+        assert len(said) == len(ATTACKS) + 1
+        assert all(line.startswith("Bob") for line in said[:-1])
+
+    @transcript
+    async def test_a_conversation(self, lan: Lan) -> None:
+        """A person at a terminal sees the history and who comes and goes, talks, asks, and leaves."""
+        await lan.serve()
+        bob = await lan.join("Bob")
+        await bob.say("before")
+        ann = await Terminal.run(lan, place(lan.daemons[0]), "--name", "Ann")
+        await ann.shows("Bob: before")
+        await bob.expect("message", text="before")
+        await bob.expect("joined", names=["Ann"])
+        ann.keys("hello 你好\r")
+        await bob.expect("message", name="Ann", text="hello 你好")
+        await ann.shows("Ann: hello 你好")
+        carl = await lan.join("Carl")
+        await ann.shows("~ Carl joined")
+        ann.keys("/who\r//who\r/foo\r")
+        await bob.expect("message", text="/who")
+        await ann.shows("here: Ann, Bob, Carl")
+        await ann.shows("no command /foo")
+        await carl.fetch("/logout", form={})
+        await ann.shows("~ Carl left")
+        ann.keys("\x1b[200~one\rtwo\x1b[201~\r")
+        await bob.expect("message", text="one\ntwo")
+        await ann.shows("Ann: one\n    two\n")
+        ann.keys("bye\r\x04")
+        await bob.expect("message", text="bye")
+        assert await ann.leaves() == 0
+        await bob.expect("left", names=["Ann"])
+
+    @transcript
+    async def test_what_is_being_typed_stays(self, memory_lan: Lan) -> None:
+        """Lines that come in are printed above what is being typed, in windows of any width, also after a change."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", columns=40)
+        draft = "a draft that is much longer than a row, 也有中文也有中文"
+        ann.keys(draft + "\x1b[D")
+        rows = tornchat.layout("Ann> " + draft, 0, 39)[0]
+        await ann.shows(rows[-1])
+        await bob.say("hi")
+        await ann.shows("Bob: hi\n" + "\n".join(rows))
+        fcntl.ioctl(ann.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+        ann.signal(signal.SIGWINCH)
+        await ann.shows("\n".join(tornchat.layout("Ann> " + draft, 0, 19)[0]))
+        ann.keys("好\r")
+        await bob.expect("message", text="hi")
+        await bob.expect("message", text=draft[:-1] + "好" + draft[-1:])
+
+    @transcript
+    async def test_time(self, memory_lan: Lan) -> None:
+        """/time is the room's clock, in any zone; messages show their time of it, in the reader's zone."""
+        await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", TZ="UTC")
+        ann.keys("/time\r/time Asia/Shanghai\r/time new york\r/time ../passwd\r/time Asia\r")
+        await ann.shows("no time zone “Asia”")
+        assert "no time zone “../passwd”" in ann.text
+        told = re.findall(r"clock it is ([\d-]+ [\d:]+) \(([\w/]+)\)", ann.text)
+        assert [zone for _, zone in told] == ["UTC", "Asia/Shanghai", "America/New_York"]
+        here, there, _ = [datetime.datetime.fromisoformat(clock) for clock, _ in told]
+        assert abs((there - here).total_seconds() - 8 * 3600) <= 1
+        store_clock = memory_lan.daemons[0].store.now() / 1000
+        assert abs(here.replace(tzinfo=datetime.UTC).timestamp() - store_clock) < 2 * PATIENCE
+        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        client.receive({"type": "time", "ts": (time.time() + 86400) * 1000})
+        assert abs(client.now().timestamp() - time.time() - 86400) < 1
+
+    @pytest.mark.parametrize("end", ["\x03", "\x04", "/quit\r", "SIGTERM", "SIGINT"])
+    @transcript
+    async def test_the_terminal_is_restored(self, end: str, memory_lan: Lan) -> None:
+        """However the client ends, in the midst of typing too, the terminal is as before, and the name is free."""
+        daemon = await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        ann.keys("x" if end in ("\x03", "SIGTERM", "SIGINT") else "")
+        await ann.shows("Ann> ")
+        if end.startswith("SIG"):
+            ann.signal(signal.SIGINT if end == "SIGINT" else signal.SIGTERM)
+        else:
+            ann.keys(end)
+        assert await ann.leaves() == 0
+        assert daemon.room.roster == {}
+
+    @transcript
+    async def test_the_terminal_goes_away(self, memory_lan: Lan) -> None:
+        """A window that is closed without a word ends the client, and gives the name back."""
+        daemon = await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        await ann.shows("here: Ann")
+        asyncio.get_running_loop().remove_reader(ann.master)
+        os.dup2(ann.slave, ann.master)
+        await asyncio.wait_for(ann.process.wait(), 2 * PATIENCE)
+        assert daemon.room.roster == {}
+
+    def test_what_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In words: what was missed, that the history is lost, what was not sent; and another day."""
+        printed: list[str] = []
+        monkeypatch.setattr(tornchat.Screen, "write", lambda self, text: printed.append(text))
+        config = tornchat.Config(join="http://h/")
+        client = tornchat.Client(config, "en")
+        client.view = tornchat.Screen(client, config, colors=False)
+        welcome: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["Ann"], "count": 1, "epoch": "e",
+                   "seq": 1000, "recovered": True, "missed": 0, "reset": False,
+                   "limits": {"text": 4000, "history": 100}}  # fmt: skip
+        message: Frame = {"type": "message", "name": "Bob", "text": "hi", "seq": 1000, "ts": 1}
+        for frame, told in [
+            (welcome, "here: Ann"),
+            (message, "~ 1970-01-01"),
+            (message | {"seq": 1001, "ts": client.now().timestamp() * 1000}, f"~ {client.now().date()}"),
+            (welcome | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
+            (welcome | {"seq": 1, "reset": True}, "The room has lost its history"),
+            ({"type": "refused", "code": "empty", "text": "Nothing there."}, "Not sent: Nothing there."),
+        ]:
+            client.receive(frame)
+            assert told in "".join(printed)
+            printed.clear()
+        client.say("x" * 4001)
+        assert "longer than 4000" in "".join(printed)
+        assert client.outbox == {}
+
+    @transcript
+    async def test_colours(self, memory_lan: Lan) -> None:
+        """A name has its colour, the same in every window; with NO_COLOR there is none."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say("hi")
+        where = place(memory_lan.daemons[0])
+        one, two = await Terminal.run(memory_lan, where), await Terminal.run(memory_lan, where)
+        plain = await Terminal.run(memory_lan, where, NO_COLOR="1")
+        for terminal in (one, two, plain):
+            await terminal.shows("Bob: hi")
+        colored = [re.findall(rb"\x1b\[[\d;]+mBob", terminal.seen)[0] for terminal in (one, two)]
+        assert colored[0] == colored[1]
+        assert not re.search(rb"\x1b\[[\d;]*m", plain.seen)
+
+    @transcript
+    async def test_in_chinese(self, memory_lan: Lan) -> None:
+        """The client speaks the language of its user, and so does the room to it."""
+        await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", LANG="zh_CN.UTF-8")
+        await ann.shows("在场：Ann")
+        taken = await run_to_end("--join", place(memory_lan.daemons[0]), "--name", "Ann", LC_ALL="zh_CN.UTF-8")
+        assert taken[0] == 1
+        assert "已被使用" in taken[2]
+
+    @transcript
+    async def test_pipe(self, lan: Lan) -> None:
+        """Each line of stdin is said, each message is a line of stdout; it ends when all is said and confirmed."""
+        daemon = await lan.serve()
+        bob = await lan.join("Bob")
+        await bob.say("old")
+        await bob.expect("message")
+        piped = await Joined.run(lan, place(daemon), "--name", "Ann")
+        assert await piped.lines(1) == ["Bob: old"]
+        piped.feed("one", "", "/who is a path", "\ttab", "x" * 4001, "last 你好")
+        assert await piped.lines(4) == ["Ann: one", "Ann: /who is a path", "Ann:     tab", "Ann: last 你好"]
+        await bob.say("two\nlines")
+        assert await piped.lines(2) == ["Bob: two", "    lines"]
+        assert piped.process.stdin is not None
+        piped.process.stdin.write(b"no newline at the end")
+        piped.feed_no_more()
+        code, out, err = await piped.ended()
+        assert (code, out) == (0, "Ann: no newline at the end\n")
+        assert len(err.splitlines()) == 1
+        assert "longer than 4000" in err
+        await bob.expect_texts("one", "/who is a path", "\ttab", "last 你好", "two\nlines", "no newline at the end")
+        await bob.expect("left", names=["Ann"])
+
+    @transcript
+    async def test_only_the_history(self, memory_lan: Lan) -> None:
+        """With nothing to say it prints the history and ends; --history tells how much of it."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say_many(5)
+        everything = "".join(f"Bob: {n}\n" for n in range(1, 6))
+        assert await run_to_end("--join", place(daemon)) == (0, everything, "")
+        assert await run_to_end("--join", place(daemon), "--history", "2") == (0, "Bob: 4\nBob: 5\n", "")
+        assert await run_to_end("--join", place(daemon), "--history", "0") == (0, "", "")
+
+    @transcript
+    async def test_faster_than_allowed(self, memory_lan: Lan) -> None:
+        """A pipe that is faster than the room allows waits: nothing is lost, nothing overtakes."""
+        daemon = await memory_lan.serve(rate=20)
+        piped = await Joined.run(memory_lan, place(daemon), "--name", "log")
+        piped.feed(*range(120))
+        piped.feed_no_more()
+        assert await piped.ended() == (0, "".join(f"log: {n}\n" for n in range(120)), "")
+
+    @transcript
+    async def test_nobody_reads_any_more(self, memory_lan: Lan) -> None:
+        """When the reader of the pipe has enough (`| head`, `| grep -m1`), the client ends without a word."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        command = f"tail -f /dev/null | {sys.executable} {PROGRAM} --join {place(daemon)} --name Ann | head -n 2"
+        shell = await asyncio.create_subprocess_exec(
+            *("sh", "-c", command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            await bob.expect("joined", names=["Ann"])
+            await bob.say_many(2)
+            assert shell.stdout is not None
+            assert await asyncio.wait_for(shell.stdout.readline(), PATIENCE) == b"Bob: 1\n"
+            assert await asyncio.wait_for(shell.stdout.readline(), PATIENCE) == b"Bob: 2\n"
+            await bob.say_many(2, 3)
+            await bob.expect("left", names=["Ann"])
+        finally:
+            os.killpg(shell.pid, signal.SIGKILL)
+        assert shell.stderr is not None
+        assert await shell.stderr.read() == b""
+        await shell.wait()
+
+    @transcript
+    async def test_a_full_disk(self, memory_lan: Lan) -> None:
+        """Where what was said cannot be written the client ends, and says why."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say("hi")
+        if not (disk := Path("/dev/full")).exists():
+            pytest.skip("this system has no /dev/full")
+        with disk.open("w") as full:  # noqa: ASYNC230 - opened at once
+            ann = await Joined.spawn([str(PROGRAM), "--join", place(daemon)], {}, stdout=full.fileno())
+        memory_lan.programs.append(ann)
+        assert await ann.ended() == (1, "", "tornchat: No space left on device\n")
+
+    @transcript
+    async def test_a_person_types_into_a_pipe(self, memory_lan: Lan) -> None:
+        """With stdout in a pipe and stdin a terminal, what is typed is said, until Ctrl-D; commands are answered."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        master, slave = pty.openpty()
+        ann = await Joined.spawn([str(PROGRAM), "--join", place(daemon), "--name", "Ann"], {}, stdin=slave)
+        memory_lan.programs.append(ann)
+        os.write(master, b"hi\n")
+        await bob.expect("message", name="Ann", text="hi")
+        await bob.say("hello")
+        assert await ann.lines(2) == ["Ann: hi", "Bob: hello"]
+        os.write(master, b"/who\n\x04")
+        code, out, err = await ann.ended()
+        assert (code, out) == (0, "")
+        assert "Ann, Bob" in err
+        os.close(master)
+        os.close(slave)
+
+    @slow
+    @transcript
+    async def test_G2_killed_under_it(self, redis_lan: Lan) -> None:
+        """kill -9 of the daemon while a pipe says its lines: the client comes back, nothing is lost or doubled."""
+        port = free_port()
+        daemon = await redis_lan.run("-p", str(port), "--rate", "0")
+        address = await daemon.address()
+        piped = await Joined.run(redis_lan, address, "--name", "Ann")
+        person = await Terminal.run(redis_lan, address, "--name", "Bob")
+        await person.shows("Bob> ")
+        for killed in range(2):
+            first = 100 * killed
+            piped.feed(*range(first, first + 100))
+            assert await piped.lines(50) == [f"Ann: {n}" for n in range(first, first + 50)]
+            await daemon.kill()
+            person.keys(f"while it is away {killed}\r")
+            await person.shows("Waiting for the connection")
+            daemon = await redis_lan.run("-p", str(port), "--rate", "0")
+            await daemon.address()
+            others = sorted(await piped.lines(51))
+            assert others == sorted([*(f"Ann: {n}" for n in range(first + 50, first + 100)),
+                                     f"Bob: while it is away {killed}"])  # fmt: skip
+            await person.shows(f"Bob: while it is away {killed}")
+        piped.feed_no_more()
+        assert (await piped.ended())[:2] == (0, "")
+        said = [event.text for event in stored_messages(redis_lan.store)]
+        assert [text for text in said if text.isdigit()] == [str(n) for n in range(200)]
+        assert len(said) == 202
+        person.keys("\x04")
+        assert await person.leaves() == 0
+        for n in range(200):
+            assert person.text.count(f"Ann: {n}\n") == 1
+
+    @slow
+    @transcript
+    async def test_restarted_without_a_store(self, memory_lan: Lan) -> None:
+        """A restart that forgets everything is told; the client is back under its name, and says what was waiting."""
+        await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann")
+        ann.keys("hi\r")
+        await ann.shows("Ann: hi")
+        port = memory_lan.daemons[-1].port
+        await memory_lan.daemons[-1].stop()
+        await ann.shows("The server is restarting.")
+        ann.keys("still there?\r")
+        await ann.shows("still there? · Waiting for the connection")
+        await memory_lan.serve(port=port)
+        await ann.shows("The room has lost its history")
+        await ann.shows("Ann: still there?")
+        assert [event.text for event, _ in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
+
+    @slow
+    @pytest.mark.parametrize("lasting", [False, True])
+    @transcript
+    async def test_the_name_was_taken_meanwhile(self, lasting: bool, redis_server: RedisServer) -> None:
+        """Somebody else took the name while the room was away: the client says so and ends, the terminal as before."""
+        lan = Lan(Store(redis_server.url if lasting else ""))
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(lan.close)
+            daemon = await lan.serve()
+            line = await stack.enter_async_context(Proxy(daemon.port))
+            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann.keys("hi\r")
+            await ann.shows("Ann: hi")
+            line.disappear()
+            await ann.shows("Connection lost.")
+            if lasting:
+                await asyncio.wait_for(daemon.feed.exit(daemon.room.roster["ann"]), PATIENCE)
+                await lan.join("Ann")
+            else:
+                line.target = (await lan.restart(port=0)).port
+                await lan.join("Ann")
+            line.gone = False
+            assert await ann.leaves() == 1
+            assert "“Ann”" in ann.text.splitlines()[-1]
+            assert ann.text.splitlines()[-1].startswith("tornchat: ")
+
+    @transcript
+    async def test_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """While the store is away the client says so, and what is said waits until it is back."""
+        daemon = await own_lan.serve()
+        piped = await Joined.run(own_lan, place(daemon), "--name", "Bob")
+        ann = await Terminal.run(own_lan, place(daemon), "--name", "Ann")
+
+        async def both_here() -> bool:
+            return len(daemon.room.listeners) == 2
+
+        await until(both_here, 2 * PATIENCE)
+        own_redis.kill()
+        await ann.shows("cannot save messages right now")
+        ann.keys("hi\r")
+        await ann.shows("hi · Waiting until it can be saved")
+        own_redis.start()
+        assert await piped.lines(1) == ["Ann: hi"]
+        await ann.shows("Ann: hi")
+        piped.feed_no_more()
+        assert "cannot save" in (await piped.ended())[2]
+
+    @transcript
+    async def test_ends_at_once(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """What makes a start impossible is one line on stderr: unreachable, no room, wrong password, name taken."""
+        secure = await memory_lan.serve(**dict(zip(("certfile", "keyfile"), certificate(tmp_path), strict=True)))
+        daemon = await memory_lan.serve(password="lighthouse")
+        ann = memory_lan.browser()
+        await ann.login("Ann", "lighthouse")
+        await ann.connect()
+        where, password = place(daemon), "lighthouse"
+        async with HostileRoom() as other:
+            starts = [
+                ([f"http://127.0.0.1:{free_port()}"], "", 1, "cannot be reached"),
+                (["http://no-such-host.invalid/"], "", 1, "cannot be reached"),
+([secure.url], "", 1, "certificate"),
+                ([f"{other}deeper/"], "", 1, "no tornchat"),
+                ([where], "", 1, "not the room’s password"),
+                ([where, "--name", "Ann"], password, 1, "--name \"Ann2\""),
+                ([where, "--name", "a:b"], password, 1, "does not belong in a name"),
+                ([where.replace("127.0.0.1", "localhost.example.org")], "", 1, "cannot be reached"),
+                ([where, "--name", "Bob"], password, 0, ""),
+                (["http://host:port/"], "", 2, "malformed"),
+            ]  # fmt: skip
+            runs = [run_to_end("--join", *options, TORNCHAT_PASSWORD=given) for options, given, _, _ in starts]
+            for (_, _, code, told), (ended, out, err) in zip(starts, await asyncio.gather(*runs), strict=True):
+                assert (ended, out) == (code, ""), err
+                assert told in err
+                assert len(err.splitlines()) == (code > 0), err
+
+    @pytest.mark.parametrize("code", [4403, 4409, 4429, 4504])
+    @transcript
+    async def test_closed_for_good(self, code: int, memory_lan: Lan) -> None:
+        """A close code that says "do not come back" ends the client with its reason."""
+        daemon = await memory_lan.serve()
+        ann = await Joined.run(memory_lan, place(daemon), "--name", "Ann")
+        ann.feed("hi")
+        assert await ann.lines(1) == ["Ann: hi"]
+        for listener in tuple(daemon.room.listeners):
+            listener.shut(code, "because")
+        ended, out, err = await ann.ended()
+        assert (ended, out, len(err.splitlines())) == (1, "", 1), err
 
 
 # === Benchmark ========================================================================================================
