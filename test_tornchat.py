@@ -4074,7 +4074,7 @@ class TestSecurity:
     )
     @transcript
     async def test_G10_origins(self, origin: str, site: str, upgrade: bool, memory_lan: Lan) -> None:
-        """No page of another origin can log in, write, log out, or open a socket, whether browsers tell the site or not."""
+        """No page of another origin can log in, write, log out or open a socket, whether or not browsers tell the site."""
         daemon = await memory_lan.serve()
         ours = f"http://127.0.0.1:{daemon.port}"
         origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))
@@ -4091,7 +4091,7 @@ class TestSecurity:
         assert (await eve.fetch("/login", form={"nickname": "Eve"}, **told)).code == (303 if allowed else 403)
         assert bool(eve.cookies) == allowed
         assert (await ann.fetch("/messages", form={"text": "hi"}, **told)).code == (201 if allowed else 403)
-        body = {"body": '{"text":"hi"}', "Content_Type": "application/json"}
+        body: dict[str, Any] = {"body": '{"text":"hi"}', "Content_Type": "application/json"}
         assert (await ann.fetch("/messages", "POST", **body, **told)).code == (201 if allowed else 403)
         assert daemon.room.seq == (2 if allowed else 0)
         assert (await ann.fetch("/logout", form={}, **told)).code == (303 if allowed else 403)
