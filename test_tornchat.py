@@ -4074,7 +4074,7 @@ class TestSecurity:
     )
     @transcript
     async def test_G10_origins(self, origin: str, site: str, upgrade: bool, memory_lan: Lan) -> None:
-        """No page of another origin can log in, write, log out or open a socket, whether or not browsers tell the site."""
+        """No page of another origin can log in, write, log out or open a socket, whether its browser says so or not."""
         daemon = await memory_lan.serve()
         ours = f"http://127.0.0.1:{daemon.port}"
         origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))

@@ -2564,7 +2564,8 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
             await end_worker(worker)
             return
         stopped.cancel()
-        log.error("worker %d has ended with code %d: another one is started", number, ended.result(), extra=EVERY_CHANGE)
+        code = ended.result()
+        log.error("worker %d has ended with code %d: another one is started", number, code, extra=EVERY_CHANGE)
         if time.monotonic() - began > WORKER_PAUSE_SECONDS:
             pause.reset()
         await pause()
