@@ -2801,7 +2801,7 @@ CHAT_HTML = r"""<!doctype html>
   <main id="scroller" tabindex="0"><noscript>{{ w["chat_needs_script"] }}</noscript><div id="content">
     <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
     <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
-  <form id="composer" class="scripted">
+  <form id="composer" class="scripted" aria-label="{{ w["chat_placeholder"] }}">
     <button id="newer" type="button" hidden></button>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
