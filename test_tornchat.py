@@ -350,6 +350,7 @@ class Browser:
         self.welcome: Frame = {}
         self.epoch: str | None = None  # where a page would resume
         self.after: int | None = None
+        self.last: str | None = None  # the cursor of its last poll
         self.certificates: str | None = None  # whom to trust for https
         self.cids = (f"cid-{uuid.uuid4().hex[:6]}-{n}" for n in itertools.count(1))
         lan.browsers.append(self)
@@ -411,15 +412,28 @@ class Browser:
         answer = await self.fetch("/login", form=form, Accept="application/json")
         return answer.code, json.loads(answer.body)
 
-    async def poll(self, after: int | None = None, epoch: str | None = None, wait: float = 0) -> Frame:
-        """GET /messages."""
-        query = {"after": after, "epoch": epoch, "wait": wait}
-        answer = await self.fetch(
-            "/messages?" + urllib.parse.urlencode({k: v for k, v in query.items() if v is not None})
-        )
-        assert answer.code == 200, text_of(answer)
-        page: Frame = json.loads(answer.body)
-        return page
+    async def messages(self, after: object = None, epoch: str | None = None, **query: object) -> tuple[int, Frame]:
+        """GET /messages; the status and what the JSON says."""
+        places = {"after": after, "epoch": epoch, **query}
+        wanted = urllib.parse.urlencode({name: value for name, value in places.items() if value is not None})
+        answer = await self.fetch(f"/messages?{wanted}")
+        return answer.code, json.loads(answer.body)
+
+    async def poll(self, wait: float = 0) -> list[Frame]:
+        """Ask for what is new since the last poll or frame, as a page does that has no socket; return the events."""
+        status, answer = await self.messages(self.after, self.epoch, wait=wait, last=self.last)
+        assert status == 200, answer
+        for frame in answer["events"]:
+            self.note(frame)
+        self.after, self.epoch, self.last = answer["seq"], answer["epoch"], answer["last"]
+        events: list[Frame] = answer["events"]
+        return events
+
+    async def post(self, text: str, cid: str | None = None) -> tuple[int, Frame]:
+        """Say something by POST /messages; the status and what the JSON says."""
+        form = {"text": text} | ({"cid": cid} if cid else {})
+        answer = await self.fetch("/messages", form=form)
+        return answer.code, json.loads(answer.body)
 
     # The socket
 
@@ -493,6 +507,11 @@ class Browser:
         if raw is None:
             return None
         frame: Frame = json.loads(raw)
+        self.note(frame)
+        return frame
+
+    def note(self, frame: Frame) -> None:
+        """Keep a frame, and where it leads."""
         self.frames.append(frame)
         if frame["type"] == "welcome":
             self.epoch = frame["epoch"]
@@ -500,7 +519,6 @@ class Browser:
                 self.after = 0 if frame["seq"] == 0 else None
         if frame["type"] == "message":
             self.after = frame["seq"]
-        return frame
 
     async def expect(self, kind: str, **fields: object) -> Frame:
         """Return the next frame: it is of this kind and has these fields. Chatter is passed over unless asked for."""
@@ -851,13 +869,13 @@ class TestMessagesAndNames:
     @pytest.mark.parametrize(("frame", "code"), WRONG_FRAMES.values(), ids=WRONG_FRAMES.keys())
     def test_wrong_frame(self, frame: str | bytes, code: str) -> None:
         """A wrong frame is refused with its code, in words in every language."""
-        assert refusal(lambda: tornchat.parse_say(frame)) == code
+        assert refusal(lambda: tornchat.parse_frame(frame)) == code
 
     @hypothesis.given(any_frame)
     def test_any_frame(self, frame: str | bytes) -> None:
         """Whatever comes in: refused, or a text that can be sent to everybody."""
         try:
-            text, cid = tornchat.parse_say(frame)
+            text, cid = tornchat.parse_frame(frame)
         except tornchat.Refused:
             return
         assert 1 <= len(text.encode()) <= 4 * 4000
@@ -1590,7 +1608,7 @@ class TestRoom:
     ) -> None:
         """Who comes is owed exactly what it has not seen; or the newest 100, and is told how many it missed."""
         ann = Recorder(member("Ann"))
-        filled_room(count).join(ann, after, epoch)
+        filled_room(count).join(ann, tornchat.Seen(after, epoch))
         welcome = ann.frames[0]
         assert (welcome["recovered"], welcome["missed"], welcome["reset"]) == (recovered, missed, reset)
         assert welcome["seq"] == count
@@ -1601,7 +1619,7 @@ class TestRoom:
         room = filled_room(50, history=0)
         ann, bob = Recorder(member("Ann")), Recorder(member("Bob"))
         room.join(ann)
-        room.join(bob, 40, "e")
+        room.join(bob, tornchat.Seen(40, "e"))
         assert (ann.seqs, bob.seqs) == ([], list(range(41, 51)))
 
     @hypothesis.given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 20), st.integers(0, 90))
@@ -1633,7 +1651,7 @@ class TestRoom:
                 listener = listeners[who]
                 if listener is None:
                     listener = listeners[who] = Recorder(member(f"P{who}"))
-                    room.join(listener, seen[who], "e")
+                    room.join(listener, tornchat.Seen(seen[who], "e"))
                 elif count % 3 == 0:
                     room.leave(listener)
                     welcome, seqs = listener.frames[0], listener.seqs
@@ -2921,6 +2939,491 @@ class TestResume:
 
 
 # === Presence =========================================================================================================
+
+
+# === Polling ==========================================================================================================
+
+
+def texts_of(events: Iterable[Frame]) -> list[str]:
+    """What was said in these events."""
+    return [event["text"] for event in events if event["type"] == "message"]
+
+
+def kinds_of(events: Iterable[Frame]) -> list[str]:
+    """What kinds of events these are."""
+    return [event["type"] for event in events]
+
+
+async def hanging_poll(browser: Browser, daemon: tornchat.Daemon) -> asyncio.StreamWriter:
+    """A request that waits, on a connection that can be cut."""
+    _, connection = await asyncio.open_connection("127.0.0.1", daemon.port)
+    cookie = browser.headers()["Cookie"]
+    path = f"/messages?after={browser.after}&epoch={browser.epoch}&last={browser.last}&wait=30"
+    connection.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie}\r\n\r\n".encode())
+    return connection
+
+
+async def waits(daemon: tornchat.Daemon, count: int = 1) -> None:
+    """Wait until so many listeners are in the room: polls that wait, and sockets."""
+
+    async def there() -> bool:
+        return len(daemon.room.listeners) == count
+
+    await until(there)
+
+
+class TestMessages:
+    @transcript
+    async def test_a_conversation_by_polling(self, lan: Lan) -> None:
+        """Ann has only HTTP, Bob a socket: both see everything, in one order."""
+        await lan.serve()
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await bob.say("before Ann")
+        await bob.expect("message", text="before Ann")
+        await ann.login("Ann")
+        welcome, first = await ann.poll()
+        assert (welcome["type"], welcome["name"], sorted(welcome["members"])) == ("welcome", "Ann", ["Ann", "Bob"])
+        assert (welcome["recovered"], welcome["missed"], welcome["reset"]) == (False, 0, False)
+        assert first["text"] == "before Ann"
+        status, stored = await ann.post("hello", "c1")
+        assert (status, stored["type"], stored["name"], stored["seq"]) == (201, "message", "Ann", 2)
+        assert await bob.expect("message", text="hello") == stored
+        await bob.say("welcome")
+        await bob.expect("message", text="welcome")
+        assert texts_of(await ann.poll()) == ["hello", "welcome"]
+        assert await ann.poll() == []
+        assert ann.seen("message") == [first, *bob.seen("message")[1:]]
+
+    @transcript
+    async def test_json_as_well_as_forms(self, memory_lan: Lan) -> None:
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        body = json.dumps({"text": "a\nb", "cid": "x", "name": "Bob", "seq": 99, "ts": 1, "type": "joined"})
+        answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json; charset=utf-8")
+        assert answer.code == 201
+        frame = json.loads(answer.body)
+        assert (frame["name"], frame["seq"], frame["text"], frame["cid"]) == ("Ann", 1, "a\nb", "x")
+        assert await ann.expect("message") == frame
+        form = {"text": "by form", "name": "Bob", "seq": "99", "ts": "1", "sid": "x"}
+        answer = await ann.fetch("/messages", form=form)
+        assert json.loads(answer.body) == await ann.expect("message", name="Ann", seq=2, text="by form")
+        assert "cid" not in json.loads(answer.body)
+
+    @pytest.mark.parametrize(
+        ("form", "status", "code"),
+        [
+            ({}, 400, "bad-frame"),
+            ({"text": ""}, 400, "empty"),
+            ({"text": " \n "}, 400, "empty"),
+            ({"text": "x", "cid": ""}, 400, "bad-frame"),
+            ({"text": "x", "cid": "a b"}, 400, "bad-frame"),
+            ({"text": "x" * 4001}, 413, "too-long"),
+        ],
+    )
+    @transcript
+    async def test_a_form_that_is_refused(self, form: dict[str, str], status: int, code: str, memory_lan: Lan) -> None:
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        answer = await ann.fetch("/messages", form=form)
+        frame = json.loads(answer.body)
+        assert (answer.code, frame["type"], frame["code"]) == (status, "refused", code)
+        await ann.quiet()
+
+    @pytest.mark.parametrize("body", ["", "{", "[]", "7", '{"text": 7}', '{"text": "x", "cid": 7}', "[" * 9000])
+    @transcript
+    async def test_json_that_is_refused(self, body: str, memory_lan: Lan) -> None:
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json")
+        assert (answer.code, json.loads(answer.body)["code"]) == (400, "bad-frame")
+        await ann.quiet()
+
+    @transcript
+    async def test_bytes_that_are_no_text(self, memory_lan: Lan) -> None:
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        answer = await ann.fetch("/messages", "POST", body="text=%ff", Content_Type="application/x-www-form-urlencoded")
+        assert (answer.code, json.loads(answer.body)["code"]) == (400, 400)
+
+    @pytest.mark.parametrize("wait", ["soon", "-1", "nan", ""])
+    @transcript
+    async def test_a_wait_that_is_no_number(self, wait: str, memory_lan: Lan) -> None:
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        status, answer = await ann.messages(wait=wait)
+        assert (status, answer["code"]) == (400, "bad-frame")
+        assert "30" in answer["text"]
+
+    @transcript
+    async def test_without_a_session(self, memory_lan: Lan) -> None:
+        await memory_lan.serve()
+        stranger = memory_lan.browser(language="zh")
+        assert await stranger.messages() == (401, {"type": "refused", "code": "no-session", "text": "请先登录。"})
+        assert (await stranger.post("hello"))[0] == 401
+
+    @transcript
+    async def test_long_polling(self, lan: Lan) -> None:
+        """Ann's request waits, and is answered by what Bob says."""
+        daemon = await lan.serve()
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        waiting = asyncio.create_task(ann.poll(wait=30))
+        await waits(daemon, 2)
+        await bob.say("wake up")
+        assert texts_of(await waiting) == ["wake up"]
+
+    @transcript
+    async def test_nothing_comes(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A wait ends by itself: an empty answer, not an error; nobody may wait for longer than POLL_SECONDS."""
+        monkeypatch.setattr(tornchat, "POLL_SECONDS", 0.1)
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        place = ann.after, ann.epoch, ann.last
+        assert await ann.poll(wait=0.05) == []
+        assert await ann.poll(wait=1e9) == []
+        assert place == (ann.after, ann.epoch, ann.last)
+
+    @transcript
+    async def test_comings_and_goings(self, lan: Lan) -> None:
+        """What has no seq comes once and in its place: while one waits, and between two polls."""
+        daemon = await lan.serve()
+        ann = lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        waiting = asyncio.create_task(ann.poll(wait=30))
+        await waits(daemon)
+        bob = await lan.join("Bob")
+        assert [event["names"] for event in await waiting] == [["Bob"]]
+        await bob.say("1")
+        await bob.expect("message", text="1")
+        eve = await lan.join("Eve")
+        await bob.expect("joined", names=["Eve"])
+        await bob.say("2")
+        await bob.expect("message", text="2")
+        await eve.fetch("/logout", form={})
+        await bob.expect("left", names=["Eve"])
+        assert kinds_of(await ann.poll()) == ["message", "joined", "message", "left"]
+        assert await ann.poll() == []
+
+    @transcript
+    async def test_comings_and_goings_without_a_cursor(self, memory_lan: Lan) -> None:
+        """A script that gives back only `after` hears of them too."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        _, answer = await ann.messages()
+        place = answer["seq"], answer["epoch"]
+        await memory_lan.join("Bob")
+        _, answer = await ann.messages(*place)
+        assert [event["names"] for event in answer["events"]] == [["Bob"]]
+        _, answer = await ann.messages(*place)
+        assert answer["events"] == []
+
+    @transcript
+    async def test_a_lost_answer(self, memory_lan: Lan) -> None:
+        """Who asks again from the same place is told the same."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        place: dict[str, Any] = {"after": ann.after, "epoch": ann.epoch, "last": ann.last}
+        bob = await memory_lan.join("Bob")
+        await bob.say("1")
+        await bob.expect("message")
+        first = await ann.messages(**place)
+        assert kinds_of(first[1]["events"]) == ["joined", "message"]
+        assert await ann.messages(**place) == first
+
+    @pytest.mark.parametrize("cursor", ["", "nonsense", "1-0", "99999999999999999-0", "-1-0"])
+    @transcript
+    async def test_a_cursor_that_leads_nowhere(self, cursor: str, memory_lan: Lan) -> None:
+        """The welcome tells who is here; no message comes twice, none is lost."""
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        await ann.say_many(3)
+        _, answer = await ann.messages(2, ann.epoch, last=cursor)
+        welcome, message = answer["events"]
+        assert (welcome["type"], welcome["recovered"], welcome["missed"]) == ("welcome", True, 0)
+        assert message["text"] == "3"
+
+    @transcript
+    async def test_more_notices_than_are_kept(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tornchat, "RING_MESSAGES", 3)
+        await memory_lan.serve(history=0)
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        place: dict[str, Any] = {"after": ann.after, "epoch": ann.epoch}
+        for name in ("P1", "P2", "P3"):
+            await memory_lan.browser().login(name)
+        assert kinds_of((await ann.messages(**place, last=ann.last))[1]["events"]) == ["joined"] * 3
+        await memory_lan.browser().login("P4")
+        assert kinds_of((await ann.messages(**place, last=ann.last))[1]["events"]) == ["welcome"]
+
+    @pytest.mark.parametrize(("away", "recovered", "missed", "first"), [(1000, True, 0, 1), (1001, False, 901, 902)])
+    @transcript
+    async def test_G2_away(self, away: int, recovered: bool, missed: int, first: int, lan: Lan) -> None:
+        await lan.serve()
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        ann.after = 0
+        await bob.say_many(away)
+        events = await ann.poll()
+        assert (kinds_of(events)[0] == "message") is recovered
+        if missed:
+            assert (events[0]["missed"], events[0]["recovered"]) == (missed, False)
+        assert texts_of(events) == [str(number) for number in range(first, away + 1)]
+
+    @transcript
+    async def test_G2_another_history(self, memory_lan: Lan) -> None:
+        """The daemon was restarted without a store: that is told, in a poll as by a socket."""
+        await memory_lan.serve(secret="the same")
+        ann = await memory_lan.join("Ann")
+        await ann.say_many(3)
+        await memory_lan.restart(secret="the same")
+        welcome = (await ann.poll())[0]
+        assert (welcome["type"], welcome["reset"], welcome["recovered"]) == ("welcome", True, False)
+
+    @transcript
+    async def test_G2_flushed_while_one_waits(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        daemon = await own_lan.serve()
+        ann = await own_lan.join("Ann")
+        await ann.say_many(2)
+        ann.drop()
+        await waits(daemon, 0)
+        await ann.poll()
+        waiting = asyncio.create_task(ann.poll(wait=30))
+        await waits(daemon)
+        own_redis.client.flushall()
+        assert kinds_of(await waiting)[0] == "welcome"
+        assert ann.frames[-1]["reset"] is True
+
+    @transcript
+    async def test_G2_from_socket_to_poll_and_back(self, lan: Lan) -> None:
+        """Ann changes the transport after every few messages: nothing is lost, nothing comes twice."""
+        await lan.serve()
+        bob, ann = await lan.join("Bob"), await lan.join("Ann")
+        for first in range(1, 60, 6):
+            await bob.say_many(3, first)
+            if first % 12 == 1:
+                await ann.expect_texts(*range(first, first + 2))
+                await bob.say_many(3, first + 3)
+                ann.last = ""
+                events = await ann.poll()
+                assert kinds_of(events)[0] == "welcome"
+                ann.drop()
+            else:
+                await bob.say_many(3, first + 3)
+                await ann.poll()
+                await ann.resume()
+        await ann.poll()
+        assert texts_of(ann.frames) == [str(number) for number in range(1, 61)]
+
+    @transcript
+    async def test_G2_polls_at_two_daemons_in_turn(self, redis_lan: Lan) -> None:
+        """A balancer sends every request somewhere else."""
+        here, there = await redis_lan.serve(), await redis_lan.serve()
+        bob, ann = await redis_lan.join("Bob", at=here), redis_lan.browser(here)
+        await ann.login("Ann")
+        for number in range(20):
+            ann.url = f"http://127.0.0.1:{(here, there)[number % 2].port}"
+            await bob.say(str(number))
+            await bob.expect("message", text=str(number))
+            await ann.poll()
+        assert texts_of(ann.frames) == [str(number) for number in range(20)]
+        assert kinds_of(ann.frames).count("welcome") <= 2  # one for each daemon's notices
+
+    @transcript
+    async def test_G4_the_same_cid(self, lan: Lan) -> None:
+        """Posted again, and said over the socket: it is stored once, and whoever asks gets the stored message."""
+        await lan.serve()
+        ann = await lan.join("Ann")
+        _, stored = await ann.post("once", "c1")
+        assert await ann.expect("message") == stored
+        assert await ann.post("once", "c1") == (201, stored)
+        await ann.say("once", "c1")
+        await ann.quiet()
+
+    @transcript
+    async def test_G4_the_same_cid_at_once(self, lan: Lan) -> None:
+        """Ten impatient posts of one message: each is answered, with the same."""
+        await lan.serve()
+        ann = await lan.join("Ann")
+        answers = await asyncio.gather(*(ann.post("once", "c1") for _ in range(10)))
+        assert [status for status, _ in answers] == [201] * 10
+        assert len({frame["seq"] for _, frame in answers}) == 1
+        assert await ann.expect("message") == answers[0][1]
+        await ann.quiet()
+
+    @transcript
+    async def test_too_fast(self, memory_lan: Lan) -> None:
+        """The pace is the session's, whichever way it speaks; the answer says how long to wait."""
+        await memory_lan.serve(rate=1)
+        ann = await memory_lan.join("Ann")
+        for number in range(4):
+            await ann.say(str(number))
+            await ann.expect("message", text=str(number))
+        assert (await ann.post("the fifth"))[0] == 201
+        answer = await ann.fetch("/messages", form={"text": "too much", "cid": "c9"})
+        frame = json.loads(answer.body)
+        assert (answer.code, frame["code"], frame["cid"]) == (429, "too-fast", "c9")
+        assert 0 < frame["retry_after"] <= 1
+        assert answer.headers["Retry-After"] == "1"
+
+    @transcript
+    async def test_G8_the_store_is_gone(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """A poll that waits is told, and so is one that comes later; what is posted is refused."""
+        daemon = await own_lan.serve(confirm_seconds=0.3)
+        ann = own_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        place: dict[str, Any] = {"after": ann.after, "epoch": ann.epoch, "last": ann.last}
+        waiting = asyncio.create_task(ann.poll(wait=30))
+        await waits(daemon)
+        own_redis.kill()
+        assert [event["available"] for event in await waiting] == [False]
+        _, answer = await ann.messages(**place)
+        assert [event["available"] for event in answer["events"]] == [False]
+        status, frame = await ann.post("hello", "c1")
+        assert (status, frame["code"], frame["cid"]) == (503, "unavailable", "c1")
+        assert kinds_of((await ann.messages())[1]["events"]) == ["welcome", "store"]
+        waiting = asyncio.create_task(ann.poll(wait=30))
+        await waits(daemon)
+        own_redis.start()
+        assert [event["available"] for event in await waiting] == [True]
+
+    @transcript
+    async def test_G6_a_poller_is_present(self, lan: Lan) -> None:
+        """While a request waits the name stays, whatever the grace; when it is cut off, it leaves."""
+        daemon = await lan.serve(lease_seconds=0.3, ping_seconds=0.4, time_seconds=0.4)
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        connection = await hanging_poll(ann, daemon)
+        await waits(daemon, 2)
+        for _ in range(3):  # a second at the least: more than three leases
+            await bob.expect("time")
+        assert bob.names_in("left") == []
+        connection.transport.abort()
+        await waits(daemon, 1)
+        await bob.expect("left", names=["Ann"])
+
+    @transcript
+    async def test_G6_between_two_polls(self, lan: Lan) -> None:
+        """An answered poller has time to come back; who doesn't has left, and is back with the next request."""
+        await lan.serve(poll_seconds=0.2)
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        await bob.expect("left", names=["Ann"])
+        assert kinds_of(await ann.poll())[-1] == "joined"
+        await bob.expect("joined", names=["Ann"])
+
+    @transcript
+    async def test_G7_name_lost(self, lan: Lan) -> None:
+        """Ann was away, and another Ann has come: the first can neither read nor write under that name."""
+        await lan.serve(poll_seconds=0.1)
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        await bob.expect("left", names=["Ann"])
+        await lan.browser().login("Ann")
+        for status, frame in (await ann.messages(), await ann.post("hello")):
+            assert (status, frame["code"]) == (409, "name-lost")
+
+    @transcript
+    async def test_logout_ends_a_wait(self, lan: Lan) -> None:
+        daemon = await lan.serve()
+        ann = lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        waiting = asyncio.create_task(ann.messages(ann.after, ann.epoch, wait=30))
+        await waits(daemon)
+        await ann.tab().fetch("/logout", form={})
+        assert await waiting == (401, {"type": "refused", "code": "logout", "text": "You have logged out."})
+        assert daemon.room.listeners == set()
+
+    @transcript
+    async def test_G9_stopping_ends_a_wait(self, lan: Lan) -> None:
+        """Who waits while the daemon is stopped is told to come again."""
+        daemon = await lan.serve()
+        ann = lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        waiting = asyncio.create_task(ann.messages(ann.after, ann.epoch, wait=30))
+        await waits(daemon)
+        await daemon.stop()
+        status, frame = await waiting
+        assert (status, frame["code"], frame["retry_after"]) == (503, "unavailable", 1)
+
+    @transcript
+    async def test_while_stopping(self, memory_lan: Lan) -> None:
+        """A connection that is still open gets no new wait."""
+        daemon = await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        daemon.feed.stopping = True
+        assert (await ann.messages(wait=30))[0] == 503
+        daemon.feed.stopping = False
+
+    @transcript
+    async def test_too_many_waits(self, memory_lan: Lan) -> None:
+        daemon = await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        waiting = [asyncio.create_task(ann.messages(ann.after, ann.epoch, wait=30)) for _ in range(10)]
+        await waits(daemon, 10)
+        status, frame = await ann.messages(ann.after, ann.epoch, wait=30)
+        assert (status, frame["code"]) == (429, "too-many-tabs")
+        assert await ann.messages(ann.after, ann.epoch) == (200, (await ann.messages(ann.after, ann.epoch))[1])
+        assert (await ann.post("for all ten"))[0] == 201
+        assert {tuple(texts_of(answer["events"])) for _, answer in await asyncio.gather(*waiting)} == {("for all ten",)}
+
+    @transcript
+    async def test_G5_a_thousand_polls_given_up(self, memory_lan: Lan) -> None:
+        """Whoever hangs up leaves nothing behind: no listener, no descriptor, no task."""
+        daemon = await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        before, tasks = len(os.listdir("/dev/fd")), len(asyncio.all_tasks())
+        for _ in range(200):
+            connections = [await hanging_poll(ann, daemon) for _ in range(5)]
+            await waits(daemon, 5)
+            for connection in connections:
+                connection.transport.abort()
+            await waits(daemon, 0)
+
+        async def nothing_left() -> bool:
+            return len(os.listdir("/dev/fd")) <= before and len(asyncio.all_tasks()) <= tasks
+
+        await until(nothing_left)
+        assert ann.after == 0
+        assert await ann.poll() == []
+
+    @slow
+    @transcript
+    async def test_a_thousand_waits(self, memory_lan: Lan) -> None:
+        """A thousand people wait, and all are answered by one message."""
+        daemon = await memory_lan.serve()
+        bob, people = await memory_lan.join("Bob"), [memory_lan.browser() for _ in range(1000)]
+        http = AsyncHTTPClient(force_instance=True, max_clients=1000)
+        for number, person in enumerate(people):
+            person.http = http
+            await person.login(f"P{number}")
+            await person.poll()
+        for person in people:
+            person.last = people[-1].last
+        waiting = [asyncio.create_task(person.poll(wait=30)) for person in people]
+        await waits(daemon, 1001)
+        await bob.say("good morning")
+        for events in await asyncio.gather(*waiting):
+            assert texts_of(events) == ["good morning"]
 
 
 class TestPresence:
@@ -4653,7 +5156,8 @@ class Witness(Recorder):
             feed.room.join(self)
         else:
             seen = self.seqs_of_history()
-            feed.room.join(self, seen[-1] if seen else welcomes[-1]["seq"], welcomes[-1]["epoch"])
+            after = seen[-1] if seen else welcomes[-1]["seq"]
+            feed.room.join(self, tornchat.Seen(after, welcomes[-1]["epoch"]))
         for cid in self.unconfirmed():
             self.say(cid)
 

@@ -20,7 +20,12 @@ and hears welcome, message, joined, left, refused, store and time. The `message`
 confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH (of the last message
 seen) and gets what it missed; the same cid sent again is stored once. Log in first with POST /login
 (nickname=Ann), or open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the
-like. GET /healthz says how the daemon is.
+like.
+
+Without a socket, GET /messages?after=SEQ&epoch=EPOCH&wait=30 answers {"events":[...],"seq":N,"epoch":E,"last":L} as
+soon as there are events after SEQ, or when 30 s are over; give back `last` too, and no joined or left is missed between
+two requests. POST /messages (text=hi, cid=...) answers with the stored message, or with what is refused.
+GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Command line, Pages
@@ -97,7 +102,8 @@ BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come 
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, which would hold 3 MB for a client that doesn't read
 CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
-SOCKETS_A_SESSION = 10  # tabs of one browser
+SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
+POLL_SECONDS = 30  # a poll waits, at the most: proxies cut what is silent for 60
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
@@ -134,6 +140,7 @@ class Config:
     lease_seconds: float = 30  # how long a name outlives its daemon (G6: 35 s)
     renew_seconds: float = 5  # below the grace: a tab closed here must not shorten the lease of one open elsewhere
     grace_seconds: float = 7  # from the last closed tab to `left` (G6: 10 s); a reload takes less
+    poll_seconds: float = 25  # from the last answered poll to `left`: a poller may be away as long as a mute socket
     tick_seconds: float = 1  # the beat of leases, pings and sweeping
     confirm_seconds: float = 4  # until an unconfirmed message is refused, at the next tick (G1: 5 s)
     block_seconds: float = 1  # the reader's wait for news; must stay below the silence
@@ -191,19 +198,30 @@ class Say(NamedTuple):
     cid: str
 
 
-def parse_say(raw: str | bytes) -> Say:
+def parse_object(raw: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} for any other JSON. Raises Refused."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise Refused("bad-frame", "not-json") from None
+    return value if isinstance(value, dict) else {}
+
+
+def parse_frame(raw: str | bytes) -> Say:
     """The one frame that a client may send. Raises Refused."""
     if isinstance(raw, bytes):
         raise Refused("bad-frame", "binary")
-    try:
-        frame = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise Refused("bad-frame", "not-json") from None
-    if not isinstance(frame, dict) or frame.get("type") != "say":
+    frame = parse_object(raw)
+    if frame.get("type") != "say":
         raise Refused("bad-frame", "unknown-type")
-    if frame.get("cid") == "":
+    return parse_say(frame)
+
+
+def parse_say(fields: Mapping[str, Any]) -> Say:
+    """What is to be said, of a frame or a form. Raises Refused."""
+    if fields.get("cid") == "":
         raise Refused("bad-frame", "bad-cid")
-    return clean_say(frame.get("text"), frame.get("cid", ""))
+    return clean_say(fields.get("text"), fields.get("cid", ""))
 
 
 def clean_say(text: object, cid: object) -> Say:
@@ -375,6 +393,11 @@ class Encoded(NamedTuple):
     frame: bytes  # JSON
     line: bytes  # for the subprotocol `text`
 
+    @property
+    def json(self) -> bytes:
+        """The JSON alone, for answers of HTTP."""
+        return self.frame[{126: 4, 127: 10}.get(self.frame[1], 2) :]
+
 
 def encode(event: Mapping[str, Any]) -> Encoded:
     """Both encodings of an event that is given as its JSON object."""
@@ -408,6 +431,11 @@ def encode_message(event: Event) -> Encoded:
     if not event.cid.startswith("~"):
         message["cid"] = event.cid
     return encode(message)
+
+
+def encode_store(available: bool) -> Encoded:
+    """A `store` event."""
+    return encode({"type": "store", "available": available})
 
 
 # === Store ============================================================================================================
@@ -684,6 +712,7 @@ class Member:
     spent: float = 0  # when the last one was taken, in s
     refusals: int = 0  # in a row
     rejoining: bool = False
+    told: str = ""  # where its last poll here ended, a Cursor
 
 
 class Ring:
@@ -727,30 +756,68 @@ class Owed(NamedTuple):
     reset: bool = False
 
 
+class Seen(NamedTuple):
+    """Where somebody who comes back has been: all up to `after` of that epoch; None: nowhere yet."""
+
+    after: int | None = None
+    epoch: str = ""
+
+
+NEWCOMER = Seen()
+
+
+class Cursor(NamedTuple):
+    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
+
+    id: bytes  # of an event in the feed: any daemon understands it
+    available: bool
+
+    def __str__(self) -> str:
+        """As a client keeps it."""
+        return self.id.decode() + ("" if self.available else "!")
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor | None:
+        """What a client gives back; None if it is none of ours."""
+        match = re.fullmatch(r"([0-9]{1,15}-[0-9]{1,15})(!?)", text)
+        return cls(match[1].encode(), not match[2]) if match else None
+
+
 class Room:
     """The sum of the feed: ring, roster, and the listeners of this daemon."""
 
     def __init__(self, title: str, history: int) -> None:
         self.title, self.history = title, history
         self.epoch, self.seq = "", 0
+        self.last = self.notices_after = b""  # ids: of the newest event, and of that before the first of the notices
         self.ring = Ring(max(RING_MESSAGES, history))
+        self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
         self.listeners: set[Listener] = set()
         self.available = True
 
-    def join(self, listener: Listener, after: int | None = None, epoch: str = "") -> None:
+    def join(self, listener: Listener, seen: Seen = NEWCOMER) -> None:
         """Tells a listener what it is owed, and registers it: no event falls between the two."""
-        self.tell(listener, self.owed(after, epoch))
+        self.tell(listener, seen)
+        self.register(listener)
+
+    def register(self, listener: Listener) -> None:
+        """From now on this listener hears all that comes."""
         self.listeners.add(listener)
         listener.member.listeners.append(listener)
         self.sessions[listener.member.sid] = listener.member
 
-    def tell(self, listener: Listener, owed: Owed) -> None:
-        """What a listener hears first: the welcome, the store if it is away, and what it is owed."""
+    def tell(self, listener: Listener, seen: Seen) -> None:
+        """What a listener hears first."""
+        owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
-        away = [] if self.available else [encode({"type": "store", "available": False})]
-        listener.replay([self.welcome(listener.member, owed), *away, *owed.events])
+        listener.replay(self.greeting(listener.member, owed))
+
+    def greeting(self, member: Member, owed: Owed) -> list[Encoded]:
+        """The welcome, the store if it is away, and what is owed."""
+        away = [] if self.available else [encode_store(self.available)]
+        return [self.welcome(member, owed), *away, *owed.events]
 
     def leave(self, listener: Listener) -> None:
         """Forgets a listener."""
@@ -761,8 +828,9 @@ class Room:
         if not member.listeners and self.roster.get(member.key) is not member:
             self.sessions.pop(member.sid, None)
 
-    def owed(self, after: int | None, epoch: str) -> Owed:
-        """What somebody has to hear who has seen all up to `after` of that epoch."""
+    def owed(self, seen: Seen) -> Owed:
+        """What somebody has to hear who has been there."""
+        after, epoch = seen
         newest = self.ring.newest(self.history)
         if after is None:
             return Owed(newest)
@@ -773,6 +841,32 @@ class Room:
             events = newest
         missed = self.seq - after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
+
+    def news(self, member: Member, seen: Seen, cursor: Cursor | None) -> list[Encoded]:
+        """What a poller has to hear, in the feed's order; a greeting first where it can't be told the rest alone."""
+        owed = self.owed(seen)
+        if not owed.recovered or cursor is None or id_order(cursor.id) < id_order(self.notices_after):
+            return self.greeting(member, owed)
+        news: list[tuple[int, int, Encoded]] = []  # a notice stands behind the message whose seq it has
+        for event, encoded in reversed(self.notices):
+            if id_order(event.id) <= id_order(cursor.id):
+                break
+            news.append((event.seq, -len(news), encoded))
+        news += ((self.seq - at, -RING_MESSAGES, encoded) for at, encoded in enumerate(reversed(owed.events)))
+        store = [encode_store(self.available)] if cursor.available != self.available else []
+        return [encoded for *_, encoded in sorted(news, key=lambda told: told[:2])] + store
+
+    @property
+    def cursor(self) -> Cursor:
+        """For somebody who has been told everything."""
+        return Cursor(self.last, self.available)
+
+    def cursor_of(self, member: Member, given: str | None) -> Cursor | None:
+        """From where a poller goes on: as it says, or else where its last poll here ended."""
+        if given is not None:
+            return Cursor.parse(given)
+        told = Cursor.parse(member.told)
+        return told if told and id_order(told.id) >= id_order(self.notices_after) else self.cursor
 
     def welcome(self, member: Member, owed: Owed) -> Encoded:
         """The first event of a connection, and of a new beginning."""
@@ -797,14 +891,16 @@ class Room:
         """Tells everybody when the store goes away or comes back; whether that is news."""
         if news := available != self.available:
             self.available = available
-            self.send(Batch(encode({"type": "store", "available": available})))
+            self.send(Batch(encode_store(available)))
         return news
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Takes what the store holds for the truth. Who listens already is told as if just back: recovered or reset."""
-        after, epoch = self.seq, self.epoch
+        seen = Seen(self.seq, self.epoch)
         self.epoch, self.seq = snapshot.events[-1].epoch, snapshot.events[-1].seq
+        self.last = self.notices_after = snapshot.last
         self.ring.clear()
+        self.notices.clear()
         for event in snapshot.events:
             if event.type == "message":
                 self.ring.append(event)
@@ -813,7 +909,7 @@ class Room:
         for sid, name in snapshot.roster.values():
             self.enter(sid, name)
         for listener in tuple(self.listeners):
-            self.tell(listener, self.owed(after, epoch))
+            self.tell(listener, seen)
 
     def enter(self, sid: str, name: str) -> bool:
         """Puts a session on the roster; whether it wasn't there."""
@@ -850,15 +946,20 @@ class Room:
 
     def add_message(self, event: Event) -> Encoded:
         """Into the ring."""
-        self.seq = event.seq
+        self.seq, self.last = event.seq, event.id
         return self.ring.append(event)
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
         """One event for however many came or went in this turn."""
         if not events:
             return []
-        names = [event.name for event in events]
-        return [encode({"type": type, "names": names, "count": len(self.roster), "ts": events[-1].ts})]
+        names, last = [event.name for event in events], events[-1]
+        encoded = encode({"type": type, "names": names, "count": len(self.roster), "ts": last.ts})
+        if len(self.notices) == self.notices.maxlen:
+            self.notices_after = self.notices[0][0].id
+        self.notices.append((last, encoded))
+        self.last = last.id
+        return [encoded]
 
     def send(self, batch: Batch) -> None:
         """The only way out to everybody. A listener that can't keep up deals with it by itself."""
@@ -893,7 +994,7 @@ class Proposal:
     type: str
     member: Member
     cid: str
-    done: Callable[[Outcome], None]
+    done: list[Callable[[Outcome], None]]  # more than one where it was proposed again meanwhile
     expires: float  # in s of the loop's clock
     text: str = ""
 
@@ -923,7 +1024,7 @@ class Feed:
         self.idle = asyncio.Event()  # the outbox is empty
         self.idle.set()
         self.sweep = False  # leases have lapsed
-        self.released: dict[str, Member] = {}  # whose last tab here was closed since the last tick
+        self.released: dict[str, tuple[Member, float]] = {}  # who has gone since the last tick, and their grace
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
         self.reloading = asyncio.Lock()
@@ -996,17 +1097,21 @@ class Feed:
         text: str = "",
         patience: float | None = None,
     ) -> None:
-        """Into the outbox. The same proposal once more only changes who is told."""
+        """Into the outbox. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
-        proposal = Proposal(type, member, cid or "~" + secrets.token_hex(8), done, expires, text)
-        self.outbox.setdefault(proposal.id, proposal).done = done
+        proposal = Proposal(type, member, cid or "~" + secrets.token_hex(8), [], expires, text)
+        told = self.outbox.setdefault(proposal.id, proposal).done
+        if done not in told:
+            told.append(done)
         self.idle.clear()
         self.work.set()
 
-    def release(self, member: Member) -> None:
-        """The member's last tab here is closed: the name stays for the grace. Nobody's does while we stop."""
+    def release(self, member: Member, seconds: float) -> None:
+        """A connection of this member has ended: if it was the last one, the name stays for so long. While we stop,
+        nobody's does.
+        """
         if not self.stopping:
-            self.released[member.key] = member
+            self.released[member.key] = member, seconds
 
     # --- the publisher ---
 
@@ -1089,7 +1194,8 @@ class Feed:
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
         if proposal := self.outbox.pop(id, None):
-            proposal.done(outcome)
+            for done in proposal.done:
+                done(outcome)
             if not self.outbox:
                 self.idle.set()
 
@@ -1296,11 +1402,17 @@ class Feed:
         """The leases that are due, in one command. A name without a tab keeps it for the grace."""
         now = time.monotonic()
         self.rejoin_missing()
-        released = dict(self.released)
-        if gone := [key for key, member in released.items() if not member.listeners]:
-            await self.store.renew(gone, self.config.grace_seconds)
-        for key in released:  # and not those that have been added meanwhile
-            del self.released[key]
+        gone: dict[float, list[str]] = {}
+        for member, seconds in self.released.values():
+            if not member.listeners:
+                gone.setdefault(seconds, []).append(member.key)
+        released, self.released = self.released, {}
+        try:
+            for seconds, keys in gone.items():
+                await self.store.renew(keys, seconds)
+        except STORE_ERRORS:
+            self.released = released | self.released
+            raise
         here = [member for member in self.room.sessions.values() if member.listeners]
         due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
         if due:
@@ -1374,6 +1486,8 @@ SECURITY_HEADERS = {
 }
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
                "too-many-tabs": 4504, "unavailable": 1013}  # fmt: skip
+STATUSES = {"no-session": 401, "logout": 401, "password": 403, "taken": 409, "name-lost": 409, "too-long": 413,
+            "too-fast": 429, "too-many-tabs": 429, "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
 
 
@@ -1487,6 +1601,38 @@ class BaseHandler(tornado.web.RequestHandler):
         """The chat page in the view that was asked for."""
         return "?view=projector" if self.projector else ""
 
+    def field(self, name: str) -> str | None:
+        """A field of the form as it was sent: get_body_argument would turn control characters into spaces."""
+        try:
+            return self.request.body_arguments[name][-1].decode() if name in self.request.body_arguments else None
+        except UnicodeDecodeError:
+            raise tornado.web.HTTPError(400) from None
+
+    def seen(self) -> Seen:
+        """Where the client says it has been; a nonsense `after` is none."""
+        after = self.get_query_argument("after", "")
+        known = re.fullmatch(r"[0-9]{1,15}", after)
+        return Seen(int(after) if known else None, self.get_query_argument("epoch", ""))
+
+    async def admit(self, session: Session | None) -> Member:
+        """The member whom a request or a socket is from, on the roster again if its name had left. Raises Refused."""
+        if session is None:
+            raise Refused("no-session")
+        if self.services.feed.stopping:
+            raise Refused("unavailable", retry_after=1)
+        try:
+            return await self.services.feed.enter(session.sid, session.name)
+        except Taken:
+            raise Refused("name-lost", name=session.name) from None
+
+    async def catch_up(self, seen: Seen) -> None:
+        """For a client that comes from another daemon, which was ahead of this one. Raises Refused."""
+        room = self.services.room
+        if seen.after is not None and seen.after > room.seq:
+            await self.services.feed.try_to_catch_up()
+            if not room.available:
+                raise Refused("unavailable", retry_after=self.services.config.retry_seconds)
+
     def wants_json(self) -> bool:
         """Whether a program asks."""
         return "application/json" in self.request.headers.get("Accept", "")
@@ -1549,9 +1695,9 @@ class LoginHandler(BaseHandler):
 
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
-        nickname = self.field("nickname")
+        nickname = self.field("nickname") or ""
         try:
-            check_password(self.services.config, self.field("password"))
+            check_password(self.services.config, self.field("password") or "")
             session = await log_in(self.services, nickname, self.request.remote_ip or "", self.current_user)
         except Refused as refused:
             self.refuse(refused, nickname)
@@ -1562,16 +1708,9 @@ class LoginHandler(BaseHandler):
         else:
             self.redirect("/" + self.page_path(), status=303)
 
-    def field(self, name: str) -> str:
-        """A field of the form as it was sent: get_body_argument would turn control characters into spaces."""
-        try:
-            return self.request.body_arguments.get(name, [b""])[-1].decode()
-        except UnicodeDecodeError:
-            raise tornado.web.HTTPError(400) from None
-
     def refuse(self, refused: Refused, nickname: str) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
-        self.set_status({"password": 403, "taken": 409, "unavailable": 503}.get(refused.code, 400))
+        self.set_status(STATUSES.get(refused.code, 400))
         text = refused.sentence(self.language)
         suggestion = self.services.room.free_variant(nickname) if isinstance(refused, Taken) else ""
         if self.wants_json():
@@ -1644,11 +1783,151 @@ class LogoutHandler(BaseHandler):
         self.redirect("/login", status=303)
 
 
+class MessagesHandler(BaseHandler):
+    """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
+
+    listener: PollListener | None = None
+    gone = False
+
+    def prepare(self) -> None:
+        """Every error is JSON here."""
+        self.request.headers["Accept"] = "application/json"
+        super().prepare()
+
+    async def get(self) -> None:
+        """The events after `after`; if there are none, those that come within `wait` seconds."""
+        room = self.services.room
+        try:
+            wait = self.wait()
+            member = await self.admit(self.current_user)
+            events = await self.news(member, wait)
+        except Refused as refused:
+            self.refuse(refused)
+            return
+        if not self.gone:
+            member.told = str(room.cursor)
+            state = to_json({"seq": room.seq, "epoch": room.epoch, "last": member.told}).encode()
+            self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in events]), state[1:]))
+        self.release(member)
+
+    async def news(self, member: Member, wait: float) -> list[Encoded]:
+        """What this poll is told. Raises Refused."""
+        room, seen = self.services.room, self.seen()
+        await self.catch_up(seen)
+        cursor = room.cursor_of(member, self.get_query_argument("last", None))
+        if wait and not room.news(member, seen, cursor):
+            await self.listen(member, wait)
+        return room.news(member, seen, cursor)
+
+    async def post(self) -> None:
+        """Says something: 201 when the store has it."""
+        try:
+            member = await self.admit(self.current_user)
+            outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
+            stored = await outcome
+            if isinstance(stored, Refused):
+                raise stored
+        except Refused as refused:
+            self.refuse(refused)
+            return
+        self.answer(201, encode_message(stored).json)
+        self.release(member)
+
+    def answer(self, status: int, body: bytes) -> None:
+        """JSON that is encoded already."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        self.finish(body)
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.services.config
+        self.services.feed.release(member, config.grace_seconds if self.gone else config.poll_seconds)
+
+    def fields(self) -> Mapping[str, Any]:
+        """Those of the body, JSON or form. Raises Refused."""
+        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
+            return parse_object(self.request.body)
+        values = {name: self.field(name) for name in ("text", "cid")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def wait(self) -> float:
+        """How long the client is ready to wait, in s. Raises Refused."""
+        try:
+            wait = float(self.get_query_argument("wait", "0"))
+        except ValueError:
+            wait = math.nan
+        if not wait >= 0:
+            raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
+        return min(wait, POLL_SECONDS)
+
+    async def listen(self, member: Member, wait: float) -> None:
+        """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
+        if len(member.listeners) >= SOCKETS_A_SESSION:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        self.listener = PollListener(member)
+        self.services.room.register(self.listener)
+        try:
+            async with asyncio.timeout(wait):
+                await self.listener.news.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.services.room.leave(self.listener)
+        if self.listener.refused:
+            raise self.listener.refused
+
+    def on_connection_close(self) -> None:
+        """The client has hung up: nothing is kept for it."""
+        super().on_connection_close()
+        self.gone = True
+        if self.listener:
+            self.listener.news.set()
+
+    def refuse(self, refused: Refused) -> None:
+        """A refusal is an event here too."""
+        self.set_status(STATUSES.get(refused.code, 400))
+        if refused.retry_after:
+            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
+        self.finish(refused.event(self.language))
+
+
+class PollListener:
+    """A request that waits: whatever comes ends the waiting, and the answer is what the room says then."""
+
+    __slots__ = ("base", "member", "news", "refused")
+
+    def __init__(self, member: Member) -> None:
+        self.member, self.base = member, 0
+        self.news = asyncio.Event()
+        self.refused: Refused | None = None
+
+    def send(self, batch: Batch) -> None:
+        """There is news."""
+        self.news.set()
+
+    def replay(self, events: list[Encoded]) -> None:
+        """There is another history."""
+        self.news.set()
+
+    def beat(self, now: float, time: Encoded) -> None:
+        """A request needs no sign of life: its end is near."""
+
+    def refuse(self, refused: Refused) -> None:
+        """The answer will say so."""
+        self.refused = refused
+        self.news.set()
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end of the session, or of the daemon."""
+        self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
+
+
 class Wish(NamedTuple):
     """The query of a handshake."""
 
-    after: int | None
-    epoch: str
+    seen: Seen
     nickname: str | None
     password: str
 
@@ -1662,12 +1941,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
         super().prepare()
-        after = self.get_query_argument("after", "")
         self.wish: Wish | None = Wish(
-            int(after) if re.fullmatch(r"[0-9]{1,15}", after) else None,
-            self.get_query_argument("epoch", ""),
-            self.get_query_argument("nickname", None),
-            self.get_query_argument("password", ""),
+            self.seen(), self.get_query_argument("nickname", None), self.get_query_argument("password", "")
         )
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
@@ -1687,7 +1962,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.services.sockets.add(self)
         try:
-            await self.enter(await self.session(wish), wish)
+            await self.enter(await self.session(wish), wish.seen)
         except Refused as refused:
             if refused.code == "name-lost":
                 await self.write_message(to_json(refused.event(self.language)))
@@ -1695,32 +1970,23 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.close(CLOSE_CODES[refused.code], sentence)
         self.forget_handshake()
 
-    async def session(self, wish: Wish) -> Session:
+    async def session(self, wish: Wish) -> Session | None:
         """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
         known = self.current_user
-        if known and (wish.nickname is None or name_key(wish.nickname) == name_key(known.name)):
+        if wish.nickname is None or (known and name_key(wish.nickname) == name_key(known.name)):
             return known
-        if wish.nickname is None:
-            raise Refused("no-session")
         check_password(self.services.config, wish.password)
         return await log_in(self.services, wish.nickname, self.request.remote_ip or "", None)
 
-    async def enter(self, session: Session, wish: Wish) -> None:
+    async def enter(self, session: Session | None, seen: Seen) -> None:
         """Joins the room. Raises Refused."""
-        room, feed = self.services.room, self.services.feed
-        try:
-            member = await feed.enter(session.sid, session.name)
-        except Taken:
-            raise Refused("name-lost", name=session.name) from None
+        member = await self.admit(session)
+        await self.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-        if wish.after is not None and wish.after > room.seq:
-            await feed.try_to_catch_up()  # the client comes from another daemon, which was ahead of this one
-            if not room.available:
-                raise Refused("unavailable")
         if self.ws_connection is not None:  # it may have gone while we waited
             self.listener = SocketListener(self, member)
-            room.join(self.listener, wish.after, wish.epoch)
+            self.services.room.join(self.listener, seen)
 
     def forget_handshake(self) -> None:
         """Drops what only the handshake needed: a fifth of what an idle connection would keep."""
@@ -1736,7 +2002,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return  # it has been turned away
         listener.heard = asyncio.get_running_loop().time()
         try:
-            say = clean_say(message, "") if listener.plain else parse_say(message)
+            say = clean_say(message, "") if listener.plain else parse_frame(message)
             self.services.feed.say(listener.member, say, listener.settled)
             listener.member.refusals = 0
         except Refused as refused:
@@ -1765,7 +2031,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         listener, self.listener = self.listener, None
         if listener:
             self.services.room.leave(listener)
-            self.services.feed.release(listener.member)
+            self.services.feed.release(listener.member, self.services.config.grace_seconds)
 
 
 class SocketListener:
@@ -1998,6 +2264,7 @@ def make_app(services: Services) -> tornado.web.Application:
             (r"/login", LoginHandler, context),
             (r"/logout", LogoutHandler, context),
             (r"/chat", ChatSocket, context),
+            (r"/messages", MessagesHandler, context),
             (r"/healthz", HealthHandler, context),
             (r"/(join\.json|qr\.svg)", JoinHandler, context),
             (rf"/({'|'.join(map(re.escape, ASSETS))})", AssetHandler, context),
@@ -2124,10 +2391,12 @@ class Daemon:
 
     async def say_goodbye(self) -> None:
         """Tells everybody, and gives them a moment to close; who doesn't is cut off."""
-        for listener in tuple(self.sockets):
-            listener.shut(1001, "restarting")
+        for handler in tuple(self.sockets):
+            handler.shut(1001, "restarting")
+        for poll in tuple(self.room.listeners):
+            poll.shut(1001, "restarting")
         deadline = time.monotonic() + 0.5
-        while self.sockets and time.monotonic() < deadline:  # noqa: ASYNC110 - once, and half a second at the most
+        while (self.sockets or self.room.listeners) and time.monotonic() < deadline:  # noqa: ASYNC110 - short, and once
             await asyncio.sleep(0.01)
         for listener in tuple(self.sockets):
             listener.stream.close()
@@ -2590,7 +2859,7 @@ WORDS = {
         "refused_binary": "Only text frames are understood.",
         "refused_unknown-type": "Only frames of the type “say” are understood.",
         "refused_bad-cid": "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ and -.",
-        "refused_no-text": "The frame has no text.",
+        "refused_no-text": "There is no text in it.",
         "refused_surrogate": "The text has an incomplete character in it.",
         "refused_empty": "The message is empty.",
         "refused_too-long": "The message is longer than {limit} characters.",
@@ -2604,6 +2873,8 @@ WORDS = {
         "refused_name-characters": "There is a character in it that cannot be seen, or does not belong in a name.",
         "refused_name-reserved": "“{name}” could be mistaken for the room itself. Please choose another name.",
         "refused_no-session": "Please log in first.",
+        "refused_logout": "You have logged out.",
+        "refused_bad-wait": "“wait” is a number of seconds, from 0 to {limit}.",
         "refused_too-many-tabs": "The room is open in {limit} tabs already.",
     },
     "zh": {
@@ -2693,7 +2964,7 @@ WORDS = {
         "refused_binary": "只接受文本帧。",
         "refused_unknown-type": "只接受类型为“say”的帧。",
         "refused_bad-cid": "cid 须由 1 到 64 个 A-Z a-z 0-9 _ - 字符组成。",
-        "refused_no-text": "该帧没有文本。",
+        "refused_no-text": "没有文本。",
         "refused_surrogate": "文本中有不完整的字符。",
         "refused_empty": "消息是空的。",
         "refused_too-long": "消息超过了 {limit} 个字符。",
@@ -2707,6 +2978,8 @@ WORDS = {
         "refused_name-characters": "昵称中有不可见或不适合的字符。",
         "refused_name-reserved": "“{name}”容易被误认为聊天室本身，请换一个昵称。",
         "refused_no-session": "请先登录。",
+        "refused_logout": "您已退出。",
+        "refused_bad-wait": "“wait”须为 0 到 {limit} 之间的秒数。",
         "refused_too-many-tabs": "聊天室已在 {limit} 个标签页中打开。",
     },
 }
@@ -3147,7 +3420,7 @@ const NAMES_IN_LINE = 3;          // of more people only the number is told
 const BOTTOM_PX = 24;
 const COUNT_FROM = 200;           // characters left when the counter appears
 const FINAL_CODES = [4403, 4409, 4429, 4504];
-const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504};  // what a poll's status would be on a socket
+const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
 const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
 const LINK_TAIL = /[.,;:!?)\]}*]+$/;
@@ -3614,7 +3887,7 @@ let offer = null;                 // {start, names, turn}: a name that is being 
 
 function submit(event) {
   event.preventDefault();
-  const text = box.value.trim();
+  const text = box.value.trimEnd().replace(/^(\s*\n)+/, '');  // the first line keeps its indentation
   if (!text || fitBox() < 0 || phase === 'closed' || projector) return;
   setBox('');
   remember(text);
@@ -3896,7 +4169,6 @@ function openPolls(hear, ended) {
     const answer = await fetch(`messages${query}`, {...options, signal});
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
-    if (body.code === 'restarting') throw {code: 1001};
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
     throw {code: CLOSE_CODES[answer.status] || 1006, reason: body.code};
   }
