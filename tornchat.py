@@ -1481,7 +1481,9 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # No address of ours for others. "no-referrer" would also make forms' Origin "null", and on plain http, where
+    # browsers send no Sec-Fetch-Site, a login would look like another page's.
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
