@@ -3131,7 +3131,8 @@ STYLE_CSS = r"""
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
-.chat:not(.live) .scripted { display: none; }
+.chat:not(.live) .scripted { display: none !important; }
+.chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
   margin: 0;
   background: var(--page);
