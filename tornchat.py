@@ -3127,6 +3127,7 @@ STYLE_CSS = r"""
   --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
+:root { font-size: max(100%, .6vw); }  /* 4K: not smaller than a hand can point at */
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -3137,7 +3138,7 @@ body {
   margin: 0;
   background: var(--page);
   color: var(--ink);
-  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
     sans-serif;
   -webkit-text-size-adjust: 100%;
 }
@@ -3328,8 +3329,8 @@ dialog {
 }
 dialog::backdrop { background: #0008; }
 dialog h2 { font-size: 1.25rem; }
-#code { display: block; width: 100%; max-width: 18rem; margin: 16px auto 0; border-radius: 12px; background: #fff; }
-#address { margin: 12px 0; font-size: 1.375rem; font-weight: 700; overflow-wrap: anywhere; }
+#code { display: block; width: min(100%, 18rem, 40vh); margin: 16px auto 0; border-radius: 12px; background: #fff; }
+#address { margin: 12px 0; font-size: clamp(1.0625rem, 5.5vw, 1.375rem); font-weight: 700; overflow-wrap: anywhere; }
 dialog .hint { margin-block: 12px; }
 dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
 
@@ -3345,10 +3346,16 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
   grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
   padding: 1.2vw; box-shadow: none; outline: none;
 }
-.projector #code { max-width: min(100%, 40vh); }
-.projector #address { font-size: 1em; }
+.projector #code { width: min(100%, 40vh); }
+.projector #address { font-size: 1.7vw; }
 .projector #state::before { width: .6em; height: .6em; }
 .projector:not([data-state="connected"]) #state { right: 0; }
+@media (max-aspect-ratio: 1) {
+  .projector { grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) !important; }
+  .projector #invite { grid-area: 3 / 1; align-self: auto; width: auto; max-width: none; margin: 0 12px 12px; }
+  .projector #code { width: 24vh; }
+  .projector #address { font-size: 1.1em; }
+}
 
 @media (max-width: 48rem) {
   .chat { grid-template-columns: minmax(0, 1fr); }
@@ -3588,7 +3595,7 @@ function messageRow(name, text, ...foot) {
   const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
-  row.classList.toggle('mention', name !== me && bubble.querySelector('mark') !== null);
+  row.classList.toggle('mention', name !== me && !projector && bubble.querySelector('mark') !== null);
   row.dataset.name = name;
   return row;
 }
@@ -3859,8 +3866,8 @@ async function loadAddresses() {  // what leads here is the best, unless it lead
 }
 
 function showAddress() {
-  const [scheme, place] = addresses.value.replace(/\/$/, '').split(/(?<=:\/\/)/);
-  address.replaceChildren(scheme, make('wbr', ''), place);
+  const [, ...parts] = addresses.value.match(/^(\w+:\/\/)(.*?)(:\d+)?\/?$/);
+  address.replaceChildren(...parts.flatMap((part) => [part || '', make('wbr', '')]));  // where it may be broken
   code.hidden = !code.dataset.drawn;
   if (code.dataset.drawn) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
 }
