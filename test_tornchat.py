@@ -12,6 +12,7 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
+    python test_tornchat.py bench transports         no test: what polling costs beside a socket
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
@@ -67,6 +68,7 @@ import redis.asyncio
 from playwright.async_api import Page as WebPage
 from playwright.async_api import async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.httputil import HTTPHeaders
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
 import tornchat
@@ -2474,6 +2476,22 @@ class TestSocket:
         assert ann.socket.close_code == 4429
 
     @transcript
+    async def test_G5_pings_without_end(self, lan: Lan) -> None:
+        """A client may ping; one that does nothing else is closed."""
+        await lan.serve(tick_seconds=0.5)
+        bob, ann = await lan.join("Bob"), await lan.join("Ann")
+        assert ann.socket is not None
+        for _ in range(10):
+            ann.socket.ping(b"?")
+        await ann.quiet()
+        for _ in range(200):
+            with contextlib.suppress(WebSocketClosedError):
+                ann.socket.ping(b"?")
+        await ann.closed(4429, "too many pings")
+        await bob.expect("message", name="Ann")
+        await bob.quiet()
+
+    @transcript
     async def test_joined(self, lan: Lan) -> None:
         """Who comes is announced to the others by name, with the new count."""
         await lan.serve()
@@ -4230,6 +4248,38 @@ class TestOperator:
         assert tornchat.interface_addresses() == []
         assert set(tornchat.lan_addresses()) <= {*map(tornchat.source_address, tornchat.ROUTE_PROBES)}
 
+    def test_one_line_a_second(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A hundred lines of a kind are one, the next one tells; other kinds, requests, changes are not held back."""
+        handler = logging.StreamHandler(sys.stdout)
+        handler.addFilter(tornchat.OneASecond())
+        log = logging.Logger("somewhere")
+        log.addHandler(handler)
+
+        def write(seconds: float, level: int, words: str, *args: object, **extra: object) -> None:
+            record = log.makeRecord("somewhere", level, "", 0, words, args, None, extra=extra)
+            record.created = seconds
+            log.handle(record)
+
+        for number in range(100):
+            write(number / 200, logging.WARNING, "odd: %d", number)
+        write(0.5, logging.ERROR, "another kind")
+        write(0.5, logging.DEBUG, "a request")
+        write(0.5, logging.DEBUG, "a request")
+        for number in range(2):
+            write(0.5, logging.ERROR, "changed %d times", number, every_change=True)
+        write(1.1, logging.WARNING, "odd: %d", 100)
+        assert capsys.readouterr().out.splitlines() == [
+            *("odd: 0", "another kind", "a request", "a request", "changed 0 times", "changed 1 times"),
+            "odd: 100 (and 99 more like this)",
+        ]
+
+    def test_kinds_of_lines_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tornchat, "LOG_KINDS", 10)
+        one_a_second = tornchat.OneASecond()
+        for number in range(100):
+            assert one_a_second.filter(logging.LogRecord("x", logging.ERROR, "", 0, f"kind {number}", None, None))
+        assert len(one_a_second.kinds) <= 11
+
     def test_a_log_line_steers_no_terminal(self) -> None:
         """Whatever is logged, no control character and no bidi control reaches the terminal."""
         record = logging.LogRecord("tornchat", logging.INFO, "", 1, "%s\n%s", ("a\x1b[31m\x9b\r\u202eb", "c"), None)
@@ -4500,6 +4550,32 @@ class TestProcess:
         await until(answers)
         program.signal(signal.SIGTERM)
         assert await program.ended() == (0, "", "")
+
+    @slow
+    @transcript
+    async def test_G5_more_visitors_than_descriptors(self, memory_lan: Lan) -> None:
+        """300 connections where 128 files may be open: those inside talk on, one line is logged; others wait."""
+        limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (128, 128)); del sys.argv[0]; "
+        run = limited + "runpy.run_path(sys.argv[0], run_name='__main__')"
+        program = await Program.start("--host", "127.0.0.1", "--port", "0", python=("-c", run, str(PROGRAM)))
+        memory_lan.programs.append(program)
+        address = await program.address()
+        ann, bob = await memory_lan.join("Ann", at=address), await memory_lan.join("Bob", at=address)
+        port = urllib.parse.urlsplit(address).port
+        crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
+        eve = asyncio.create_task(memory_lan.join("Eve", at=address))
+        for number in range(8):
+            await ann.say(str(number))
+            await bob.expect("message", text=str(number))
+        assert not eve.done()
+        for _, writer in crowd:
+            writer.close()
+        await eve
+        await bob.expect("joined", names=["Eve"])
+        program.signal(signal.SIGTERM)
+        code, _, errors = await program.ended()
+        assert (code, len(errors.splitlines())) == (0, 1), errors
+        assert "full: newcomers wait" in errors
 
     @transcript
     async def test_as_many_files_as_allowed(self, memory_lan: Lan) -> None:
@@ -6888,6 +6964,144 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {row.cpu:18.1f}  {row.p50:6.1f}  {row.p99:6.1f}  {row.flood:19,.0f}  {row.memory:9.1f}")
 
 
+class Wire:
+    """One member on one connection, as thrifty as curl, who counts what goes over it."""
+
+    def __init__(self, port: int, name: str) -> None:
+        self.port, self.name, self.cookie = port, name, ""
+        self.requests = self.bytes = 0  # both directions, from the login on
+        self.delays: list[float] = []  # of every message, in s
+        self.place: Frame = {}
+
+    async def open(self) -> Self:
+        """Connect and log in."""
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        headers, _ = await self.ask("POST", "/login", f"nickname={self.name}")
+        self.cookie = headers["Set-Cookie"].partition(";")[0]
+        self.requests = self.bytes = 0
+        return self
+
+    async def ask(self, method: str, path: str, body: str = "", **more: str) -> tuple[HTTPHeaders, bytes]:
+        """A request and its answer, headers and body; to a handshake there is no body."""
+        headers = {"Host": f"127.0.0.1:{self.port}", "Cookie": self.cookie, **more}
+        if body:
+            headers |= {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(body))}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items() if value)]
+        request = "\r\n".join([*lines, "", body]).encode()
+        self.writer.write(request)
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        answer = HTTPHeaders.parse(head.decode("latin-1").partition("\r\n")[2])
+        content = await self.reader.readexactly(int(answer.get("Content-Length", "0")))
+        self.requests += 1
+        self.bytes += len(request) + len(head) + len(content)
+        return answer, content
+
+    async def poll(self, wait: float) -> None:
+        """GET /messages from where the last one ended."""
+        _, content = await self.ask("GET", f"/messages?wait={wait}&" + urllib.parse.urlencode(self.place))
+        answer = json.loads(content)
+        for event in answer["events"]:
+            self.hear(event)
+        self.place = {"after": answer["seq"], "epoch": answer["epoch"], "last": answer["last"]}
+
+    async def short_polling(self, every: float = 2) -> None:
+        """Ask every two seconds, for ever."""
+        while True:
+            await self.poll(0)
+            await asyncio.sleep(every)
+
+    async def long_polling(self) -> None:
+        """Ask, and ask again as soon as there is an answer, for ever."""
+        while True:
+            await self.poll(30)
+
+    async def websocket(self) -> None:
+        """Ask once and listen, for ever; a ping is answered."""
+        key = "dGhlIHNhbXBsZSBub25jZQ=="
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        await self.ask("GET", "/chat", **upgrade, **{"Sec-WebSocket-Key": key})
+        while True:
+            first, size = await self.reader.readexactly(2)
+            extended = await self.reader.readexactly(2) if size == 126 else b""
+            payload = await self.reader.readexactly(int.from_bytes(extended) if extended else size)
+            self.bytes += 2 + len(extended) + len(payload)
+            if first == 0x89:
+                self.writer.write(b"\x8a\x80\0\0\0\0")
+                self.bytes += 6
+            else:
+                self.hear(json.loads(payload))
+
+    def hear(self, event: Frame) -> None:
+        """Note when a message that tells its moment has come."""
+        if event["type"] == "message":
+            self.delays.append(time.perf_counter() - float(event["text"]))
+
+    async def say(self) -> None:
+        """A message that tells its moment."""
+        await self.ask("POST", "/messages", f"text={time.perf_counter():.6f}")
+
+
+@contextlib.contextmanager
+def chat_process() -> Iterator[tuple[int, int]]:
+    """A daemon for a benchmark; its port and its pid."""
+    port = free_port()
+    command = [sys.executable, str(PROGRAM), "--host", "127.0.0.1", "--rate", "0", "-q", "-p", str(port)]
+    chat = subprocess.Popen(command)
+    try:
+        wait_for_chat(port).close()
+        yield port, chat.pid
+    finally:
+        chat.terminate()
+        chat.wait(10)
+
+
+async def bench_transports(seconds: float = 60, every: float = 3) -> None:
+    """Prints what it costs to follow the same chat in three ways; a message every three seconds."""
+    with chat_process() as (port, _):
+        talker = await Wire(port, "talker").open()
+        short, long, sock = [await Wire(port, name).open() for name in ("short", "long", "sock")]
+        ways = [short.short_polling(), long.long_polling(), sock.websocket()]
+        tasks = [asyncio.create_task(way) for way in ways]
+        for _ in range(int(seconds / every)):
+            await asyncio.sleep(every)
+            await talker.say()
+        await asyncio.sleep(2.5)
+        for task in tasks:
+            task.cancel()
+        print(f"{int(seconds / every)} messages in {seconds:.0f} s      requests   bytes  mean delay  longest")
+        for name, wire in (("short polling, 2 s", short), ("long polling", long), ("WebSocket", sock)):
+            assert len(wire.delays) == int(seconds / every), "a message is missing"
+            mean, longest = 1000 * statistics.mean(wire.delays), 1000 * max(wire.delays)
+            print(f"{name:24} {wire.requests:8} {wire.bytes:7} {mean:8.1f} ms {longest:5.0f} ms")
+
+
+async def bench_polls(members: int = 500, messages: int = 30) -> None:
+    """Prints what a delivery costs to polls that wait, to sockets, and to both in one room; each hears all, once."""
+    for polls, sockets in ((0, members), (members, 0), (members, members)):
+        with chat_process() as (port, pid):
+            talker = await Wire(port, "talker").open()
+            wires = [await Wire(port, f"p{number}").open() for number in range(polls + sockets)]
+            tasks = [
+                asyncio.create_task(wire.long_polling() if number < polls else wire.websocket())
+                for number, wire in enumerate(wires)
+            ]
+            await asyncio.sleep(2)
+            spent = cpu_seconds(pid)
+            for _ in range(messages):
+                await talker.say()
+                await asyncio.sleep(0.5)
+            await asyncio.sleep(2)
+            spent = cpu_seconds(pid) - spent
+            for task in tasks:
+                task.cancel()
+            assert {len(wire.delays) for wire in wires} == {messages}, "a message is missing, or came twice"
+            delays = sorted(delay for wire in wires for delay in wire.delays)
+            print(
+                f"{sockets} sockets, {polls} polls that wait: {spent / len(delays) * 1e6:.1f} us of CPU a delivery, "
+                f"p50 {delays[len(delays) // 2] * 1000:.0f} ms, p99 {delays[len(delays) * 99 // 100] * 1000:.0f} ms"
+            )
+
+
 async def write_messages(url: str, room: str, name: str, count: int) -> None:
     """One daemon without its web side, that writes as fast as the store takes it; prints when it began and ended."""
     config = tornchat.Config(redis_url=url, room=room, rate=0.0)
@@ -6935,6 +7149,9 @@ def main(*arguments: str) -> int:
             bench()
             with tempfile.TemporaryDirectory() as folder:
                 bench_stores(Path(folder))
+        case ["bench", "transports"]:
+            asyncio.run(bench_transports())
+            asyncio.run(bench_polls())
         case ["write", url, room, name, count]:
             asyncio.run(write_messages(url, room, name, int(count)))
         case _:

@@ -64,10 +64,16 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 try:
+    import resource
+except ModuleNotFoundError:
+    resource = None  # type: ignore[assignment]  # Windows has no limit of files
+
+try:
     import fakeredis
     import redis.asyncio
     import tornado.httpserver
     import tornado.httputil
+    import tornado.ioloop
     import tornado.iostream
     import tornado.netutil
     import tornado.template
@@ -82,6 +88,7 @@ except ModuleNotFoundError as missing:
 __version__ = "1.0.0"
 
 log = logging.getLogger("tornchat")
+EVERY_CHANGE = {"every_change": True}  # extra of lines of which the last one must not be left out
 
 # === Limits and settings ==============================================================================================
 # A limit is a constant, with its unit and its reason. What an operator may choose is a field of Config and a flag;
@@ -105,10 +112,15 @@ ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
 POLL_SECONDS = 30  # a poll waits, at the most: proxies cut what is silent for 60
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
+PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
 FILES = 65536  # open at once, if the system allows: nearly as many people
+SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+FULL_SECONDS = 1  # between two looks whether a full daemon has room again
+LOG_KINDS = 1000  # of lines in the log that are told apart
+FULL_LOG_SECONDS = 60  # between two lines that say it is full
 WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
 WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
 
@@ -1365,9 +1377,9 @@ class Feed:
         self.writable = self.writable if writable is None else writable
         if self.room.set_available(self.readable and self.writable):
             if error:
-                log.error("the message store is away: %s", error or type(error).__name__)
+                log.error("the message store is away: %s", error or type(error).__name__, extra=EVERY_CHANGE)
             else:
-                log.warning("the message store is back")
+                log.warning("the message store is back", extra=EVERY_CHANGE)
 
     # --- presence ---
 
@@ -2013,6 +2025,13 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             if listener.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
+    def on_ping(self, data: bytes) -> None:
+        """Tornado has answered; but nobody needs as many signs of life as that costs."""
+        if self.listener:
+            self.listener.pings += 1
+            if self.listener.pings > PINGS_A_TICK:
+                self.shut(4429, "too many pings")
+
     def on_pong(self, data: bytes) -> None:
         """The client lives."""
         if self.listener:
@@ -2044,8 +2063,8 @@ class SocketListener:
     gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
     """
 
-    __slots__ = ("backlog", "base", "draining", "handler", "heard", "member", "pinged", "plain", "stream", "timed",
-                 "waiting_bytes", "waiting_events")  # fmt: skip
+    __slots__ = ("backlog", "base", "draining", "handler", "heard", "member", "pinged", "pings", "plain", "stream",
+                 "timed", "waiting_bytes", "waiting_events")  # fmt: skip
 
     def __init__(self, handler: ChatSocket, member: Member) -> None:
         self.handler, self.member, self.stream = handler, member, handler.stream
@@ -2054,6 +2073,7 @@ class SocketListener:
         self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
         self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
         self.draining = False  # the stream will call drain
+        self.pings = 0  # of the client, since the last beat
         self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
@@ -2144,6 +2164,7 @@ class SocketListener:
     def beat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
         config = self.handler.services.config
+        self.pings = 0
         if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
@@ -2289,14 +2310,60 @@ def log_request(handler: tornado.web.RequestHandler) -> None:
     log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
 
 
+class Door(socket.socket):
+    """A listening socket that lets nobody in while nearly all descriptors of the process are in use.
+
+    Tornado alone would fail to accept, log it, and try again at once, for as long as the crowd lasts. Here the crowd
+    waits outside, unheard, and is let in as others leave.
+    """
+
+    told = -math.inf  # when the log was last told, in s of time.monotonic
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Called by Tornado until it raises BlockingIOError."""
+        try:
+            if self.full():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self.rest(error)
+        raise BlockingIOError
+
+    def full(self) -> bool:
+        """Whether only the spare descriptors are left: the system gives the lowest free number first."""
+        if resource is None:
+            return False
+        lowest_free = os.dup(self.fileno())
+        os.close(lowest_free)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
+
+    def rest(self, error: OSError) -> None:
+        """Stops looking who is there, for a while."""
+        loop = tornado.ioloop.IOLoop.current()
+        loop.update_handler(self.fileno(), 0)
+        loop.call_later(FULL_SECONDS, self.resume)
+        if time.monotonic() - self.told > FULL_LOG_SECONDS:
+            self.told = time.monotonic()
+            log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
+
+    def resume(self) -> None:
+        """Looks again, unless the door has been closed for good."""
+        if self.fileno() >= 0:
+            tornado.ioloop.IOLoop.current().update_handler(self.fileno(), tornado.ioloop.IOLoop.READ)
+
+
 def bind(config: Config) -> list[socket.socket]:
     """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
     if config.inherited:
-        return [socket.socket(fileno=descriptor) for descriptor in config.inherited]
+        return [Door(fileno=descriptor) for descriptor in config.inherited]
     first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
     for port in range(first, first + tries):
         try:
-            return tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
+            ports = tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
+            return [Door(fileno=port.detach()) for port in ports]
         except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
@@ -2428,10 +2495,8 @@ async def serve(config: Config) -> None:
 
 def raise_file_limit() -> None:
     """Lets the process have as many connections as the system allows; a shell's own limit is often 1,024."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return  # Windows has no such limit
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
     if soft != resource.RLIM_INFINITY and soft < allowed:
@@ -2737,6 +2802,30 @@ def redis_url(text: str) -> str:
     return text
 
 
+class OneASecond(logging.Filter):
+    """Lines of one kind come once a second; the next one says how many there were. What -v asks for comes always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[tuple[str, str], tuple[float, int]] = {}  # when one was last let through, and how many not
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Called by logging."""
+        if record.levelno < logging.INFO or hasattr(record, "every_change"):
+            return True
+        if len(self.kinds) > LOG_KINDS:
+            self.kinds.clear()
+        kind = record.name, str(record.msg)[:40]
+        last, left_out = self.kinds.get(kind, (-math.inf, 0))
+        if record.created - last < 1:
+            self.kinds[kind] = last, left_out + 1
+            return False
+        self.kinds[kind] = record.created, 0
+        if left_out:
+            record.msg = f"{record.msg} (and {left_out} more like this)"
+        return True
+
+
 class SafeFormatter(logging.Formatter):
     """Log lines without anything that could steer a terminal, whoever it comes from."""
 
@@ -2746,8 +2835,9 @@ class SafeFormatter(logging.Formatter):
 
 
 def configure_logging(config: Config) -> None:
-    """One line an event on stderr: warnings with -q, state changes without, requests with -v, all with -v -v."""
+    """On stderr: warnings with -q, state changes without, requests with -v, everything with -v -v."""
     handler = logging.StreamHandler()
+    handler.addFilter(OneASecond())
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else logging.WARNING)
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
