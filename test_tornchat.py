@@ -13,11 +13,14 @@
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
     python test_tornchat.py bench transports         no test: what polling costs beside a socket
+    python test_tornchat.py bench page               no test: how quick the page is
+    TORNCHAT_AXE=.../axe.min.js python -m pytest ...         with axe-core's opinion of the pages
+    TORNCHAT_PICTURES=folder python -m pytest -k Pictures    what the page looks like
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
 that are about the room run twice: over the fakeredis inside the daemon, and over a real redis-server. A machine that
-has no redis-server or no Chromium skips what needs it, and says so; where CI is set that is a failure.
+has no redis-server, Chromium or axe-core skips what needs it, and says so; where CI is set that is a failure.
 
 No test sleeps to let something happen. "Nothing came" is proven by a barrier: what must come next comes next.
 """
@@ -7142,6 +7145,39 @@ def bench_stores(folder: Path) -> None:
         server.kill()
 
 
+BURST = """() => new Promise((done) => {
+    const began = performance.now();
+    for (let seq = 1; seq <= 1000; seq += 1) {
+        receive({type: 'message', seq, ts: Date.now(), name: `Bob ${seq % 7}`, text: `message ${seq}`, cid: ''});
+    }
+    const drawn = () => toDraw.length ? requestAnimationFrame(drawn) : done(performance.now() - began);
+    requestAnimationFrame(drawn);
+})"""
+
+
+async def bench_page(rounds: int = 5) -> None:
+    """Prints medians of what a browser needs: from the login to a usable chat, and to show 1,000 messages."""
+    program = await Program.start("--host", "127.0.0.1", "-p", "0", "--rate", "0")
+    address = await program.address()
+    usable, shown = [], []
+    async with async_playwright() as tools:
+        chromium = await tools.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
+        for number in range(rounds):
+            page = await chromium.new_page()
+            await page.goto(address)
+            await page.fill("#nickname", f"Ann {number}")
+            began = time.perf_counter()
+            await page.press("#nickname", "Enter")
+            await page.wait_for_selector("body[data-state=connected]")
+            usable.append(1000 * (time.perf_counter() - began))
+            shown.append(await page.evaluate(BURST))
+            await page.context.close()
+        await chromium.close()
+    await program.kill()
+    print(f"page, medians of {rounds} rounds: {statistics.median(usable):.0f} ms from the login to a usable chat,")
+    print(f"{statistics.median(shown):.0f} ms to show 1,000 messages that come at once, a slice of a frame at a time")
+
+
 def main(*arguments: str) -> int:
     """The tests, or what else this file can do."""
     match arguments:
@@ -7149,6 +7185,9 @@ def main(*arguments: str) -> int:
             bench()
             with tempfile.TemporaryDirectory() as folder:
                 bench_stores(Path(folder))
+            asyncio.run(bench_page())
+        case ["bench", "page"]:
+            asyncio.run(bench_page())
         case ["bench", "transports"]:
             asyncio.run(bench_transports())
             asyncio.run(bench_polls())

@@ -10,7 +10,8 @@
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
-they outlive a restart, and all daemons with the same Redis and --room are one room.
+they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
+address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
 
 A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start, 2 wrong usage.
 
