@@ -5281,7 +5281,6 @@ class TestAttention:
             await other.holds("themeChoice.value === 'light'")
             await other.page.reload()
             await other.page.wait_for_selector("html[data-theme=light]")
-            assert bob.names_in("left") == []
             ann.well_behaved()
             other.well_behaved()
 
@@ -5413,7 +5412,8 @@ class TestTruth:
             await ann.holds("!polling")
             await ann.say("by socket")
             await ann.shows_messages(*both, "by socket")
-            assert await bob.fetch("/healthz")
+            await until_frame(bob, "message", text="by socket")
+            assert bob.names_in("left") == ["Eve"]
             ann.well_behaved(restarts=True)
 
     @slow

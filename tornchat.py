@@ -3585,6 +3585,8 @@ const [icon, title, stateText, stateWait, loginAgain, join, people, scroller, co
 ].map((id) => document.getElementById(id));
 const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
+let sliceTimer = 0;
+let sliceFrame = 0;
 let members = new Set();
 let memberCount = 0;
 let rosterDue = false;
@@ -3614,19 +3616,22 @@ function draw(task) {
   if (toDraw.push(task) === 1) nextSlice();
 }
 
-function nextSlice() {  // a page out of sight gets no frames
-  if (document.hidden) setTimeout(drawSlice);
-  else requestAnimationFrame(drawSlice);
+function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
+  clearTimeout(sliceTimer);
+  cancelAnimationFrame(sliceFrame);
+  if (document.hidden) sliceTimer = setTimeout(drawSlice);
+  else sliceFrame = requestAnimationFrame(drawSlice);
 }
 
 function drawSlice() {
   const end = performance.now() + SLICE_MS;
-  let done = 0;
-  while (done < toDraw.length && performance.now() < end) toDraw[done++]();
-  toDraw.splice(0, done);
+  try {
+    while (toDraw.length && performance.now() < end) toDraw.shift()();
+  } finally {
+    if (toDraw.length) nextSlice();
+  }
   showNewer();
-  if (toDraw.length) nextSlice();
-  else if (!document.hidden) markRead();
+  if (!toDraw.length && !document.hidden) markRead();
 }
 
 function withFace(name, row) {
@@ -3745,7 +3750,7 @@ function notice(kind, text) {
 }
 
 function drawNewLine() {
-  if (newLine) return;
+  if (newLine || projector) return;
   notice('new', words.new_since);
   newLine = log.lastElementChild;
 }
@@ -3870,7 +3875,8 @@ function clearShelf() {
 
 // === Attention: what is unread, and what may tell of it ===
 let unread = 0;                   // since the page was last in front
-let readTo = Infinity;            // the newest seq that was in front of a reader, in whichever tab
+let readTo = 0;                   // the newest seq that was in front of a reader, in whichever tab
+let readMark = '';                // the same, as the other tabs were told it
 let audio = null;
 
 function showUnread(count) {
@@ -3881,16 +3887,16 @@ function showUnread(count) {
 }
 
 function markRead() {
-  if (readTo === after || after === null) return;
-  readTo = after;
-  keep('read', JSON.stringify({epoch, seq: after}), 'localStorage');
-  showUnread(0);
+  if (after === null) return;
+  const mark = JSON.stringify({epoch, seq: after});
+  if (mark !== readMark) keep('read', mark, 'localStorage');
+  [readMark, readTo] = [mark, after];
+  if (unread) showUnread(0);
 }
 
 function readElsewhere() {  // another tab has shown it, or had shown it before this one was opened
   const mark = JSON.parse(kept('read', 'localStorage') || '{}');
-  if (mark.epoch !== epoch) return;
-  readTo = mark.seq;
+  if (mark.epoch === epoch) readTo = mark.seq;
   if (readTo >= after) showUnread(0);
 }
 
@@ -4199,8 +4205,10 @@ function welcomed(frame) {
   if (frame.missed) draw(() => notice('missed', fill(words.missed, {n: frame.missed})));
   if (!frame.seq || !frame.limits.history) after ??= frame.seq;  // there is no message that would tell it
   ({epoch, name: me, seq: replayEnd, count: memberCount, limits: {text: maxText}} = frame);
-  if (!firstReplayEnd) readElsewhere();
-  firstReplayEnd ||= replayEnd || -1;
+  if (!firstReplayEnd) {
+    [firstReplayEnd, readTo] = [replayEnd || -1, replayEnd];
+    readElsewhere();
+  }
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
@@ -4426,8 +4434,8 @@ const iconUrl = icon.getAttribute('href');
 const copyText = copy.textContent;
 
 function comeBack() {
+  nextSlice();
   if (document.hidden) return removeNewLine();  // what comes from now on is new
-  if (!toDraw.length) markRead();
   wake(STALE_MS);
 }
 
