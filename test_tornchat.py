@@ -3258,9 +3258,6 @@ class TestResume:
         assert not ann.names_in("left")
 
 
-# === Presence =========================================================================================================
-
-
 # === Polling ==========================================================================================================
 
 
@@ -3744,6 +3741,9 @@ class TestMessages:
         await bob.say("good morning")
         for events in await asyncio.gather(*waiting):
             assert texts_of(events) == ["good morning"]
+
+
+# === Presence =========================================================================================================
 
 
 class TestPresence:
@@ -6504,7 +6504,7 @@ class TestJoiningIn:
         assert 'data-view="window"' in text_of(await ann.fetch("/?view=nonsense"))
 
 
-ATTACKS = [
+MARKUP = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
     "<svg/onload=alert(1)>",
@@ -6558,7 +6558,7 @@ class TestEveryone:
         await memory_lan.serve(title="</title><img src=x onerror=alert(1)>")
         bob = await memory_lan.join("Bob")
         named = 0
-        for number, attack in enumerate(ATTACKS):
+        for number, attack in enumerate(MARKUP):
             status, _ = await (mallory := memory_lan.browser()).ask(attack[: tornchat.NAME_CHARS - 2] + str(number))
             if status == 200:
                 named += 1
@@ -6579,11 +6579,11 @@ class TestEveryone:
             await ann.page.evaluate("passed({type: 'joined', names: ['Eve'], count: 3}, 'add')")
             await ann.shows("#log", "Eve")
             tags, attributes = map(set, await ann.page.evaluate(found))
-            for attack in ATTACKS:
+            for attack in MARKUP:
                 await bob.say(attack)
                 await ann.page.fill("#box", f"@{attack[:5]}")
-            await ann.page.evaluate("all => all.forEach(text => refused({text}))", ATTACKS)
-            await ann.page.evaluate("all => passed({type: 'joined', names: all, count: 50}, 'add')", ATTACKS)
+            await ann.page.evaluate("all => all.forEach(text => refused({text}))", MARKUP)
+            await ann.page.evaluate("all => passed({type: 'joined', names: all, count: 50}, 'add')", MARKUP)
             await bob.say("the end")
             await ann.shows("#log", "the end")
             more_tags, more_attributes = map(set, await ann.page.evaluate(found))
@@ -6593,7 +6593,7 @@ class TestEveryone:
                 re.match("https?://", link)
                 for link in await ann.page.eval_on_selector_all("#log a", "a => a.map(b => b.href)")
             )
-            for attack in ATTACKS:
+            for attack in MARKUP:
                 await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
                 await ann.page.press("#nickname", "Enter")
                 await ann.page.wait_for_load_state()
@@ -8421,6 +8421,232 @@ class TestTerminal:
             listener.shut(code, "because")
         ended, out, err = await ann.ended()
         assert (ended, out, len(err.splitlines())) == (1, "", 1), err
+
+
+# === Every way in =====================================================================================================
+# Programs that know nothing of tornchat, and those that do, in one room: all hear the same.
+
+
+class Voice:
+    """A program in the room: says lines, and hears lines as "Ann: hi"."""
+
+    name = ""
+
+    def __init__(self, lan: Lan) -> None:
+        self.lan, self.port = lan, lan.daemons[-1].port
+        self.heard: list[str] = []
+        self.url = f"127.0.0.1:{self.port}"
+
+    async def come(self) -> None:
+        """Be in the room."""
+
+    async def say(self, text: str) -> None:
+        """Say something."""
+
+    async def go(self) -> None:
+        """Leave."""
+
+    async def hears(self, name: str) -> None:
+        """Wait until something was heard from someone."""
+
+        async def heard() -> bool:
+            return any(line.startswith(f"{name}: ") for line in await self.lines())
+
+        await until(heard, 3 * PATIENCE)
+
+    async def lines(self) -> list[str]:
+        """All messages that were heard."""
+        return [line for line in self.heard if re.match(r"\w+: \d+$", line)]
+
+
+class Piped(Voice):
+    """One that is a process: a line of its stdin is said, a message is a line of its stdout."""
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    async def come(self) -> None:
+        pipe = asyncio.subprocess.PIPE
+        self.process = await asyncio.create_subprocess_exec(*self.command(), stdin=pipe, stdout=pipe)
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:  # wscat draws a prompt before each
+            self.heard.append(re.sub(r"^(\x1b\[\w+|> |< |\r)+", "", line.decode()).rstrip())
+
+    async def say(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{text}\n".encode())
+        await self.process.stdin.drain()
+
+    async def go(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+        await self.reading
+
+
+class TerminalClient(Piped):
+    name = "Terry"
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(PROGRAM), "--join", self.url, "--name", self.name]
+
+
+class Wscat(Piped):
+    """npm's wscat, on plain lines."""
+
+    name = "Wanda"
+
+    def command(self) -> list[str]:
+        found = shutil.which("wscat", path=os.environ.get("TORNCHAT_NODE_BIN", "")) or shutil.which("wscat")
+        if not found:
+            missing("wscat (npm)")
+        return [str(found), "-s", "text", "-c", f"ws://{self.url}/chat?nickname={self.name}"]
+
+
+class Websockets(Voice):
+    """The package `websockets`, on JSON."""
+
+    name = "Sigrid"
+
+    async def come(self) -> None:
+        try:
+            import websockets
+        except ModuleNotFoundError:
+            missing("the package websockets")
+        self.chat = await websockets.connect(f"ws://{self.url}/chat?nickname={self.name}")
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        async for raw in self.chat:
+            frame = json.loads(raw)
+            if frame["type"] == "message":
+                self.heard.append(f"{frame['name']}: {frame['text']}")
+
+    async def say(self, text: str) -> None:
+        await self.chat.send(json.dumps({"type": "say", "text": text}))
+
+    async def go(self) -> None:
+        await self.chat.close()
+        await self.reading
+
+
+class WebsocketClient(Voice):
+    """The package `websocket-client`, on plain lines, in a thread as it is used."""
+
+    name = "Clive"
+
+    async def come(self) -> None:
+        try:
+            import websocket
+        except ModuleNotFoundError:
+            missing("the package websocket-client")
+        url = f"ws://{self.url}/chat?nickname={self.name}"
+        self.chat = await asyncio.to_thread(websocket.create_connection, url, subprotocols=["text"])
+        self.reading = asyncio.create_task(asyncio.to_thread(self.read))
+
+    def read(self) -> None:
+        with contextlib.suppress(Exception):  # its connection is closed under it
+            while line := self.chat.recv():
+                self.heard.append(str(line))
+
+    async def say(self, text: str) -> None:
+        await asyncio.to_thread(self.chat.send, text)
+
+    async def go(self) -> None:
+        await asyncio.to_thread(self.chat.close)
+        await self.reading
+
+
+class Curl(Voice):
+    """curl: the three lines of the README, again and again."""
+
+    name = "Carla"
+
+    async def curl(self, path: str, *data: str) -> str:
+        """One run of it."""
+        if not shutil.which("curl"):
+            missing("curl")
+        jar = str(self.folder / "jar")
+        command = ["curl", "-s", "-b", jar, "-c", jar, *data, f"http://{self.url}{path}"]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        return (await process.communicate())[0].decode()
+
+    async def come(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        await self.curl("/login", "-d", f"nickname={self.name}")
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        place = "after=0"
+        while True:
+            answer = json.loads(await self.curl(f"/messages?{place}&wait=30"))
+            place = f"after={answer['seq']}&epoch={answer['epoch']}"
+            self.heard += [f"{event['name']}: {event['text']}" for event in answer["events"] if "text" in event]
+
+    async def say(self, text: str) -> None:
+        assert json.loads(await self.curl("/messages", "--data-urlencode", f"text={text}"))["type"] == "message"
+
+    async def go(self) -> None:
+        self.reading.cancel()
+        shutil.rmtree(self.folder)
+
+
+class PageVoice(Voice):
+    """The page, in a window of a real browser."""
+
+    name, query = "Paula", ""
+
+    def __init__(self, lan: Lan, window: Window) -> None:
+        super().__init__(lan)
+        self.window = window
+
+    async def come(self) -> None:
+        await self.window.login(self.name)
+        if self.query:
+            await self.window.page.goto(self.window.url + self.query)
+            await self.window.state("connected")
+
+    async def say(self, text: str) -> None:
+        await self.window.say(text)
+
+    async def lines(self) -> list[str]:
+        names, texts = await self.window.texts("#log .message .who"), await self.window.messages()
+        return [f"{name}: {text}" for name, text in zip(names, texts, strict=True)]
+
+
+class PollingPage(PageVoice):
+    name, query = "Quentin", "?transport=polling"
+
+
+class TestEveryWayIn:
+    @slow
+    @transcript
+    async def test_one_conversation(self, lan: Lan) -> None:
+        """Two hundred messages from seven kinds of programs: each program shows all of them, in the same order."""
+        await lan.serve(history=200)
+        ann = await lan.join("Ann")
+        async with windows(lan) as (first, second):
+            kinds = [TerminalClient, Wscat, Websockets, WebsocketClient, Curl]
+            voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
+            for voice in voices:
+                await voice.come()
+
+            async def speak(voice: Voice, first: int) -> None:
+                for number in range(first, 200, len(voices)):
+                    await voice.say(str(number))
+
+            await asyncio.gather(*(speak(voice, number) for number, voice in enumerate(voices)))
+            said = [await ann.expect("message") for _ in range(200)]
+            await ann.say("0")
+            order = [f"{frame['name']}: {frame['text']}" for frame in said] + ["Ann: 0"]
+            assert sorted(int(frame["text"]) for frame in said) == list(range(200))
+            for voice in voices:
+                await voice.hears("Ann")
+                assert await voice.lines() == order, voice.name
+                await voice.go()
+        assert {frame["name"] for frame in said} == {voice.name for voice in voices}
 
 
 # === Benchmark ========================================================================================================
