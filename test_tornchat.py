@@ -5351,8 +5351,12 @@ class Joined(Program):
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
 
     def feed_no_more(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    async def kill(self) -> None:
+        self.feed_no_more()
+        await super().kill()
 
     async def lines(self, count: int) -> list[str]:
         """The next lines of stdout."""
@@ -5750,9 +5754,7 @@ class TestTerminal:
             await bob.expect("left", names=["Ann"])
         finally:
             os.killpg(shell.pid, signal.SIGKILL)
-        assert shell.stderr is not None
-        assert await shell.stderr.read() == b""
-        await shell.wait()
+        assert await shell.communicate() == (b"", b"")
 
     @transcript
     async def test_a_full_disk(self, memory_lan: Lan) -> None:
