@@ -7866,8 +7866,12 @@ class Joined(Program):
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
 
     def feed_no_more(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    async def kill(self) -> None:
+        self.feed_no_more()
+        await super().kill()
 
     async def lines(self, count: int) -> list[str]:
         """The next lines of stdout."""
@@ -7912,9 +7916,20 @@ class Terminal(Program):
         return OWN_SEQUENCES.sub("", self.seen.decode()).replace("\r\n", "\n")
 
     @property
-    def below(self) -> str:
-        """What was drawn last: the rows that aren't in the log yet."""
-        return OWN_SEQUENCES.sub("", self.seen.decode().rpartition("\x1b[J")[2])
+    def rows(self) -> list[str]:
+        """What a terminal makes of it, in which no row is too long."""
+        rows, row, at = [""], 0, 0
+        for up, erase, control, text in re.findall(
+            r"\x1b\[(\d+)A|\x1b\[(J)|\x1b\[[\d;?]*[mhl]|([\r\n])|([^\x1b\r\n]+)", self.seen.decode()
+        ):
+            row += (control == "\n") - int(up or 0)
+            at = 0 if control == "\r" else at
+            rows += [""] * (row + 1 - len(rows))
+            if erase:
+                rows[row:] = [rows[row][:at]]
+            rows[row] = rows[row][:at] + text + rows[row][at + len(text) :]
+            at += len(text)
+        return rows
 
     async def shows(self, text: str, times: int = 1) -> None:
         """Wait until that was written so often."""
@@ -8010,6 +8025,7 @@ class TestTerminal:
         assert "".join(rows[:row]) + before == text[:at].replace("\n", "")
 
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40))
+    @hypothesis.example("é" * 100, 20)
     def test_wrap(self, text: str, columns: int) -> None:
         """Rows of a message fit, lose no letter, and only the first begins at the margin; a long URL stays whole."""
         first, *others = tornchat.wrap("12:34 Ann: " + text, columns)
@@ -8083,6 +8099,12 @@ class TestTerminal:
         await ann.shows(rows[-1])
         await bob.say("hi")
         await ann.shows("Bob: hi\n" + "\n".join(rows))
+        assert [re.sub(r"^\d\d:\d\d ", "", row) for row in ann.rows] == [
+            "~ tornchat · here: Ann, Bob ·",
+            "    /help tells what you can do",
+            "Bob: hi",
+            *rows,
+        ]
         fcntl.ioctl(ann.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
         ann.signal(signal.SIGWINCH)
         await ann.shows("\n".join(tornchat.layout("Ann> " + draft, 0, 19)[0]))
@@ -8247,9 +8269,7 @@ class TestTerminal:
             await bob.expect("left", names=["Ann"])
         finally:
             os.killpg(shell.pid, signal.SIGKILL)
-        assert shell.stderr is not None
-        assert await shell.stderr.read() == b""
-        await shell.wait()
+        assert await shell.communicate() == (b"", b"")
 
     @transcript
     async def test_a_full_disk(self, memory_lan: Lan) -> None:
@@ -8315,6 +8335,34 @@ class TestTerminal:
         assert await person.leaves() == 0
         for n in range(200):
             assert person.text.count(f"Ann: {n}\n") == 1
+
+    @slow
+    @transcript
+    async def test_G4_the_confirmation_is_lost(self, lan: Lan) -> None:
+        """The connection breaks when a message is stored, unconfirmed: said again, it is stored once."""
+        daemon = await lan.serve()
+        async with Proxy(daemon.port) as line:
+            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann.keys("hi\r")
+            await ann.shows("Ann: hi")
+            line.talking.clear()
+            ann.keys("once\r")
+
+            async def stored() -> bool:
+                return daemon.room.seq == 2
+
+            await until(stored)
+            line.disappear()
+            await ann.shows("once · Waiting for the connection")
+            line.talking.set()
+            line.gone = False
+            await ann.shows("Ann: once")
+            ann.keys("next\r")
+            await ann.shows("Ann: next")
+            assert [event.text for event, _ in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
+            ann.keys("\x03")
+            assert await ann.leaves() == 0
 
     @slow
     @transcript
