@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6.1", "redis", "fakeredis", "pytest", "hypothesis", "playwright"]
+# dependencies = [
+#   "tornado>=6.6.1", "redis", "fakeredis", "pytest", "hypothesis", "playwright", "websockets", "websocket-client",
+# ]
 # ///
 # ruff: noqa: N802, PTH208 - G1 to G10 are the README's names; in a coroutine listdir is as good as Path
 """The tests of tornchat, in the order of its sections.
@@ -11,18 +13,19 @@
     python -m pytest -q -k "not slow"                without those that take seconds
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
-    python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
-    python test_tornchat.py bench floods             no test: what clients cost that mean ill
-    python test_tornchat.py echo 9001                no test: ws://127.0.0.1:9001/chat for Autobahn's fuzzing client
-    python test_tornchat.py bench transports         no test: what polling costs beside a socket
-    python test_tornchat.py bench page               no test: how quick the page is
-    TORNCHAT_AXE=.../axe.min.js python -m pytest ...         with axe-core's opinion of the pages
+    TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
     TORNCHAT_PICTURES=folder python -m pytest -k Pictures    what the page looks like
+
+    python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
+    python test_tornchat.py bench floods             ... what clients cost that mean ill
+    python test_tornchat.py bench page               ... how quick the page is
+    python test_tornchat.py bench transports         ... what polling costs beside a socket
+    python test_tornchat.py echo 9001                ws://127.0.0.1:9001/chat, for Autobahn's fuzzing client
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
 that are about the room run twice: over the fakeredis inside the daemon, and over a real redis-server. A machine that
-has no redis-server, Chromium or axe-core skips what needs it, and says so; where CI is set that is a failure.
+has no redis-server, Chromium, axe-core or wscat skips what needs it, and says so; where CI is set that is a failure.
 
 No test sleeps to let something happen. "Nothing came" is proven by a barrier: what must come next comes next.
 """
@@ -94,6 +97,7 @@ from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, w
 import tornchat
 
 PATIENCE = float(os.environ.get("TORNCHAT_TEST_PATIENCE", "5"))  # seconds that any one wait may last
+NODE_MODULES = Path(os.environ.get("TORNCHAT_NODE_MODULES", "/nonexistent"))  # where npm has put axe-core and wscat
 PROGRAM = Path(tornchat.__file__).resolve()
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 CHATTER = {"joined", "left", "time"}  # frames that come when they like: passed over unless they are asked for
@@ -6606,10 +6610,10 @@ class TestEveryone:
     @transcript
     async def test_axe(self, memory_lan: Lan) -> None:
         """axe-core finds nothing to object to on any page, in light and dark, on desktop and phone."""
-        axe = os.environ.get("TORNCHAT_AXE", "")  # the path of its axe.min.js
-        if not axe:
-            missing("axe-core (npm install axe-core; TORNCHAT_AXE=.../axe.min.js)")
-        script = await asyncio.to_thread(Path(axe).read_text, encoding="utf-8")
+        axe = NODE_MODULES / "axe-core" / "axe.min.js"
+        if not axe.exists():
+            missing("axe-core (npm)")
+        script = axe.read_text(encoding="utf-8")
         await memory_lan.serve()
         bob = await memory_lan.join("Bob")
         for text in ("hello https://a.example/ `x`", "```\ncode\n```", "👍", "@Ann0 look", "line\n" * 40):
@@ -8547,10 +8551,18 @@ class Wscat(Piped):
     name = "Wanda"
 
     def command(self) -> list[str]:
-        found = shutil.which("wscat", path=os.environ.get("TORNCHAT_NODE_BIN", "")) or shutil.which("wscat")
-        if not found:
+        wscat = NODE_MODULES / ".bin" / "wscat"
+        if not wscat.exists():
             missing("wscat (npm)")
-        return [str(found), "-s", "text", "-c", f"ws://{self.url}/chat?nickname={self.name}"]
+        return [str(wscat), "-s", "text", "-c", f"ws://{self.url}/chat?nickname={self.name}"]
+
+    async def come(self) -> None:
+        await super().come()
+
+        async def welcomed() -> bool:  # what is typed before is lost
+            return self.heard != []
+
+        await until(welcomed, 3 * PATIENCE)
 
 
 class Websockets(Voice):
@@ -8616,25 +8628,27 @@ class Curl(Voice):
         """One run of it."""
         if not shutil.which("curl"):
             missing("curl")
-        jar = str(self.folder / "jar")
-        command = ["curl", "-s", "-b", jar, "-c", jar, *data, f"http://{self.url}{path}"]
+        command = ["curl", "-s", *data, f"http://{self.url}{path}"]
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         return (await process.communicate())[0].decode()
 
     async def come(self) -> None:
         self.folder = Path(tempfile.mkdtemp())
-        await self.curl("/login", "-d", f"nickname={self.name}")
+        self.jar = str(self.folder / "jar")
+        await self.curl("/login", "-c", self.jar, "-d", f"nickname={self.name}")
         self.reading = asyncio.create_task(self.read())
 
     async def read(self) -> None:
         place = "after=0"
         while True:
-            answer = json.loads(await self.curl(f"/messages?{place}&wait=30"))
+            answer = json.loads(await self.curl(f"/messages?{place}&wait=30", "-b", self.jar))
+            assert "events" in answer, answer
             place = f"after={answer['seq']}&epoch={answer['epoch']}"
             self.heard += [f"{event['name']}: {event['text']}" for event in answer["events"] if "text" in event]
 
     async def say(self, text: str) -> None:
-        assert json.loads(await self.curl("/messages", "--data-urlencode", f"text={text}"))["type"] == "message"
+        answer = json.loads(await self.curl("/messages", "-b", self.jar, "--data-urlencode", f"text={text}"))
+        assert answer["type"] == "message", answer
 
     async def go(self) -> None:
         self.reading.cancel()
