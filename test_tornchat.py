@@ -12,6 +12,8 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
+    python test_tornchat.py bench floods             no test: what clients cost that mean ill
+    python test_tornchat.py echo 9001                no test: ws://127.0.0.1:9001/chat for Autobahn's fuzzing client
     python test_tornchat.py bench transports         no test: what polling costs beside a socket
     python test_tornchat.py bench page               no test: how quick the page is
     TORNCHAT_AXE=.../axe.min.js python -m pytest ...         with axe-core's opinion of the pages
@@ -27,21 +29,29 @@ No test sleeps to let something happen. "Nothing came" is proven by a barrier: w
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import bisect
+import concurrent.futures
 import contextlib
+import datetime
 import errno
+import fcntl
 import functools
 import gc
 import html
 import html.parser
+import http.client
 import itertools
 import json
 import logging
+import math
 import os
+import pty
 import random
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -51,15 +61,18 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 import types
 import urllib.parse
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, ParamSpec, Self
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
 
 import fakeredis
 import hypothesis
@@ -68,6 +81,10 @@ import hypothesis.strategies as st
 import pytest
 import redis
 import redis.asyncio
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+import tornado.websocket
 from playwright.async_api import Page as WebPage
 from playwright.async_api import async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
@@ -82,6 +99,7 @@ SOURCE = PROGRAM.read_text(encoding="utf-8")
 CHATTER = {"joined", "left", "time"}  # frames that come when they like: passed over unless they are asked for
 Frame = dict[str, Any]
 P = ParamSpec("P")
+T = TypeVar("T")
 
 hypothesis.settings.register_profile("tornchat", deadline=None, max_examples=100)
 hypothesis.settings.load_profile("tornchat")
@@ -330,6 +348,16 @@ class Lan:
         browser.welcome = await browser.expect("welcome", name=name)
         return browser
 
+    async def ask_raw(
+        self, method: str, path: str, headers: Mapping[str, str], body: str = "", expect: bytes = b""
+    ) -> str:
+        """What the newest daemon answers to a request that is written as it stands here, up to the body."""
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        if method in ("POST", "PUT"):
+            lines.append(f"Content-Length: {len(body)}")
+        request = "\r\n".join([*lines, "", body])
+        return await raw_request(f"http://127.0.0.1:{self.daemons[-1].port}", request, expect=expect)
+
     async def close(self) -> None:
         for browser in self.browsers:
             browser.drop()
@@ -356,6 +384,7 @@ class Browser:
         self.epoch: str | None = None  # where a page would resume
         self.after: int | None = None
         self.last: str | None = None  # the cursor of its last poll
+        self.port = urllib.parse.urlsplit(url).port or 80
         self.certificates: str | None = None  # whom to trust for https
         self.cids = (f"cid-{uuid.uuid4().hex[:6]}-{n}" for n in itertools.count(1))
         lan.browsers.append(self)
@@ -575,21 +604,28 @@ class Program:
         self.printed = ""
 
     @classmethod
-    async def start(cls, *options: str, python: tuple[str, ...] = (str(PROGRAM),), **environ: str) -> Program:
+    async def start(cls, *options: str, python: tuple[str, ...] = (str(PROGRAM),), **environ: str) -> Self:
         """Start it with these options and, of the environment, only what a program needs to run."""
+        return await cls.spawn([*python, *options], environ)
+
+    @classmethod
+    async def spawn(
+        cls,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        *,
+        stdin: int = asyncio.subprocess.DEVNULL,
+        stdout: int = asyncio.subprocess.PIPE,
+        stderr: int = asyncio.subprocess.PIPE,
+    ) -> Self:
+        """Start it with these streams."""
         keep = {
             name: os.environ[name]
             for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "VIRTUAL_ENV")
             if name in os.environ
         }
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *python,
-            *options,
-            env=keep | environ,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            sys.executable, *command, env=keep | dict(environ), stdin=stdin, stdout=stdout, stderr=stderr
         )
         return cls(process)
 
@@ -610,7 +646,7 @@ class Program:
             await self.kill()
             pytest.fail("the program does not end")
         assert self.process.returncode is not None
-        return self.process.returncode, self.printed + out.decode(), err.decode()
+        return self.process.returncode, self.printed + (out or b"").decode(), err.decode()
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -630,22 +666,25 @@ async def run_to_end(*options: str, python: tuple[str, ...] = (str(PROGRAM),), *
     return code, out, err
 
 
-async def raw_request(url: str, request: str) -> str:
-    """What the daemon answers to these bytes, until it closes or falls silent."""
+async def raw_request(url: str, request: str, *, expect: bytes = b"") -> str:
+    """What the daemon answers to these bytes: the head, and what comes with or after it that begins as expected."""
     place = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     writer.write(request.encode("latin-1"))
     answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+    if expect and b" 101 " in answer:
+        answer += await asyncio.wait_for(reader.readuntil(expect), PATIENCE)
+        answer += await asyncio.wait_for(reader.readexactly(3), PATIENCE)
     writer.close()
     return answer.decode("latin-1")
 
 
 async def handshake(
-    url: str, cookie: str = "", after: bytes = b""
+    url: str, cookie: str = "", after: bytes = b"", *, buffer: int = 65536
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A WebSocket made by hand, for a client that does not do what clients do; `after` is sent in the same breath."""
     place = urllib.parse.urlsplit(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=buffer)
     head = [
         "GET /chat HTTP/1.1",
         f"Host: {place.netloc}",
@@ -696,7 +735,34 @@ BAD_NAMES = {
     "reserved": "admin",
     "reserved, otherwise written": "Ａｄｍ1n",
     "reserved in Chinese": "系统",
+    "reserved, decorated": "★ [Admin] ★",
+    "reserved, with a badge": "🅰🅳🅼🅸🅽",
+    "reserved, in small capitals": "ꜱʏꜱᴛᴇᴍ",
+    "reserved, in leetspeak": "$y573m",
+    "reserved, without its accents": "moderateur",
+    "reserved, in Cyrillic for Latin letters": "hоst",
+    "reserved, with a joiner": "ad\u200dmin",
+    "bidi mark": "Ann\u200e",
+    "Arabic letter mark": "Ann\u061c",
+    "word joiner": "An\u2060n",
+    "interlinear annotation": "An\ufff9n",
+    "object replacement": "An\ufffcn",
+    "a note without a head": "\U0001d159",
+    "Mongolian separator": "An\u180en",
+    "Khmer inherent vowel": "ក\u17b4",
+    "noncharacter": "An\uffffn",
+    "carriage return": "Ann\rBob",
+    "NUL": "Ann\x00",
+    "marks piled up": "A" + "\u0301\u0316" * 4 + "nn",
+    "a colon": "Bob: hi",
+    "a colon of the full width": "Bob： hi",
+    "a colon of another kind": "Bob\ua789 hi",
+    "the room's tilde": "~~~ Bob joined ~~~",
+    "another tilde": "∼∼∼ Bob joined ∼∼∼",
+    "joiner between letters and an emoji": "Ann\u200d🚀",
+    "joiner between Cyrillic letters": "Ол\u200cьга",
 }
+BAD_NAMES |= {f"reserved: {word}": word for line in tornchat.RESERVED for word in line.split()}
 GOOD_NAMES = [
     "Ann",
     "Ann Lee",
@@ -720,6 +786,60 @@ GOOD_NAMES = [
     "❤\ufe0f",
     "guest",
     "x" * 24,
+    "null",
+    "undefined",
+    "toString",
+    "hasOwnProperty",
+    "Ελένη",
+    "Νίκη",
+    "Արմեն",
+    "ქეთი",
+    "דוד",
+    "عَبْدُ الله",
+    "نظام",
+    "ابن‌سینا",
+    "हर्ष",
+    "श्री",
+    "শ্রীমতী",
+    "தமிழ்",
+    "అనిల్",
+    "അനില്\u200d",
+    "ශ්\u200dරී",
+    "สมชาย",
+    "ကျော်",
+    "ភក្ដី",
+    "བསྒྲུབས",
+    "ኃይሌ",
+    "ᏣᎳᎩ",
+    "Ⲙⲁⲣⲓⲁ",
+    "김민준",
+    "さくら",
+    "サクラ",
+    "葛\U000e0100城",
+    "ıldız",
+    "IŞIL",
+    "Nguyễn Ánh",
+    "Łukasz",
+    "Đorđe",
+    "Ħal",
+    "Øyvind",
+    "Kahe\u02bbili",
+    "ʻOkina",
+    "Jean-Luc",
+    "J. R. R.",
+    "Ann (5b)",
+    "@ann",
+    "#1",
+    "?!1",
+    "👩🏽\u200d🚀",
+    "👨\u200d👩\u200d👧\u200d👦",
+    "🏳\ufe0f\u200d🌈",
+    "❤\ufe0f\u200d🔥",
+    "🇩🇪",
+    "1\ufe0f\u20e3",
+    "Systematics",
+    "Hosta",
+    "Administrateurin",
 ]
 CLEANED = [
     ("  Ann   Lee ", "Ann Lee"),
@@ -745,6 +865,43 @@ TWINS = {
     "vv and w": ("Will", "VVill"),
     "variation selector": ("❤", "❤\ufe0f"),
     "composed": ("éva", "e\u0301va"),
+    "small capitals": ("Ann", "ᴀɴɴ"),
+    "one Greek capital": ("Hans", "Ηans"),
+    "all Greek capitals": ("ANNA", "ΑΝΝΑ"),
+    "Greek capitals that are unlike their small letters": ("HYMNZ", "ΗΥΜΝΖ"),
+    "Greek, one case and the other": ("Νίκος", "νίκος"),
+    "Cyrillic capitals": ("BOBA HEP", "ВОВА НЕР"),
+    "Cyrillic of other languages": ("Yuri Ghost", "Υurі Ԍһоѕt"),
+    "all Cyrillic, a bank": ("paypal", "раураӏ"),
+    "Armenian": ("hugo", "հսցօ"),
+    "Cherokee": ("ANDREW", "ᎪNᎠᎡᎬᎳ"),
+    "Cherokee, small": ("Ꮪam", "ꮪam"),
+    "Lisu": ("LISA", "ꓡꓲꓢꓮ"),
+    "Coptic": ("Mom", "ⲙⲟⲙ"),
+    "Canadian syllables": ("AB", "ᗅᗷ"),
+    "mathematical script": ("Ann", "𝒜𝓃𝓃"),
+    "ligatures": ("fifi", "ﬁﬁ"),
+    "Roman numerals": ("XIV", "ⅩⅣ"),
+    "letters in circles": ("Ann", "ⓐⓝⓝ"),
+    "letters in black circles": ("Ann", "🅐🅝🅝"),
+    "letters of flags": ("DE", "🇩🇪"),
+    "Turkish capital I with a dot": ("İpek", "ipek"),
+    "Arabic digits": ("user3", "user٣"),
+    "Persian digits": ("علی۱", "علی١"),
+    "Persian letters": ("علي كريم", "علی کریم"),
+    "leetspeak": ("Bob TZ", "8o8 72"),
+    "at sign": ("Ann", "@nn"),
+    "kanji and katakana": ("力口", "カロ"),
+    "apostrophes": ("O'Brien", "O’Brien"),
+    "hyphens": ("Jean-Luc", "Jean\u2010Luc"),
+    "dashes": ("Jean-Luc", "Jean–Luc"),
+    "middle dots": ("玛丽·居里", "玛丽・居里"),
+    "caron and breve": ("Ăna", "Ǎna"),
+    "comma and cedilla": ("Ştefan", "Ștefan"),
+    "a variation selector that nothing shows": ("Ann", "An\ufe00n"),
+    "a variant of a kanji": ("葛城", "葛\U000e0100城"),
+    "text style": ("❤", "❤\ufe0e"),
+    "joiners": ("क्ष", "क्\u200dष"),
 }
 DISTINCT = [
     ("Ann", "Anna"),
@@ -754,6 +911,24 @@ DISTINCT = [
     ("Éva", "Eva"),
     ("Ольга", "Олег"),
     ("a", "b"),
+    ("Øle", "Ole"),
+    ("Łukasz", "Lukasz"),
+    ("Đan", "Dan"),
+    ("Лиза", "Лиса"),
+    ("Вера", "Вёра"),
+    ("Νίκος", "Γιώργος"),
+    ("מרים", "מירי"),
+    ("علي", "عمر"),
+    ("राम", "रामा"),
+    ("김민준", "김민지"),
+    ("さくら", "さくな"),
+    ("สมชาย", "สมหญิง"),
+    ("🦊", "🐺"),
+    ("👩🏽", "👩🏿"),
+    ("🇩🇪", "🇫🇷"),
+    ("Ann", "Ann-"),
+    ("user6", "user8"),
+    ("user0", "user9"),
 ]
 
 WRONG_FRAMES: dict[str, tuple[str | bytes, str]] = {
@@ -830,6 +1005,12 @@ class TestMessagesAndNames:
     def test_G7_twins(self, name: str, twin: str) -> None:
         """Names that look alike have one key."""
         assert tornchat.name_key(name) == tornchat.name_key(twin)
+
+    @pytest.mark.parametrize("pair", TWINS.values(), ids=TWINS.keys())
+    def test_G7_keys_are_kept(self, pair: tuple[str, str]) -> None:
+        """The key of a key is that key: nothing that looks alike is left in it."""
+        for name in pair:
+            assert tornchat.name_key(tornchat.name_key(name)) == tornchat.name_key(name)
 
     @pytest.mark.parametrize(("name", "other"), DISTINCT)
     def test_distinct(self, name: str, other: str) -> None:
@@ -1762,6 +1943,7 @@ FIELDS: list[tuple[list[str], dict[str, str], str, object]] = [
     ([], {}, "allow_host", ()),
     (["--allow-host", "a.org", "--allow-host", "b.org"], {}, "allow_host", ("a.org", "b.org")),
     ([], {"TORNCHAT_ALLOW_HOST": "a.org, b.org"}, "allow_host", ("a.org", "b.org")),
+    (["--allow-host", "A.org.:8888,[2001:db8::1]:80"], {}, "allow_host", ("a.org", "2001:db8::1")),
     ([], {}, "trust_proxy", False),
     (["--trust-proxy"], {}, "trust_proxy", True),
     ([], {"TORNCHAT_TRUST_PROXY": "1"}, "trust_proxy", True),
@@ -1769,6 +1951,19 @@ FIELDS: list[tuple[list[str], dict[str, str], str, object]] = [
     ([], {}, "secret", ""),
     (["--secret", "s"], {"TORNCHAT_SECRET": "t"}, "secret", "s"),
     ([], {"TORNCHAT_SECRET": "t"}, "secret", "t"),
+    ([], {}, "join", None),
+    (["--join", "http://localhost:8888/"], {}, "join", "http://localhost:8888/"),
+    (["--join", "https://chat.example.org"], {}, "join", "https://chat.example.org/"),
+    (["--join", "HTTP://192.168.1.7:9000/login?nickname=Ann"], {}, "join", "http://192.168.1.7:9000/"),
+    (["--join", "ws://host/chat"], {}, "join", "http://host/"),
+    (["--join", "wss://host:443/class/5b/chat"], {}, "join", "https://host:443/class/5b/"),
+    (["--join", "classroom"], {}, "join", "http://classroom:8888/"),
+    (["--join", "classroom:9000"], {}, "join", "http://classroom:9000/"),
+    (["--join", "[::1]:9000"], {}, "join", "http://[::1]:9000/"),
+    ([], {}, "name", ""),
+    ([], {"USER": "ann"}, "name", "ann"),
+    ([], {"USER": "root"}, "name", ""),
+    (["--name", "Bob"], {"USER": "ann"}, "name", "Bob"),
 ]
 
 WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
@@ -1797,6 +1992,15 @@ WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
     (["--room", "a:b"], {}),
     ([], {"TORNCHAT_ROOM": "{a}"}),
     ([], {"TORNCHAT_TRUST_PROXY": "perhaps"}),
+    (["--join", ""], {}),
+    (["--join", "http://"], {}),
+    (["--join", "http://host:port/"], {}),
+    (["--join", "http://host:99999/"], {}),
+    (["--join", "http://a host/"], {}),
+    (["--join", "http://[::1/"], {}),
+    (["--join", "ftp://host/"], {}),
+    (["--join", "http://user:secret@host/"], {}),
+    (["--join"], {}),
 ]
 
 
@@ -1937,6 +2141,44 @@ class TestCommandLine:
 
 
 # === Login and names ==================================================================================================
+
+
+def signed(secret: str, name: str, *, days_ago: float = 0, value: str = "0123456789abcdef Eve") -> str:
+    """A cookie as a daemon with that secret makes it."""
+    clock = functools.partial(float, time.time() - days_ago * 86400)
+    return tornado.web.create_signed_value(secret, name, value, clock=clock).decode()
+
+
+FORGERIES: dict[str, Callable[[str, str, str], str]] = {  # of the room's secret, the cookie's name, a good value
+    "empty": lambda secret, name, value: "",
+    "nonsense": lambda secret, name, value: "nonsense",
+    "truncated": lambda secret, name, value: value[:-3],
+    "without its signature": lambda secret, name, value: value.rpartition("|")[0] + "|",
+    "a bit changed": lambda secret, name, value: value[:-1] + ("0" if value[-1] != "0" else "1"),
+    "unsigned": lambda secret, name, value: "0123456789abcdef Eve",
+    "unsigned, in base64": lambda secret, name, value: "MDEyMzQ1Njc4OWFiY2RlZiBFdmU=",
+    "base64 garbage": lambda secret, name, value: re.sub(r"\|\d+:[^|]*\|(?=[0-9a-f]{64})", "|4:====|", value),
+    "older version": lambda secret, name, value: value.replace("2|", "1|", 1),
+    "signed as an older version": lambda secret, name, value: tornado.web.create_signed_value(
+        secret, name, "sid Eve", version=1
+    ).decode(),
+    "a newer version": lambda secret, name, value: value.replace("2|", "3|", 1),
+    "another key version": lambda secret, name, value: value.replace("2|1:0|", "2|1:7|", 1),
+    "lengths that lie": lambda secret, name, value: re.sub(r"\|(\d+):", r"|9\1:", value),
+    "negative lengths": lambda secret, name, value: re.sub(r"\|(\d+):", r"|-\1:", value),
+    "reversed": lambda secret, name, value: value[::-1],
+    "long": lambda secret, name, value: "x" * 12_000,
+    "only bars": lambda secret, name, value: "2|" * 2000,
+    "a number of 5,000 digits": lambda secret, name, value: "2|1:0|10:" + "9" * 5000 + "|",
+    "odd bytes": lambda secret, name, value: "\xff\xfe\x80" + value,
+    "escapes": lambda secret, name, value: '"\\777\\000\\"',
+    "signed by another room": lambda secret, name, value: signed("another secret", name),
+    "of another cookie": lambda secret, name, value: signed(secret, "tornchat-00000000"),
+    "41 days old": lambda secret, name, value: signed(secret, name, days_ago=41),
+    "31 days old": lambda secret, name, value: signed(secret, name, days_ago=31),
+    "signed, without a name": lambda secret, name, value: signed(secret, name, value="0123456789abcdef"),
+    "signed, empty": lambda secret, name, value: signed(secret, name, value=""),
+}
 
 
 class TestLogin:
@@ -2224,31 +2466,88 @@ class TestLogin:
         there = await ann.tab(at=second).connect()
         await there.expect("welcome", name="Ann", members=["Ann"], count=1)
 
-    @pytest.mark.parametrize(
-        "forge",
-        [
-            lambda value: "",
-            lambda value: "nonsense",
-            lambda value: value[:-3],
-            lambda value: value.replace("2|", "1|", 1),
-            lambda value: value[::-1],
-            lambda value: "x" * 4000,
-            lambda value: "2|1:0|10:9999999999|1:a|4:QW5u|" + "0" * 64,
-        ],
-        ids=["empty", "nonsense", "truncated", "older version", "reversed", "long", "signed by another"],
-    )
     @transcript
-    async def test_forged_cookie(self, forge: Callable[[str], str], memory_lan: Lan) -> None:
-        """A cookie that the room did not sign is no session: never an error of the server."""
-        await memory_lan.serve()
+    async def test_logout_at_another_daemon(self, redis_lan: Lan) -> None:
+        """A logout closes every connection of the session, at every daemon, and the requests that wait there."""
+        first, second = await redis_lan.serve(grace_seconds=60), await redis_lan.serve(grace_seconds=60)
+        ann = await redis_lan.join("Ann", at=first)
+        there, waiting = await ann.tab(at=second).connect(), ann.tab(at=second)
+        welcome = await there.expect("welcome", name="Ann")
+        poll = asyncio.create_task(waiting.fetch(f"/messages?after=0&epoch={welcome['epoch']}&wait=30"))
+
+        async def both_there() -> bool:
+            return len(second.room.listeners) == 2
+
+        await until(both_there)
+        assert (await ann.tab(at=second).fetch("/logout", form={})).code == 303
+        await ann.closed(4401, "logout")
+        await there.closed(4401, "logout")
+        assert (await poll).code == 401
+        assert (await redis_lan.browser(first).ask("Ann"))[0] == 200
+
+    @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
+    @transcript
+    async def test_forged_cookie(self, forge: Callable[[str, str, str], str], memory_lan: Lan) -> None:
+        """A cookie that the room did not sign, or too long ago, is no session: never an error of the server."""
+        daemon = await memory_lan.serve()
         ann = memory_lan.browser()
         await ann.login("Ann")
         ((name, value),) = ann.cookies.items()
-        thief = memory_lan.browser()
-        thief.cookies = {name: forge(value.strip('"'))}
-        assert (await thief.fetch("/")).code == 302
-        await thief.connect()
-        await thief.closed(4401)
+        thief = {"Cookie": f"{name}={forge(daemon.feed.secret, name, value.strip(chr(34)))}", "Host": "localhost"}
+        for method, path, status in [
+            *[("GET", "/", 302), ("GET", "/login", 200), ("GET", "/messages", 401), ("POST", "/messages", 401)],
+            *[("POST", "/logout", 303), ("GET", "/chat", 400)],
+        ]:
+            answer = await memory_lan.ask_raw(method, path, thief)
+            assert re.match(rf"HTTP/1.1 ({status}|400) ", answer), answer
+        answer = await memory_lan.ask_raw("GET", "/chat", thief | UPGRADE, expect=b"\x88")
+        assert "\x11\x31" in answer or " 400 " in answer  # 4401
+        assert (await ann.fetch("/")).code == 200
+
+    @transcript
+    async def test_a_cookie_too_big(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """A cookie of 60 KB is not even read."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        reader, writer = await asyncio.open_connection("127.0.0.1", memory_lan.daemons[-1].port)
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: a=" + b"x" * 60_000 + b"\r\n\r\n")
+            assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+        writer.close()
+        assert (await ann.fetch("/")).code == 200
+        assert len(caplog.records) <= 1
+
+    @transcript
+    async def test_many_cookies(self, memory_lan: Lan) -> None:
+        """Among hundreds of cookies of others ours is found; an odd one beside it does not hide it."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        ours = ann.headers()["Cookie"]
+        for others in (
+            "; ".join(f"c{n}={n}" for n in range(500)),
+            'a="\\',
+            "=;;;=; ,",
+            "a=\xff",
+            "$Version=1",
+            "\xa0=x",
+        ):
+            for cookie in (f"{others}; {ours}", f"{ours}; {others}"):
+                answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
+                assert answer.startswith("HTTP/1.1 200 "), answer
+
+    @transcript
+    async def test_a_cookie_of_another_room(self, memory_lan: Lan) -> None:
+        """Two rooms with one port, one after the other, don't know each other's people: a secret made up is new."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await memory_lan.restart()
+        assert (await ann.fetch("/")).code == 302
+        bob = memory_lan.browser()
+        await bob.login("Bob")
+        assert bob.cookies.keys() == ann.cookies.keys()
 
 
 # === Socket ===========================================================================================================
@@ -2959,9 +3258,6 @@ class TestResume:
         assert not ann.names_in("left")
 
 
-# === Presence =========================================================================================================
-
-
 # === Polling ==========================================================================================================
 
 
@@ -3447,6 +3743,9 @@ class TestMessages:
             assert texts_of(events) == ["good morning"]
 
 
+# === Presence =========================================================================================================
+
+
 class TestPresence:
     @transcript
     async def test_login_is_joining(self, lan: Lan) -> None:
@@ -3620,6 +3919,22 @@ FOREIGN_HOSTS = [
 ]
 
 
+ROUTES = [
+    *[
+        ("GET", path)
+        for path in ("/", "/login", "/chat", "/messages", "/healthz", "/style.css", "/chat.js", "/icon.svg", "/nothing")
+    ],
+    *[("POST", path) for path in ("/", "/login", "/logout", "/messages", "/healthz", "/nothing")],
+    *[("HEAD", "/login"), ("OPTIONS", "/login"), ("PUT", "/login"), ("GET", "/logout"), ("GET", "/style.css?v=1")],
+]
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw==",
+}
+
+
 def certificate(folder: Path) -> tuple[str, str]:
     """A certificate for this machine, and its key."""
     openssl = shutil.which("openssl")
@@ -3660,63 +3975,130 @@ class TestSecurity:
     async def test_G10_foreign_host(self, host: str, memory_lan: Lan) -> None:
         """Any other Host is refused on every route with 421 and the flag to use: DNS rebinding finds no door."""
         await memory_lan.serve(allow_host=("chat.example.org",))
-        url = memory_lan.browser().url
-        for path in ("/", "/login", "/healthz", "/style.css", "/chat.js", "/icon.svg", "/nothing"):
-            answer = await raw_request(url, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
-            assert re.match(r"HTTP/1.1 4(21|00) ", answer), answer
-            if host == "evil.example":
-                assert "421" in answer
-        upgrade = (
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\nOrigin: http://{host}\r\n"
-        )
-        answer = await raw_request(url, f"GET /chat?nickname=Eve HTTP/1.1\r\nHost: {host}\r\n{upgrade}\r\n")
-        assert re.match(r"HTTP/1.1 4(21|00|03) ", answer), answer
-
-    @transcript
-    async def test_G10_the_flag_is_named(self, memory_lan: Lan) -> None:
-        """The refusal of a Host names the flag that allows it."""
-        await memory_lan.serve()
-        answer = await memory_lan.browser().fetch("/login", Host="chat.example.org")
-        assert answer.code == 421
-        assert "--allow-host chat.example.org" in text_of(answer)
-
-    @transcript
-    async def test_two_hosts(self, memory_lan: Lan) -> None:
-        """A request with two Hosts is refused."""
-        await memory_lan.serve()
-        answer = await raw_request(
-            memory_lan.browser().url, "GET /login HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
-        )
+        malformed = set(host) & set("@ ")
+        origin = {"Origin": f"http://{host}", "Cookie": "tornchat=x"}  # as the page of an attacker's name sends them
+        for method, path in ROUTES:
+            answer = await memory_lan.ask_raw(method, path, {"Host": host, "Connection": "close"} | origin)
+            assert answer.startswith(f"HTTP/1.1 {400 if malformed else 421} "), (method, path, answer)
+            if not malformed:
+                assert "default-src 'none'" in answer
+        answer = await memory_lan.ask_raw("GET", "/chat?nickname=Eve", {"Host": host} | UPGRADE | origin)
         assert re.match(r"HTTP/1.1 4(21|00) ", answer), answer
+        assert (await memory_lan.browser().ask("Eve"))[0] == 200  # nobody has taken the name
 
     @pytest.mark.parametrize(
-        ("headers", "allowed"),
+        ("version", "hosts", "status"),
         [
-            ({}, True),
-            ({"Origin": "same"}, True),
-            ({"Origin": "http://evil.example"}, False),
-            ({"Origin": "null"}, False),
-            ({"Origin": "http://127.0.0.1:1"}, False),
-            ({"Sec-Fetch-Site": "cross-site"}, False),
-            ({"Sec-Fetch-Site": "same-site"}, False),
-            ({"Sec-Fetch-Site": "same-origin", "Origin": "same"}, True),
+            ("1.1", [], 400),
+            ("1.0", [], 421),
+            ("1.0", ["localhost"], 200),
+            ("1.0", ["evil.example"], 421),
+            ("1.1", ["localhost", "localhost"], 400),
+            ("1.1", ["localhost", "evil.example"], 400),
+            ("1.1", ["localhost, evil.example"], 400),
+            ("1.1", ["localhost/evil.example"], 400),
+            ("1.1", ["localhost\t"], 200),
+            ("1.1", ["local\x00host"], 400),
+            ("1.1", ["localhost:evil"], 421),
+            ("1.1", [":8888"], 421),
+            ("1.1", ["localhost.."], 421),
         ],
     )
     @transcript
-    async def test_G10_origins(self, headers: dict[str, str], allowed: bool, memory_lan: Lan) -> None:
-        """No page of another origin can log in, log out, or open a socket."""
+    async def test_G10_odd_hosts(self, version: str, hosts: list[str], status: int, memory_lan: Lan) -> None:
+        """No Host, two of them, or one that could be read in two ways opens nothing, in HTTP 1.0 as in 1.1."""
         await memory_lan.serve()
+        lines = "".join(f"Host: {host}\r\n" for host in hosts)
+        answer = await raw_request(memory_lan.browser().url, f"GET /login HTTP/{version}\r\n{lines}\r\n")
+        assert re.match(rf"HTTP/1.1 {status} ", answer), answer
+
+    @transcript
+    async def test_an_absolute_address(self, memory_lan: Lan) -> None:
+        """What stands in the request line is no way around the Host."""
+        await memory_lan.serve()
+        answer = await memory_lan.ask_raw("GET", "http://localhost/login", {"Host": "evil.example"})
+        assert answer.startswith("HTTP/1.1 421 ")
+        answer = await memory_lan.ask_raw("GET", "http://evil.example/login", {"Host": "localhost"})
+        assert answer.startswith("HTTP/1.1 404 ")
+
+    @pytest.mark.parametrize("host", ["chat.example.org", "CHAT.example.org:8888", "chat.example.org.:80"])
+    @transcript
+    async def test_G10_the_flag_is_named(self, host: str, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """The refusal of a Host names the flag that allows it, on the page and in the log; with that it is let in."""
+        await memory_lan.serve()
+        answer = await memory_lan.browser().fetch("/login", Host=host)
+        assert answer.code == 421
+        for told in (text_of(answer), caplog.text):
+            assert re.search(r"--allow-host chat\.example\.org(?![.:\w])", told)
+        config = tornchat.parse_config(["--allow-host", host], {})
+        await memory_lan.serve(allow_host=config.allow_host)
+        assert (await memory_lan.browser().fetch("/login", Host=host)).code == 200
+
+    @pytest.mark.parametrize("name", ["https://a.org/", "*.a.org", "a b", "a.org;reboot", "ä.org"])
+    def test_what_is_allowed_is_a_host(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """--allow-host takes names that a Host header can have, and says so of others, instead of never matching."""
+        with pytest.raises(SystemExit) as ended:
+            tornchat.parse_config(["--allow-host", f"b.org,{name}"], {})
+        assert ended.value.code == 2
+        assert name in capsys.readouterr().err
+
+    @pytest.mark.parametrize("upstream", ["tornchat_backend", "127.0.0.1:8888"])
+    @transcript
+    async def test_a_proxy_that_drops_the_host(
+        self, upstream: str, memory_lan: Lan, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Behind a proxy that puts its own name for us into Host, the log says in one line what the proxy has to do."""
+        await memory_lan.serve(trust_proxy=True, allow_host=("chat.example.org",))
+        browser = memory_lan.browser()
+        dropped: dict[str, Any] = {
+            "Host": upstream,
+            "Origin": "http://chat.example.org",
+            "X_Forwarded_For": "192.0.2.7",
+        }
+        assert (await browser.fetch("/login", form={"nickname": "Ann"}, **dropped)).code == 403
+        await browser.login("Ann")
+        assert await browser.knock(**dropped) == 403
+        told = [record.getMessage() for record in caplog.records]
+        assert told
+        for line in told:
+            assert "http://chat.example.org" in line
+            assert "proxy_set_header Host $http_host" in line
+
+    @pytest.mark.parametrize("upgrade", [True, False], ids=["socket", "form"])
+    @pytest.mark.parametrize("site", ["", "same-origin", "none", "same-site", "cross-site", "odd"])
+    @pytest.mark.parametrize(
+        "origin",
+        [
+            *("", "same", "same in capitals", "null", "http://evil.example", "http://127.0.0.1:1", "http://127.0.0.1"),
+            *("https://127.0.0.1.evil.example:{port}", "http://evil.example#127.0.0.1:{port}", "127.0.0.1:{port}"),
+            *("http://127.0.0.1:{port}@evil.example", "http://evil.example@127.0.0.1:{port}"),
+            *("http://localhost:{port}", "file://", "http://127.0.0.1:{port}, http://evil.example"),
+        ],
+    )
+    @transcript
+    async def test_G10_origins(self, origin: str, site: str, upgrade: bool, memory_lan: Lan) -> None:
+        """No page of another origin can log in, write, log out or open a socket, whether its browser says so or not."""
+        daemon = await memory_lan.serve()
+        ours = f"http://127.0.0.1:{daemon.port}"
+        origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))
+        told: dict[str, Any] = {"Origin": origin, "Sec_Fetch_Site": site}
+        told = {name: value for name, value in told.items() if value}
+        # What the browser says of the site can't be forged by a page; where it says nothing, the Origin decides.
+        allowed = site in ("same-origin", "none") if site else origin.lower() in ("", ours)
         ann = memory_lan.browser()
         await ann.login("Ann")
-        underscored: dict[str, Any] = {
-            name.replace("-", "_"): ann.url if value == "same" else value for name, value in headers.items()
-        }
-        for path in ("/login", "/logout"):
-            other = memory_lan.browser()
-            answer = await other.fetch(path, form={"nickname": "Eve"}, **underscored)
-            assert answer.code == (303 if allowed else 403)
-        assert await ann.knock(**underscored) == (101 if allowed else 403)
+        if upgrade:
+            assert await ann.knock(**told) == (101 if allowed else 403)
+            return
+        eve = memory_lan.browser()
+        assert (await eve.fetch("/login", form={"nickname": "Eve"}, **told)).code == (303 if allowed else 403)
+        assert bool(eve.cookies) == allowed
+        assert (await ann.fetch("/messages", form={"text": "hi"}, **told)).code == (201 if allowed else 403)
+        body: dict[str, Any] = {"body": '{"text":"hi"}', "Content_Type": "application/json"}
+        assert (await ann.fetch("/messages", "POST", **body, **told)).code == (201 if allowed else 403)
+        assert daemon.room.seq == (2 if allowed else 0)
+        assert (await ann.fetch("/logout", form={}, **told)).code == (303 if allowed else 403)
+        assert (await ann.fetch("/")).code == (302 if allowed else 200)
 
     @transcript
     async def test_G10_headers(self, memory_lan: Lan) -> None:
@@ -3915,6 +4297,599 @@ class TestSecurity:
         await ann.connect()
         await ann.expect("welcome", name="Ann")
         await ann.expect("message", cid=await ann.say("x" * 4000))
+
+
+# === Attacks: slow ones, greedy ones, and whatever bytes there are ====================================================
+
+CLOSES = (0, 999, 1000, 1001, 1003, 1004, 1005, 1006, 1007, 1011, 1012, 1015, 1016, 2999, 3000, 4999, 5000, 65535)
+ODD_HEADERS = ["Origin", "Sec-Fetch-Site", "Accept", "Accept-Language", "X-Forwarded-For", "X-Forwarded-Proto"]
+ODD_HEADERS += ["X-Forwarded-Host", "If-None-Match", "Range", "Expect", "Sec-WebSocket-Protocol", "Content-Encoding"]
+MISCHIEF = (
+    "\x1b]0;owned\x07\x1b[31m\x9b31m\x7f\x00\x08\r\u202e\u2066\u200f\u061c\u2028"  # what must not reach a terminal
+)
+STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+any_header = st.text(st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"), max_size=60)
+any_query = st.dictionaries(
+    st.sampled_from(["after", "epoch", "wait", "last", "nickname", "password", "why", "v", "name", "seq", "x"]),
+    st.text(max_size=30).map(lambda text: urllib.parse.quote(text, errors="surrogatepass"))
+    | st.binary(max_size=30).map(urllib.parse.quote_from_bytes)
+    | st.sampled_from(
+        ["0", "-1", "1e3", "1e999", "nan", "inf", "9" * 15, "9" * 5000, "1-0", "0-0!", "%", "%FF", "&", ""]
+    )
+    | st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=20),
+).map(lambda query: "&".join(f"{name}={value}" for name, value in query.items()))
+any_form = (
+    st.binary(max_size=300)
+    | st.dictionaries(st.sampled_from(["nickname", "password", "text", "cid", "x"]), st.text(max_size=40)).map(
+        lambda form: urllib.parse.urlencode(form, errors="surrogatepass").encode()
+    )
+    | any_json.map(json.dumps).map(str.encode)
+    | st.builds(
+        lambda name, head, value: (
+            b'--x\r\nContent-Disposition: form-data; name="%b"\r\n%b\r\n\r\n%b\r\n--x--\r\n' % (name, head, value)
+        ),
+        st.sampled_from([b"nickname", b"text", b"\xff", b'"', b""]),
+        st.binary(max_size=30),
+        st.binary(max_size=60),
+    )
+)
+any_type = (
+    st.sampled_from(
+        [
+            *("application/x-www-form-urlencoded", "application/x-www-form-urlencoded; charset=utf-16", ""),
+            *("application/json", "application/json;charset=latin-1", "text/plain", "multipart/form-data"),
+            *(
+                "multipart/form-data; boundary=x",
+                'multipart/form-data; boundary="',
+                "multipart/form-data; boundary=" + "x" * 300,
+            ),
+            *("multipart/form-data; boundary=x; boundary=y", "Application/JSON", "multipart/mixed; boundary=x"),
+        ]
+    )
+    | any_header
+)
+any_ws_frame = st.builds(
+    lambda head, masked, size, payload: bytes((head, masked << 7 | min(size, 125) if size >= 0 else len(payload)))
+    + (b"\0\0\0\0" if masked else b"")
+    + payload,
+    st.integers(0, 255) | st.sampled_from([0x81, 0x82, 0x80, 0x01, 0x88, 0x89, 0x8A]),
+    st.booleans(),
+    st.sampled_from([-1, -1, -1, 0, 1, 126, 127]),
+    st.binary(max_size=120) | any_frame.map(lambda frame: frame.encode() if isinstance(frame, str) else frame)
+    .filter(lambda frame: len(frame) < 126),
+)  # fmt: skip
+
+
+def masked(head: int, payload: bytes = b"", size: int | None = None) -> bytes:
+    """A frame of a client, masked with zeros; `size` is what it claims to have."""
+    size = len(payload) if size is None else size
+    width = 0 if size < 126 else 2 if size < 65536 else 8
+    length = bytes((0x80 | (size if not width else 126 if width == 2 else 127),))
+    return bytes((head,)) + length + (size.to_bytes(width, "big") if width else b"") + bytes(4) + payload
+
+
+PROTOCOL = {
+    "pings": masked(0x89) + masked(0x89, b"hi") + masked(0x89, b"\x00\xff" * 62) + masked(0x8A, b"unasked"),
+    "a ping of 126 bytes": masked(0x89, b"x" * 126),
+    "a ping in fragments": masked(0x09, b"x") + masked(0x80, b"y"),
+    "pings between fragments": masked(0x01, b"a") + masked(0x89, b"1") + masked(0x00, b"b") + masked(0x80, b"c"),
+    "a stray continuation": masked(0x80, b"x"),
+    "a stray continuation that goes on": masked(0x00, b"x"),
+    "a text within a text": masked(0x01, b"a") + masked(0x81, b"b"),
+    "fragments too many": masked(0x01, b"x" * 9000) + masked(0x80, b"x" * 9000),
+    "too long": masked(0x81, b"x" * 20_000),
+    "2 to the 62nd bytes": masked(0x81, b"x", 2**62),
+    "2 to the 64th bytes": masked(0x81, b"x", 2**64 - 1),
+    "not UTF-8": masked(0x81, b"\xff"),
+    "a surrogate": masked(0x81, b"\xed\xa0\x80"),
+    "UTF-8 cut by a fragment": masked(0x01, b"\xe5\xa5") + masked(0x80, b"\xbd"),
+    "UTF-8 that ends early": masked(0x01, b"\xe5") + masked(0x80, b"x"),
+    "a close in the midst of a text": masked(0x01, b"a") + masked(0x88, b"\x03\xe8"),
+    "frames behind a close": masked(0x88, b"\x03\xe8") + masked(0x81, b"x") + masked(0x89, b"x"),
+    "unmasked": b"\x81\x01x",
+    **{f"bit {bit:#x}": masked(0x81 | bit, b"x") for bit in (0x10, 0x20, 0x40, 0x70)},
+    **{f"opcode {code:#x}": masked(0x80 | code, b"x") for code in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+    **{f"close {code}": masked(0x88, code.to_bytes(2, "big") + b"why") for code in CLOSES},
+    "close without a code": masked(0x88),
+    "close with half a code": masked(0x88, b"\x03"),
+    "close with a reason that is no text": masked(0x88, b"\x03\xe8\xff\xfe"),
+    "close of 126 bytes": masked(0x88, b"\x03\xe8" + b"x" * 124),
+}
+
+
+class Mute(tornado.websocket.WebSocketHandler):
+    """Plain Tornado, without any behaviour of its own."""
+
+    def on_message(self, message: str | bytes) -> None:
+        """Called by Tornado."""
+
+
+class Echo(tornchat.ChatSocket):
+    """The product's socket, its way in and its way out, for a fuzzer that wants everything back."""
+
+    async def session(self, wish: tornchat.Wish) -> tornchat.Session | None:
+        """Everybody is a guest."""
+        return await tornchat.log_in(self.services, "", "", None)
+
+    def on_message(self, message: str | bytes) -> None:
+        """Back it goes."""
+        frame = tornchat.ws_frame(message, 0x2) if isinstance(message, bytes) else tornchat.ws_frame(message.encode())
+        if self.listener:
+            self.listener.send(tornchat.Batch(tornchat.Encoded(frame, b"")))
+
+
+async def echo(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Echoes on /chat for ever, for Autobahn's `wstest -m fuzzingclient`; the room itself keeps silent."""
+    for name, value in {
+        "ChatSocket": Echo,
+        "FRAME_BYTES": 2**26,
+        "BACKLOG_BYTES": 2**30,
+        "PINGS_A_TICK": 2**30,
+    }.items():
+        monkeypatch.setattr(tornchat, name, value)
+    monkeypatch.setattr(tornchat.Room, "tell", lambda self, listener, seen: setattr(listener, "base", 0))
+    monkeypatch.setattr(tornchat.Room, "notice", lambda self, kind, events: [])
+    await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", rate=0, ping_seconds=1e9))
+    await asyncio.Event().wait()
+
+
+def unquoted(value: str) -> str:
+    """A cookie's value without the quotes that stand around it on the wire."""
+    return value.strip('"')
+
+
+@contextlib.contextmanager
+def on_stage(lan: Lan) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
+    """One loop and what runs in it for all examples of a test: what it yields plays a coroutine there."""
+    with asyncio.Runner() as runner:
+        try:
+            yield lambda scene: runner.run(asyncio.wait_for(scene, 4 * PATIENCE))
+        finally:
+            runner.run(lan.close())
+            runner.run(sweep())
+
+
+def examples(few: int, many: int) -> pytest.MarkDecorator:
+    """Fuzz with a few examples, and as a slow test with many."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(many, id="slow")])
+
+
+async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
+    """All that the daemon answers to these bytes, up to this end, or before it closes, or until patience is over."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = b""
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        writer.write(request)
+        while piece := await asyncio.wait_for(reader.read(65536), PATIENCE):
+            answer += piece
+            if end and end in answer:
+                break
+    writer.transport.abort()
+    return answer
+
+
+class TestAttacks:
+    @examples(100, 500)
+    def test_any_frames_at_the_door(self, examples: int, memory_lan: Lan) -> None:
+        """Whatever frames and bytes come through a socket: the daemon logs no error, and others talk on."""
+        with on_stage(memory_lan) as play:
+            play(memory_lan.serve())
+            bob, ann = play(memory_lan.join("Bob")), memory_lan.browser()
+            play(ann.login("Ann"))
+
+            async def attack(frames: list[bytes], plain: bool) -> None:
+                protocol = "Sec-WebSocket-Protocol: text\r\n" if plain else ""
+                head = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
+                request = (
+                    f"GET /chat HTTP/1.1\r\nHost: localhost\r\nCookie: {ann.headers()['Cookie']}\r\n{protocol}{head}"
+                )
+                end = b"\x88\x82\0\0\0\0\x03\xe8" + bytes(20_000) + b"\xff" * 40  # an end in any case
+                heard = await exchange(ann.port, request.encode() + b"\r\n" + b"".join(frames) + end)
+                assert heard.startswith(b"HTTP/1.1 101 ")
+                cid = await bob.say("still here")
+                while (await bob.expect("message")).get("cid") != cid:
+                    pass  # what the attack said well
+
+            @hypothesis.settings(max_examples=examples)
+            @hypothesis.given(st.lists(any_ws_frame | st.binary(max_size=40), max_size=8), st.booleans())
+            def attacks(frames: list[bytes], plain: bool) -> None:
+                play(attack(frames, plain))
+
+            attacks()
+
+    @examples(150, 1000)
+    def test_any_request(self, examples: int, memory_lan: Lan) -> None:
+        """Whatever form, query, type and header comes to any route: an answer below 500, and no error in the log."""
+        with on_stage(memory_lan) as play:
+            play(memory_lan.serve(password="open", trust_proxy=True))
+            ann = memory_lan.browser()
+            play(ann.login("Ann", "open"))
+
+            @hypothesis.settings(max_examples=examples)
+            @hypothesis.given(
+                st.sampled_from(["GET", "POST", "POST", "PUT", "HEAD"]),
+                st.sampled_from(
+                    ["/", "/login", "/login", "/logout", "/chat", "/messages", "/messages", "/chat.js", "/x"]
+                ),
+                any_query,
+                any_form,
+                any_type,
+                st.dictionaries(st.sampled_from(ODD_HEADERS), any_header, max_size=3),
+                st.booleans(),
+            )
+            def attacks(
+                method: str, path: str, query: str, form: bytes, kind: str, more: dict[str, str], upgrade: bool
+            ) -> None:
+                headers = {"Host": "localhost", "Content-Type": kind, "Content-Length": str(len(form))}
+                headers |= {"Cookie": ann.headers()["Cookie"]} if path != "/logout" else {}
+                headers |= UPGRADE if upgrade and path == "/chat" else {}
+                query = re.sub("wait=[^&]*", "wait=0", query) if path == "/messages" else query
+                lines = [f"{method} {path}?{query} HTTP/1.1", *(f"{n}: {v}" for n, v in (headers | more).items())]
+                request = "\r\n".join([*lines, "", ""]).encode("latin-1")
+                answer = play(exchange(ann.port, request + form, b"\r\n\r\n"))
+                assert re.match(rb"HTTP/1.1 [1-4]\d\d ", answer), (request, form, answer)
+                assert len(re.findall(rb"(?mi)^(?:set-cookie|location): (?!tornchat-|/)", answer)) == 0, answer
+
+            attacks()
+            assert play(ann.fetch("/")).code == 200
+
+    @pytest.mark.parametrize("frames", PROTOCOL.values(), ids=PROTOCOL.keys())
+    @transcript
+    async def test_the_protocol(self, frames: bytes, memory_lan: Lan) -> None:
+        """Good and bad frames are answered as plain Tornado answers them, with the same pongs and close frames."""
+        await memory_lan.serve()
+        server = tornado.httpserver.HTTPServer(
+            tornado.web.Application([("/chat", Mute)], websocket_max_message_size=tornchat.FRAME_BYTES)
+        )
+        (port,) = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        server.add_socket(port)
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        answers: list[list[tuple[int, bytes]]] = []
+        for url in (ann.url, f"http://127.0.0.1:{port.getsockname()[1]}"):
+            reader, writer = await handshake(url, ann.headers()["Cookie"], after=frames + b"\x88\x82\0\0\0\0\x03\xe8")
+            answers.append([])
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    head, size = await asyncio.wait_for(reader.readexactly(2), PATIENCE)
+                    size = int.from_bytes(await reader.readexactly(2), "big") if size == 126 else size
+                    answers[-1] += [(head, await reader.readexactly(size))]
+            writer.transport.abort()
+        server.stop()
+        ours, plain = ([answer for answer in answered if answer[0] & 0x8] for answered in answers)
+        assert [(head & 0xF, data) for head, data in ours] == [(head & 0xF, data) for head, data in plain]
+
+    @transcript
+    async def test_G7_no_field_of_a_form_changes_the_speaker(self, lan: Lan) -> None:
+        """Neither the form nor the JSON nor the query of a POST says who speaks, when, or as what."""
+        await lan.serve()
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        false = {"name": "Bob", "nickname": "Bob", "sid": "x", "session": "x", "seq": "99", "ts": "1", "type": "left"}
+        false |= {"epoch": "x", "id": "9-9", "names": "Bob", "member": "Bob", "from": "Bob"}
+        query = urllib.parse.urlencode(false)
+        answers = [
+            await ann.fetch(f"/messages?{query}", form={"text": "hi", "cid": "c1"} | false),
+            await ann.fetch(
+                f"/messages?{query}",
+                "POST",
+                body=json.dumps({"text": "hi", "cid": "c2"} | false),
+                Content_Type="application/json",
+                X_Forwarded_For="192.0.2.1",
+                X_Forwarded_User="Bob",
+            ),
+        ]
+        for seq, answer in enumerate(answers, 1):
+            assert answer.code == 201
+            message = await bob.expect("message", name="Ann", seq=seq, cid=f"c{seq}", text="hi")
+            assert json.loads(answer.body) == message
+            assert set(message) == {"type", "seq", "ts", "name", "text", "cid"}
+            assert message["ts"] > 1_600_000_000_000
+
+    @pytest.mark.parametrize(
+        "kind", ["message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say"]
+    )
+    @transcript
+    async def test_G7_only_says_are_heard(self, kind: str, memory_lan: Lan) -> None:
+        """A frame that looks like one of the room's own is refused, and nobody else sees it."""
+        await memory_lan.serve()
+        ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
+        await ann.send(json.dumps({"type": kind, "text": "hi", "names": ["Bob"], "name": "Bob", "seq": 1, "ts": 1}))
+        await ann.expect("refused", code="bad-frame")
+        await bob.quiet()
+
+    @transcript
+    async def test_G7_a_query_changes_nobody(self, lan: Lan) -> None:
+        """With a session, the query of a socket can't make somebody else of its owner."""
+        await lan.serve()
+        bob, ann = await lan.join("Bob"), lan.browser()
+        await ann.login("Ann")
+        await ann.connect(name="Bob", sid="x", session="x", seq="9")
+        await ann.expect("welcome", name="Ann")
+        taken = await ann.tab().connect(nickname="Bob")
+        await taken.closed(4409)
+        await ann.say("hi")
+        await bob.expect("message", name="Ann")
+
+    @slow
+    @transcript
+    async def test_G5_a_slow_reader_leaves_no_trace(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """Five who don't read are closed, one of them with all that may wait, and nothing is kept of them."""
+        daemon = await memory_lan.serve()
+        ann, names = await memory_lan.join("Ann"), [f"slow{n}" for n in range(5)]
+        stalled = []
+        for name in names:
+            browser = memory_lan.browser()
+            await browser.login(name)
+            stalled.append(await handshake(browser.url, browser.headers()["Cookie"], buffer=4096))
+
+        async def all_in() -> bool:
+            return len(daemon.room.listeners) == 6
+
+        await until(all_in)
+        kept = [
+            weakref.ref(handler)
+            for handler in daemon.sockets
+            if handler.listener and handler.listener.member.name in names
+        ]
+        tasks = len(asyncio.all_tasks())
+        caplog.set_level(logging.INFO)
+        for _, writer in stalled:
+            assert isinstance(writer.transport, asyncio.Transport)
+            writer.transport.pause_reading()
+        for n in range(700):
+            await ann.expect("message", cid=await ann.say("x" * 4000), seq=n + 1)
+        assert len(daemon.room.listeners) == 1
+
+        async def all_gone() -> bool:
+            gc.collect()
+            return len(daemon.sockets) == 1 and not any(handler() for handler in kept)
+
+        await until(all_gone, within=5 + PATIENCE)  # Tornado waits 5 s for their goodbye
+        assert len(asyncio.all_tasks()) <= tasks
+        assert len(caplog.records) <= 1
+        for _, writer in stalled:
+            writer.transport.abort()
+
+    @transcript
+    async def test_G5_a_thousand_waiting_messages_are_closed(
+        self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Who goes while a thousand messages wait takes them along: one line in the log at the most, no task left."""
+        daemon = await memory_lan.serve()
+        monkeypatch.setattr(tornchat, "BACKLOG_EVENTS", 2000)
+        await memory_lan.join("Ann")
+        bob = await memory_lan.join("Bob")
+        caplog.set_level(logging.DEBUG, "tornchat")
+        caplog.set_level(logging.INFO)
+        (listener,) = [listener for listener in daemon.room.listeners if listener.member.name == "Bob"]
+        assert isinstance(listener, tornchat.SocketListener)
+        tasks = len(asyncio.all_tasks())
+        monkeypatch.setattr(listener.stream, "writing", lambda: True)
+        event = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Ann", "text": "hi"})
+        for _ in range(1000):
+            daemon.room.send(tornchat.Batch(event))
+        assert listener.waiting_events == 1000
+        bob.drop()
+
+        async def gone() -> bool:
+            return len(daemon.sockets) == 1
+
+        await until(gone)
+        assert len(asyncio.all_tasks()) <= tasks
+        assert len(caplog.records) <= 1
+
+    @transcript
+    async def test_G5_slow_requests(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """Headers that stop half-way, bodies that drip, connections that say nothing: all are cut; others log in."""
+        daemon = await memory_lan.serve(header_seconds=0.4, body_seconds=0.4)
+        caplog.set_level(logging.INFO)
+        head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        slow = [b"", b"G", head[:60], head, head + b"X: ", head + b"Content-Length: 99\r\n\r\nnick", b"\x16\x03\x01"]
+        slow += [head + b"Transfer-Encoding: chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nni"]
+
+        async def drip(opening: bytes) -> None:
+            """Go on with a byte now and then until one is cut off."""
+            reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            writer.write(opening)
+            cut = asyncio.create_task(reader.read())
+            while not cut.done():
+                if opening:
+                    writer.write(b"a")
+                await asyncio.wait([cut], timeout=0.05)
+            writer.transport.abort()
+            assert not isinstance(cut.exception(), Exception) or isinstance(cut.exception(), ConnectionError)
+
+        drops = [asyncio.create_task(drip(opening)) for opening in slow * 10]
+        await memory_lan.browser().login("Ann")
+        await asyncio.wait_for(asyncio.gather(*drops), PATIENCE)
+        await memory_lan.browser().login("Bob")
+        assert not [record for record in caplog.records if record.name == "tornchat"]
+
+    @transcript
+    async def test_G5_a_handshake_of_tls_that_stops(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """Who opens a connection for https and says nothing, or half of it, is cut off too."""
+        cert, key = certificate(tmp_path)
+        daemon = await memory_lan.serve(certfile=cert, keyfile=key, header_seconds=0.3)
+        for opening in (b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            writer.write(opening)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), PATIENCE)
+            writer.transport.abort()
+
+    @transcript
+    async def test_G5_answers_that_nobody_takes(self, memory_lan: Lan) -> None:
+        """Who asks and asks and doesn't read the answers is cut off: they are not kept for ever."""
+        daemon = await memory_lan.serve(answer_seconds=0.3)
+        ann = await memory_lan.join("Ann")
+        for _ in range(100):
+            await ann.expect("message", cid=await ann.say("好" * 4000))
+        connections = daemon.server._connections
+        before = len(connections)
+        cookie = ann.headers()["Cookie"]
+        request = f"GET /messages HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie}\r\n\r\n".encode()
+        with socket.socket() as greedy:
+            greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            greedy.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(greedy, ("127.0.0.1", daemon.port))
+            await loop.sock_sendall(greedy, request * 10)
+            sent = len(await loop.sock_recv(greedy, 1))
+
+            async def cut() -> bool:
+                return len(connections) <= before
+
+            await until(cut)
+            with contextlib.suppress(ConnectionError):
+                while piece := await loop.sock_recv(greedy, 65536):
+                    sent += len(piece)
+        assert sent < 1_000_000  # of an answer of 1.2 MB
+        page = await ann.fetch("/messages")
+        assert len(page.body) > 1_200_000
+
+    @transcript
+    async def test_G10_no_redirect_leads_away(self, memory_lan: Lan) -> None:
+        """Whatever stands in an address, a redirect leads to the room or to its login page, and splits no header."""
+        await memory_lan.serve()
+        ann, nobody = memory_lan.browser(), memory_lan.browser()
+        await ann.login("Ann")
+        for path in [
+            *(
+                "/",
+                "//",
+                "//evil.example",
+                "//evil.example/..",
+                "/\\evil.example",
+                "/%5cevil.example",
+                "/.//evil.example",
+            ),
+            *("/?next=//evil.example", "/login?next=//evil.example", "/login?next=https://evil.example&nickname=x"),
+            *(
+                "/%0d%0aSet-Cookie:%20a=b",
+                "/?%0d%0aLocation:%20//evil.example",
+                "/login?why=%0d%0aX:y",
+                "/@evil.example",
+            ),
+        ]:
+            for browser in (ann, nobody):
+                answer = await browser.fetch(path)
+                assert answer.headers.get("Location", "/login") == "/login"
+                assert answer.code in (200, 302, 404)
+                assert {"X", "Set-Cookie"}.isdisjoint(answer.headers)
+        for path in ("/login?next=//evil.example", "/login?%0d%0aSet-Cookie:a=b"):
+            answer = await memory_lan.browser().fetch(path, form={"nickname": "", "next": "//evil.example"})
+            assert (answer.code, answer.headers["Location"]) == (303, "/")
+        answer = await nobody.fetch("/logout?next=//evil.example", form={"next": "//evil.example"})
+        assert (answer.code, answer.headers["Location"]) == (303, "/login")
+
+    @pytest.mark.parametrize("line", ["\r\nSet-Cookie: a=b", "\nX: y", "\r\n\r\n<script>", "\x0bX: y", "\x85X: y"])
+    @transcript
+    async def test_G10_nothing_splits_a_header(self, line: str, memory_lan: Lan) -> None:
+        """A line break in a name, a password, a cid or a title ends no header and begins none."""
+        with pytest.raises(argparse.ArgumentTypeError):
+            tornchat.room_title(f"Room{line}")
+        await memory_lan.serve(title=f"Room{line}")
+        eve = memory_lan.browser()
+        for accept in ("text/html", "application/json"):
+            answer = await eve.fetch("/login", form={"nickname": f"Eve{line}", "password": line}, Accept=accept)
+            assert answer.code == 400
+            assert {"Set-Cookie", "X"}.isdisjoint(answer.headers)
+            assert "<script>" not in text_of(answer)
+        await eve.login("Eve")
+        answer = await eve.fetch("/messages", form={"text": f"hi{line}", "cid": f"c{line}"})
+        assert (answer.code, json.loads(answer.body)["code"]) == (400, "bad-frame")
+        assert {"Set-Cookie", "X"}.isdisjoint(answer.headers)
+
+    @transcript
+    async def test_G10_headers_of_every_answer(self, memory_lan: Lan) -> None:
+        """Every route in every way, errors too, has the headers that forbid what the pages do not need."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        cookie = {"Cookie": ann.headers()["Cookie"]}
+        for method, path in ROUTES:
+            for more in ({}, cookie, cookie | {"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+                if path == "/logout" and "Origin" not in more:
+                    continue
+                answer = await memory_lan.ask_raw(method, path, {"Host": "localhost"} | more)
+                headers = dict(line.split(": ", 1) for line in answer.strip().split("\r\n")[1:])
+                assert {name: headers[name] for name in list(tornchat.SECURITY_HEADERS)[:3]} == {
+                    name: tornchat.SECURITY_HEADERS[name] for name in list(tornchat.SECURITY_HEADERS)[:3]
+                }
+                assert headers["Server"] == "tornchat"
+                if not path.startswith(("/style", "/chat.js", "/icon")) or " 200 " not in answer:
+                    assert headers["Cache-Control"] == "no-store", (method, path)
+                assert not any(name.startswith("Access-Control") for name in headers)
+
+    @pytest.mark.parametrize("verbose", [(), ("-v",), ("-v", "-v")], ids=["usual", "-v", "-v -v"])
+    @transcript
+    async def test_what_reaches_the_operator(
+        self, verbose: tuple[str, ...], redis_server: RedisServer, redis_lan: Lan
+    ) -> None:
+        """Whoever writes what where: no control character reaches the operator's terminal, and no secret his log."""
+        with redis_server.client as client:
+            client.acl_setuser("tornchat", enabled=True, passwords=["+redispassword"], keys=["*"], commands=["+@all"])
+        url = redis_server.url.replace("redis://", "redis://tornchat:redispassword@")
+        program = await Program.start(
+            *(
+                "-p",
+                "0",
+                "--host",
+                "127.0.0.1",
+                "--password",
+                "roompassword",
+                "--rate",
+                "0",
+                "--room",
+                redis_lan.store.room,
+            ),
+            *("--trust-proxy", "--secret", "cookiesecret", *verbose),
+            REDIS_URL=url,
+        )
+        redis_lan.programs.append(program)
+        address = await program.address()
+        port = int(address.rpartition(":")[2])
+        ann = redis_lan.browser(address)
+        await ann.login("Ann", "roompassword")
+        await ann.connect()
+        await ann.expect("welcome")
+        await ann.expect("message", cid=await ann.say("private matters" + MISCHIEF.replace("\x00", "")))
+        await ann.send("nonsense" + MISCHIEF)
+        await ann.expect("refused")
+        await ann.fetch("/messages", form={"text": "private matters too", "cid": MISCHIEF})
+        quoted, raw = urllib.parse.quote(MISCHIEF), MISCHIEF.encode().replace(b"\r", b"")
+        bare = "".join(char for char in MISCHIEF if char > "\x7f").encode()
+        cookie = ann.headers()["Cookie"].encode()
+        for mischief in (quoted.encode(), raw, bare, b"\xc2\x9b31m", b"\x9b31m"):
+            for request in (
+                b"GET /%b?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\n\r\n" % (mischief, mischief),
+                b"GET /login HTTP/1.1\r\nHost: a%b.example\r\n\r\n" % mischief,
+                b"GET /login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-Host: a%b.example\r\n\r\n" % mischief,
+                b"GET /login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: %b\r\n\r\n" % mischief,
+                b"GET /login HTTP/1.1\r\nHost: localhost\r\nUser-Agent: %b\r\n%b: x\r\n\r\n" % (mischief, mischief),
+                b"%b /login HTTP/1.1\r\nHost: localhost\r\n\r\n" % mischief,
+                b"GET /login %b\r\nHost: localhost\r\n\r\n" % mischief,
+                b"POST /login HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%b\r\nContent-Length: 0\r\n\r\n" % mischief,
+                b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n" % mischief,
+                b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=%b\r\n"
+                b"Content-Length: 3\r\n\r\nabc" % mischief,
+                b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: %b; %b\r\n\r\n" % (cookie, mischief),
+                b"GET /chat?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\nUpgrade: %b\r\n\r\n"
+                % (mischief, mischief),
+            ):
+                await exchange(port, request, b"\r\n\r\n")
+        ann.drop()
+        program.signal(signal.SIGTERM)
+        code, out, err = await program.ended()
+        assert code == 0
+        assert "Traceback" not in err
+        assert not STEERS.search((out + err).replace("\n", ""))
+        assert "owned" in err  # the attacks are in the log, but tame
+        secrets = ["redispassword"]
+        if verbose != ("-v", "-v"):
+            secrets += ["private matters", "roompassword", "cookiesecret", *map(unquoted, ann.cookies.values())]
+        for secret in secrets:
+            assert secret not in out + err
 
 
 # === Health ===========================================================================================================
@@ -5529,7 +6504,7 @@ class TestJoiningIn:
         assert 'data-view="window"' in text_of(await ann.fetch("/?view=nonsense"))
 
 
-ATTACKS = [
+MARKUP = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
     "<svg/onload=alert(1)>",
@@ -5583,7 +6558,7 @@ class TestEveryone:
         await memory_lan.serve(title="</title><img src=x onerror=alert(1)>")
         bob = await memory_lan.join("Bob")
         named = 0
-        for number, attack in enumerate(ATTACKS):
+        for number, attack in enumerate(MARKUP):
             status, _ = await (mallory := memory_lan.browser()).ask(attack[: tornchat.NAME_CHARS - 2] + str(number))
             if status == 200:
                 named += 1
@@ -5604,11 +6579,11 @@ class TestEveryone:
             await ann.page.evaluate("passed({type: 'joined', names: ['Eve'], count: 3}, 'add')")
             await ann.shows("#log", "Eve")
             tags, attributes = map(set, await ann.page.evaluate(found))
-            for attack in ATTACKS:
+            for attack in MARKUP:
                 await bob.say(attack)
                 await ann.page.fill("#box", f"@{attack[:5]}")
-            await ann.page.evaluate("all => all.forEach(text => refused({text}))", ATTACKS)
-            await ann.page.evaluate("all => passed({type: 'joined', names: all, count: 50}, 'add')", ATTACKS)
+            await ann.page.evaluate("all => all.forEach(text => refused({text}))", MARKUP)
+            await ann.page.evaluate("all => passed({type: 'joined', names: all, count: 50}, 'add')", MARKUP)
             await bob.say("the end")
             await ann.shows("#log", "the end")
             more_tags, more_attributes = map(set, await ann.page.evaluate(found))
@@ -5618,7 +6593,7 @@ class TestEveryone:
                 re.match("https?://", link)
                 for link in await ann.page.eval_on_selector_all("#log a", "a => a.map(b => b.href)")
             )
-            for attack in ATTACKS:
+            for attack in MARKUP:
                 await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
                 await ann.page.press("#nickname", "Enter")
                 await ann.page.wait_for_load_state()
@@ -6798,6 +7773,931 @@ class TestManyDaemons:
         )
 
 
+# === Terminal client ==================================================================================================
+
+# What is typed -> what then stands there, the cursor as |
+KEYSTROKES = {
+    "plain": ("hello", "hello|"),
+    "in the midst": ("helo\x1b[Dl", "hell|o"),
+    "left and right": ("ab\x1b[D\x1b[D\x1b[Cx", "ax|b"),
+    "other codes of the arrows": ("ab\x1bOD\x02\x06x", "ax|b"),
+    "not beyond the ends": ("ab\x1b[C\x1b[D\x1b[D\x1b[D", "|ab"),
+    "home and end": ("bc\x01a\x05d\x1b[H|\x1b[F", "|abcd|"),
+    "backspace": ("abc\x7f\x08", "a|"),
+    "backspace at the beginning": ("a\x01\x7f", "|a"),
+    "delete": ("abc\x01\x1b[3~\x04", "|c"),
+    "erase to the beginning": ("one two\x1b[D\x15", "|o"),
+    "erase to the end": ("one two\x1bb\x0b", "one |"),
+    "erase a word": ("one two  \x17", "one |"),
+    "by words": ("one two\x1bb\x1b[1;5Dx\x1bfy", "xoney| two"),
+    "wide characters": ("你好\x1b[D世", "你世|好"),
+    "a character with its marks": ("ae\u0301\x7f", "a|"),
+    "an emoji of several": ("a👩\u200d🚀\x1b[Db", "ab|👩\u200d🚀"),
+    "a paste": ("<\x1b[200~one\r\ntwo\rthree\x1b[201~>", "<one\ntwo\nthree>|"),
+    "a paste with keys in it": ("\x1b[200~a\x1b[31m\x7f\x01b\x9b\u202e\x1b[201~c", "a[31mbc|"),
+    "a new line": ("one\x1b\rtwo", "one\ntwo|"),
+    "keys that do nothing": ("a\x1b[15~\x1b[5~\x1bOP\x00\x1b[?1;2cb", "ab|"),
+    "Escape": ("\x1bxy", "xy|"),
+    "recall": ("one\rtwo\rthr\x1b[A\x1b[A", "one|"),
+    "and back to what was being typed": ("one\rtwo\rthr\x1b[A\x1b[A\x1b[A\x1b[B\x1b[B\x1b[B", "thr|"),
+    "the same again is recalled once": ("one\rone\r\r  \r\x1b[A", "one|"),
+}
+
+SUBMITTED = {
+    "a line": ("hi\r", ["hi"]),
+    "as sent by a script": ("hi\n", ["hi"]),
+    "two at once": ("one\rtwo\rthr", ["one", "two"]),
+    "nothing": ("\r  \r", []),
+    "several rows": ("\x1b[200~one\ntwo\x1b[201~\r", ["one\ntwo"]),
+    "recalled": ("one\r\x1b[A!\r", ["one", "one!"]),
+    "Ctrl-C": ("abc\x03", ["\x03"]),
+    "Ctrl-D": ("\x04", ["/quit"]),
+    "Ctrl-D before a text": ("abc\x01\x04\r", ["bc"]),
+    "Ctrl-Z": ("ab\x1ac\r", ["\x1a", "abc"]),
+    "Ctrl-C when the end of a paste is missing": ("\x1b[200~abc\x03", ["\x03"]),
+}
+
+ATTACKS = {
+    "colour": "\x1b[31mred",
+    "clear the screen": "\x1b[2J\x1b[H",
+    "C1 CSI": "\x9b2J",
+    "window title": "\x1b]0;pwned\x07",
+    "link": "\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\",
+    "clipboard": "\x1b]52;c;cHduZWQ=\x07",
+    "C1 OSC": "\x9d52;c;cHduZWQ=\x9c",
+    "device control": "\x1bP$q\x1b\\",
+    "report": "\x1b[6n\x1b[c",
+    "bell": "\x07",
+    "backspace": "Bob: hi\x08\x08\x08\x08",
+    "carriage return": "hi\rAnn: bye",
+    "vertical tab and form feed": "a\x0bb\x0cc",
+    "next line": "a\x85Ann: bye",
+    "shift out": "\x0e\x0f",
+    "NUL and DEL": "a\x00b\x7fc",
+    "right-to-left override": "\u202egnp.exe",
+    "isolates": "\u2066a\u2067b\u2069",
+    "bidi marks": "\u200ea\u200fb\u061cc",
+    "line separators": "a\u2028Ann: bye\u2029b",
+    "lone surrogate": "a\ud800b",
+    "newline": "hi\nAnn: bye\n12:34 Ann: bye",
+    "a row that wraps": "x" + " " * 200 + "12:34 Ann: bye",
+    "a row that wraps without spaces": "\u00e9" * 90 + "12:34\u00a0Ann:\u00a0bye",
+}
+OWN_SEQUENCES = re.compile(r"\x1b\[(?:\d*A|J|\?2004[hl]|[\d;]*m)")  # what the client itself tells the terminal
+
+
+def typed(*chunks: str) -> tuple[tornchat.Editor, list[str]]:
+    """An editor after these keys, and what they submitted."""
+    editor = tornchat.Editor()
+    return editor, [line for chunk in chunks for line in editor.feed(chunk)]
+
+
+class Joined(Program):
+    """`tornchat.py --join` in a pipe: lines go in, lines come out."""
+
+    @classmethod
+    async def run(cls, lan: Lan, at: str, *options: str, **environ: str) -> Self:
+        command = [str(PROGRAM), "--join", at, *options]
+        program = await cls.spawn(command, environ, stdin=asyncio.subprocess.PIPE)
+        lan.programs.append(program)
+        return program
+
+    def feed(self, *lines: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+
+    def feed_no_more(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    async def kill(self) -> None:
+        self.feed_no_more()
+        await super().kill()
+
+    async def lines(self, count: int) -> list[str]:
+        """The next lines of stdout."""
+        assert self.process.stdout is not None
+        read = self.process.stdout.readline
+        return [(await asyncio.wait_for(read(), 2 * PATIENCE)).decode().rstrip("\n") for _ in range(count)]
+
+
+class Terminal(Program):
+    """`tornchat.py --join` as a person runs it, in a terminal of its own (a pty)."""
+
+    master: int
+    slave: int
+
+    @classmethod
+    async def run(cls, lan: Lan, at: str, *options: str, columns: int = 80, **environ: str) -> Self:
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        command = [str(PROGRAM), "--join", at, *options]
+        environ = {"TERM": "xterm-256color"} | environ
+        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
+        program.master, program.slave, program.seen = master, slave, b""
+        program.modes = termios.tcgetattr(slave)
+        lan.programs.append(program)
+        os.set_blocking(master, False)
+        asyncio.get_running_loop().add_reader(master, program.on_output)
+        return program
+
+    modes: list[Any]  # of the terminal, before
+    seen: bytes  # all that was written to it
+
+    def on_output(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.seen += os.read(self.master, 65536)
+
+    def keys(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    @property
+    def text(self) -> str:
+        """What was written, without the sequences that the client itself uses."""
+        return OWN_SEQUENCES.sub("", self.seen.decode()).replace("\r\n", "\n")
+
+    @property
+    def rows(self) -> list[str]:
+        """What a terminal makes of it, in which no row is too long."""
+        rows, row, at = [""], 0, 0
+        for up, erase, control, text in re.findall(
+            r"\x1b\[(\d+)A|\x1b\[(J)|\x1b\[[\d;?]*[mhl]|([\r\n])|([^\x1b\r\n]+)", self.seen.decode()
+        ):
+            row += (control == "\n") - int(up or 0)
+            at = 0 if control == "\r" else at
+            rows += [""] * (row + 1 - len(rows))
+            if erase:
+                rows[row:] = [rows[row][:at]]
+            rows[row] = rows[row][:at] + text + rows[row][at + len(text) :]
+            at += len(text)
+        return rows
+
+    async def shows(self, text: str, times: int = 1) -> None:
+        """Wait until that was written so often."""
+
+        async def written() -> bool:
+            return self.text.count(text) >= times
+
+        try:
+            await until(written, 2 * PATIENCE)
+        except BaseException:
+            print(self.text)
+            raise
+
+    async def leaves(self) -> int:
+        """Wait for its end; the terminal is as it was before."""
+        code = await asyncio.wait_for(self.process.wait(), 2 * PATIENCE)
+        assert termios.tcgetattr(self.slave) == self.modes
+        assert self.seen.count(b"\x1b[?2004h") == self.seen.count(b"\x1b[?2004l")
+        self.on_output()
+        return code
+
+    async def kill(self) -> None:
+        await super().kill()
+        asyncio.get_running_loop().remove_reader(self.master)
+        os.close(self.master)
+        os.close(self.slave)
+
+
+class HostileRoom:
+    """A server that says to a terminal whatever it likes, in every field of its frames."""
+
+    async def __aenter__(self) -> str:
+        """Its address."""
+        everything = "".join(ATTACKS.values())
+
+        class Login(tornado.web.RequestHandler):
+            def post(self) -> None:
+                self.finish(json.dumps({"name": "Me" + everything}))
+
+        class Chat(tornado.websocket.WebSocketHandler):
+            def open(self, *args: str, **kwargs: str) -> None:
+                self.tell(type="welcome", title="Room" + everything, name="Me" + everything,
+                          members=["Me", "Bob" + everything], count=2, epoch="e", seq=len(ATTACKS) + 1, recovered=False,
+                          missed=0, reset=False, limits={"text": 4000, "history": 100})  # fmt: skip
+                for seq, (name, attack) in enumerate(ATTACKS.items(), 1):
+                    common = {"ts": 1795166143321, "name": "Bob" + attack, "text": name + attack, "count": 2}
+                    self.tell(type="joined", names=["Bob" + attack], **common)
+                    self.tell(type="refused", code="empty", **common)
+                    self.tell(type="left", names=["Bob" + attack], **common)
+                    self.tell(type="message", seq=seq, cid="x", **common)
+                self.tell(type="message", seq=seq + 1, **common | {"name": "Eve", "text": "the end"})
+
+            def tell(self, **frame: object) -> None:
+                self.write_message(json.dumps(frame))
+
+        application = tornado.web.Application([("/login", Login), ("/chat", Chat)], log_function=lambda handler: None)
+        self.server = tornado.httpserver.HTTPServer(application)
+        sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        self.server.add_sockets(sockets)
+        return f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
+
+    async def __aexit__(self, *error: object) -> None:
+        self.server.stop()
+        await self.server.close_all_connections()
+
+
+class TestTerminal:
+    @pytest.mark.parametrize(("keys", "shown"), KEYSTROKES.values(), ids=KEYSTROKES)
+    def test_keys(self, keys: str, shown: str) -> None:
+        """Each key does what it does in a shell."""
+        editor, _ = typed(keys)
+        assert editor.text[: editor.at] + "|" + editor.text[editor.at :] == shown
+
+    @pytest.mark.parametrize(("keys", "lines"), SUBMITTED.values(), ids=SUBMITTED)
+    def test_submitted(self, keys: str, lines: list[str]) -> None:
+        """Enter submits what was typed; Ctrl-C and Ctrl-D leave."""
+        assert typed(keys)[1] == lines
+
+    @hypothesis.given(st.lists(st.sampled_from([keys for keys, _ in [*KEYSTROKES.values(), *SUBMITTED.values()]])))
+    def test_keys_in_pieces(self, keys: list[str]) -> None:
+        """However the keys are cut in pieces on their way, they are the same keys."""
+        whole, lines = typed("".join(keys))
+        pieces, same = typed(*"".join(keys))
+        assert (whole.text, whole.at, lines) == (pieces.text, pieces.at, same)
+
+    @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40), st.data())
+    def test_layout(self, text: str, columns: int, data: st.DataObject) -> None:
+        """What is being typed fits into the rows of any terminal, and the cursor stands where it belongs."""
+        at = data.draw(st.integers(0, len(text)))
+        rows, row, before = tornchat.layout(text, at, columns)
+        assert all(tornchat.width(row) <= columns for row in rows)
+        assert "".join(rows) == text.replace("\n", "")
+        assert "".join(rows[:row]) + before == text[:at].replace("\n", "")
+
+    @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40))
+    @hypothesis.example("é" * 100, 20)
+    def test_wrap(self, text: str, columns: int) -> None:
+        """Rows of a message fit, lose no letter, and only the first begins at the margin; a long URL stays whole."""
+        first, *others = tornchat.wrap("12:34 Ann: " + text, columns)
+        assert first.startswith("12:34 Ann:"[:columns])
+        assert all(row.startswith("    ") or not row for row in others)
+        assert "".join([first, *others]).replace(" ", "") == "12:34Ann:" + re.sub(r"\s", "", text)
+        for row in [first, *others]:
+            assert tornchat.width(row) <= columns or row.isascii(), row
+        url = "http://example.org/" + "x" * 100
+        assert f"    {url}" in tornchat.wrap(f"12:34 Ann: see {url} there", columns)
+
+    @transcript
+    async def test_G10_attacks(self, memory_lan: Lan) -> None:
+        """No byte of others steers the terminal or writes a line of somebody else's, whatever field it stands in."""
+        async with HostileRoom() as url:
+            terminal = await Terminal.run(memory_lan, url, TZ="UTC")
+            await terminal.shows("Eve: the end")
+            terminal.keys("/who\r/nothing\r")
+            await terminal.shows("/nothing")
+            terminal.keys("\x03")
+            assert await terminal.leaves() == 0
+            piped = await Joined.run(memory_lan, url, "-v")
+            piped.feed_no_more()
+            code, out, err = await piped.ended()
+        assert code == 0
+        for printed in (terminal.text.replace("\r", ""), out, err):
+            assert [char for char in printed if tornchat.STEERING.match(char) or char == "\x1b"] == []
+            assert not re.search(r"^(\d\d:\d\d )?Ann", printed, re.MULTILINE), printed
+        said = [line for line in out.splitlines() if not line.startswith(" ")]
+        assert len(said) == len(ATTACKS) + 1
+        assert all(line.startswith("Bob") for line in said[:-1])
+
+    @transcript
+    async def test_a_conversation(self, lan: Lan) -> None:
+        """A person at a terminal sees the history and who comes and goes, talks, asks, and leaves."""
+        await lan.serve()
+        bob = await lan.join("Bob")
+        await bob.say("before")
+        ann = await Terminal.run(lan, place(lan.daemons[0]), "--name", "Ann")
+        await ann.shows("Bob: before")
+        await bob.expect("message", text="before")
+        await bob.expect("joined", names=["Ann"])
+        ann.keys("hello 你好\r")
+        await bob.expect("message", name="Ann", text="hello 你好")
+        await ann.shows("Ann: hello 你好")
+        carl = await lan.join("Carl")
+        await ann.shows("~ Carl joined")
+        ann.keys("/who\r//who\r/foo\r")
+        await bob.expect("message", text="/who")
+        await ann.shows("here: Ann, Bob, Carl")
+        await ann.shows("no command /foo")
+        await carl.fetch("/logout", form={})
+        await ann.shows("~ Carl left")
+        ann.keys("\x1b[200~one\rtwo\x1b[201~\r")
+        await bob.expect("message", text="one\ntwo")
+        await ann.shows("Ann: one\n    two\n")
+        ann.keys("bye\r\x04")
+        await bob.expect("message", text="bye")
+        assert await ann.leaves() == 0
+        await bob.expect("left", names=["Ann"])
+
+    @transcript
+    async def test_what_is_being_typed_stays(self, memory_lan: Lan) -> None:
+        """Lines that come in are printed above what is being typed, in windows of any width, also after a change."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", columns=40)
+        draft = "a draft that is much longer than a row, 也有中文也有中文"
+        ann.keys(draft + "\x1b[D")
+        rows = tornchat.layout("Ann> " + draft, 0, 39)[0]
+        await ann.shows(rows[-1])
+        await bob.say("hi")
+        await ann.shows("Bob: hi\n" + "\n".join(rows))
+        assert [re.sub(r"^\d\d:\d\d ", "", row) for row in ann.rows] == [
+            "~ tornchat · here: Ann, Bob ·",
+            "    /help tells what you can do",
+            "Bob: hi",
+            *rows,
+        ]
+        fcntl.ioctl(ann.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+        ann.signal(signal.SIGWINCH)
+        await ann.shows("\n".join(tornchat.layout("Ann> " + draft, 0, 19)[0]))
+        ann.keys("好\r")
+        await bob.expect("message", text="hi")
+        await bob.expect("message", text=draft[:-1] + "好" + draft[-1:])
+
+    @transcript
+    async def test_time(self, memory_lan: Lan) -> None:
+        """/time is the room's clock, in any zone; messages show their time of it, in the reader's zone."""
+        await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", TZ="UTC")
+        ann.keys("/time\r/time Asia/Shanghai\r/time new york\r/time ../passwd\r/time Asia\r")
+        await ann.shows("no time zone “Asia”")
+        assert "no time zone “../passwd”" in ann.text
+        told = re.findall(r"clock it is ([\d-]+ [\d:]+) \(([\w/]+)\)", ann.text)
+        assert [zone for _, zone in told] == ["UTC", "Asia/Shanghai", "America/New_York"]
+        here, there, _ = [datetime.datetime.fromisoformat(clock) for clock, _ in told]
+        assert abs((there - here).total_seconds() - 8 * 3600) <= 1
+        store_clock = memory_lan.daemons[0].store.now() / 1000
+        assert abs(here.replace(tzinfo=datetime.UTC).timestamp() - store_clock) < 2 * PATIENCE
+        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        client.receive({"type": "time", "ts": (time.time() + 86400) * 1000})
+        assert abs(client.now().timestamp() - time.time() - 86400) < 1
+
+    @pytest.mark.parametrize("end", ["\x03", "\x04", "/quit\r", "SIGTERM", "SIGINT"])
+    @transcript
+    async def test_the_terminal_is_restored(self, end: str, memory_lan: Lan) -> None:
+        """However the client ends, in the midst of typing too, the terminal is as before, and the name is free."""
+        daemon = await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        ann.keys("x" if end in ("\x03", "SIGTERM", "SIGINT") else "")
+        await ann.shows("Ann> ")
+        if end.startswith("SIG"):
+            ann.signal(signal.SIGINT if end == "SIGINT" else signal.SIGTERM)
+        else:
+            ann.keys(end)
+        assert await ann.leaves() == 0
+        assert daemon.room.roster == {}
+
+    @transcript
+    async def test_the_terminal_goes_away(self, memory_lan: Lan) -> None:
+        """A window that is closed without a word ends the client, and gives the name back."""
+        daemon = await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        await ann.shows("here: Ann")
+        asyncio.get_running_loop().remove_reader(ann.master)
+        os.dup2(ann.slave, ann.master)
+        await asyncio.wait_for(ann.process.wait(), 2 * PATIENCE)
+        assert daemon.room.roster == {}
+
+    def test_what_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In words: what was missed, that the history is lost, what was not sent; and another day."""
+        printed: list[str] = []
+        monkeypatch.setattr(tornchat.Screen, "write", lambda self, text: printed.append(text))
+        config = tornchat.Config(join="http://h/")
+        client = tornchat.Client(config, "en")
+        client.view = tornchat.Screen(client, config, colors=False)
+        welcome: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["Ann"], "count": 1, "epoch": "e",
+                   "seq": 1000, "recovered": True, "missed": 0, "reset": False,
+                   "limits": {"text": 4000, "history": 100}}  # fmt: skip
+        message: Frame = {"type": "message", "name": "Bob", "text": "hi", "seq": 1000, "ts": 1}
+        for frame, told in [
+            (welcome, "here: Ann"),
+            (message, "~ 1970-01-01"),
+            (message | {"seq": 1001, "ts": client.now().timestamp() * 1000}, f"~ {client.now().date()}"),
+            (welcome | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
+            (welcome | {"seq": 1, "reset": True}, "The room has lost its history"),
+            ({"type": "refused", "code": "empty", "text": "Nothing there."}, "Not sent: Nothing there."),
+        ]:
+            client.receive(frame)
+            assert told in "".join(printed)
+            printed.clear()
+        client.say("x" * 4001)
+        assert "longer than 4000" in "".join(printed)
+        assert client.outbox == {}
+
+    @transcript
+    async def test_colours(self, memory_lan: Lan) -> None:
+        """A name has its colour, the same in every window; with NO_COLOR there is none."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say("hi")
+        where = place(memory_lan.daemons[0])
+        one, two = await Terminal.run(memory_lan, where), await Terminal.run(memory_lan, where)
+        plain = await Terminal.run(memory_lan, where, NO_COLOR="1")
+        for terminal in (one, two, plain):
+            await terminal.shows("Bob: hi")
+        colored = [re.findall(rb"\x1b\[[\d;]+mBob", terminal.seen)[0] for terminal in (one, two)]
+        assert colored[0] == colored[1]
+        assert not re.search(rb"\x1b\[[\d;]*m", plain.seen)
+
+    @transcript
+    async def test_in_chinese(self, memory_lan: Lan) -> None:
+        """The client speaks the language of its user, and so does the room to it."""
+        await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", LANG="zh_CN.UTF-8")
+        await ann.shows("在场：Ann")
+        taken = await run_to_end("--join", place(memory_lan.daemons[0]), "--name", "Ann", LC_ALL="zh_CN.UTF-8")
+        assert taken[0] == 1
+        assert "已被使用" in taken[2]
+
+    @transcript
+    async def test_pipe(self, lan: Lan) -> None:
+        """Each line of stdin is said, each message is a line of stdout; it ends when all is said and confirmed."""
+        daemon = await lan.serve()
+        bob = await lan.join("Bob")
+        await bob.say("old")
+        await bob.expect("message")
+        piped = await Joined.run(lan, place(daemon), "--name", "Ann")
+        assert await piped.lines(1) == ["Bob: old"]
+        piped.feed("one", "", "/who is a path", "\ttab", "x" * 4001, "last 你好")
+        assert await piped.lines(4) == ["Ann: one", "Ann: /who is a path", "Ann:     tab", "Ann: last 你好"]
+        await bob.say("two\nlines")
+        assert await piped.lines(2) == ["Bob: two", "    lines"]
+        assert piped.process.stdin is not None
+        piped.process.stdin.write(b"no newline at the end")
+        piped.feed_no_more()
+        code, out, err = await piped.ended()
+        assert (code, out) == (0, "Ann: no newline at the end\n")
+        assert len(err.splitlines()) == 1
+        assert "longer than 4000" in err
+        await bob.expect_texts("one", "/who is a path", "\ttab", "last 你好", "two\nlines", "no newline at the end")
+        await bob.expect("left", names=["Ann"])
+
+    @transcript
+    async def test_only_the_history(self, memory_lan: Lan) -> None:
+        """With nothing to say it prints the history and ends; --history tells how much of it."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say_many(5)
+        everything = "".join(f"Bob: {n}\n" for n in range(1, 6))
+        assert await run_to_end("--join", place(daemon)) == (0, everything, "")
+        assert await run_to_end("--join", place(daemon), "--history", "2") == (0, "Bob: 4\nBob: 5\n", "")
+        assert await run_to_end("--join", place(daemon), "--history", "0") == (0, "", "")
+
+    @transcript
+    async def test_faster_than_allowed(self, memory_lan: Lan) -> None:
+        """A pipe that is faster than the room allows waits: nothing is lost, nothing overtakes."""
+        daemon = await memory_lan.serve(rate=20)
+        piped = await Joined.run(memory_lan, place(daemon), "--name", "log")
+        piped.feed(*range(120))
+        piped.feed_no_more()
+        assert await piped.ended() == (0, "".join(f"log: {n}\n" for n in range(120)), "")
+
+    @transcript
+    async def test_nobody_reads_any_more(self, memory_lan: Lan) -> None:
+        """When the reader of the pipe has enough (`| head`, `| grep -m1`), the client ends without a word."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        command = f"tail -f /dev/null | {sys.executable} {PROGRAM} --join {place(daemon)} --name Ann | head -n 2"
+        shell = await asyncio.create_subprocess_exec(
+            *("sh", "-c", command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            await bob.expect("joined", names=["Ann"])
+            await bob.say_many(2)
+            assert shell.stdout is not None
+            assert await asyncio.wait_for(shell.stdout.readline(), PATIENCE) == b"Bob: 1\n"
+            assert await asyncio.wait_for(shell.stdout.readline(), PATIENCE) == b"Bob: 2\n"
+            await bob.say_many(2, 3)
+            await bob.expect("left", names=["Ann"])
+        finally:
+            os.killpg(shell.pid, signal.SIGKILL)
+        assert await shell.communicate() == (b"", b"")
+
+    @transcript
+    async def test_a_full_disk(self, memory_lan: Lan) -> None:
+        """Where what was said cannot be written the client ends, and says why."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say("hi")
+        if not (disk := Path("/dev/full")).exists():
+            pytest.skip("this system has no /dev/full")
+        with disk.open("w") as full:  # noqa: ASYNC230 - opened at once
+            ann = await Joined.spawn([str(PROGRAM), "--join", place(daemon)], {}, stdout=full.fileno())
+        memory_lan.programs.append(ann)
+        assert await ann.ended() == (1, "", "tornchat: No space left on device\n")
+
+    @transcript
+    async def test_a_person_types_into_a_pipe(self, memory_lan: Lan) -> None:
+        """With stdout in a pipe and stdin a terminal, what is typed is said, until Ctrl-D; commands are answered."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        master, slave = pty.openpty()
+        ann = await Joined.spawn([str(PROGRAM), "--join", place(daemon), "--name", "Ann"], {}, stdin=slave)
+        memory_lan.programs.append(ann)
+        os.write(master, b"hi\n")
+        await bob.expect("message", name="Ann", text="hi")
+        await bob.say("hello")
+        assert await ann.lines(2) == ["Ann: hi", "Bob: hello"]
+        os.write(master, b"/who\n\x04")
+        code, out, err = await ann.ended()
+        assert (code, out) == (0, "")
+        assert "Ann, Bob" in err
+        os.close(master)
+        os.close(slave)
+
+    @slow
+    @transcript
+    async def test_G2_killed_under_it(self, redis_lan: Lan) -> None:
+        """kill -9 of the daemon while a pipe says its lines: the client comes back, nothing is lost or doubled."""
+        port = free_port()
+        daemon = await redis_lan.run("-p", str(port), "--rate", "0")
+        address = await daemon.address()
+        piped = await Joined.run(redis_lan, address, "--name", "Ann")
+        person = await Terminal.run(redis_lan, address, "--name", "Bob")
+        await person.shows("Bob> ")
+        for killed in range(2):
+            first = 100 * killed
+            piped.feed(*range(first, first + 100))
+            assert await piped.lines(50) == [f"Ann: {n}" for n in range(first, first + 50)]
+            await daemon.kill()
+            person.keys(f"while it is away {killed}\r")
+            await person.shows("Waiting for the connection")
+            daemon = await redis_lan.run("-p", str(port), "--rate", "0")
+            await daemon.address()
+            others = sorted(await piped.lines(51))
+            assert others == sorted([*(f"Ann: {n}" for n in range(first + 50, first + 100)),
+                                     f"Bob: while it is away {killed}"])  # fmt: skip
+            await person.shows(f"Bob: while it is away {killed}")
+        piped.feed_no_more()
+        assert (await piped.ended())[:2] == (0, "")
+        said = [event.text for event in stored_messages(redis_lan.store)]
+        assert [text for text in said if text.isdigit()] == [str(n) for n in range(200)]
+        assert len(said) == 202
+        person.keys("\x04")
+        assert await person.leaves() == 0
+        for n in range(200):
+            assert person.text.count(f"Ann: {n}\n") == 1
+
+    @slow
+    @transcript
+    async def test_G4_the_confirmation_is_lost(self, lan: Lan) -> None:
+        """The connection breaks when a message is stored, unconfirmed: said again, it is stored once."""
+        daemon = await lan.serve()
+        async with Proxy(daemon.port) as line:
+            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann.keys("hi\r")
+            await ann.shows("Ann: hi")
+            line.talking.clear()
+            ann.keys("once\r")
+
+            async def stored() -> bool:
+                return daemon.room.seq == 2
+
+            await until(stored)
+            line.disappear()
+            await ann.shows("once · Waiting for the connection")
+            line.talking.set()
+            line.gone = False
+            await ann.shows("Ann: once")
+            ann.keys("next\r")
+            await ann.shows("Ann: next")
+            assert [event.text for event, _ in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
+            ann.keys("\x03")
+            assert await ann.leaves() == 0
+
+    @slow
+    @transcript
+    async def test_restarted_without_a_store(self, memory_lan: Lan) -> None:
+        """A restart that forgets everything is told; the client is back under its name, and says what was waiting."""
+        await memory_lan.serve()
+        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann")
+        ann.keys("hi\r")
+        await ann.shows("Ann: hi")
+        port = memory_lan.daemons[-1].port
+        await memory_lan.daemons[-1].stop()
+        await ann.shows("The server is restarting.")
+        ann.keys("still there?\r")
+        await ann.shows("still there? · Waiting for the connection")
+        await memory_lan.serve(port=port)
+        await ann.shows("The room has lost its history")
+        await ann.shows("Ann: still there?")
+        assert [event.text for event, _ in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
+
+    @slow
+    @pytest.mark.parametrize("lasting", [False, True])
+    @transcript
+    async def test_the_name_was_taken_meanwhile(self, lasting: bool, redis_server: RedisServer) -> None:
+        """Somebody else took the name while the room was away: the client says so and ends, the terminal as before."""
+        lan = Lan(Store(redis_server.url if lasting else ""))
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(lan.close)
+            daemon = await lan.serve()
+            line = await stack.enter_async_context(Proxy(daemon.port))
+            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann.keys("hi\r")
+            await ann.shows("Ann: hi")
+            line.disappear()
+            await ann.shows("Connection lost.")
+            if lasting:
+                await asyncio.wait_for(daemon.feed.exit(daemon.room.roster["ann"]), PATIENCE)
+                await lan.join("Ann")
+            else:
+                line.target = (await lan.restart(port=0)).port
+                await lan.join("Ann")
+            line.gone = False
+            assert await ann.leaves() == 1
+            assert "“Ann”" in ann.text.splitlines()[-1]
+            assert ann.text.splitlines()[-1].startswith("tornchat: ")
+
+    @transcript
+    async def test_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """While the store is away the client says so, and what is said waits until it is back."""
+        daemon = await own_lan.serve()
+        piped = await Joined.run(own_lan, place(daemon), "--name", "Bob")
+        ann = await Terminal.run(own_lan, place(daemon), "--name", "Ann")
+
+        async def both_here() -> bool:
+            return len(daemon.room.listeners) == 2
+
+        await until(both_here, 2 * PATIENCE)
+        own_redis.kill()
+        await ann.shows("cannot save messages right now")
+        ann.keys("hi\r")
+        await ann.shows("hi · Waiting until it can be saved")
+        own_redis.start()
+        assert await piped.lines(1) == ["Ann: hi"]
+        await ann.shows("Ann: hi")
+        piped.feed_no_more()
+        assert "cannot save" in (await piped.ended())[2]
+
+    @transcript
+    async def test_ends_at_once(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """What makes a start impossible is one line on stderr: unreachable, no room, wrong password, name taken."""
+        secure = await memory_lan.serve(**dict(zip(("certfile", "keyfile"), certificate(tmp_path), strict=True)))
+        daemon = await memory_lan.serve(password="lighthouse")
+        ann = memory_lan.browser()
+        await ann.login("Ann", "lighthouse")
+        await ann.connect()
+        where, password = place(daemon), "lighthouse"
+        async with HostileRoom() as other:
+            starts = [
+                ([f"http://127.0.0.1:{free_port()}"], "", 1, "cannot be reached"),
+                (["http://no-such-host.invalid/"], "", 1, "cannot be reached"),
+([secure.url], "", 1, "certificate"),
+                ([f"{other}deeper/"], "", 1, "no tornchat"),
+                ([where], "", 1, "not the room’s password"),
+                ([where, "--name", "Ann"], password, 1, "--name \"Ann2\""),
+                ([where, "--name", "a:b"], password, 1, "does not belong in a name"),
+                ([where.replace("127.0.0.1", "localhost.example.org")], "", 1, "cannot be reached"),
+                ([where, "--name", "Bob"], password, 0, ""),
+                (["http://host:port/"], "", 2, "malformed"),
+            ]  # fmt: skip
+            runs = [run_to_end("--join", *options, TORNCHAT_PASSWORD=given) for options, given, _, _ in starts]
+            for (_, _, code, told), (ended, out, err) in zip(starts, await asyncio.gather(*runs), strict=True):
+                assert (ended, out) == (code, ""), err
+                assert told in err
+                assert len(err.splitlines()) == (code > 0), err
+
+    @pytest.mark.parametrize("code", [4403, 4409, 4429, 4504])
+    @transcript
+    async def test_closed_for_good(self, code: int, memory_lan: Lan) -> None:
+        """A close code that says "do not come back" ends the client with its reason."""
+        daemon = await memory_lan.serve()
+        ann = await Joined.run(memory_lan, place(daemon), "--name", "Ann")
+        ann.feed("hi")
+        assert await ann.lines(1) == ["Ann: hi"]
+        for listener in tuple(daemon.room.listeners):
+            listener.shut(code, "because")
+        ended, out, err = await ann.ended()
+        assert (ended, out, len(err.splitlines())) == (1, "", 1), err
+
+
+# === Every way in =====================================================================================================
+# Programs that know nothing of tornchat, and those that do, in one room: all hear the same.
+
+
+class Voice:
+    """A program in the room: says lines, and hears lines as "Ann: hi"."""
+
+    name = ""
+
+    def __init__(self, lan: Lan) -> None:
+        self.lan, self.port = lan, lan.daemons[-1].port
+        self.heard: list[str] = []
+        self.url = f"127.0.0.1:{self.port}"
+
+    async def come(self) -> None:
+        """Be in the room."""
+
+    async def say(self, text: str) -> None:
+        """Say something."""
+
+    async def go(self) -> None:
+        """Leave."""
+
+    async def hears(self, name: str) -> None:
+        """Wait until something was heard from someone."""
+
+        async def heard() -> bool:
+            return any(line.startswith(f"{name}: ") for line in await self.lines())
+
+        await until(heard, 3 * PATIENCE)
+
+    async def lines(self) -> list[str]:
+        """All messages that were heard."""
+        return [line for line in self.heard if re.match(r"\w+: \d+$", line)]
+
+
+class Piped(Voice):
+    """One that is a process: a line of its stdin is said, a message is a line of its stdout."""
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    async def come(self) -> None:
+        pipe = asyncio.subprocess.PIPE
+        self.process = await asyncio.create_subprocess_exec(*self.command(), stdin=pipe, stdout=pipe)
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:  # wscat draws a prompt before each
+            self.heard.append(re.sub(r"^(\x1b\[\w+|> |< |\r)+", "", line.decode()).rstrip())
+
+    async def say(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{text}\n".encode())
+        await self.process.stdin.drain()
+
+    async def go(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+        await self.reading
+
+
+class TerminalClient(Piped):
+    name = "Terry"
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(PROGRAM), "--join", self.url, "--name", self.name]
+
+
+class Wscat(Piped):
+    """npm's wscat, on plain lines."""
+
+    name = "Wanda"
+
+    def command(self) -> list[str]:
+        found = shutil.which("wscat", path=os.environ.get("TORNCHAT_NODE_BIN", "")) or shutil.which("wscat")
+        if not found:
+            missing("wscat (npm)")
+        return [str(found), "-s", "text", "-c", f"ws://{self.url}/chat?nickname={self.name}"]
+
+
+class Websockets(Voice):
+    """The package `websockets`, on JSON."""
+
+    name = "Sigrid"
+
+    async def come(self) -> None:
+        try:
+            import websockets
+        except ModuleNotFoundError:
+            missing("the package websockets")
+        self.chat = await websockets.connect(f"ws://{self.url}/chat?nickname={self.name}")
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        async for raw in self.chat:
+            frame = json.loads(raw)
+            if frame["type"] == "message":
+                self.heard.append(f"{frame['name']}: {frame['text']}")
+
+    async def say(self, text: str) -> None:
+        await self.chat.send(json.dumps({"type": "say", "text": text}))
+
+    async def go(self) -> None:
+        await self.chat.close()
+        await self.reading
+
+
+class WebsocketClient(Voice):
+    """The package `websocket-client`, on plain lines, in a thread as it is used."""
+
+    name = "Clive"
+
+    async def come(self) -> None:
+        try:
+            import websocket
+        except ModuleNotFoundError:
+            missing("the package websocket-client")
+        url = f"ws://{self.url}/chat?nickname={self.name}"
+        self.chat = await asyncio.to_thread(websocket.create_connection, url, subprotocols=["text"])
+        self.reading = asyncio.create_task(asyncio.to_thread(self.read))
+
+    def read(self) -> None:
+        with contextlib.suppress(Exception):  # its connection is closed under it
+            while line := self.chat.recv():
+                self.heard.append(str(line))
+
+    async def say(self, text: str) -> None:
+        await asyncio.to_thread(self.chat.send, text)
+
+    async def go(self) -> None:
+        await asyncio.to_thread(self.chat.close)
+        await self.reading
+
+
+class Curl(Voice):
+    """curl: the three lines of the README, again and again."""
+
+    name = "Carla"
+
+    async def curl(self, path: str, *data: str) -> str:
+        """One run of it."""
+        if not shutil.which("curl"):
+            missing("curl")
+        jar = str(self.folder / "jar")
+        command = ["curl", "-s", "-b", jar, "-c", jar, *data, f"http://{self.url}{path}"]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        return (await process.communicate())[0].decode()
+
+    async def come(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        await self.curl("/login", "-d", f"nickname={self.name}")
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        place = "after=0"
+        while True:
+            answer = json.loads(await self.curl(f"/messages?{place}&wait=30"))
+            place = f"after={answer['seq']}&epoch={answer['epoch']}"
+            self.heard += [f"{event['name']}: {event['text']}" for event in answer["events"] if "text" in event]
+
+    async def say(self, text: str) -> None:
+        assert json.loads(await self.curl("/messages", "--data-urlencode", f"text={text}"))["type"] == "message"
+
+    async def go(self) -> None:
+        self.reading.cancel()
+        shutil.rmtree(self.folder)
+
+
+class PageVoice(Voice):
+    """The page, in a window of a real browser."""
+
+    name, query = "Paula", ""
+
+    def __init__(self, lan: Lan, window: Window) -> None:
+        super().__init__(lan)
+        self.window = window
+
+    async def come(self) -> None:
+        await self.window.login(self.name)
+        if self.query:
+            await self.window.page.goto(self.window.url + self.query)
+            await self.window.state("connected")
+
+    async def say(self, text: str) -> None:
+        await self.window.say(text)
+
+    async def lines(self) -> list[str]:
+        names, texts = await self.window.texts("#log .message .who"), await self.window.messages()
+        return [f"{name}: {text}" for name, text in zip(names, texts, strict=True)]
+
+
+class PollingPage(PageVoice):
+    name, query = "Quentin", "?transport=polling"
+
+
+class TestEveryWayIn:
+    @slow
+    @transcript
+    async def test_one_conversation(self, lan: Lan) -> None:
+        """Two hundred messages from seven kinds of programs: each program shows all of them, in the same order."""
+        await lan.serve(history=200)
+        ann = await lan.join("Ann")
+        async with windows(lan) as (first, second):
+            kinds = [TerminalClient, Wscat, Websockets, WebsocketClient, Curl]
+            voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
+            for voice in voices:
+                await voice.come()
+
+            async def speak(voice: Voice, first: int) -> None:
+                for number in range(first, 200, len(voices)):
+                    await voice.say(str(number))
+
+            await asyncio.gather(*(speak(voice, number) for number, voice in enumerate(voices)))
+            said = [await ann.expect("message") for _ in range(200)]
+            await ann.say("0")
+            order = [f"{frame['name']}: {frame['text']}" for frame in said] + ["Ann: 0"]
+            assert sorted(int(frame["text"]) for frame in said) == list(range(200))
+            for voice in voices:
+                await voice.hears("Ann")
+                assert await voice.lines() == order, voice.name
+                await voice.go()
+        assert {frame["name"] for frame in said} == {voice.name for voice in voices}
+
+
 # === Benchmark ========================================================================================================
 # `python test_tornchat.py bench`: tornchat beside a chat as the tutorials write it, in turn and under the same load.
 # It prints, and never fails on time. The load is one thread on raw sockets, so that the chats are the limit. It needs
@@ -6843,11 +8743,12 @@ class Load:
         self.selector.register(sock, selectors.EVENT_READ, sock)
         return sock
 
-    def say(self, sock: socket.socket) -> None:
-        """A message of about 100 bytes that tells when it was sent; masked with zeros, as any mask would do."""
-        text = f"@{time.perf_counter():.6f}@".ljust(70, "x")
+    def say(self, sock: socket.socket, size: int = 70) -> None:
+        """A message that tells when it was sent, mostly of 100 bytes; masked with zeros, as any mask would do."""
+        text = f"@{time.perf_counter():.6f}@".ljust(70, "x").ljust(size, "y")
         payload = json.dumps({"type": "say", "text": text}).encode()
-        sock.sendall(bytes((0x81, 0x80 | len(payload), 0, 0, 0, 0)) + payload)
+        length = bytes((0x80 | len(payload),)) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2, "big")
+        sock.sendall(b"\x81" + length + bytes(4) + payload)
 
     def hear(self, seconds: float) -> list[socket.socket]:
         """Take what has arrived, or wait so long for it; on which sockets."""
@@ -7146,6 +9047,229 @@ def bench_stores(folder: Path) -> None:
         server.kill()
 
 
+class Target:
+    """A daemon that a benchmark attacks: a process, its log, and one connection that asks how it is."""
+
+    def __init__(self, folder: Path, *options: str, files: int = 0, redis_url: str = "") -> None:
+        self.port = free_port()
+        self.log = folder / f"log-{self.port}"
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); " if files else ""
+        run = f"{limit}import runpy, sys; sys.argv[:1] = []; runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", run, str(PROGRAM), "--host", "127.0.0.1", "-p", str(self.port), *options]
+        command += ["--room", uuid.uuid4().hex]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=log, env=os.environ | {"REDIS_URL": redis_url}
+            )
+        wait_for_chat(self.port).close()
+        self.health = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.health.close()
+        self.process.terminate()
+        self.process.wait(10)
+
+    def ask(self) -> tuple[dict[str, Any], float]:
+        """GET /healthz, and how many ms the answer took."""
+        began = time.perf_counter()
+        self.health.request("GET", "/healthz")
+        answer: dict[str, Any] = json.loads(self.health.getresponse().read())
+        return answer, 1000 * (time.perf_counter() - began)
+
+    def lines(self) -> int:
+        """In its log so far."""
+        return self.log.read_bytes().count(b"\n")
+
+
+def speak(load: Load, target: Target, count: int, rate: float, stalled: int) -> tuple[list[float], int]:
+    """So many messages of 1 KB at that rate; when each of the stalled had been closed, in s, and the most memory."""
+    closed: list[float] = []
+    most, before = memory(target.process.pid), len(load.sockets) + stalled
+    began = looked = time.perf_counter()
+    number = 0
+    while number < count or (len(closed) < stalled and time.perf_counter() - began < 60):
+        if number < count and time.perf_counter() >= began + number / rate:
+            load.say(load.sockets[number % len(load.sockets)], 1000)
+            number += 1
+        load.hear(0.001)
+        if (now := time.perf_counter()) - looked > 0.1:
+            looked, most = now, max(most, memory(target.process.pid))
+            gone = before - target.ask()[0]["connections"]
+            closed += [now - began] * (gone - len(closed))
+    while load.hear(0.3):
+        pass
+    return closed, most
+
+
+def bench_stalled(folder: Path, redis_url: str, count: int = 10_000, rate: float = 600) -> None:
+    """Prints what five members who stop reading cost the others."""
+    with Target(folder, "--rate", "0", redis_url=redis_url) as target:
+        load = Load(target.port, 25)
+        speak(load, target, count, 2000, 0)  # so that ring, index and buffers are full
+        load.settle()
+        speak(load, target, count, rate, 0)
+        quiet, before = load.delays, memory(target.process.pid)
+        load.settle()
+        stalled = Load(target.port, 5, "stalled")
+        lines = target.lines()
+        closed, most = speak(load, target, count, rate, 5)
+        p99, p99_quiet = (1000 * statistics.quantiles(delays, n=100)[98] for delays in (load.delays, quiet))
+        print(
+            f"5 of 30 stop reading, {count} messages of 1 KB at {rate:.0f}/s: memory +{(most - before) / 1e6:.1f} MB;"
+        )
+        print(f"  gone after {', '.join(f'{moment:.1f}' for moment in closed)} s (5 of it for their goodbye);")
+        print(
+            f"  the others' p99 {p99:.1f} ms, {p99_quiet:.1f} without them; {target.lines() - lines} lines in the log"
+        )
+        stalled.close()
+        load.close()
+
+
+FLOODS = {
+    "messages": b'\x81\x99\0\0\0\0{"type":"say","text":"x"}',
+    "nonsense": b"\x81\x81\0\0\0\0x",
+    "pings": b"\x89\x80\0\0\0\0",
+    "fragments": b"\x01\x81\0\0\0\0x" + b"\x00\x81\0\0\0\0x" * 998 + b"\x80\x81\0\0\0\0x",
+}
+
+
+def bench_flooder(folder: Path, redis_url: str, what: str, count: int = 100_000) -> None:
+    """Prints what one member costs the others who sends as fast as it can."""
+    frames = FLOODS[what] * (count // (1000 if what == "fragments" else 1))
+    with Target(folder, redis_url=redis_url) as target:
+        flooder = Load(target.port, 1, "flooder").sockets[0]
+        flooder.settimeout(10)
+        idle = [target.ask()[1] for _ in range(200)]
+        spent, lines, began = cpu_seconds(target.process.pid), target.lines(), time.perf_counter()
+        threading.Thread(target=send_all, args=(flooder, frames), daemon=True).start()
+        with concurrent.futures.ThreadPoolExecutor() as listener:
+            closed = listener.submit(closing_code, flooder)
+            closed.add_done_callback(lambda _: moments.append(time.perf_counter() - began))
+            moments, lags = list[float](), list[float]()
+            while not closed.done() or time.perf_counter() < began + 3:  # what comes after the end is read too
+                lags.append(target.ask()[1])
+                time.sleep(0.005)
+        spent = cpu_seconds(target.process.pid) - spent
+        print(f"{count} frames at once ({what}): {closed.result()} after {moments[0]:.2f} s, {spent:.2f} s of CPU;")
+        print(f"  others wait {max(lags, default=0):.1f} ms at most ({max(idle):.1f} before);", end=" ")
+        print(f"{target.lines() - lines} lines in the log")
+        flooder.close()
+
+
+def closing_code(sock: socket.socket) -> str:
+    """With which code the other side closes."""
+    heard = b""
+    with contextlib.suppress(OSError):
+        while piece := sock.recv(65536):
+            heard += piece
+            if code := re.search(rb"\x88[\x02-\x7d]([\x03\x0f-\x13].)", heard, re.DOTALL):
+                return f"closed with {int.from_bytes(code[1], 'big')}"
+    return f"cut off ({len(heard)} bytes heard)" if heard else "cut off"
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """As much as the other side takes."""
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+
+
+def bench_crowd(folder: Path, visitors: int = 300, files: int = 128) -> None:
+    """Prints how a daemon fares that may not have as many connections as there are visitors."""
+    with Target(folder, "--rate", "0", files=files) as target:
+        load = Load(target.port, 10)
+        head = "GET /chat?nickname=v{} HTTP/1.1\r\nHost: localhost\r\n" + "".join(
+            f"{k}: {v}\r\n" for k, v in UPGRADE.items()
+        )
+        crowd = []
+        for number in range(visitors):
+            crowd.append(socket.create_connection(("127.0.0.1", target.port), 10))
+            crowd[-1].sendall((head.format(number) + "\r\n").encode())
+        load.settle()
+        lines, spent = target.lines(), cpu_seconds(target.process.pid)
+        load.steady(20, 3)
+        spent = cpu_seconds(target.process.pid) - spent
+        p99 = 1000 * statistics.quantiles(load.delays, n=100)[98]
+        inside = {sock for sock in crowd if select.select([sock], [], [], 0)[0]}
+        print(
+            f"{visitors} visitors where {files} files may be open: {len(inside)} are let in; for 3 s those before them"
+        )
+        print(f"  chat on, p99 {p99:.1f} ms; {100 * spent / 3.3:.0f} % CPU, {target.lines() - lines} lines in the log;")
+        for sock in inside:
+            sock.close()
+        began = time.perf_counter()
+        waiting = [sock for sock in crowd if sock not in inside]
+        let_in = []
+        while waiting and time.perf_counter() - began < 15:
+            let_in = select.select(waiting, [], [], 1)[0]
+            waiting = [sock for sock in waiting if sock not in let_in]
+            for sock in let_in:
+                sock.close()
+        took = time.perf_counter() - began
+        print(f"  as they leave all but {len(waiting)} come in within {took:.1f} s; {target.lines()} lines in all")
+        for sock in waiting:
+            sock.close()
+        load.close()
+
+
+async def bench_slow_requests(folder: Path, headers: int = 500, bodies: int = 200) -> None:
+    """Prints how long requests last that never end, and how long somebody else waits meanwhile."""
+    with Target(folder) as target:
+        lasted: dict[bytes, list[float]] = {}
+        waits: list[float] = []
+        head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        body = head + b"Content-Length: 1000\r\n\r\n"
+
+        async def drip(opening: bytes) -> None:
+            """Half a request, then a byte a second until it is cut."""
+            began = time.perf_counter()
+            reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
+            writer.write(opening)
+            cut = asyncio.ensure_future(reader.read())
+            while not cut.done():
+                await asyncio.wait([cut], timeout=1)
+                writer.write(b"a")
+            writer.transport.abort()
+            lasted.setdefault(opening, []).append(time.perf_counter() - began)
+
+        async def log_in() -> None:
+            """Somebody else, now and then."""
+            for number in itertools.count():
+                form = f"nickname=n{number}".encode()
+                began = time.perf_counter()
+                answer = await exchange(
+                    target.port, head + b"Content-Length: %d\r\n\r\n" % len(form) + form, b"\r\n\r\n"
+                )
+                waits.append(1000 * (time.perf_counter() - began))
+                assert b" 303 " in answer, answer
+                await asyncio.sleep(1.5)
+
+        drops = [asyncio.create_task(drip(opening)) for opening in [head] * headers + [body] * bodies]
+        logins = asyncio.create_task(log_in())
+        await asyncio.wait(drops, timeout=60)
+        logins.cancel()
+        for what, opening in ((f"{headers} half-sent headers", head), (f"{bodies} bodies of a byte a second", body)):
+            moments = lasted.get(opening, [math.nan])
+            print(f"{what}: {len(moments)} cut, the last after {max(moments):.1f} s")
+        print(f"  {len(waits)} logins meanwhile: {max(waits):.1f} ms at most; {target.lines()} lines in the log")
+
+
+def bench_floods() -> None:
+    """Prints what bad clients cost."""
+    with tempfile.TemporaryDirectory() as name:
+        server = RedisServer(Path(name)) if shutil.which("redis-server") else None
+        url = server.url if server else ""
+        bench_stalled(Path(name), url)
+        for what in FLOODS:
+            bench_flooder(Path(name), url, what)
+        bench_crowd(Path(name))
+        asyncio.run(bench_slow_requests(Path(name)))
+        if server:
+            server.kill()
+
+
 BURST = """() => new Promise((done) => {
     const began = performance.now();
     for (let seq = 1; seq <= 1000; seq += 1) {
@@ -7192,6 +9316,11 @@ def main(*arguments: str) -> int:
         case ["bench", "transports"]:
             asyncio.run(bench_transports())
             asyncio.run(bench_polls())
+        case ["bench", "floods"]:
+            bench_floods()
+        case ["echo", port]:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                asyncio.run(echo(int(port), monkeypatch))
         case ["write", url, room, name, count]:
             asyncio.run(write_messages(url, room, name, int(count)))
         case _:

@@ -7,13 +7,14 @@
 
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
+  python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
 they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
 address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
 
-A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start, 2 wrong usage.
+A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -29,7 +30,8 @@ two requests. POST /messages (text=hi, cid=...) answers with the stored message,
 GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Command line, Pages
+  Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Terminal client, Command line,
+  Pages
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
+import codecs
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
+import email.utils
 import errno
 import functools
 import hashlib
@@ -58,10 +64,12 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import zoneinfo
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 try:
@@ -72,6 +80,7 @@ except ModuleNotFoundError:
 try:
     import fakeredis
     import redis.asyncio
+    import tornado.httpclient
     import tornado.httpserver
     import tornado.httputil
     import tornado.ioloop
@@ -99,6 +108,7 @@ TEXT_CHARS = 4000  # of one message: a long paragraph, or a page of code
 FRAME_BYTES = 16 * 1024  # of one frame or form from a client; 4,000 characters of 4 bytes each fit
 NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on top, up to
 NAME_CODEPOINTS = 64
+PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_NOTICES = 1000  # joined, left, opened in the store: they must never push a message out
@@ -145,6 +155,8 @@ class Config:
     secret: str = ""
     workers: int = 1
     inherited: tuple[int, ...] = ()  # descriptors that a worker listens on
+    join: str | None = None  # the address of a room to talk in; None: serve one
+    name: str = ""  # under which to talk there; "": a guest's
     quiet: bool = False
     verbose: int = 0
 
@@ -160,6 +172,9 @@ class Config:
     silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
     drain_seconds: float = 2  # for stopping in order
+    header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
+    body_seconds: float = 10  # for its body
+    answer_seconds: float = 30  # for the client to take the answer; the longest has 1.6 MB
 
 
 # === Messages and names ===============================================================================================
@@ -264,27 +279,48 @@ def clean_text(text: str) -> str:
     return text
 
 
-# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille.
-BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+# Letters that show nothing: Hangul fillers, Khmer inherent vowels, the grapheme joiner, Mongolian separators, Braille,
+# the object replacement, the Khitan filler, the null notehead.
+BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffc\U00016fe4\U0001d159")
 UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # not Cn: what this Python doesn't know may be next year's emoji
 JOINERS = "\u200c\u200d"
-EMOJI_STYLE = "\ufe0f"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
 
-# Look-alikes of Latin letters, by letter: a small part of the table of Unicode Technical Standard 39, with the
-# digits that stand in for letters. Digits go to letters of their own, so that user1 and user10 stay two names.
+# Look-alikes by what they look like, folded as in name_key: the letters that the table of Unicode Technical Standard 39
+# has for one Latin letter, small capitals, and digits that stand in for letters. Digits go to letters of their own, so
+# that user1 and user10 stay two names. An accent or a stroke is seen, so that Éva, Øle and Łukasz stay what they are.
 LOOKALIKES = {
-    "a": "аɑα4", "b": "ьβ", "c": "сϲ", "d": "ԁ", "e": "еεє3", "g": "ɡ", "h": "һ", "j": "јϳ", "k": "кκ",
-    "l": "iı1|ӏіιɩ!", "m": "м", "n": "пη", "o": "оοσօ0", "p": "рρ", "q": "ԛ", "r": "г", "s": "ѕ5$", "t": "тτ",
-    "u": "υսц", "v": "νѵ", "w": "ԝωш", "x": "хχ", "y": "уγү", "z": "ᴢ",
+    "a": "аɑα4Ꭺᗅꓮ𖽀𐊠ᴀ@⍺", "b": "ьβƅᏏᑲᖯꞵвᏴᗷꓐ𐊂𐊡𐌁ʙ8", "c": "сᴄⲥᏟ𐐽ꓚ𐊢𐌂𐔜", "d": "ԁᏧᑯꓒᎠᗞᗪꓓᴅ",
+    "e": "еεє3ꬲҽⴹᎬꓰ𑣆𑣎𐊆ᴇз℮", "f": "ꬵꞙẝքᖴꓝ𑣂𐊇𐊥𐔥ꜰ", "g": "ɡᶃƍցԍᏀᏳꓖɢ6б", "h": "һհᏂⲏнᎻᕼꓧ𐋏ʜ", "j": "јϳʝᎫᒍꓙᴊ", "k": "кκⲕᏦᛕꓗ𐔘ᴋ",
+    "l": "iı1|ӏіιɩ!ɪꙇᎥ𑣃ǀⲓⵏᛁꓲ𖼨𐊊𐌉ⳑᏞᒪꓡ𖼖𑣒𐑃𐔦ʟاוᏆ∣│", "m": "мⲙᎷᗰᛖꓟ𐊰𐌑ᴍ", "n": "пηոռⲛꓠ𐔓ɴ",
+    "o": "оοσօ0ᴏᴑꬽⲟჿഠဝ𐓪𑣈𑣗𐐬〇ⵔዐଠꓳ𑣕𐊒𐊫𐔖هەہھס", "p": "рρⲣᏢᑭꓑ𐊕ᴘ", "q": "ԛգզⵕꞯ9", "r": "гꭇꭈⲅᎱʀᎡᏒ𐓜ᖇꓣ𖼵",
+    "s": "ѕ5$ꜱƽᏚ𑣁𐑈տᏕꓢ𖼺𐊖", "t": "тτⲧᎢꓔ𖼊𐊗𐊱𐌕ᴛ7⊤", "u": "υսцꞟᴜꭎꭒʋ𐓶𑣘ሀᑌꓴ𖽂∪", "v": "νѵᴠ𑜆Ꮩ𑣀ⴸᐯꛟꓦ𖼈𐔝∨",
+    "w": "ԝωшɯᴡѡա𑜊𑜎𑜏ᎳᏔꓪ", "x": "хχ×ᕁᕽꭓⲭⵝᚷꓫ𐊐𐊴𐌗𐔧", "y": "уγүɣᶌʏỿꭚყ𑣜ⲩᎩᎽꓬ𖽃𐊲", "z": "ᴢᏃ𑣄ꓜ𑣉2",
+    "'": "\u2018\u2019\u02bc\u02b9\u2032`", "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    "\u00b7": "\u2022\u2219\u22c5\u30fb\u2027", "\u0306": "\u030c", "\u0327": "\u0326", "ي": "یى", "ك": "ک",
+    "工": "エ", "力": "カ", "二": "ニ", "口": "ロ", "一": "ー", "卜": "ト", "八": "ハ", "夕": "タ", "ヘ": "へ",
+    "リ": "り",
 }  # fmt: skip
+BADGES = (0x1F150, 0x1F170, 0x1F1E6)  # where letters in circles, in squares, and in flags begin
 SKELETON = str.maketrans(
     {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
-    | dict.fromkeys(JOINERS + EMOJI_STYLE + "\ufe0e ", None)
+    | {chr(first + at): letter for first in BADGES for at, letter in enumerate("abcdefghljklmnopqrstuvwxyz")}
+    | dict.fromkeys([*JOINERS, " ", *map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))], None)
 )
+GREEK_SMALL = re.compile("[α-ω]")
+GREEK_CAPITALS = str.maketrans("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABEZHIKMNOPTYX")  # four look unlike their small ones: Η Μ Ν Υ
+COLONS = ":\u02d0\u02f8\u0589\u05c3\u2236\ua789"
+TILDES = "~\u02dc\u223c\u223d\u223f\u2053\u301c"
+# What could be mistaken for the room itself, in the languages that most people read; words that are also names of
+# people (Nizam, Musharraf) are not in it.
 RESERVED = (
-    *("system", "admin", "administrator", "host", "tornchat", "server", "moderator", "root"),
-    *("系统", "管理员", "主持人", "服务器", "聊天室", "房主"),
+    "tornchat root system admin administrator host server moderator gastgeber systeem beheerder gastheer",
+    "système administrateur hôte modérateur serveur sistema administrador anfitrión moderador servidor anfitrião",
+    "amministratore moderatore sistem yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên",
+    "система администратор админ модератор ведущий хост сервер адміністратор адмін ведучий σύστημα διαχειριστής",
+    "النظام مدير المدير المشرف المضيف سیستم میزبان מערכת מנהל מארח सिस्टम प्रशासक व्यवस्थापक संचालक एडमिन होस्ट",
+    "সিস্টেম অ্যাডমিন ระบบ ผู้ดูแล แอดมิน システム 管理者 管理人 司会 ホスト モデレーター サーバー",
+    "시스템 관리자 운영자 호스트 진행자 서버 방장 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器",
 )
 
 
@@ -304,18 +340,20 @@ def clean_name(raw: str) -> str:
         raise Refused("invalid", "name-long", limit=NAME_CHARS)
     if kinds[0][0] == "M" or not all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf"):
         raise Refused("invalid", "name-characters")
-    if ":" in name or name[0] == "~":  # as plain lines they could be mistaken for somebody's words, or the room's
+    if "M" * PILED_MARKS in "".join(kind[0] for kind in kinds):  # it would cover its neighbours
         raise Refused("invalid", "name-characters")
-    if name_key(name) in RESERVED_KEYS:
+    if name[0] in TILDES or any(char in COLONS for char in name):  # as plain lines: somebody's words, or the room's
+        raise Refused("invalid", "name-characters")
+    if not RESERVED_KEYS.isdisjoint({letters_of(name_key(name)), name_key(letters_of(name))}):
         raise Refused("invalid", "name-reserved", name=name)
     return name
 
 
 def joins(name: str, at: int) -> bool:
     """Whether the format character at this place is a joiner where one belongs: in Indic or Arabic words, in emoji."""
-    if name[at] not in JOINERS or not 0 < at < len(name) - 1:
+    if name[at] not in JOINERS or at == 0:
         return False
-    before, behind = name[at - 1], name[at + 1]
+    before, behind = name[at - 1], name[at + 1 : at + 2] or " "
     arabic = unicodedata.bidirectional(before) == unicodedata.bidirectional(behind) == "AL"
     emoji = unicodedata.category(before) in ("So", "Sk", "Mn") and unicodedata.category(behind) == "So"
     return unicodedata.combining(before) == VIRAMA or arabic or (emoji and name[at] == "\u200d")
@@ -323,11 +361,22 @@ def joins(name: str, at: int) -> bool:
 
 def name_key(name: str) -> str:
     """What two names have in common that look alike: a member's key on the roster (G7)."""
-    letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", name).casefold()).translate(SKELETON)
+    name = unicodedata.normalize("NFKC", name)
+    if not GREEK_SMALL.search(name) or re.search("[a-zA-Z]", name):  # else it is a Greek word, and N begins ν
+        name = name.translate(GREEK_CAPITALS)
+    digits = (str(unicodedata.decimal(char, char)) for char in unicodedata.normalize("NFD", name.casefold()))
+    letters = "".join(digits).translate(SKELETON)
     return unicodedata.normalize("NFC", letters.replace("l\u0307", "l").replace("rn", "m").replace("vv", "w"))
 
 
-RESERVED_KEYS = frozenset(map(name_key, RESERVED))
+def letters_of(name: str) -> str:
+    """A name without its accents and signs: they don't make another word of a reserved one."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFD", name)))
+
+
+RESERVED_KEYS = frozenset(
+    key for word in " ".join(RESERVED).split() for key in (letters_of(name_key(word)), name_key(letters_of(word)))
+)
 
 
 def variants(name: str) -> Iterable[str]:
@@ -1526,16 +1575,18 @@ class Services(NamedTuple):
     sockets: set[ChatSocket]  # all that are open, joined or not
 
 
-def is_our_host(header: str, hosts: frozenset[str]) -> bool:
-    """Whether a Host header names us. A name that isn't local may be one that an attacker's DNS points at us."""
+def host_name(header: str) -> str:
+    """The name or address in a Host header, without port and final dot; "" if there is none."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
-    if match is None:
-        return False
-    name = match[1] or match[2]
+    return (match[1] or match[2]) if match else ""
+
+
+def is_our_host(name: str, hosts: frozenset[str]) -> bool:
+    """Whether a Host is ours. A name that isn't local may be one that an attacker's DNS points at us."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    return name in hosts or name.endswith(LOCAL_SUFFIXES) or "." not in name
+    return name in hosts or name.endswith(LOCAL_SUFFIXES) or (name != "" and "." not in name)
 
 
 def choose_language(header: str) -> str:
@@ -1585,12 +1636,28 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def prepare(self) -> None:
         """Refuses a Host that isn't ours."""
-        if not is_our_host(self.request.headers.get("Host", ""), self.services.hosts):
+        name = host_name(self.request.headers.get("Host", ""))
+        if not is_our_host(name, self.services.hosts):
+            log.warning(
+                "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
+                name[:100] or "(none)",
+                name[:100] or "NAME",
+            )
             raise tornado.web.HTTPError(421, reason="Misdirected Request")
+
+    def check_trusted_origin(self, origin: str) -> bool:
+        """Called by Tornado for a page that doesn't seem to be ours, which is not trusted, whatever it is."""
+        log.warning(
+            "a page of %s was refused at %s: if it is the room's own, a proxy between them has to pass the Host"
+            " (nginx: proxy_set_header Host $http_host;)",
+            shown(origin)[:100],
+            shown(self.request.headers.get("Host", ""))[:100],
+        )
+        return False
 
     def get_current_user(self) -> Session | None:
         """The session of the cookie; None if it has none, or one that we didn't sign."""
-        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS)
+        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS, min_version=2)
         sid, _, name = (value or b"").decode(errors="replace").partition(" ")
         return Session(sid, name) if name else None
 
@@ -1648,6 +1715,15 @@ class BaseHandler(tornado.web.RequestHandler):
             if not room.available:
                 raise Refused("unavailable", retry_after=self.services.config.retry_seconds)
 
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> asyncio.Future[None]:
+        """The answer is complete. Tornado would hold it for ever for a client that doesn't take it."""
+        taken = super().finish(chunk)
+        if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
+            connection: Any = self.request.connection
+            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
+            taken.add_done_callback(lambda _: cut.cancel())
+        return taken
+
     def wants_json(self) -> bool:
         """Whether a program asks."""
         return "application/json" in self.request.headers.get("Accept", "")
@@ -1661,7 +1737,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """One sentence, on a page or as JSON."""
         words = WORDS[self.language]
         text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=shown(self.request.headers.get("Host", ""))[:100]
+            status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
         )
         if self.wants_json():
             self.finish({"code": status_code, "text": text})
@@ -1974,7 +2050,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         wish, self.wish = self.wish, None
         assert wish
         self.set_nodelay(True)
-        self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.services.sockets.add(self)
         try:
             await self.enter(await self.session(wish), wish.seen)
@@ -2364,7 +2439,9 @@ def bind(config: Config) -> list[socket.socket]:
     for port in range(first, first + tries):
         try:
             ports = tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
-            return [Door(fileno=port.detach()) for port in ports]
+            for bound in ports:  # what it accepts inherits that
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            return [Door(fileno=bound.detach()) for bound in ports]
         except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
@@ -2435,8 +2512,8 @@ class Daemon:
             ssl_options=self.tls,
             max_header_size=FRAME_BYTES,
             max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
-            idle_connection_timeout=15,  # s, also for a header that never ends
-            body_timeout=10,  # s
+            idle_connection_timeout=self.config.header_seconds,
+            body_timeout=self.config.body_seconds,
         )
         self.server.add_sockets(self.ports)
         self.feed.start()
@@ -2546,7 +2623,8 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
             await end_worker(worker)
             return
         stopped.cancel()
-        log.error("worker %d has ended with code %d: another one is started", number, ended.result())
+        code = ended.result()
+        log.error("worker %d has ended with code %d: another one is started", number, code, extra=EVERY_CHANGE)
         if time.monotonic() - began > WORKER_PAUSE_SECONDS:
             pause.reset()
         await pause()
@@ -2563,14 +2641,18 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
         await worker.wait()
 
 
-def stop_on_signals() -> asyncio.Event:
-    """Set by the first SIGINT or SIGTERM; a second one ends us at once. Works where loops have no signal handlers."""
+def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event:
+    """Set by the first SIGINT or SIGTERM; a second one does no more than `at_once` and ends us.
+
+    Works where loops have no signal handlers.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def handle(number: int, frame: object) -> None:
         """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
         if stop.is_set():
+            at_once()
             os._exit(0)
         loop.call_soon_threadsafe(stop.set)
 
@@ -2670,6 +2752,776 @@ def interface_addresses() -> list[str]:
     return found
 
 
+# === Terminal client ==================================================================================================
+# A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
+# to a Screen (a person at a terminal) or to Lines (pipes), and none of it without passing `safe`.
+
+RETRY_SECONDS = (0.5, 10.0)  # back-off between tries: the first, and the longest
+RESTART_SECONDS = (0.2, 2.0)  # after 1001 everybody comes back at once: spread out
+SPREAD_SECONDS = 0.02  # a member: a crowd comes back with no more than 50 tries a second
+SILENCE_SECONDS = 45  # the server tells the time every 20 s: two of these are missing
+ANSWER_SECONDS = 10  # to connect, or to confirm a message, which the server does within 5 s
+HOLD_SECONDS = 3  # to wait where a refusal names no time
+QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is told that it wasn't
+NAMES_IN_LINE = 10  # of more people only the number is told
+PENDING_ROWS = 3  # shown of what isn't sent yet
+FINAL_CODES = (4403, 4409, 4429, 4504)
+PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # after the last one a close code tells
+UNREACHED = (OSError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)
+NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
+INDENT = "    "
+WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
+PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}] *")  # between two of them a row may end
+KEY = re.compile(
+    r"\x1b\[200~([^\x03]*?)\x1b\[201~|\x1b\[[0-9;?]*[ -/]*[@-~]|\x1bO.|\x1b[\x7f\r\nbf]|[^\x1b]", re.DOTALL
+)
+PART_OF_A_KEY = re.compile(r"\x1b(\[(200~((?!\x1b\[201~)[^\x03])*|[0-9;?]*[ -/]*)|O)?")
+
+
+class Ended(Exception):  # noqa: N818 - a fact, not an error
+    """The client can't go on; why, in one line for its user."""
+
+
+def safe(text: object) -> str:
+    """What others wrote, for a terminal: of its controls only newlines are left."""
+    return STEERING.sub("", str(text).replace("\t", INDENT))
+
+
+def extends(char: str) -> bool:
+    """Whether it has no place of its own, but belongs to the character before."""
+    return unicodedata.category(char) in ("Mn", "Me", "Cf") or "\U0001f3fb" <= char <= "\U0001f3ff"
+
+
+def width(text: str) -> int:
+    """How many columns a terminal gives it; where terminals differ, the most."""
+    return sum(
+        2 if unicodedata.east_asian_width(char) in "WF" else char == "\ufe0f" or not extends(char) for char in text
+    )
+
+
+def cut(text: str, columns: int) -> str:
+    """As much of it as fits into one row."""
+    row = text.replace("\n", " ")[: 4 * columns]  # a column may have some marks
+    while width(row) > columns:
+        row = row[:-1]
+    return row
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """The rows of what was said. Only the first one begins at the margin: nobody can write a line of somebody else's.
+
+    A long URL stays whole, so that it can be copied; the terminal breaks it.
+    """
+    rows: list[str] = []
+    for line in text.split("\n"):
+        row = INDENT if rows else ""
+        for piece in PIECE.findall(line):
+            if row.strip() and width(row + piece.rstrip()) > columns:
+                rows.append(row.rstrip())
+                row = INDENT
+            row += piece
+            while not piece.isascii() and width(row.rstrip()) > columns:
+                rows.append(cut(row, columns))
+                row = INDENT + row[len(rows[-1]) :]
+        rows.append(row.rstrip())
+    return rows
+
+
+def layout(text: str, at: int, columns: int) -> tuple[list[str], int, str]:
+    """The rows of what is being typed, which of them has the cursor, and what stands before it there."""
+    rows, used, cursor = [""], 0, (0, "")
+    for place, char in enumerate(text):
+        if place == at:
+            cursor = (len(rows) - 1, rows[-1])
+        if char == "\n" or used + width(char) > columns:
+            rows.append("")
+            used = 0
+        if char != "\n":
+            rows[-1] += char
+            used += width(char)
+    return rows, *(cursor if at < len(text) else (len(rows) - 1, rows[-1]))
+
+
+class Editor:
+    """A message being typed: keys go in, what has been submitted comes out. It knows nothing of terminals."""
+
+    def __init__(self) -> None:
+        self.text, self.at = "", 0  # where the cursor stands
+        self.held = ""  # the beginning of a key or of a paste
+        self.lines = [""]  # what can be recalled, oldest first; the last one is what is being typed
+        self.recalled = 0  # which of them is shown
+
+    def feed(self, data: str) -> list[str]:
+        """Takes keys; the lines that they submit, and "\\x03" or "\\x1a" where such a key was hit."""
+        self.held += data
+        submitted = []
+        while self.held and not PART_OF_A_KEY.fullmatch(self.held):
+            key = KEY.match(self.held)
+            self.held = self.held[key.end() if key else 1 :]  # else it is the Escape key
+            if key and (line := self.press(key[0], key[1])):
+                submitted.append(line)
+        return submitted
+
+    def press(self, key: str, pasted: str | None) -> str:
+        """One key; what it submits."""
+        if pasted is not None:
+            self.insert(safe(pasted.replace("\r\n", "\n").replace("\r", "\n")))
+        elif key in ("\r", "\n"):
+            return self.submit()
+        elif key in ("\x03", "\x1a"):
+            return key
+        elif key == "\x04" and not self.text:
+            return "/quit"
+        elif move := MOVES.get(key):
+            self.at = move(self)
+        elif erase := ERASES.get(key):
+            start, end = sorted((self.at, erase(self)))
+            self.text, self.at = self.text[:start] + self.text[end:], start
+        elif step := RECALLS.get(key):
+            self.recall(self.recalled + step)
+        elif key in ("\x1b\r", "\x1b\n"):
+            self.insert("\n")
+        elif len(key) == 1:
+            self.insert(safe(key))
+        return ""
+
+    def insert(self, text: str) -> None:
+        """At the cursor."""
+        self.text = self.text[: self.at] + text + self.text[self.at :]
+        self.at += len(text)
+
+    def submit(self) -> str:
+        """The text, which is kept for recall; then an empty one."""
+        text, self.text, self.at = self.text, "", 0
+        self.lines[-1:] = [text, ""] if text.strip() and text not in self.lines[-2:-1] else [""]
+        self.recalled = len(self.lines) - 1
+        return text if text.strip() else ""
+
+    def recall(self, which: int) -> None:
+        """Shows an earlier or a later line; what was being typed waits at the end."""
+        if 0 <= which < len(self.lines):
+            if self.recalled == len(self.lines) - 1:
+                self.lines[-1] = self.text
+            self.recalled, self.text = which, self.lines[which]
+            self.at = len(self.text)
+
+    def left(self) -> int:
+        """One character to the left, with all that belongs to it."""
+        at = max(0, self.at - 1)
+        while at > 0 and (extends(self.text[at]) or self.text[at - 1] == "\u200d"):
+            at -= 1
+        return at
+
+    def right(self) -> int:
+        """One character to the right."""
+        at = min(len(self.text), self.at + 1)
+        while at < len(self.text) and (extends(self.text[at]) or self.text[at - 1] == "\u200d"):
+            at += 1
+        return at
+
+    def word_left(self) -> int:
+        """Where the word before the cursor begins."""
+        return len(re.sub(r"\S+\s*$|\s+$", "", self.text[: self.at]))
+
+    def word_right(self) -> int:
+        """Where the word behind the cursor ends."""
+        return len(self.text) - len(re.sub(r"^\s*\S*", "", self.text[self.at :]))
+
+
+# What keys do, by all that terminals send for them: where the cursor goes, up to where is erased, what is recalled.
+MOVES: dict[str, Callable[[Editor], int]] = {
+    **dict.fromkeys(("\x01", "\x1b[H", "\x1b[1~", "\x1b[7~", "\x1bOH"), lambda editor: 0),
+    **dict.fromkeys(("\x05", "\x1b[F", "\x1b[4~", "\x1b[8~", "\x1bOF"), lambda editor: len(editor.text)),
+    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor.left),
+    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor.right),
+    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D"), Editor.word_left),
+    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C"), Editor.word_right),
+}
+ERASES: dict[str, Callable[[Editor], int]] = {
+    **dict.fromkeys(("\x7f", "\x08"), Editor.left),
+    **dict.fromkeys(("\x04", "\x1b[3~"), Editor.right),
+    **dict.fromkeys(("\x17", "\x1b\x7f"), Editor.word_left),
+    "\x15": lambda editor: 0,
+    "\x0b": lambda editor: len(editor.text),
+}
+RECALLS = {
+    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), -1),
+    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), 1),
+}
+
+
+class Client:
+    """One session in a room: it comes back after every loss, where it was, and what isn't confirmed is said again."""
+
+    view: Lines
+
+    def __init__(self, config: Config, language: str) -> None:
+        self.url, self.name, self.password = config.join or "", config.name, config.password
+        self.history = config.history
+        self.language, self.words = language, WORDS[language]
+        self.cookies: dict[str, str] = {}
+        self.renewed = False  # logged in again by itself, since the last welcome
+        self.clock_ahead = 0.0  # the room's clock, of ours, in s
+        self.socket: tornado.websocket.WebSocketClientConnection | None = None
+        self.connected = self.restarting = self.store_away = False
+        self.failures, self.retry_at = 0, 0.0
+        self.epoch = ""
+        self.after: int | None = None  # the newest seq heard, None before the first
+        self.replay_end = 0  # up to this seq it is history
+        self.skipped = 0  # and up to this one, older than what the user wants
+        self.members: dict[str, None] = {}
+        self.count = 0
+        self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
+        self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
+        self.said_at = self.hold_until = 0.0
+        self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
+
+    # --- session ---
+
+    async def log_in(self) -> None:
+        """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
+        answer = await self.post("login", nickname=self.name, password=self.password)
+        told: Any = None
+        with contextlib.suppress(ValueError):
+            told = json.loads(answer.body)
+        if not isinstance(told, dict) or not ("name" in told or "text" in told):
+            raise Ended(self.words["term_no_room"].format(url=self.url, reason=f"{answer.code} {answer.reason}"))
+        if answer.code >= 500:
+            raise OSError(shown(told["text"]))
+        if "name" not in told:
+            free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
+            raise Ended(shown(f"{told['text']} {free}"))
+        self.name = shown(told["name"])
+        self.members.setdefault(self.name)
+        cookies = (line.split(";")[0].partition("=") for line in answer.headers.get_list("Set-Cookie"))
+        self.cookies |= {name: value for name, _, value in cookies}
+        if date := answer.headers.get("Date"):  # to the second, until an event tells the time better
+            self.set_clock(email.utils.parsedate_to_datetime(date).timestamp() * 1000 + 500)
+
+    async def post(self, path: str, **form: str) -> tornado.httpclient.HTTPResponse:
+        """Sends a form. Raises UNREACHED."""
+        return await tornado.httpclient.AsyncHTTPClient().fetch(
+            self.url + path,
+            method="POST",
+            headers=self.headers(),
+            body=urllib.parse.urlencode(form),
+            follow_redirects=False,
+            raise_error=False,
+            request_timeout=ANSWER_SECONDS,
+        )
+
+    def headers(self) -> dict[str, str]:
+        """Who we are, and how we want to be answered."""
+        headers = {"Accept": "application/json", "Accept-Language": self.language}
+        if self.cookies:
+            headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        return headers
+
+    async def log_out(self) -> None:
+        """Gives the name back, so that it is free for whoever comes next."""
+        with contextlib.suppress(*UNREACHED, TimeoutError):
+            await asyncio.wait_for(self.post("logout"), 2)
+
+    # --- connection ---
+
+    async def stay(self) -> NoReturn:
+        """Keeps connected. Raises Ended."""
+        while True:
+            code, reason = await self.converse()
+            self.connected = False
+            try:
+                delay = await self.pause_after(code, reason)
+            except UNREACHED:
+                delay = random.uniform(*RETRY_SECONDS)
+            self.failures += 1
+            self.retry_at = time.monotonic() + delay
+            self.update()
+            await asyncio.sleep(delay)
+
+    async def pause_after(self, code: int | None, reason: str) -> float:
+        """How many s to wait before the next try. Raises Ended if there is none, and UNREACHED."""
+        if code in FINAL_CODES:
+            raise Ended(self.words[f"js_closed_{code}"].format(name=self.name))
+        if code is None and not self.epoch:  # it was never reached
+            raise Ended(self.words["term_unreachable"].format(url=self.url, reason=reason))
+        if code == 4401:  # restarted without a lasting store: it no longer knows us
+            if self.renewed or reason == "logout":
+                raise Ended(self.words["login_why_logout"] if reason == "logout" else reason)
+            self.renewed = True
+            await self.log_in()
+            return 0
+        if code == 1009 and self.in_flight:
+            self.unsent(self.settle(self.in_flight), self.words["js_too_long"])
+        self.restarting = self.restarting or code == 1001
+        low, high = RETRY_SECONDS
+        low, high = RESTART_SECONDS if code == 1001 else (low, min(high, low * 2 ** (self.failures + 1)))
+        return random.uniform(low, max(high, low + self.count * SPREAD_SECONDS))
+
+    async def converse(self) -> tuple[int | None, str]:
+        """One connection, from the handshake to its close code and reason."""
+        self.in_flight = ""
+        self.update()
+        place = {} if self.after is None else {"after": self.after, "epoch": self.epoch}
+        request = tornado.httpclient.HTTPRequest(
+            f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place)}",
+            headers=self.headers(),
+            connect_timeout=ANSWER_SECONDS,
+            request_timeout=ANSWER_SECONDS,
+        )
+        try:
+            self.socket = await tornado.websocket.websocket_connect(request)
+        except UNREACHED as error:
+            return None, reason_of(error)
+        try:
+            return await self.listen(self.socket)
+        except TimeoutError:
+            return None, "silence"
+        finally:
+            self.socket.close()
+
+    async def listen(self, socket: tornado.websocket.WebSocketClientConnection) -> tuple[int | None, str]:
+        """Hears everything until the socket is closed. Raises TimeoutError when the server owes us a word."""
+        while True:
+            read, heard = asyncio.ensure_future(socket.read_message()), time.monotonic()
+            while not (await asyncio.wait([read], timeout=1))[0]:
+                now = time.monotonic()
+                if now - heard > SILENCE_SECONDS or (self.in_flight and now - self.said_at > ANSWER_SECONDS):
+                    raise TimeoutError
+            raw = read.result()
+            if raw is None:
+                return socket.close_code, socket.close_reason or ""
+            self.receive(json.loads(raw))
+            self.update()
+
+    # --- frames ---
+
+    def receive(self, frame: Mapping[str, Any]) -> None:
+        """Everything that the server says comes through here."""
+        match frame["type"]:
+            case "welcome":
+                self.welcomed(frame)
+            case "message":
+                self.arrived(frame)
+            case "joined" | "left":
+                self.passed(frame)
+            case "refused":
+                self.refused(frame)
+            case "store":
+                self.store_away, self.hold_until = not frame["available"], 0
+            case "time":
+                self.set_clock(frame["ts"])
+
+    def welcomed(self, frame: Mapping[str, Any]) -> None:
+        """The beginning of a connection, or of a new history."""
+        first, self.replay_end = not self.epoch, frame["seq"]
+        if frame["reset"]:
+            self.after = None
+            self.view.notice(self.words["js_reset"])
+        if frame["missed"]:
+            self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
+        self.epoch, self.name, self.count = frame["epoch"], shown(frame["name"]), frame["count"]
+        self.members = dict.fromkeys(map(shown, frame["members"]))
+        if not frame["recovered"] and not (frame["seq"] and frame["limits"]["history"]):
+            self.after = frame["seq"]  # there is nothing to come
+        self.connected, self.store_away, self.hold_until = True, False, 0
+        self.failures, self.restarting, self.renewed = 0, False, False
+        if first:
+            self.skipped = frame["seq"] - self.history
+            self.view.notice(
+                f"{shown(frame['title'])} · {self.people(NAMES_IN_LINE)} · {self.words['term_hint']}", minor=True
+            )
+
+    def arrived(self, frame: Mapping[str, Any]) -> None:
+        """A message; if it is the one that we said, it is confirmed."""
+        self.after = max(self.after or 0, frame["seq"])
+        if frame["seq"] > self.replay_end:
+            self.set_clock(frame["ts"])
+        if frame["seq"] > self.skipped:
+            self.view.message(frame)
+        if shown(frame["name"]) == self.name:
+            self.settle(frame.get("cid"))
+
+    def passed(self, frame: Mapping[str, Any]) -> None:
+        """Somebody came or went."""
+        self.set_clock(frame["ts"])
+        self.count = frame["count"]
+        names = [shown(name) for name in frame["names"] if shown(name) != self.name]
+        for name in names:
+            self.members.pop(name, None)
+            if frame["type"] == "joined":
+                self.members[name] = None
+        if names:
+            self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
+
+    def refused(self, frame: Mapping[str, Any]) -> None:
+        """What we said wasn't stored: later, or never."""
+        if frame["code"] not in PASSING_REFUSALS:
+            self.unsent(self.settle(frame.get("cid")), shown(frame["text"]))
+        elif self.in_flight and frame.get("cid") == self.in_flight:
+            wait = frame.get("retry_after", HOLD_SECONDS)
+            self.in_flight, self.hold_until = "", time.monotonic() + wait
+            asyncio.get_running_loop().call_later(wait + 0.02, self.update)
+
+    def set_clock(self, ts: float) -> None:
+        """What the room's clock says, in ms."""
+        self.clock_ahead = ts / 1000 - time.time()
+
+    # --- outbox ---
+
+    def say(self, text: str) -> None:
+        """Into the outbox, if it can be said at all."""
+        try:
+            self.outbox[secrets.token_hex(12)] = clean_text(text)
+        except Refused as refused:
+            self.unsent(text, refused.sentence(self.language))
+        self.update()
+
+    def update(self) -> None:
+        """After whatever has changed: says what can be said, and lets everybody know."""
+        ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
+        if ready and self.outbox and not self.in_flight and self.socket:
+            self.in_flight, text = next(iter(self.outbox.items()))
+            self.said_at = time.monotonic()
+            with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
+                written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
+                written.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if self.connected and not self.outbox and (self.after or 0) >= self.replay_end:
+            self.idle.set()
+        else:
+            self.idle.clear()
+        self.view.update()
+
+    def settle(self, cid: str | None) -> str:
+        """Takes out of the outbox what is confirmed or given up; its text."""
+        if cid == self.in_flight:
+            self.in_flight = ""
+        return self.outbox.pop(cid or "", "")
+
+    def unsent(self, text: str, reason: str) -> None:
+        """Tells that something won't be said."""
+        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {cut(shown(text), 40)}")
+
+    # --- what the user asks ---
+
+    def command(self, text: str) -> bool:
+        """What was typed: something to say, or after a slash something to do. Whether the user wants to stay."""
+        name, _, rest = text.strip().partition(" ")
+        match name:
+            case "/quit":
+                return False
+            case "/who":
+                self.view.notice(self.people(self.count))
+            case "/help":
+                self.view.notice(self.words["term_help"])
+            case "/time":
+                self.view.notice(self.room_time(rest.strip()))
+            case _ if text.startswith("/") and not text.startswith("//"):
+                self.view.notice(self.words["term_no_command"].format(command=shown(name)))
+            case _:
+                self.say(text.removeprefix("/") if text.startswith("//") else text)
+        return True
+
+    def people(self, most: int) -> str:
+        """Who is here."""
+        names = [*self.members][:most]
+        more = [self.words["js_more"].format(n=self.count - len(names))] if self.count > len(names) else []
+        return self.words["term_here"].format(names=", ".join([*names, *more]))
+
+    def now(self) -> datetime.datetime:
+        """The room's clock, in our time zone."""
+        return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
+
+    def room_time(self, wish: str) -> str:
+        """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
+        now = self.now()
+        if wish:
+            wished = wish.lower().replace(" ", "_")
+            zones = sorted(zoneinfo.available_timezones(), key=lambda zone: (zone.lower() != wished, zone))
+            zone = next((zone for zone in zones if ("/" + zone.lower()).endswith("/" + wished)), "")
+            if not zone:
+                return self.words["term_no_zone"].format(zone=shown(wish))
+            now = now.astimezone(zoneinfo.ZoneInfo(zone))
+        return self.words["term_time"].format(time=f"{now:%Y-%m-%d %H:%M:%S}", zone=zone if wish else f"{now:%Z}")
+
+    def state(self) -> str:
+        """The word for how the connection is."""
+        if self.connected:
+            return "js_state_away" if self.store_away else "js_state_connected"
+        if not self.failures:
+            return "js_state_connecting"
+        return "js_state_restarting" if self.restarting else "js_state_waiting"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a server can't be reached, in a few words."""
+    return shown(
+        getattr(error, "strerror", None) or getattr(error, "message", None) or str(error) or type(error).__name__
+    )
+
+
+class Lines:
+    """Pipes: a line of stdin is said, a message is a line of stdout; whatever else there is to know goes to stderr."""
+
+    def __init__(self, client: Client, config: Config) -> None:
+        self.client, self.config = client, config
+        self.typed = sys.stdin is not None and sys.stdin.isatty()  # by a person, who may give commands
+        self.told = "js_state_connecting"
+        self.leaving = asyncio.Event()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+
+    def begin(self) -> None:
+        """Takes the terminal."""
+
+    def restore(self) -> None:
+        """Leaves the terminal as it was."""
+
+    def message(self, frame: Mapping[str, Any]) -> None:
+        """Somebody said something. Raises Ended, without a word when nobody reads any more."""
+        try:
+            print(safe(line_of(frame)), flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
+
+    def notice(self, text: str, *, minor: bool = False) -> None:
+        """Something that the user has to know, or may like to know."""
+        if self.config.verbose or not minor:
+            with contextlib.suppress(BrokenPipeError):
+                print(f"tornchat: {text}", file=sys.stderr, flush=True)
+
+    def update(self, printed: str = "") -> None:
+        """Tells when the connection is lost, and when it is back."""
+        state = self.client.state()
+        if state not in (self.told, "js_state_connecting"):
+            if not self.config.quiet and self.told != "js_state_connecting":
+                self.notice(self.client.words[state])
+            self.told = state
+
+    async def read(self) -> None:
+        """Says what comes, until it ends and all is confirmed."""
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self.read_stdin, args=[loop], daemon=True).start()
+        await self.leaving.wait()
+        await self.client.idle.wait()
+
+    def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
+        with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
+            for line in read_lines():
+                asyncio.run_coroutine_threadsafe(self.take(line), loop).result()
+            loop.call_soon_threadsafe(self.leaving.set)
+
+    async def take(self, line: str) -> None:
+        """One line; waits until it is confirmed."""
+        if not self.typed:
+            if line.strip():
+                self.client.say(line)
+            await self.client.idle.wait()
+        elif line.strip() and not self.client.command(line):
+            self.leaving.set()
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of stdin, each as soon as it is there. One that is too long for a message isn't read to its end."""
+    if sys.stdin is None:
+        return
+    decode, rest = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
+    with contextlib.suppress(OSError), open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+        while data := stdin.read(65536):
+            *lines, rest = (rest + decode(data)).split("\n")
+            rest = rest[: 2 * TEXT_CHARS]
+            yield from lines
+    if rest:
+        yield rest
+
+
+class Screen(Lines):
+    """A person at a terminal. What was said scrolls by; below stand what isn't sent yet, the state, and what is being
+    typed: rows that are drawn anew after whatever is printed, so that nothing that comes in tears them.
+    """
+
+    def __init__(self, client: Client, config: Config, *, colors: bool) -> None:
+        super().__init__(client, config)
+        self.colors = colors
+        self.editor = Editor()
+        self.decode = codecs.getincrementaldecoder("utf-8")("ignore").decode
+        self.day = client.now().date()
+        self.drawn: list[str] = []  # rows below what was printed, down to the cursor
+        self.looks: tuple[int, str] = 0, ""  # of all of them
+        self.hurry = False
+
+    def begin(self) -> None:
+        """Keys come one by one and aren't echoed; pasted text comes in brackets."""
+        import termios
+
+        self.modes = termios.tcgetattr(sys.stdin)
+        modes = termios.tcgetattr(sys.stdin)
+        modes[0] &= ~(termios.IXON | termios.ICRNL)
+        modes[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        self.write("\x1b[?2004h")
+
+    def restore(self) -> None:
+        """Leaves the terminal as it was, without the rows below."""
+        import termios
+
+        self.write(self.erasure(self.size()[0]) + "\x1b[?2004l")
+        self.drawn, self.looks = [], (0, "")
+        with contextlib.suppress(termios.error):  # it has gone
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.modes)
+
+    def write(self, text: str) -> None:
+        """Straight to the terminal, in one piece."""
+        with contextlib.suppress(OSError):  # it has gone, as stdin will tell
+            print(text, end="", flush=True)
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows; 80 x 24 where the terminal doesn't know."""
+        columns = rows = 0
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(sys.stdout.fileno())
+        return max(columns or 80, 12), rows or 24
+
+    # --- what is shown ---
+
+    def message(self, frame: Mapping[str, Any]) -> None:
+        """With the time of the room's clock, in our zone."""
+        when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
+        if when.date() != self.day:
+            self.day = when.date()
+            self.show([self.styled(f"~ {self.day}", "2")])
+        head, name = f"{when:%H:%M} ", shown(frame["name"])
+        rows = wrap(f"{head}{name}: {safe(frame['text'])}", self.size()[0] - 1)
+        if rows[0].startswith(head + name):
+            color = NAME_COLORS[hashlib.sha256(name.encode(errors="replace")).digest()[0] % len(NAME_COLORS)]
+            colored = self.styled(name, f"1;38;5;{color}")
+            rows[0] = self.styled(head, "2") + colored + rows[0].removeprefix(head + name)
+        self.show(rows)
+
+    def notice(self, text: str, *, minor: bool = False) -> None:
+        """After a tilde, with which no name begins."""
+        rows = wrap(f"{self.client.now():%H:%M} ~ {text}", self.size()[0] - 1)
+        self.show([self.styled(row, "2") if minor else row for row in rows])
+
+    def styled(self, text: str, style: str) -> str:
+        """In a colour, if that is wanted."""
+        return f"\x1b[{style}m{text}\x1b[0m" if self.colors and text else text
+
+    def show(self, rows: list[str]) -> None:
+        """For good, above the rows that are drawn anew."""
+        self.update("".join(f"{row}\n" for row in rows))
+
+    def update(self, printed: str = "") -> None:
+        """Draws the rows below, after what is printed above them, or if they look different."""
+        columns, height = self.size()
+        above = self.pending(columns - 1)
+        before = f"{cut(self.client.name, columns // 3)}> "
+        rows, at, left_of_cursor = layout(before + self.editor.text, len(before) + self.editor.at, columns - 1)
+        most = max(1, height - len(above) - 1)
+        first = max(0, at - most + 1)
+        rows = rows[first : first + most]
+        down = len(rows) - 1 - (at - first)
+        looks = "\n".join([*(self.styled(row, "2") for row in above), *rows])
+        looks += (f"\x1b[{down}A" if down else "") + "\r" + left_of_cursor
+        if printed or (columns, looks) != self.looks:
+            self.write(self.erasure(columns) + printed + looks)
+            self.drawn, self.looks = [*above, *rows[: at - first], left_of_cursor], (columns, looks)
+
+    def erasure(self, columns: int) -> str:
+        """What takes the rows below away; since they were drawn the terminal may have become narrower."""
+        up = sum(max(1, math.ceil(width(row) / columns)) for row in self.drawn) - 1
+        return (f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
+
+    def pending(self, columns: int) -> list[str]:
+        """What isn't sent yet, and what is wrong."""
+        client, words = self.client, self.client.words
+        rows = [f"{cut(shown(text), columns - 24)} · {self.status(cid)}" for cid, text in client.outbox.items()]
+        rows = rows[:PENDING_ROWS] + ([f"+ {len(rows) - PENDING_ROWS}"] if len(rows) > PENDING_ROWS else [])
+        if (state := client.state()) != "js_state_connected":
+            rows.append(words[state])
+        if not client.connected and client.failures:
+            seconds = math.ceil(client.retry_at - time.monotonic())
+            rows[-1] += " " + (words["js_retry_in"].format(n=seconds) if seconds > 0 else words["js_retry_now"])
+        return [cut(row, columns) for row in rows]
+
+    def status(self, cid: str) -> str:
+        """Why something isn't sent yet."""
+        client, words = self.client, self.client.words
+        if not client.connected:
+            return words["js_waiting"]
+        if client.store_away:
+            return words["js_waiting_store"]
+        if cid != next(iter(client.outbox)):
+            return words["js_waiting_turn"]
+        seconds = math.ceil(client.hold_until - time.monotonic())
+        return words["js_waiting_seconds"].format(n=seconds) if seconds > 0 else words["js_sending"]
+
+    # --- what is typed ---
+
+    async def read(self) -> None:
+        """Until Ctrl-C, or until the user leaves and has been heard."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sys.stdin.fileno(), self.on_keys)
+        loop.add_signal_handler(signal.SIGWINCH, self.update)
+        while not self.leaving.is_set():
+            self.update()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.leaving.wait(), 1)  # the seconds on the screen pass
+        if self.client.outbox and not self.hurry:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
+
+    def on_keys(self) -> None:
+        """Keys were hit, or the terminal is gone."""
+        data = b""
+        with contextlib.suppress(OSError):
+            data = os.read(sys.stdin.fileno(), 65536)
+        for line in self.editor.feed(self.decode(data)) if data else ["\x03"]:
+            if line == "\x1a":
+                self.suspend()
+            elif line == "\x03" or not self.client.command(line):
+                self.hurry = line == "\x03"
+                self.leaving.set()
+        self.update()
+
+    def suspend(self) -> None:
+        """Ctrl-Z: gives the terminal to the shell until that calls us back."""
+        self.restore()
+        os.kill(0, signal.SIGTSTP)
+        self.begin()
+
+
+async def join(config: Config, environ: Mapping[str, str]) -> None:
+    """Talks in a room until its user or the room ends it. Raises Ended."""
+    locale = environ.get("LC_ALL") or environ.get("LC_MESSAGES") or environ.get("LANG") or ""
+    client = Client(config, choose_language(locale.replace("_", "-")))
+    try:
+        await client.log_in()
+    except UNREACHED as error:
+        raise Ended(client.words["term_unreachable"].format(url=client.url, reason=reason_of(error))) from None
+    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    if terminal and environ.get("TERM") != "dumb" and hasattr(signal, "SIGWINCH"):
+        client.view = Screen(client, config, colors=not environ.get("NO_COLOR"))
+    else:
+        client.view = Lines(client, config)
+    try:
+        client.view.begin()
+        stop = stop_on_signals(client.view.restore)
+        tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        client.view.restore()
+        await client.log_out()
+    if client.outbox:
+        print("tornchat:", client.words["term_unsent"].format(n=len(client.outbox)), file=sys.stderr)
+    for task in done:
+        task.result()
+
+
 # === Command line =====================================================================================================
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
@@ -2737,6 +3589,10 @@ def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
     option("--certfile", metavar="FILE", help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", help="its key, where that is a file of its own")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", help="signs the cookies; default: made up")
+    option("--join", metavar="URL", type=room_url,
+           help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
+           "--history is how many earlier messages are shown")
+    option("--name", metavar="NAME", default=user_name(environ), help="with --join: the nickname; default [USER]")
     option("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
     option("-v", "--verbose", action="count", help="log requests; twice: everything")
     # fmt: on
@@ -2775,7 +3631,7 @@ def yes_or_no(text: str) -> bool:
 
 def room_title(text: str) -> str:
     """A title. Raises ArgumentTypeError."""
-    if not 0 < len(shown(text)) == len(text) <= 80:
+    if shown(text) != text or not 0 < len(text) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
     return text
 
@@ -2788,8 +3644,12 @@ def room_name(text: str) -> str:
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    """Host names, separated by commas."""
-    return tuple(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
+    """Host names, separated by commas. Raises ArgumentTypeError."""
+    headers = list(filter(None, map(str.strip, text.split(","))))
+    names = tuple(map(host_name, headers))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{headers[names.index('')]!r} is not the name of a host")
+    return names
 
 
 def redis_url(text: str) -> str:
@@ -2801,6 +3661,29 @@ def redis_url(text: str) -> str:
             "malformed: redis://host:port/db expected, or rediss://, or unix:///path"
         ) from None
     return text
+
+
+def room_url(text: str) -> str:
+    """The address of a room, as its routes begin. Raises ArgumentTypeError.
+
+    People leave out the scheme, and then mean our default port; or they copy the address of a page.
+    """
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        scheme = {"http": "http", "ws": "http", "https": "https", "wss": "https"}.get(parts.scheme)
+        port = f":{parts.port}" if parts.port else "" if "://" in text else f":{DEFAULT_PORT}"
+        if scheme and re.fullmatch(r"[\w.-]+|[0-9a-f:.]+(%\w+)?", parts.hostname or "") and "@" not in parts.netloc:
+            host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+            path = urllib.parse.quote(re.sub(r"/(login|chat)?$", "", parts.path), safe="/%")
+            return f"{scheme}://{host}{port}{path}/"
+    raise argparse.ArgumentTypeError("malformed: http://host:8888/ expected, or https://, or host:port")
+
+
+def user_name(environ: Mapping[str, str]) -> str:
+    """The user's name on this machine, if the room can take it; root, for one, comes as a guest."""
+    with contextlib.suppress(Refused):
+        return clean_name(environ.get("USER", ""))
+    return ""
 
 
 class OneASecond(logging.Filter):
@@ -2840,7 +3723,8 @@ def configure_logging(config: Config) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(OneASecond())
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else logging.WARNING)
+    level = logging.ERROR if config.join else logging.WARNING  # a client tells by itself what Tornado warns of
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
 
@@ -2849,12 +3733,14 @@ def main() -> None:
     config = parse_config(sys.argv[1:], os.environ)
     configure_logging(config)
     try:
-        if config.workers > 1 and not config.inherited:
+        if config.join:
+            asyncio.run(join(config, os.environ))
+        elif config.workers > 1 and not config.inherited:
             asyncio.run(supervise(config, [sys.executable, __file__, *sys.argv[1:]]))
         else:
             asyncio.run(serve(config))
-    except StartError as error:
-        sys.exit(f"tornchat: {error}")
+    except (StartError, Ended) as error:
+        sys.exit(f"tornchat: {error}" if str(error) else 0)
     except KeyboardInterrupt:  # before the signal handlers stood
         sys.exit(0)
 
@@ -2942,6 +3828,17 @@ WORDS = {
         "js_copy_by_hand": "Marked: copy it by hand",
         "js_you": "you",
         "js_more": "and {n} more",
+        "term_unreachable": "{url} cannot be reached: {reason}",
+        "term_no_room": "There is no tornchat at {url}: {reason}",
+        "term_free": 'It is free as --name "{name}".',
+        "term_here": "here: {names}",
+        "term_hint": "/help tells what you can do",
+        "term_help": "/who: who is here\n/time Asia/Shanghai: the room’s clock, there\n/quit, Ctrl-C, Ctrl-D: leave\n"
+        "//text: says “/text”\nAlt-Enter: a new line\nUp, Down: what you said before",
+        "term_no_command": "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
+        "term_time": "By the room’s clock it is {time} ({zone}).",
+        "term_no_zone": "There is no time zone “{zone}”. They have names like Asia/Shanghai.",
+        "term_unsent": "Messages that could not be sent: {n}",
         "kept_memory": "Earlier messages that you will see: the last {history}. Stopping the room forgets them.",
         "kept_redis": "Earlier messages that you will see: the last {history}. They outlive a restart.",
         "error_back": "To the room",
@@ -3047,6 +3944,17 @@ WORDS = {
         "js_copy_by_hand": "已选中，请手动复制",
         "js_you": "我",
         "js_more": "还有 {n} 人",
+        "term_unreachable": "无法连接 {url}：{reason}",
+        "term_no_room": "{url} 不是 tornchat 聊天室：{reason}",
+        "term_free": '可以改用 --name "{name}"。',
+        "term_here": "在场：{names}",
+        "term_hint": "输入 /help 查看帮助",
+        "term_help": "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
+        "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键：调出说过的话",
+        "term_no_command": "没有 {command} 这个命令，只有 /who /time /quit /help。要发送它，请输入 /{command}",
+        "term_time": "聊天室的时间是 {time}（{zone}）。",
+        "term_no_zone": "没有“{zone}”这个时区，时区名如 Asia/Shanghai。",
+        "term_unsent": "有 {n} 条消息未能发送",
         "kept_memory": "您将看到最近的 {history} 条消息；聊天室关闭后即清除。",
         "kept_redis": "您将看到最近的 {history} 条消息；重启后仍会保留。",
         "error_back": "回到聊天室",
