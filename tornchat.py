@@ -4251,6 +4251,10 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
+/* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
+@supports (overflow-anchor: auto) {
+  .message { content-visibility: auto; contain-intrinsic-size: auto 48px; overflow-clip-margin: 6px; }
+}
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
@@ -4484,13 +4488,12 @@ function mentions(text, name) {  // where @name stands and the name does not go 
 }
 
 // === DOM: the only place that makes elements, and text only ever as text ===
-const [icon, title, stateText, stateWait, loginAgain, join, people, scroller, content, log, outboxList, composer,
-  newer, matchList, leftOver, box, lineBreak, send, roster, memberList, themeChoice, sound, notify, logout, invite,
-  code, address, addresses, copy, closeInvite] = [
-  'icon', 'title', 'state-text', 'state-wait', 'login-again', 'join', 'people', 'scroller', 'content', 'log',
-  'outbox', 'composer', 'newer', 'matches', 'left-over', 'box', 'break', 'send', 'roster', 'members', 'theme',
-  'sound', 'notify', 'logout', 'invite', 'code', 'address', 'addresses', 'copy', 'close',
-].map((id) => document.getElementById(id));
+const {
+  icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
+  content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
+  lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
+  addresses, copy, close: closeInvite,
+} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
 const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
 let sliceTimer = 0;
