@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6.1", "redis", "fakeredis", "pytest", "hypothesis", "playwright"]
+# dependencies = [
+#   "tornado>=6.6.1", "redis", "fakeredis", "pytest", "hypothesis", "playwright", "websockets", "websocket-client",
+# ]
 # ///
 # ruff: noqa: N802, PTH208 - G1 to G10 are the README's names; in a coroutine listdir is as good as Path
 """The tests of tornchat, in the order of its sections.
@@ -11,15 +13,19 @@
     python -m pytest -q -k "not slow"                without those that take seconds
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
+    TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
+    TORNCHAT_PICTURES=folder python -m pytest -k Pictures    what the page looks like
+
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
-    python test_tornchat.py bench floods             no test: what clients cost that mean ill
-    python test_tornchat.py echo 9001                no test: ws://127.0.0.1:9001/chat for Autobahn's fuzzing client
-    python test_tornchat.py bench transports         no test: what polling costs beside a socket
+    python test_tornchat.py bench floods             ... what clients cost that mean ill
+    python test_tornchat.py bench page               ... how quick the page is
+    python test_tornchat.py bench transports         ... what polling costs beside a socket
+    python test_tornchat.py echo 9001                ws://127.0.0.1:9001/chat, for Autobahn's fuzzing client
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
 that are about the room run twice: over the fakeredis inside the daemon, and over a real redis-server. A machine that
-has no redis-server or no Chromium skips what needs it, and says so; where CI is set that is a failure.
+has no redis-server, Chromium, axe-core or wscat skips what needs it, and says so; where CI is set that is a failure.
 
 No test sleeps to let something happen. "Nothing came" is proven by a barrier: what must come next comes next.
 """
@@ -91,6 +97,7 @@ from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, w
 import tornchat
 
 PATIENCE = float(os.environ.get("TORNCHAT_TEST_PATIENCE", "5"))  # seconds that any one wait may last
+NODE_MODULES = Path(os.environ.get("TORNCHAT_NODE_MODULES", "/nonexistent"))  # where npm has put axe-core and wscat
 PROGRAM = Path(tornchat.__file__).resolve()
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 CHATTER = {"joined", "left", "time"}  # frames that come when they like: passed over unless they are asked for
@@ -3255,9 +3262,6 @@ class TestResume:
         assert not ann.names_in("left")
 
 
-# === Presence =========================================================================================================
-
-
 # === Polling ==========================================================================================================
 
 
@@ -3743,6 +3747,9 @@ class TestMessages:
             assert texts_of(events) == ["good morning"]
 
 
+# === Presence =========================================================================================================
+
+
 class TestPresence:
     @transcript
     async def test_login_is_joining(self, lan: Lan) -> None:
@@ -4110,7 +4117,7 @@ class TestSecurity:
             assert "frame-ancestors 'none'" in policy
             assert "unsafe" not in policy
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
-            assert answer.headers["Referrer-Policy"] == "no-referrer"
+            assert answer.headers["Referrer-Policy"] == "same-origin"
             assert "Access-Control-Allow-Origin" not in answer.headers
             if path in ("/", "/login"):
                 assert answer.headers["Cache-Control"] == "no-store"
@@ -5329,8 +5336,8 @@ class TestPages:
         asked = set(re.findall(r"getElementById\(['\"]([\w-]+)", script)) | set(
             re.findall(r"querySelector\(['\"]#([\w-]+)", script)
         )
-        for names in re.findall(r"\[([^\[\]]*)\]\s*\.map\(\(?id\)? => document\.getElementById\(id\)\)", script):
-            asked |= set(re.findall(r"'([\w-]+)'", names))
+        for names in re.findall(r"const \{([^{}]*)\} = Object.fromEntries\(\[\.\.\.document", script):
+            asked |= {name.split(":")[0].strip("' \n") for name in names.split(",")} - {""}
         assert asked
         assert asked <= set(chat.ids)
         for page in (login, chat):
@@ -5349,7 +5356,7 @@ class TestPages:
         for page in (login, chat):
             for link in page.links:
                 assert not re.match(r"\w+:|//", link)
-            for link in [link for link in page.links if "?" in link]:
+            for link in [link for link in page.links if "?v=" in link]:
                 answer = await ann.fetch("/" + link.lstrip("/"))
                 assert answer.code == 200
                 assert "immutable" in answer.headers["Cache-Control"]
@@ -5639,6 +5646,7 @@ def chromium_path() -> str:
 
 
 CHROMIUM_FLAGS = [
+    "--host-resolver-rules=MAP room.lan 127.0.0.1",  # an address as phones have it: plain http, and not this machine's
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -5666,7 +5674,9 @@ class Window:
         await self.page.goto(self.url)
         await self.page.fill("#nickname", name)
         await self.page.press("#nickname", "Enter")
-        await self.shows("#members", name)
+        await self.page.locator("#members", has_text=name).first.wait_for(
+            state="attached"
+        )  # on a phone it is in a drawer
         await self.state("connected")
 
     async def say(self, text: str) -> None:
@@ -5679,8 +5689,65 @@ class Window:
     async def shows(self, where: str, text: str) -> None:
         await self.page.locator(where, has_text=text).first.wait_for()
 
+    async def tab(self, query: str = "") -> Window:
+        """Another tab of the same browser."""
+        other = Window(await self.page.context.new_page(), self.url)
+        await other.page.goto(self.url + query)
+        await other.state("connected")
+        return other
+
+    async def hide(self, hidden: bool = True) -> None:
+        """The window is out of sight, as far as the page is told."""
+        await self.page.evaluate(
+            """(hidden) => {
+                Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
+                document.dispatchEvent(new Event('visibilitychange'));
+            }""",
+            hidden,
+        )
+
+    async def look(self) -> None:
+        """The window is in sight again."""
+        await self.hide(False)
+
+    async def keys(self, *keys: str) -> None:
+        """Keys, in the box."""
+        for key in keys:
+            await self.page.press("#box", key)
+
+    async def written(self, text: str) -> None:
+        """What stands in the box."""
+
+        async def stands() -> bool:
+            return await self.page.input_value("#box") == text
+
+        await until(stands)
+
+    async def titled(self, text: str) -> None:
+        """What the tab is called."""
+
+        async def titled() -> bool:
+            return await self.page.title() == text
+
+        await until(titled)
+
+    async def texts(self, where: str) -> list[str]:
+        """The texts of some elements."""
+        return await self.page.locator(where).all_inner_texts()
+
+    async def holds(self, expression: str) -> None:
+        """What is true in the page, soon (its policy forbids what wait_for_function does)."""
+        try:
+            await until(lambda: self.page.evaluate(expression))
+        except pytest.fail.Exception:
+            pytest.fail(f"still not so: {expression}")
+
+    async def number(self, expression: str) -> float:
+        """What the page says to that."""
+        return float(await self.page.evaluate(expression))
+
     async def messages(self) -> list[str]:
-        return [text.strip() for text in await self.page.locator("#log .message .text").all_inner_texts()]
+        return [text.strip() for text in await self.page.locator("#log .message .text").all_text_contents()]
 
     async def shows_messages(self, *texts: str) -> None:
         """The messages in the window are these, once each, in this order; nothing waits to be sent."""
@@ -5695,7 +5762,7 @@ class Window:
 
     def well_behaved(self, *, restarts: bool = False) -> None:
         """Nothing in the console, but what a browser itself writes when a server is away; nothing from elsewhere."""
-        expected = r"net::ERR_|WebSocket connection to" if restarts else r"(?!)"
+        expected = r"net::ERR_|WebSocket connection to|status of (401|503)" if restarts else r"(?!)"
         assert [problem for problem in self.problems if not re.search(expected, problem)] == []
         assert [
             url for url in self.requests if not url.startswith((self.url, "ws" + self.url[4:], "data:", "blob:"))
@@ -5703,13 +5770,14 @@ class Window:
 
 
 @contextlib.asynccontextmanager
-async def windows(lan: Lan, count: int = 2, locale: str = "en-US") -> AsyncIterator[list[Window]]:
-    """That many windows of real browsers that share nothing."""
-    url = f"http://127.0.0.1:{lan.daemons[-1].port}/"
+async def windows(lan: Lan, count: int = 2, at: str = "", **options: Any) -> AsyncIterator[list[Window]]:
+    """That many windows of real browsers that share nothing, with options of playwright's contexts."""
+    url = at or f"http://127.0.0.1:{lan.daemons[-1].port}/"
+    options = {"locale": "en-US", "viewport": {"width": 1280, "height": 800}} | options
     async with async_playwright() as tools:
         chromium = await tools.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
         try:
-            yield [Window(await (await chromium.new_context(locale=locale)).new_page(), url) for _ in range(count)]
+            yield [Window(await (await chromium.new_context(**options)).new_page(), url) for _ in range(count)]
         finally:
             await chromium.close()
 
@@ -5823,6 +5891,920 @@ class TestWindows:
             ann.well_behaved()
 
 
+class TestWriting:
+    @slow
+    @transcript
+    async def test_keys(self, memory_lan: Lan) -> None:
+        """Enter sends, Shift+Enter breaks the line; the box grows to six lines; what is pasted keeps its lines."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.keys("o", "n", "e", "Shift+Enter", "t", "w", "o")
+            await ann.written("one\ntwo")
+            await ann.keys("Enter")
+            await ann.shows_messages("one\ntwo")
+            await ann.written("")
+            await ann.keys("Enter")
+            lines = [await ann.number("box.clientHeight")]
+            for _ in range(8):
+                await ann.keys("x", "Shift+Enter")
+                lines.append(await ann.number("box.clientHeight"))
+            assert lines[0] < lines[2] < lines[5] == lines[8]
+            await ann.page.fill("#box", "")
+            pasted = "  def f():\n\n      return 1"
+            await ann.page.evaluate("text => { box.focus(); document.execCommand('insertText', false, text); }", pasted)
+            await ann.keys("Enter")
+            await ann.shows_messages("one\ntwo", pasted.strip())
+            assert await ann.page.locator("#log .text").last.text_content() == pasted
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_composition(self, memory_lan: Lan) -> None:
+        """Enter while an input method composes ends the composition: it neither sends nor breaks the line."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.page.focus("#box")
+            keyboard = await ann.page.context.new_cdp_session(ann.page)
+            await keyboard.send("Input.imeSetComposition", {"text": "ni", "selectionStart": 2, "selectionEnd": 2})
+            await ann.written("ni")
+            await ann.page.evaluate("""for (const told of [{isComposing: true}, {keyCode: 229}]) {
+                box.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, ...told}));
+            }""")
+            await ann.written("ni")
+            await keyboard.send("Input.insertText", {"text": "你好"})
+            await ann.written("你好")
+            assert await ann.page.locator(".message").count() == 0
+            await ann.keys("Enter")
+            await ann.shows_messages("你好")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_counter(self, memory_lan: Lan) -> None:
+        """Near the limit the rest is counted; what is too long is neither sent nor cut."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.page.fill("#box", "x" * 3799)
+            assert await ann.page.locator("#left-over").inner_text() == ""
+            await ann.page.fill("#box", "😀" * 3990)
+            await ann.shows("#left-over", "left: 10")
+            await ann.say("x" * 4001)
+            await ann.shows("#left-over.over", "too many: 1")
+            await ann.written("x" * 4001)
+            await ann.keys("Backspace", "Enter")
+            await ann.shows_messages("x" * 4000)
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_recall(self, memory_lan: Lan) -> None:
+        """The arrow keys bring back what was said, also after a reload, and never over something written."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            for text in ("first", "second"):
+                await ann.say(text)
+            await ann.shows_messages("first", "second")
+            for key, text in (("Up", "second"), ("Up", "first"), ("Up", "first"), ("Down", "second"), ("Down", "")):
+                await ann.keys(f"Arrow{key}")
+                await ann.written(text)
+            await ann.page.reload()
+            await ann.state("connected")
+            await ann.keys("ArrowUp", "!", "ArrowUp")
+            await ann.written("second!")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_names_are_completed(self, memory_lan: Lan) -> None:
+        """Tab completes a name behind an @, one after the other; without one it goes on to the next control."""
+        await memory_lan.serve()
+        for name in ("Bob", "Boris Z", "小明"):
+            await memory_lan.join(name)
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.page.type("#box", "hi @bo")
+            assert await ann.texts("#matches button") == ["Bob", "Boris Z"]
+            await ann.keys("Tab")
+            await ann.written("hi @Bob ")
+            await ann.keys("Tab")
+            await ann.written("hi @Boris Z ")
+            assert await ann.page.locator("#matches").is_hidden()
+            await ann.page.type("#box", "and @小")
+            await ann.page.click("#matches button")
+            await ann.written("hi @Boris Z and @小明 ")
+            await ann.page.fill("#box", "ann@example.org")
+            assert await ann.page.locator("#matches").is_hidden()
+            await ann.keys("Tab")
+            assert await ann.page.evaluate("document.activeElement.id") == "send"
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_what_is_refused_is_kept(self, memory_lan: Lan) -> None:
+        """What came too fast waits and says for how long; what the room does not take can be tried again or changed."""
+        await memory_lan.serve(rate=2.0)
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            for number in range(12):
+                await ann.say(str(number))
+            await ann.shows("#outbox .status", "Sends in 1 s")
+            await ann.shows_messages(*map(str, range(12)))
+            await ann.say("\x07")
+            await ann.shows("#outbox .failed .status", "Not sent: The message is empty.")
+            await ann.page.click("#outbox button >> text=Try again")
+            await ann.shows("#outbox .failed .status", "Not sent")
+            await ann.page.click("#outbox button >> text=Edit")
+            await ann.written("\x07")
+            assert await ann.page.locator("#outbox .message").count() == 0
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_a_phone(self, memory_lan: Lan) -> None:
+        """A phone has a key for a new line, nothing too small for a thumb, and no text that makes it zoom."""
+        await memory_lan.serve()
+        phone: dict[str, Any] = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+        async with windows(memory_lan, 1, **phone) as (ann,):
+            await ann.login("Ann")
+            await ann.page.fill("#box", "one")
+            await ann.page.tap("#break")
+            await ann.page.keyboard.type("two")
+            await ann.page.tap("#send")
+            await ann.shows_messages("one\ntwo")
+            await ann.page.tap("#people")
+            await ann.page.wait_for_selector("#roster.open")
+            for control in await ann.page.locator("button:visible, .settings label:visible").all():
+                box = await control.bounding_box()
+                assert box
+                assert box["height"] >= 44, await control.inner_text()
+                assert box["width"] >= 44, await control.inner_text()
+            assert await ann.number("parseFloat(getComputedStyle(box).fontSize)") >= 16
+            await ann.page.keyboard.press("Escape")
+            await ann.page.wait_for_selector("#roster:not(.open)", state="attached")
+            assert await ann.number("document.documentElement.scrollWidth") == 360
+            ann.well_behaved()
+
+
+class TestReading:
+    @slow
+    @transcript
+    async def test_follows_only_at_the_bottom(self, memory_lan: Lan) -> None:
+        """Whoever has scrolled back stays where they are, and is told how many came below."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say_many(60)
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.shows("#log", "60")
+            below = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+            await ann.holds(f"{below} < 2")
+            await ann.page.evaluate("scroller.scrollTop = 300")
+            await ann.holds("!following")
+            await bob.say_many(3, first=61)
+            await ann.shows("#newer", "3 new")
+            assert await ann.number("scroller.scrollTop") == 300
+            await ann.page.click("#newer")
+            await ann.holds(f"{below} < 2")
+            await ann.page.wait_for_selector("#newer", state="hidden")
+            await bob.say("64")
+            await ann.shows("#log", "64")
+            await ann.holds(f"{below} < 2")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_new_since_you_left(self, memory_lan: Lan) -> None:
+        """What came while nobody looked stands below a line, the title counts it, the icon has a dot."""
+        await memory_lan.serve(title="Den")
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await bob.say("before")
+            await ann.shows_messages("before")
+            await ann.hide()
+            await bob.say("while away")
+            await bob.say("and more")
+            await ann.titled("(2) Den")
+            assert "unread" in (await ann.page.get_attribute("#icon", "href") or "")
+            assert (
+                await memory_lan.browser().fetch("/" + str(await ann.page.get_attribute("#icon", "href")))
+            ).code == 200
+            await ann.shows_messages("before", "while away", "and more")
+            await ann.look()
+            await ann.titled("Den")
+            assert "unread" not in (await ann.page.get_attribute("#icon", "href") or "")
+            line = "[...log.children].findIndex(row => row.dataset.kind === 'new')"
+            rows = await ann.texts("#log > *")
+            assert rows[int(await ann.number(line))] == "New since you left"
+            assert "while away" in rows[int(await ann.number(line)) + 1]
+            await ann.page.reload()
+            await ann.shows_messages("before", "while away", "and more")
+            assert await ann.number(line) == -1
+            await ann.page.goto("about:blank")
+            await bob.say("after the page")
+            await ann.page.goto(ann.url)
+            await ann.shows_messages("before", "while away", "and more", "after the page")
+            assert "after the page" in (await ann.texts("#log > *"))[int(await ann.number(line)) + 1]
+            await ann.say("I am here")
+            await ann.holds(f"{line} === -1")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_what_is_more_than_text(self, memory_lan: Lan) -> None:
+        """Addresses, code and emoji are shown as such, and nothing else; what is long is folded."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob\u05d0")
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await bob.say(
+                "see (https://example.org/a_(b)?c=1#d), or http://[::1]/ and javascript:alert(1) *not* <b>bold</b>"
+            )
+            await bob.say("run `ls -l` and\n```python\nif x:\n    y = '`https://no.link`'\n```\nthen `")
+            await bob.say("👍🏽 👨‍👩‍👧 🇩🇪")
+            await bob.say("5 👍")
+            await bob.say("long " * 400)
+            await bob.say("\u202eevil\u202c and \u2067rtl")
+            await ann.shows("#log", "rtl")
+            assert await ann.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)") == [
+                "https://example.org/a_(b)?c=1#d",
+                "http://[::1]/",
+            ]
+            for attribute, value in (("rel", "noopener noreferrer"), ("target", "_blank")):
+                assert await ann.page.get_attribute("#log a", attribute) == value
+            assert await ann.texts("#log code") == ["ls -l", "if x:\n    y = '`https://no.link`'"]
+            assert await ann.texts("#log pre") == ["if x:\n    y = '`https://no.link`'"]
+            assert await ann.page.locator("#log .emoji").count() == 1
+            assert await ann.page.locator("#log .folded").count() == 1
+            tall = await ann.number("document.querySelector('.folded').clientHeight")
+            await ann.page.click("#log .fold")
+            await ann.shows("#log .fold[aria-expanded=true]", "Show less")
+            assert await ann.number("document.querySelectorAll('#log .text')[4].clientHeight") > tall
+            assert await ann.page.locator("#log .who").first.evaluate("who => who.localName") == "bdi"
+            assert await ann.page.locator("#log .text").last.get_attribute("dir") == "auto"
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_days_by_the_servers_clock(self, memory_lan: Lan) -> None:
+        """Today is what the server calls so, whatever the reader's clock says; each time tells its date."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 2, timezone_id="Asia/Shanghai") as (ann, eve):
+            await eve.page.clock.set_system_time(time.time() - 3 * 86400)
+            for window, name in ((ann, "Ann"), (eve, "Eve")):
+                await window.login(name)
+            await bob.say("hi")
+            for window in (ann, eve):
+                await window.shows_messages("hi")
+                assert await window.page.get_attribute("#log .message", "data-day") == "Today"
+            times = [await window.page.get_attribute("#log time", "title") for window in (ann, eve)]
+            assert times[0] == times[1]
+            assert str(time.gmtime().tm_year) in str(times[0])
+            await eve.page.evaluate("setClock(serverTime() + 86400000); tick()")
+            assert await eve.page.get_attribute("#log .message", "data-day") == "Yesterday"
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_presence_is_folded(self, memory_lan: Lan) -> None:
+        """Who comes and goes is one quiet line, with a number where many do, and never wakes anybody up."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.hide()
+            crowd = [await memory_lan.join(f"Guest {letter}") for letter in "abcde"]
+            await ann.shows(".notice[data-kind=presence]", "5 people joined")
+            assert await ann.page.locator(".notice").count() == 1
+            assert await ann.page.title() == "tornchat"
+            await crowd[0].fetch("/logout", form={})
+            await ann.shows(".notice[data-kind=presence]", "4 people joined")
+            ann.well_behaved()
+
+
+class TestAttention:
+    @slow
+    @transcript
+    async def test_mention(self, memory_lan: Lan) -> None:
+        """A message that names the reader stands out; a longer name, or one's own words, do not."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            for text in ("hi @ann!", "hi @Anna", "write `@Ann`", "@Ann"):
+                await bob.say(text)
+            await ann.say("I am @Ann")
+            await ann.shows_messages("hi @ann!", "hi @Anna", "write `@Ann`".replace("`", ""), "@Ann", "I am @Ann")
+            assert await ann.texts("#log .mention .text") == ["hi @ann!", "@Ann"]
+            assert await ann.texts("#log mark") == ["@ann", "@Ann", "@Ann"]
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_sound_and_notifications(self, memory_lan: Lan) -> None:
+        """Both are off until they are asked for; the second is offered only where a browser allows it at all."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1, permissions=["notifications"]) as (ann,):
+            await ann.page.add_init_script(
+                "window.told = []; window.Notification = class { static permission = 'granted';"
+                "static requestPermission = async () => 'granted'; constructor(...it) { told.push(it); } };"
+            )
+            await ann.login("Ann")
+            await ann.hide()
+            await bob.say("unheard")
+            await ann.titled("(1) tornchat")
+            assert await ann.page.evaluate("[audio, told.length]") == [None, 0]
+            await ann.look()
+            await ann.page.check("#sound")
+            await ann.page.check("#notify")
+            await ann.holds("audio.state === 'running' && kept('notify', 'localStorage')")
+            await ann.page.reload()
+            await ann.state("connected")
+            assert await ann.page.is_checked("#sound")
+            await ann.hide()
+            await bob.say("heard")
+            await ann.holds("audio !== null && told.length === 1")
+            assert (await ann.page.evaluate("told"))[0][:1] == ["Bob"]
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_two_tabs_agree(self, memory_lan: Lan) -> None:
+        """Two tabs of one person: what one says is both's own, what one has read is read, one taste in colours."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1, color_scheme="dark") as (ann,):
+            await ann.login("Ann")
+            other = await ann.tab()
+            await ann.say("mine")
+            await other.shows_messages("mine")
+            assert await other.page.locator("#log .mine").count() == 1
+            await other.hide()
+            await bob.say("news")
+            await ann.shows_messages("mine", "news")
+            await other.titled("tornchat")
+            await ann.hide()
+            await bob.say("more")
+            await other.titled("(1) tornchat")
+            await ann.titled("(1) tornchat")
+            await ann.look()
+            await other.titled("tornchat")
+            assert await ann.page.get_attribute("html", "data-theme") == "dark"
+            await ann.page.select_option("#theme", "light")
+            await other.page.wait_for_selector("html[data-theme=light]")
+            await other.holds("themeChoice.value === 'light'")
+            await other.page.reload()
+            await other.page.wait_for_selector("html[data-theme=light]")
+            ann.well_behaved()
+            other.well_behaved()
+
+    @slow
+    @transcript
+    async def test_plain_http(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On an address of the network, where browsers trust nothing, all works; what they forbid is not offered."""
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "198.51.100.9"])
+        daemon = await memory_lan.serve(host="")
+        async with windows(memory_lan, 1, at=f"http://room.lan:{daemon.port}/") as (ann,):
+            await ann.login("Ann")
+            assert not await ann.page.evaluate("isSecureContext")
+            await ann.say("hello")
+            await ann.shows_messages("hello")
+            assert await ann.page.locator("#notify").is_hidden()
+            await ann.page.click("#join")
+            await ann.holds("addresses.options.length === 3")
+            await ann.page.click("#copy")
+            await ann.shows("#copy", "Copied")
+            await ann.page.keyboard.press("Escape")
+            await ann.page.focus("#box")
+            await ann.page.keyboard.press("Control+V")
+            await ann.written(ann.url.rstrip("/"))
+            ann.well_behaved()
+
+
+class TestTruth:
+    @slow
+    @transcript
+    async def test_state_line(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """The page says what is wrong: no store, no server and when it tries again, no network."""
+        daemon = await own_lan.serve(silence_seconds=0.5, block_seconds=0.1)
+        async with windows(own_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.shows("#state-text", "Connected")
+            own_redis.kill()
+            await ann.state("away")
+            await ann.shows("#state-text", "cannot save messages right now")
+            await ann.say("later")
+            await ann.shows("#outbox .status", "Waiting until it can be saved")
+            own_redis.start()
+            await ann.shows_messages("later")
+            await daemon.stop()
+            await ann.state("restarting")
+            await ann.shows("#state-text", "The server is restarting.")
+            await ann.shows("#state-wait", "Next try in")
+            await ann.page.context.set_offline(True)
+            await ann.state("offline")
+            await ann.shows("#state-text", "This device is offline.")
+            await ann.say("much later")
+            await ann.shows("#outbox .status", "Waiting for the connection")
+            await own_lan.serve(port=daemon.port)
+            await ann.page.context.set_offline(False)
+            await ann.shows_messages("later", "much later")
+            ann.well_behaved(restarts=True)
+
+    @slow
+    @transcript
+    async def test_G2_missed(self, memory_lan: Lan) -> None:
+        """Whoever was away for too long is told how many messages are missing, where they are missing."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await bob.expect("message", cid=await bob.say("0"))
+            await ann.shows_messages("0")
+            await ann.page.evaluate("link.close()")
+            await bob.say_many(1203)
+            await ann.page.evaluate("connect()")
+            await ann.shows_messages("0", *map(str, range(1104, 1204)))
+            rows = await ann.texts("#log > *")
+            assert rows.index("Messages missed while you were away: 1103") == 1 + rows.index(rows[0])
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_waking_up(self, memory_lan: Lan) -> None:
+        """A wake from sleep, a page out of the browser's cache, another network: the connection is renewed at once."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            sockets: list[str] = []
+            ann.page.on("websocket", lambda socket: sockets.append(socket.url))
+            for number, happens in enumerate(
+                (
+                    "heard -= 30000; document.dispatchEvent(new Event('visibilitychange'))",
+                    "heard -= 30000; ticked -= 30000; tick()",
+                    "window.dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))",
+                    "window.dispatchEvent(new Event('online'))",
+                ),
+                1,
+            ):
+                await ann.page.evaluate(happens)
+                await ann.holds("phase === 'connected'")
+                assert len(sockets) == number, happens
+            await ann.page.evaluate("document.dispatchEvent(new Event('visibilitychange')); tick()")
+            await ann.say("still here")
+            await ann.shows_messages("still here")
+            assert len(sockets) == 4
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_polling(self, memory_lan: Lan) -> None:
+        """Behind a proxy that knows no WebSocket the page polls, says so, and comes back to the socket when it can."""
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with OldProxy(daemon.port) as proxy, windows(memory_lan, 1, at=proxy.url) as (ann,):
+            await ann.login("Ann")
+            assert proxy.refused >= 2
+            await ann.shows("#state-text", "Connected, by polling")
+            await bob.expect("joined", names=["Ann"])
+            await ann.say("by post")
+            await ann.shows_messages("by post")
+            await bob.expect("message", name="Ann", text="by post")
+            for number in range(20):
+                await bob.say(str(number))
+                await ann.say(f"re {number}")
+            await ann.shows("#log", "re 19")
+            eve = await memory_lan.join("Eve")
+            await ann.shows("#members", "Eve")
+            await eve.fetch("/logout", form={})
+            await ann.holds("!members.has('Eve')")
+            both = await ann.messages()
+            assert sorted(both[1:]) == sorted([*map(str, range(20)), *(f"re {number}" for number in range(20))])
+            proxy.modern = True
+            await ann.page.evaluate("probe()")
+            await ann.shows("#state-text", "Connected")
+            await ann.holds("!polling")
+            await ann.say("by socket")
+            await ann.shows_messages(*both, "by socket")
+            await until_frame(bob, "message", text="by socket")
+            assert bob.names_in("left") == ["Eve"]
+            ann.well_behaved(restarts=True)
+
+    @slow
+    @transcript
+    async def test_G2_polling_over_a_restart(self, lan: Lan) -> None:
+        """A page that polls comes through a restart as one with a socket does: with what waited, and once."""
+        daemon = await lan.serve()
+        async with windows(lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.page.goto(ann.url + "?transport=polling")
+            await ann.shows("#state-text", "by polling")
+            await ann.say("before")
+            await ann.shows_messages("before")
+            await daemon.stop()
+            await ann.page.wait_for_selector("body:not([data-state=connected])")
+            await ann.say("meanwhile")
+            await lan.serve(port=daemon.port)
+            await ann.shows_messages("before", "meanwhile")
+            assert await ann.page.locator(".notice[data-kind=reset]").count() == (0 if lan.store.lasts else 1)
+            assert not [url for url in ann.requests if "/chat?" in url]
+            ann.well_behaved(restarts=True)
+
+    @slow
+    @transcript
+    async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
+        """A logout elsewhere and a lost name end the polling as they end a socket."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            other = await ann.tab("?transport=polling")
+            await other.shows("#state-text", "by polling")
+            await ann.page.click("#logout button")
+            await other.page.wait_for_selector("#nickname")
+            assert "why=logout" in other.page.url
+            ann.well_behaved()
+
+
+class TestJoiningIn:
+    @slow
+    @transcript
+    async def test_invitation(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The panel shows an address that works for others, large, and its code; the host picks another one."""
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "198.51.100.9"])
+        daemon = await memory_lan.serve(host="")
+        first, second = (f"http://{address}:{daemon.port}" for address in tornchat.lan_addresses())
+        has_code = tornchat.qr_symbol("/") is not None
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            wall = await ann.tab("?view=projector")
+            await wall.shows("#address", first)
+            await ann.page.click("#join")
+            await ann.shows("#address", first)
+            assert await ann.page.locator("#code").is_visible() == has_code
+            await ann.page.select_option("#addresses", second + "/")
+            await ann.shows("#address", second)
+            await wall.shows("#address", second)
+            if has_code:
+                await ann.holds("code.complete && code.naturalWidth > 0")
+            await ann.page.keyboard.press("Escape")
+            await ann.page.wait_for_selector("#invite", state="hidden")
+            await ann.say("to the wall")
+            await wall.shows_messages("to the wall")
+            assert await wall.page.locator("#composer").is_hidden()
+            assert await wall.number("parseFloat(getComputedStyle(document.body).fontSize)") > 20
+            corner = await wall.page.locator("#invite").bounding_box()
+            assert corner
+            assert corner["x"] + corner["width"] > 1200
+            assert corner["y"] + corner["height"] > 700
+            ann.well_behaved()
+            wall.well_behaved()
+
+    @transcript
+    async def test_addresses(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Members are told the addresses; a code is drawn of these and of the one that is in use, and of no other."""
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7"])
+        daemon = await memory_lan.serve(host="")
+        ann = memory_lan.browser()
+        for path in ("/join.json", "/qr.svg?url=" + ann.url):
+            assert (await ann.fetch(path)).code == 401
+        await ann.login("Ann")
+        told = json.loads(text_of(await ann.fetch("/join.json")))
+        assert told["addresses"] == [f"http://192.0.2.7:{daemon.port}/"]
+        assert told["qr"] == (tornchat.qr_symbol("/") is not None)
+        ours = (told["addresses"][0], ann.url + "/", ann.url.replace("http", "https") + "/room/")
+        others = ("", "http://evil.example/", ann.url + ".evil.example/", ann.url + "@evil.example/", "javascript:1")
+        for url in (*ours, *others):
+            answer = await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))
+            assert answer.code == (200 if url in ours and told["qr"] else 404), url
+            assert (answer.headers["Content-Type"] == "image/svg+xml") == (answer.code == 200)
+
+    @transcript
+    async def test_without_segno(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where segno is not installed there is no code, and that is no error."""
+        monkeypatch.setitem(sys.modules, "segno", None)
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        assert json.loads(text_of(await ann.fetch("/join.json"))) == {"addresses": [], "qr": False}
+        assert (await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": ann.url + "/"}))).code == 404
+
+    @transcript
+    async def test_the_view_outlives_a_login(self, memory_lan: Lan) -> None:
+        """Whoever opens the wall's view without a session comes back to it after the login."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        asked = await ann.fetch("/?view=projector")
+        assert (asked.code, asked.headers["Location"]) == (302, "/login?view=projector")
+        form = Page(text_of(await ann.fetch("/login?view=projector")))
+        assert ("login?view=projector") in form.links
+        answer = await ann.fetch("/login?view=projector", form={"nickname": "Wall"})
+        assert (answer.code, answer.headers["Location"]) == (303, "/?view=projector")
+        assert 'data-view="projector"' in text_of(await ann.fetch("/?view=projector"))
+        assert 'data-view="window"' in text_of(await ann.fetch("/?view=nonsense"))
+
+
+MARKUP = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "'><img src=x onerror=alert(1)>",
+    "</title><script>alert(1)</script>",
+    "</textarea><script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<!--<img src=--><img src=x onerror=alert(1)>-->",
+    "<iframe srcdoc='<script>alert(1)</script>'>",
+    "<iframe src=javascript:alert(1)>",
+    "<a href=javascript:alert(1)>x</a>",
+    "<body onload=alert(1)>",
+    "<details open ontoggle=alert(1)>",
+    "<input autofocus onfocus=alert(1)>",
+    "<video><source onerror=alert(1)>",
+    "<math><mtext></form><form><mglyph><style></math><img src onerror=alert(1)>",
+    "<style>*{display:none}</style>",
+    "<link rel=stylesheet href=//evil.example/x.css>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<base href=//evil.example/>",
+    "<object data=javascript:alert(1)>",
+    "<form action=//evil.example><button>x",
+    "javascript:alert(1)",
+    'https://a.example/"onmouseover=alert(1)//',
+    "https://a.example/'><img src=x onerror=alert(1)>",
+    "http://a.example/<svg/onload=alert(1)>",
+    "http://javascript:alert(1)@a.example/",
+    "hTtPs://a.example/&quot;onclick=alert(1)",
+    "data:text/html,<script>alert(1)</script>",
+    "`<img src=x onerror=alert(1)>`",
+    "```html\n<script>alert(1)</script>\n```",
+    "``` onload=alert(1)\n<svg/onload=alert(1)>```",
+    "{{ title }}{% raw alert(1) %}{# x #}",
+    "${alert(1)}",
+    "{name}{n}{reason}{constructor}",
+    "$& $` $' $1 {names}",
+    "&lt;img src=x onerror=alert(1)&gt;",
+    "__proto__",
+    "constructor",
+    "\ufeff<scr\u200bipt>alert(1)</scr\u200bipt>",
+    "<<script>alert(1)//<</script>",
+]
+
+
+class TestEveryone:
+    @slow
+    @transcript
+    async def test_G10_attacks(self, memory_lan: Lan) -> None:
+        """Whatever is said, whatever somebody or the room is called, is text: no element, no attribute, no dialog."""
+        await memory_lan.serve(title="</title><img src=x onerror=alert(1)>")
+        bob = await memory_lan.join("Bob")
+        named = 0
+        for number, attack in enumerate(MARKUP):
+            status, _ = await (mallory := memory_lan.browser()).ask(attack[: tornchat.NAME_CHARS - 2] + str(number))
+            if status == 200:
+                named += 1
+                await mallory.connect()
+        assert named > 10
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            found = """() => {
+                const [tags, attributes] = [new Set(), new Set()];
+                for (const element of document.querySelectorAll('*')) {
+                    tags.add(element.localName);
+                    for (const {name} of element.attributes) attributes.add(name);
+                }
+                return [[...tags], [...attributes]];
+            }"""
+            await bob.say("plain https://a.example/ `code` ```\nblock\n``` @Ann " + "x " * 600)
+            await ann.shows("#log", "block")
+            await ann.page.evaluate("passed({type: 'joined', names: ['Eve'], count: 3}, 'add')")
+            await ann.shows("#log", "Eve")
+            tags, attributes = map(set, await ann.page.evaluate(found))
+            for attack in MARKUP:
+                await bob.say(attack)
+                await ann.page.fill("#box", f"@{attack[:5]}")
+            await ann.page.evaluate("all => all.forEach(text => refused({text}))", MARKUP)
+            await ann.page.evaluate("all => passed({type: 'joined', names: all, count: 50}, 'add')", MARKUP)
+            await bob.say("the end")
+            await ann.shows("#log", "the end")
+            more_tags, more_attributes = map(set, await ann.page.evaluate(found))
+            assert more_tags <= tags
+            assert more_attributes <= attributes
+            assert all(
+                re.match("https?://", link)
+                for link in await ann.page.eval_on_selector_all("#log a", "a => a.map(b => b.href)")
+            )
+            for attack in MARKUP:
+                await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
+                await ann.page.press("#nickname", "Enter")
+                await ann.page.wait_for_load_state()
+                foreign = "img:not([src^='icon.svg'], #code), script:not([src]), iframe"
+                assert await ann.page.locator(foreign).count() == 0
+            ann.problems = [problem for problem in ann.problems if "status of 40" not in problem]
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_axe(self, memory_lan: Lan) -> None:
+        """axe-core finds nothing to object to on any page, in light and dark, on desktop and phone."""
+        axe = NODE_MODULES / "axe-core" / "axe.min.js"
+        if not axe.exists():
+            missing("axe-core (npm)")
+        script = axe.read_text(encoding="utf-8")
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        for text in ("hello https://a.example/ `x`", "```\ncode\n```", "👍", "@Ann0 look", "line\n" * 40):
+            await bob.say(text)
+        looks = [(scheme, size) for scheme in ("light", "dark") for size in ((1280, 800), (390, 780))]
+        for number, (scheme, (width, height)) in enumerate(looks):
+            options: dict[str, Any] = {
+                "color_scheme": scheme,
+                "viewport": {"width": width, "height": height},
+                "reduced_motion": "reduce",
+            }
+            async with windows(memory_lan, 1, **options) as (ann,):
+                await ann.page.goto(ann.url)
+                await self.find_nothing(ann, script, "login")
+                await ann.login(f"Ann{number}")
+                await ann.say("mine")
+                await ann.shows("#log", "mine")
+                await self.find_nothing(ann, script, "chat")
+                await ann.page.click("#join")
+                await ann.holds("addresses.options.length > 0")
+                await self.find_nothing(ann, script, "invitation")
+                await ann.page.keyboard.press("Escape")
+                if width < 500:
+                    await ann.page.click("#people")
+                    await self.find_nothing(ann, script, "people")
+                await ann.page.goto(ann.url + "?view=projector")
+                await ann.state("connected")
+                await self.find_nothing(ann, script, "projector")
+
+    async def find_nothing(self, window: Window, script: str, where: str) -> None:
+        """Whatever axe says is a fault of the page."""
+        await window.page.evaluate(script)
+        result = await window.page.evaluate("axe.run()")
+        faults = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]]
+        assert faults == [], where
+
+    @slow
+    @transcript
+    async def test_screen_reader(self, memory_lan: Lan) -> None:
+        """History is not read out, what comes then is; every control has a name; Tab leads through them in order."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say("history")
+        async with windows(memory_lan, 1, reduced_motion="reduce") as (ann,):
+            await ann.page.add_init_script(
+                "new MutationObserver(() => { const log = document.getElementById('log');"
+                "if (log?.childElementCount) window.first ??= log.getAttribute('aria-live'); })"
+                ".observe(document, {childList: true, subtree: true});"
+            )
+            await ann.login("Ann")
+            await ann.page.wait_for_selector("#log[aria-live=polite][role=log]")
+            assert await ann.page.evaluate("first") == "off"
+            order = []
+            await ann.page.focus("#join")
+            for _ in range(8):
+                order.append(await ann.page.evaluate("document.activeElement.id || document.activeElement.form?.id"))
+                outline = await ann.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+                assert outline != "none", order
+                await ann.page.keyboard.press("Tab")
+            assert order == ["join", "scroller", "box", "send", "members", "theme", "sound", "notify"]
+            assert await ann.page.get_attribute("html", "lang") == "en"
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_without_javascript(self, memory_lan: Lan) -> None:
+        """Without JavaScript the page says that it needs it, and draws nothing that would not work."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1, java_script_enabled=False) as (ann,):
+            await ann.page.goto(ann.url)
+            await ann.page.fill("#nickname", "Ann")
+            await ann.page.press("#nickname", "Enter")
+            assert await ann.texts("noscript") == [tornchat.WORDS["en"]["chat_needs_script"]]
+            assert await ann.page.locator("noscript").bounding_box() is not None
+            for part in ("#composer", "#state", "#join", "#people", ".settings"):
+                assert await ann.page.locator(part).is_hidden()
+            await ann.page.click("#logout button")
+            await ann.page.wait_for_selector("#nickname")
+
+    @transcript
+    async def test_weight(self, memory_lan: Lan) -> None:
+        """The chat is less than 60 KB of HTML, CSS and JavaScript, uncompressed."""
+        await memory_lan.serve()
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        parts = ("/", "/style.css", "/theme.js", "/chat.js")
+        assert sum([len((await ann.fetch(part)).body) for part in parts]) < 60_000
+
+
+class TestLongRoom:
+    @slow
+    @transcript
+    async def test_five_thousand(self, memory_lan: Lan) -> None:
+        """Nothing jumps when messages come; of 5,000 at once the newest stay in the page, in order."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await bob.say_many(40)
+            await ann.page.locator("#log .text", has_text=re.compile("^40$")).wait_for()
+            await ann.page.evaluate("""() => {
+                window.moved = 0;
+                new PerformanceObserver((list) => { for (const {value} of list.getEntries()) moved += value; })
+                    .observe({type: 'layout-shift', buffered: false});
+            }""")
+            for number in range(41, 61):
+                await bob.say_many(1, first=number)
+                await ann.page.locator("#log .text", has_text=re.compile(f"^{number}$")).wait_for()
+            assert await ann.number("moved") == 0
+            await bob.say_many(4940, first=61)
+            await ann.page.locator("#log .text", has_text=re.compile("^5000$")).wait_for()
+            texts = await ann.page.eval_on_selector_all("#log .text", "all => all.map((text) => text.textContent)")
+            assert texts == [str(number) for number in range(5001 - len(texts), 5001)]
+            assert 900 <= len(texts) <= 1000
+            await ann.holds("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_a_burst_is_drawn_in_slices(self, memory_lan: Lan) -> None:
+        """A burst takes no more of a frame than its slice; what comes meanwhile waits for its turn."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            slices = await ann.page.evaluate("""async () => {
+                const sizes = [];
+                for (let seq = 1; seq <= 500; seq += 1) {
+                    receive({type: 'message', seq, ts: Date.now(), name: 'Bob', text: `message ${seq}`, cid: ''});
+                }
+                while (toDraw.length) {
+                    const before = toDraw.length;
+                    const spent = performance.now();
+                    while (performance.now() - spent < 1) { /* a slower machine */ }
+                    await new Promise(requestAnimationFrame);
+                    sizes.push(before - toDraw.length);
+                }
+                return sizes;
+            }""")
+            assert sum(slices) == 500
+            assert await ann.page.locator("#log .message").count() == 500
+            ann.well_behaved()
+
+
+class TestPictures:
+    @slow
+    @transcript
+    async def test_pictures(self, memory_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The page as people see it: to be looked at, in TORNCHAT_PICTURES or in pytest's folder."""
+        folder = Path(os.environ.get("TORNCHAT_PICTURES", tmp_path))
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
+        daemon = await memory_lan.serve(title="Class 5b", host="")
+        people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}
+        for name, text in (
+            ("Bob", "Good morning! Did everybody get in?"),
+            ("Bob", "The sheet for today: https://example.org/sheets/5b.pdf"),
+            ("小明", "大家好，我这边也可以了"),
+            ("Omar", "👍🎉"),
+            ("Omar", "@Ann can you show the line with `print` again?"),
+            ("Zoë", "مرحبا means hello"),
+        ):
+            await people[name].say(text)
+            await until_frame(people[name], "message", name=name, text=text)
+        views: dict[str, dict[str, Any]] = {
+            "desktop": {},
+            "phone": {"viewport": {"width": 390, "height": 780}, "has_touch": True, "device_scale_factor": 2},
+            "dark": {"color_scheme": "dark"},
+            "small": {"viewport": {"width": 320, "height": 560}},
+            "4k": {"viewport": {"width": 3840, "height": 2160}},
+        }
+        at = f"http://127.0.0.1:{daemon.port}/"
+        for name, options in views.items():
+            async with windows(memory_lan, 1, at=at, **options) as (ann,):
+                await ann.page.goto(ann.url)
+                await ann.page.screenshot(path=folder / f"{name}-login.png")
+                await ann.login("Ann" if name == "desktop" else f"Ann {name}")
+                await ann.say("Sure:\n```python\nfor name in names:\n    print(f'hello {name}')\n```")
+                await ann.shows("#log", "hello {name}")
+                await ann.page.screenshot(path=folder / f"{name}.png")
+                assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
+                await ann.page.click("#join")
+                await ann.shows("#address", "192.168.178.24")
+                await ann.holds("code.hidden || code.complete")
+                await ann.page.screenshot(path=folder / f"{name}-invitation.png")
+                wall = await ann.tab("?view=projector")
+                await wall.shows("#address", "192.168.178.24")
+                await wall.holds("code.hidden || code.complete")
+                await wall.page.screenshot(path=folder / f"{name}-projector.png")
+                ann.well_behaved()
+                wall.well_behaved()
+
+
 # === Many daemons, and faults =========================================================================================
 # One room over many daemons, and what is promised while its parts fail: daemons, workers, Redis, the way to Redis.
 
@@ -5903,6 +6885,26 @@ class Proxy:
                 self.cuts += 1
                 return
             client.write(data)
+
+
+class OldProxy(Proxy):
+    """A proxy before a daemon that knows no WebSocket: whoever asks it for one is cut off."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.modern = False
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/"
+        return self
+
+    async def ask(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+        while data := await client.read(65536):
+            if b"Upgrade: websocket" in data and not self.modern:
+                self.refused += 1
+                return
+            server.write(data)
 
 
 class Talker:
@@ -6869,8 +7871,12 @@ class Joined(Program):
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
 
     def feed_no_more(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    async def kill(self) -> None:
+        self.feed_no_more()
+        await super().kill()
 
     async def lines(self, count: int) -> list[str]:
         """The next lines of stdout."""
@@ -6915,9 +7921,20 @@ class Terminal(Program):
         return OWN_SEQUENCES.sub("", self.seen.decode()).replace("\r\n", "\n")
 
     @property
-    def below(self) -> str:
-        """What was drawn last: the rows that aren't in the log yet."""
-        return OWN_SEQUENCES.sub("", self.seen.decode().rpartition("\x1b[J")[2])
+    def rows(self) -> list[str]:
+        """What a terminal makes of it, in which no row is too long."""
+        rows, row, at = [""], 0, 0
+        for up, erase, control, text in re.findall(
+            r"\x1b\[(\d+)A|\x1b\[(J)|\x1b\[[\d;?]*[mhl]|([\r\n])|([^\x1b\r\n]+)", self.seen.decode()
+        ):
+            row += (control == "\n") - int(up or 0)
+            at = 0 if control == "\r" else at
+            rows += [""] * (row + 1 - len(rows))
+            if erase:
+                rows[row:] = [rows[row][:at]]
+            rows[row] = rows[row][:at] + text + rows[row][at + len(text) :]
+            at += len(text)
+        return rows
 
     async def shows(self, text: str, times: int = 1) -> None:
         """Wait until that was written so often."""
@@ -7013,6 +8030,7 @@ class TestTerminal:
         assert "".join(rows[:row]) + before == text[:at].replace("\n", "")
 
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40))
+    @hypothesis.example("é" * 100, 20)
     def test_wrap(self, text: str, columns: int) -> None:
         """Rows of a message fit, lose no letter, and only the first begins at the margin; a long URL stays whole."""
         first, *others = tornchat.wrap("12:34 Ann: " + text, columns)
@@ -7086,6 +8104,12 @@ class TestTerminal:
         await ann.shows(rows[-1])
         await bob.say("hi")
         await ann.shows("Bob: hi\n" + "\n".join(rows))
+        assert [re.sub(r"^\d\d:\d\d ", "", row) for row in ann.rows] == [
+            "~ tornchat · here: Ann, Bob ·",
+            "    /help tells what you can do",
+            "Bob: hi",
+            *rows,
+        ]
         fcntl.ioctl(ann.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
         ann.signal(signal.SIGWINCH)
         await ann.shows("\n".join(tornchat.layout("Ann> " + draft, 0, 19)[0]))
@@ -7250,9 +8274,7 @@ class TestTerminal:
             await bob.expect("left", names=["Ann"])
         finally:
             os.killpg(shell.pid, signal.SIGKILL)
-        assert shell.stderr is not None
-        assert await shell.stderr.read() == b""
-        await shell.wait()
+        assert await shell.communicate() == (b"", b"")
 
     @transcript
     async def test_a_full_disk(self, memory_lan: Lan) -> None:
@@ -7318,6 +8340,34 @@ class TestTerminal:
         assert await person.leaves() == 0
         for n in range(200):
             assert person.text.count(f"Ann: {n}\n") == 1
+
+    @slow
+    @transcript
+    async def test_G4_the_confirmation_is_lost(self, lan: Lan) -> None:
+        """The connection breaks when a message is stored, unconfirmed: said again, it is stored once."""
+        daemon = await lan.serve()
+        async with Proxy(daemon.port) as line:
+            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann.keys("hi\r")
+            await ann.shows("Ann: hi")
+            line.talking.clear()
+            ann.keys("once\r")
+
+            async def stored() -> bool:
+                return daemon.room.seq == 2
+
+            await until(stored)
+            line.disappear()
+            await ann.shows("once · Waiting for the connection")
+            line.talking.set()
+            line.gone = False
+            await ann.shows("Ann: once")
+            ann.keys("next\r")
+            await ann.shows("Ann: next")
+            assert [event.text for event, _ in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
+            ann.keys("\x03")
+            assert await ann.leaves() == 0
 
     @slow
     @transcript
@@ -7424,6 +8474,242 @@ class TestTerminal:
             listener.shut(code, "because")
         ended, out, err = await ann.ended()
         assert (ended, out, len(err.splitlines())) == (1, "", 1), err
+
+
+# === Every way in =====================================================================================================
+# Programs that know nothing of tornchat, and those that do, in one room: all hear the same.
+
+
+class Voice:
+    """A program in the room: says lines, and hears lines as "Ann: hi"."""
+
+    name = ""
+
+    def __init__(self, lan: Lan) -> None:
+        self.lan, self.port = lan, lan.daemons[-1].port
+        self.heard: list[str] = []
+        self.url = f"127.0.0.1:{self.port}"
+
+    async def come(self) -> None:
+        """Be in the room."""
+
+    async def say(self, text: str) -> None:
+        """Say something."""
+
+    async def go(self) -> None:
+        """Leave."""
+
+    async def hears(self, name: str) -> None:
+        """Wait until something was heard from someone."""
+
+        async def heard() -> bool:
+            return any(line.startswith(f"{name}: ") for line in await self.lines())
+
+        await until(heard, 3 * PATIENCE)
+
+    async def lines(self) -> list[str]:
+        """All messages that were heard."""
+        return [line for line in self.heard if re.match(r"\w+: \d+$", line)]
+
+
+class Piped(Voice):
+    """One that is a process: a line of its stdin is said, a message is a line of its stdout."""
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    async def come(self) -> None:
+        pipe = asyncio.subprocess.PIPE
+        self.process = await asyncio.create_subprocess_exec(*self.command(), stdin=pipe, stdout=pipe)
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:  # wscat draws a prompt before each
+            self.heard.append(re.sub(r"^(\x1b\[\w+|> |< |\r)+", "", line.decode()).rstrip())
+
+    async def say(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{text}\n".encode())
+        await self.process.stdin.drain()
+
+    async def go(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+        await self.reading
+
+
+class TerminalClient(Piped):
+    name = "Terry"
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(PROGRAM), "--join", self.url, "--name", self.name]
+
+
+class Wscat(Piped):
+    """npm's wscat, on plain lines."""
+
+    name = "Wanda"
+
+    def command(self) -> list[str]:
+        wscat = NODE_MODULES / ".bin" / "wscat"
+        if not wscat.exists():
+            missing("wscat (npm)")
+        return [str(wscat), "-s", "text", "-c", f"ws://{self.url}/chat?nickname={self.name}"]
+
+    async def come(self) -> None:
+        await super().come()
+
+        async def welcomed() -> bool:  # what is typed before is lost
+            return self.heard != []
+
+        await until(welcomed, 3 * PATIENCE)
+
+
+class Websockets(Voice):
+    """The package `websockets`, on JSON."""
+
+    name = "Sigrid"
+
+    async def come(self) -> None:
+        try:
+            import websockets
+        except ModuleNotFoundError:
+            missing("the package websockets")
+        self.chat = await websockets.connect(f"ws://{self.url}/chat?nickname={self.name}")
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        async for raw in self.chat:
+            frame = json.loads(raw)
+            if frame["type"] == "message":
+                self.heard.append(f"{frame['name']}: {frame['text']}")
+
+    async def say(self, text: str) -> None:
+        await self.chat.send(json.dumps({"type": "say", "text": text}))
+
+    async def go(self) -> None:
+        await self.chat.close()
+        await self.reading
+
+
+class WebsocketClient(Voice):
+    """The package `websocket-client`, on plain lines, in a thread as it is used."""
+
+    name = "Clive"
+
+    async def come(self) -> None:
+        try:
+            import websocket
+        except ModuleNotFoundError:
+            missing("the package websocket-client")
+        url = f"ws://{self.url}/chat?nickname={self.name}"
+        self.chat = await asyncio.to_thread(websocket.create_connection, url, subprotocols=["text"])
+        self.reading = asyncio.create_task(asyncio.to_thread(self.read))
+
+    def read(self) -> None:
+        with contextlib.suppress(Exception):  # its connection is closed under it
+            while line := self.chat.recv():
+                self.heard.append(str(line))
+
+    async def say(self, text: str) -> None:
+        await asyncio.to_thread(self.chat.send, text)
+
+    async def go(self) -> None:
+        await asyncio.to_thread(self.chat.close)
+        await self.reading
+
+
+class Curl(Voice):
+    """curl: the three lines of the README, again and again."""
+
+    name = "Carla"
+
+    async def curl(self, path: str, *data: str) -> str:
+        """One run of it."""
+        if not shutil.which("curl"):
+            missing("curl")
+        command = ["curl", "-s", *data, f"http://{self.url}{path}"]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        return (await process.communicate())[0].decode()
+
+    async def come(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.jar = str(self.folder / "jar")
+        await self.curl("/login", "-c", self.jar, "-d", f"nickname={self.name}")
+        self.reading = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        place = "after=0"
+        while True:
+            answer = json.loads(await self.curl(f"/messages?{place}&wait=30", "-b", self.jar))
+            assert "events" in answer, answer
+            place = f"after={answer['seq']}&epoch={answer['epoch']}"
+            self.heard += [f"{event['name']}: {event['text']}" for event in answer["events"] if "text" in event]
+
+    async def say(self, text: str) -> None:
+        answer = json.loads(await self.curl("/messages", "-b", self.jar, "--data-urlencode", f"text={text}"))
+        assert answer["type"] == "message", answer
+
+    async def go(self) -> None:
+        self.reading.cancel()
+        shutil.rmtree(self.folder)
+
+
+class PageVoice(Voice):
+    """The page, in a window of a real browser."""
+
+    name, query = "Paula", ""
+
+    def __init__(self, lan: Lan, window: Window) -> None:
+        super().__init__(lan)
+        self.window = window
+
+    async def come(self) -> None:
+        await self.window.login(self.name)
+        if self.query:
+            await self.window.page.goto(self.window.url + self.query)
+            await self.window.state("connected")
+
+    async def say(self, text: str) -> None:
+        await self.window.say(text)
+
+    async def lines(self) -> list[str]:
+        names, texts = await self.window.texts("#log .message .who"), await self.window.messages()
+        return [f"{name}: {text}" for name, text in zip(names, texts, strict=True)]
+
+
+class PollingPage(PageVoice):
+    name, query = "Quentin", "?transport=polling"
+
+
+class TestEveryWayIn:
+    @slow
+    @transcript
+    async def test_one_conversation(self, lan: Lan) -> None:
+        """Two hundred messages from seven kinds of programs: each program shows all of them, in the same order."""
+        await lan.serve(history=200)
+        ann = await lan.join("Ann")
+        async with windows(lan) as (first, second):
+            kinds = [TerminalClient, Wscat, Websockets, WebsocketClient, Curl]
+            voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
+            for voice in voices:
+                await voice.come()
+
+            async def speak(voice: Voice, first: int) -> None:
+                for number in range(first, 200, len(voices)):
+                    await voice.say(str(number))
+
+            await asyncio.gather(*(speak(voice, number) for number, voice in enumerate(voices)))
+            said = [await ann.expect("message") for _ in range(200)]
+            await ann.say("0")
+            order = [f"{frame['name']}: {frame['text']}" for frame in said] + ["Ann: 0"]
+            assert sorted(int(frame["text"]) for frame in said) == list(range(200))
+            for voice in voices:
+                await voice.hears("Ann")
+                assert await voice.lines() == order, voice.name
+                await voice.go()
+        assert {frame["name"] for frame in said} == {voice.name for voice in voices}
 
 
 # === Benchmark ========================================================================================================
@@ -7998,6 +9284,39 @@ def bench_floods() -> None:
             server.kill()
 
 
+BURST = """() => new Promise((done) => {
+    const began = performance.now();
+    for (let seq = 1; seq <= 1000; seq += 1) {
+        receive({type: 'message', seq, ts: Date.now(), name: `Bob ${seq % 7}`, text: `message ${seq}`, cid: ''});
+    }
+    const drawn = () => toDraw.length ? requestAnimationFrame(drawn) : done(performance.now() - began);
+    requestAnimationFrame(drawn);
+})"""
+
+
+async def bench_page(rounds: int = 5) -> None:
+    """Prints medians of what a browser needs: from the login to a usable chat, and to show 1,000 messages."""
+    program = await Program.start("--host", "127.0.0.1", "-p", "0", "--rate", "0")
+    address = await program.address()
+    usable, shown = [], []
+    async with async_playwright() as tools:
+        chromium = await tools.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
+        for number in range(rounds):
+            page = await chromium.new_page()
+            await page.goto(address)
+            await page.fill("#nickname", f"Ann {number}")
+            began = time.perf_counter()
+            await page.press("#nickname", "Enter")
+            await page.wait_for_selector("body[data-state=connected]")
+            usable.append(1000 * (time.perf_counter() - began))
+            shown.append(await page.evaluate(BURST))
+            await page.context.close()
+        await chromium.close()
+    await program.kill()
+    print(f"page, medians of {rounds} rounds: {statistics.median(usable):.0f} ms from the login to a usable chat,")
+    print(f"{statistics.median(shown):.0f} ms to show 1,000 messages that come at once, a slice of a frame at a time")
+
+
 def main(*arguments: str) -> int:
     """The tests, or what else this file can do."""
     match arguments:
@@ -8005,6 +9324,9 @@ def main(*arguments: str) -> int:
             bench()
             with tempfile.TemporaryDirectory() as folder:
                 bench_stores(Path(folder))
+            asyncio.run(bench_page())
+        case ["bench", "page"]:
+            asyncio.run(bench_page())
         case ["bench", "transports"]:
             asyncio.run(bench_transports())
             asyncio.run(bench_polls())

@@ -11,7 +11,8 @@
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
-they outlive a restart, and all daemons with the same Redis and --room are one room.
+they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
+address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
 
 A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
 
@@ -1542,7 +1543,9 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # No address of ours for others. "no-referrer" would also make forms' Origin "null", and on plain http, where
+    # browsers send no Sec-Fetch-Site, a login would look like another page's.
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
@@ -1567,6 +1570,7 @@ class Services(NamedTuple):
     feed: Feed
     cookie: str  # its name
     hosts: frozenset[str]  # names under which the room may be opened
+    addresses: Callable[[], list[str]]  # URLs for others on the network, the best first
     started: float  # in s of time.monotonic
     sockets: set[ChatSocket]  # all that are open, joined or not
 
@@ -1670,6 +1674,15 @@ class BaseHandler(tornado.web.RequestHandler):
             secure=self.request.protocol == "https",
         )
 
+    @property
+    def projector(self) -> bool:
+        """Whether the page is for a wall: read-only, in huge type."""
+        return self.get_query_argument("view", "") == "projector"
+
+    def page_path(self) -> str:
+        """The chat page in the view that was asked for."""
+        return "?view=projector" if self.projector else ""
+
     def field(self, name: str) -> str | None:
         """A field of the form as it was sent: get_body_argument would turn control characters into spaces."""
         try:
@@ -1752,9 +1765,15 @@ class PageHandler(BaseHandler):
     def get(self) -> None:
         """Whoever has no session logs in first."""
         if self.current_user is None:
-            self.redirect("/login")
+            self.redirect("/login" + self.page_path())
             return
-        self.page("chat.html", name=self.current_user.name, page_words=to_json(page_words(self.language)))
+        self.page(
+            "chat.html",
+            name=self.current_user.name,
+            view="projector" if self.projector else "window",
+            now=round(1000 * time.time()),
+            page_words=to_json(page_words(self.language)),
+        )
 
 
 class LoginHandler(BaseHandler):
@@ -1778,7 +1797,7 @@ class LoginHandler(BaseHandler):
         if self.wants_json():
             self.finish({"name": session.name})
         else:
-            self.redirect("/", status=303)
+            self.redirect("/" + self.page_path(), status=303)
 
     def refuse(self, refused: Refused, nickname: str) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
@@ -1800,6 +1819,7 @@ class LoginHandler(BaseHandler):
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
+            path=self.page_path(),
             kept=kept,
         )
 
@@ -2266,6 +2286,43 @@ class HealthHandler(BaseHandler):
         )
 
 
+def qr_symbol(url: str) -> Any:
+    """The URL for a phone's camera, if the package segno is installed; else None."""
+    try:
+        import segno  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError:
+        return None
+    return segno.make(url, micro=False)
+
+
+class JoinHandler(BaseHandler):
+    """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
+
+    def get(self, what: str) -> None:
+        """The addresses, or one of them to point a camera at."""
+        if self.current_user is None:
+            raise tornado.web.HTTPError(401)
+        if what == "join.json":
+            self.finish({"addresses": self.services.addresses(), "qr": qr_symbol("/") is not None})
+        else:
+            self.draw(self.get_query_argument("url", ""))
+
+    def draw(self, url: str) -> None:
+        """As a picture, if it is the room's address: we advertise no other page."""
+        symbol = qr_symbol(url) if self.is_ours(url) else None
+        if symbol is None:
+            raise tornado.web.HTTPError(404)
+        picture = io.BytesIO()
+        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
+        self.set_header("Content-Type", "image/svg+xml")
+        self.finish(picture.getvalue())
+
+    def is_ours(self, url: str) -> bool:
+        """Whether it is one of the room's addresses, or leads to where this page was opened."""
+        here = re.escape(self.request.headers["Host"])
+        return url in self.services.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]{{0,100}}", url) is not None
+
+
 class AssetHandler(BaseHandler):
     """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
 
@@ -2308,7 +2365,8 @@ def make_app(services: Services) -> tornado.web.Application:
             (r"/chat", ChatSocket, context),
             (r"/messages", MessagesHandler, context),
             (r"/healthz", HealthHandler, context),
-            (r"/(style\.css|chat\.js|icon\.svg)", AssetHandler, context),
+            (r"/(join\.json|qr\.svg)", JoinHandler, context),
+            (rf"/({'|'.join(map(re.escape, ASSETS))})", AssetHandler, context),
         ],
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
@@ -2445,6 +2503,7 @@ class Daemon:
             self.feed,
             cookie="tornchat-" + hashlib.sha256(lasting.encode()).hexdigest()[:8],
             hosts=frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *self.config.allow_host)),
+            addresses=functools.partial(lan_urls, self.config, self.port),
             started=time.monotonic(),
             sockets=self.sockets,
         )
@@ -2619,8 +2678,7 @@ def local_url(config: Config, port: int, host: str = "") -> str:
 
 def banner(config: Config, port: int) -> str:
     """What the operator sees: where to open the room, and what to know."""
-    addresses = lan_addresses() if config.host in ("", "0.0.0.0") else []
-    urls = [local_url(config, port, address) for address in addresses]
+    urls = lan_urls(config, port)
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
@@ -2641,14 +2699,18 @@ def banner(config: Config, port: int) -> str:
 
 
 def qr_code(url: str) -> str:
-    """The URL for a phone's camera, if the package segno is installed; else nothing."""
-    try:
-        import segno  # type: ignore[import-not-found,unused-ignore]
-    except ModuleNotFoundError:
-        return ""
+    """The URL for a phone's camera, as it can be drawn in a terminal; "" without segno."""
+    symbol = qr_symbol(url)
     out = io.StringIO()
-    segno.make(url, micro=False).terminal(out, border=2, compact=True)
-    return "\n" + out.getvalue()
+    if symbol is not None:
+        symbol.terminal(out, border=2, compact=True)
+    return "\n" + out.getvalue() if symbol is not None else ""
+
+
+def lan_urls(config: Config, port: int) -> list[str]:
+    """The room's addresses for everybody else on the network."""
+    addresses = lan_addresses() if config.host in ("", "0.0.0.0", "::") else []
+    return [local_url(config, port, address) for address in addresses]
 
 
 def lan_addresses() -> list[str]:
@@ -3712,8 +3774,25 @@ WORDS = {
         "chat_placeholder": "Write a message",
         "chat_send": "Send",
         "chat_login_again": "Log in again",
+        "chat_join": "Invite",
+        "chat_join_title": "Join this room",
+        "chat_join_hint": "Open this address on any device in the same network.",
+        "chat_code": "The address as a QR code",
+        "chat_addresses": "Another address",
+        "chat_copy": "Copy",
+        "chat_projector": "Projector view",
+        "chat_close": "Close",
+        "chat_break": "New line",
+        "chat_settings": "Settings",
+        "chat_theme": "Appearance",
+        "chat_theme_system": "Automatic",
+        "chat_theme_light": "Light",
+        "chat_theme_dark": "Dark",
+        "chat_sound": "Sound",
+        "chat_notify": "Notifications",
         "js_state_connecting": "Connecting…",
         "js_state_connected": "Connected",
+        "js_state_polling": "Connected, by polling",
         "js_state_waiting": "Connection lost.",
         "js_state_offline": "This device is offline.",
         "js_state_restarting": "The server is restarting.",
@@ -3742,6 +3821,11 @@ WORDS = {
         "js_missed": "Messages missed while you were away: {n}",
         "js_reset": "The room has lost its history and starts again here. Everything above is only on your screen.",
         "js_new": "{n} new",
+        "js_new_since": "New since you left",
+        "js_show_all": "Show all",
+        "js_show_less": "Show less",
+        "js_copied": "Copied",
+        "js_copy_by_hand": "Marked: copy it by hand",
         "js_you": "you",
         "js_more": "and {n} more",
         "term_unreachable": "{url} cannot be reached: {reason}",
@@ -3806,8 +3890,25 @@ WORDS = {
         "chat_placeholder": "输入消息",
         "chat_send": "发送",
         "chat_login_again": "重新登录",
+        "chat_join": "邀请",
+        "chat_join_title": "加入本聊天室",
+        "chat_join_hint": "在同一网络中的任何设备上打开此地址。",
+        "chat_code": "该地址的二维码",
+        "chat_addresses": "其他地址",
+        "chat_copy": "复制",
+        "chat_projector": "投影视图",
+        "chat_close": "关闭",
+        "chat_break": "换行",
+        "chat_settings": "设置",
+        "chat_theme": "外观",
+        "chat_theme_system": "跟随系统",
+        "chat_theme_light": "浅色",
+        "chat_theme_dark": "深色",
+        "chat_sound": "提示音",
+        "chat_notify": "系统通知",
         "js_state_connecting": "正在连接…",
         "js_state_connected": "已连接",
+        "js_state_polling": "已连接（轮询）",
         "js_state_waiting": "连接已断开。",
         "js_state_offline": "本设备已离线。",
         "js_state_restarting": "服务器正在重启。",
@@ -3836,6 +3937,11 @@ WORDS = {
         "js_missed": "您离开期间错过了 {n} 条消息",
         "js_reset": "聊天记录已丢失，从这里重新开始。以上内容仅保留在您的屏幕上。",
         "js_new": "{n} 条新消息",
+        "js_new_since": "您离开后的新消息",
+        "js_show_all": "展开全文",
+        "js_show_less": "收起",
+        "js_copied": "已复制",
+        "js_copy_by_hand": "已选中，请手动复制",
         "js_you": "我",
         "js_more": "还有 {n} 人",
         "term_unreachable": "无法连接 {url}：{reason}",
@@ -3891,10 +3997,10 @@ PLAIN_HTML = r"""<!doctype html>
 <head>
   <meta charset="utf-8">
   <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-  <meta name="color-scheme" content="light dark">
   <title>{{ title }}</title>
   <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
   <link rel="stylesheet" href="{{ root }}{{ asset("style.css") }}">
+  <script src="{{ root }}{{ asset("theme.js") }}"></script>
 </head>
 <body class="login">
 {% block main %}{% end %}
@@ -3907,7 +4013,7 @@ LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
   <main>
     <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
     <h1 dir="auto">{{ title }}</h1>
-    <form action="login" method="post" aria-label="{{ w["login_heading"] }}">
+    <form action="login{{ path }}" method="post" aria-label="{{ w["login_heading"] }}">
       {% if error %}
       <p class="error" id="error" role="alert">{{ error }}
         {% if suggestion %}<span><bdi>{{ suggestion }}</bdi> {{ w["login_free"] }}</span>{% end %}</p>
@@ -3944,35 +4050,63 @@ CHAT_HTML = r"""<!doctype html>
   <meta charset="utf-8">
   <meta name="viewport"
     content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
-  <meta name="color-scheme" content="light dark">
   <title>{{ title }}</title>
-  <link rel="icon" href="{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link id="icon" rel="icon" href="{{ asset("icon.svg") }}" data-unread="{{ asset("icon-unread.svg") }}"
+    type="image/svg+xml">
   <link rel="stylesheet" href="{{ asset("style.css") }}">
+  <script src="{{ asset("theme.js") }}"></script>
   <script src="{{ asset("chat.js") }}" defer></script>
 </head>
-<body class="chat" data-state="connecting" data-name="{{ name }}" data-words="{{ page_words }}">
+<body class="chat {{ view }}" data-view="{{ view }}" data-state="connecting" data-name="{{ name }}" data-now="{{ now }}"
+  data-words="{{ page_words }}">
   <header>
     <h1 id="title" dir="auto">{{ title }}</h1>
-    <p id="state"><span id="state-text" role="status"></span> <span id="state-wait" aria-hidden="true"></span>
+    <p id="state" class="scripted"><span id="state-text" role="status"></span>
+      <span id="state-wait" aria-hidden="true"></span>
       <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
-    <button id="people" type="button" aria-controls="roster" aria-expanded="false">
+    <button id="join" class="plain scripted" type="button" aria-haspopup="dialog">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3h8v8H3zm2 2v4h4V5zm8-2h8v8h-8zm2 2v4h4V5zM3 13h8v8H3zm2
+        2v4h4v-4zm8-2h3v3h-3zm5 0h3v3h-3zm-5 5h3v3h-3zm5 0h3v3h-3z"/></svg> <span>{{ w["chat_join"] }}</span></button>
+    <button id="people" class="plain scripted" type="button" aria-controls="roster" aria-expanded="false">
       <svg viewBox="0 0 24 24" role="img" aria-label="{{ w["chat_show_people"] }}"><circle cx="9" cy="8" r="4"/>
         <path d="M1 20a8 8 0 0 1 16 0z"/><path d="M15 4.3a4 4 0 0 1 0 7.4M19 20h4a8 8 0 0 0-5-7.4"/></svg>
       <span class="count"></span></button>
   </header>
-  <aside id="roster" aria-label="{{ w["chat_people"] }}">
-    <h2>{{ w["chat_people"] }} <span class="count"></span></h2>
-    <ul id="members" tabindex="0" aria-label="{{ w["chat_people"] }}"></ul>
-    <form id="logout" action="logout" method="post"><button>{{ w["chat_logout"] }}</button></form>
-  </aside>
   <main id="scroller" tabindex="0"><noscript>{{ w["chat_needs_script"] }}</noscript><div id="content">
     <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
     <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
-  <form id="composer"><button id="newer" type="button" hidden></button><p id="left-over" role="status"></p>
+  <form id="composer" class="scripted" aria-label="{{ w["chat_placeholder"] }}">
+    <button id="newer" type="button" hidden></button>
+    <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
+    <p id="left-over" role="status"></p>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
       placeholder="{{ w["chat_placeholder"] }}"></textarea>
+    <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M18 5h2v9H8v4l-6-5 6-5v4h10z"/></svg></button>
     <button id="send" aria-label="{{ w["chat_send"] }}"><svg viewBox="0 0 24 24" aria-hidden="true">
       <path d="M3 20.5 21.5 12 3 3.5l2.6 7L15 12l-9.4 1.5z"/></svg></button></form>
+  <aside id="roster" aria-label="{{ w["chat_people"] }}">
+    <h2>{{ w["chat_people"] }} <span class="count"></span></h2>
+    <ul id="members" tabindex="0" aria-label="{{ w["chat_people"] }}"></ul>
+    <div class="settings scripted" role="group" aria-label="{{ w["chat_settings"] }}">
+      <label>{{ w["chat_theme"] }} <select id="theme"><option value="system">{{ w["chat_theme_system"] }}</option>
+        <option value="light">{{ w["chat_theme_light"] }}</option>
+        <option value="dark">{{ w["chat_theme_dark"] }}</option></select></label>
+      <label>{{ w["chat_sound"] }} <input id="sound" type="checkbox"></label>
+      <label hidden>{{ w["chat_notify"] }} <input id="notify" type="checkbox"></label>
+    </div>
+    <form id="logout" action="logout" method="post"><button class="plain">{{ w["chat_logout"] }}</button></form>
+  </aside>
+  <dialog id="invite" aria-labelledby="invite-title">
+    <h2 id="invite-title">{{ w["chat_join_title"] }}</h2>
+    <img id="code" alt="{{ w["chat_code"] }}" hidden>
+    <p id="address" dir="ltr"></p>
+    <select id="addresses" aria-label="{{ w["chat_addresses"] }}" hidden></select>
+    <p class="hint">{{ w["chat_join_hint"] }}</p>
+    <p class="choices"><button id="copy" type="button">{{ w["chat_copy"] }}</button>
+      <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
+      <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
+  </dialog>
 </body>
 </html>
 """
@@ -3980,27 +4114,30 @@ CHAT_HTML = r"""<!doctype html>
 # language=css
 STYLE_CSS = r"""
 :root {
-  color-scheme: light dark; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #5a656b;
+  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a;
   --line: #dcdfd9; --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4;
-  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614;
+  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614; --code: #1c23260d;
+  --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad; --line: #2d373b;
-    --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d; --on-warn: #ffdf9b;
-    --bad: #ff9f8f; --shadow: none;
-  }
+:root[data-theme="dark"] {
+  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad;
+  --line: #2d373b; --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d;
+  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: none; --code: #ffffff12;
+  --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
+:root { font-size: max(100%, .6vw); }  /* 4K: not smaller than a hand can point at */
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
+.chat:not(.live) .scripted { display: none !important; }
+.chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
   margin: 0;
   background: var(--page);
   color: var(--ink);
-  font: 16px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
     sans-serif;
   -webkit-text-size-adjust: 100%;
 }
@@ -4013,8 +4150,9 @@ button {
   font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
 }
 button:hover { filter: brightness(1.08); }
+button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
-input, textarea {
+input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet);
   border-radius: 12px; background: var(--surface); color: inherit; font: inherit;
 }
@@ -4041,7 +4179,7 @@ input, textarea {
   display: grid;
   grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
   height: 100vh;
-  height: 100dvh;
+  height: var(--height, 100dvh);
   overflow: hidden;
 }
 header {
@@ -4051,8 +4189,10 @@ header {
   border-bottom: 1px solid var(--line); background: var(--surface);
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
-#people { display: none; margin-inline-start: auto; padding: 0 10px; background: none; color: var(--ink); }
-#people .count { margin-inline-start: 2px; }
+header .plain { flex: none; border: 0; padding: 0 10px; }
+header .plain:hover { background: var(--page); }
+#join { margin-inline-start: auto; }
+#people { display: none; margin-inline-start: -8px; }
 
 /* The state: a quiet word beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
@@ -4082,7 +4222,11 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 #members li { display: flex; align-items: center; gap: 10px; padding: 5px 6px; }
 #members bdi { overflow-wrap: anywhere; }
 #members small, #members .more { color: var(--quiet); }
-#logout button { width: 100%; border: 1px solid var(--line); background: none; color: var(--ink); }
+#logout button { width: 100%; }
+.settings { padding: 4px 6px 0; border-block-start: 1px solid var(--line); color: var(--quiet); font-size: .875rem; }
+.settings label { display: flex; align-items: center; justify-content: space-between; gap: 12px; min-height: 44px; }
+.settings select { width: auto; min-height: 36px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
+input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color: var(--accent); }
 
 #scroller { grid-area: 2 / 1; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
 #scroller.following { overflow-anchor: none; }
@@ -4101,16 +4245,16 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 }
 .face {
   flex: none; display: grid; place-items: center; width: 32px; height: 32px;
-  border-radius: 50%; background: oklch(.9 .06 var(--hue));
-  color: oklch(.42 .12 var(--hue)); font-size: .875rem; font-weight: 700;
+  border-radius: 50%; background: oklch(var(--face) var(--hue));
+  color: oklch(var(--on-face) var(--hue)); font-size: .875rem; font-weight: 700;
   text-transform: uppercase;
 }
-.who { display: block; color: oklch(.47 .13 var(--hue)); font-size: .875rem; font-weight: 700; }
-@media (prefers-color-scheme: dark) {
-  .face { background: oklch(.36 .07 var(--hue)); color: oklch(.9 .07 var(--hue)); }
-  .who { color: oklch(.82 .1 var(--hue)); }
-}
+.who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
+/* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
+@supports (overflow-anchor: auto) {
+  .message { content-visibility: auto; contain-intrinsic-size: auto 48px; overflow-clip-margin: 6px; }
+}
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
@@ -4126,7 +4270,15 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 /* The time stands beside the last line if there is room, else below */
 .line { display: flex; flex-wrap: wrap; align-items: end; align-items: last baseline; gap: 0 12px; }
 .failed .line { display: block; }
-.text { flex: 1 1 auto; white-space: pre-wrap; }
+.text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
+.text.emoji { font-size: 2.5em; line-height: 1.2; }
+.text.folded { flex-basis: 100%; max-height: 14.5em; overflow: hidden; mask: linear-gradient(#000 70%, #0000); }
+.fold { margin: 4px 0; padding: 0 12px; font-size: .875rem; }
+code { padding: .1em .3em; border-radius: 5px; background: var(--code); font: .9em/1.5 ui-monospace, Menlo, monospace; }
+pre { margin: 6px 0; padding: 8px 10px; border-radius: 8px; background: var(--code); white-space: pre-wrap; }
+pre code { padding: 0; background: none; }
+mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(--on-warn); font-weight: 600; }
+.mention .bubble { box-shadow: inset 3px 0 var(--on-warn), var(--shadow); }
 .bubble time, .status { margin-inline-start: auto; color: var(--quiet); font-size: .75rem; text-align: end; }
 .run .face { visibility: hidden; height: 0; }
 .run .bubble { border-start-start-radius: 16px; }
@@ -4137,6 +4289,8 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 .past { color: var(--quiet); filter: grayscale(1); }
 .past .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .notice:empty { display: none; }
+[data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
+[data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
 [data-kind="missed"], [data-kind="reset"], [data-kind="refused"] {
   margin: 12px auto;
   border-radius: 12px;
@@ -4148,7 +4302,7 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 #outbox .failed .status { color: var(--bad); }
 .choices { display: none; gap: 8px; justify-content: flex-end; padding-top: 4px; }
 .failed .choices { display: flex; }
-.choices button + button { background: none; color: inherit; }
+.choices button + button { border: 1px solid var(--line); background: none; color: inherit; }
 
 #composer {
   position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap;
@@ -4157,7 +4311,13 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
     max(12px, env(safe-area-inset-left));
 }
 #box { flex: 1; width: 0; max-height: calc(6 * 1.45em + 22px); border-radius: 22px; resize: none; }
-#send { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
+#send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
+#break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
+@media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
+#matches {
+  position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px;
+}
+#matches button { border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003; }
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
@@ -4165,9 +4325,45 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
   border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
+/* The panel for those who want to join; on a wall it stands in a corner for good */
+dialog {
+  width: min(26rem, 100vw - 24px); padding: 24px; border: 0; border-radius: 20px;
+  background: var(--surface); color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
+}
+dialog::backdrop { background: #0008; }
+dialog h2 { font-size: 1.25rem; }
+#code { display: block; width: min(100%, 18rem, 40vh); margin: 16px auto 0; border-radius: 12px; background: #fff; }
+#address { margin: 12px 0; font-size: clamp(1.0625rem, 5.5vw, 1.375rem); font-weight: 700; overflow-wrap: anywhere; }
+dialog .hint { margin-block: 12px; }
+dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
+
+/* On a wall: read-only, and as large as the screen allows */
+:root:has(.projector) { font-size: clamp(20px, 1.9vw, 72px); }
+.projector { grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) minmax(12rem, 27vw); font-size: 1rem; }
+.projector :is(#composer, #roster, #join, #people, #invite .choices) { display: none; }
+.projector #scroller { grid-row: 2 / 3; }
+.projector #content { max-width: none; padding-inline: 2vw; }
+.projector .bubble { max-width: 90%; padding: .4em .8em; }
+.projector .face { width: 2.2em; height: 2.2em; }
+.projector #invite {
+  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
+  padding: 1.2vw; box-shadow: none; outline: none;
+}
+.projector #code { width: min(100%, 40vh); }
+.projector #address { font-size: 1.7vw; }
+.projector #state::before { width: .6em; height: .6em; }
+.projector:not([data-state="connected"]) #state { right: 0; }
+@media (max-aspect-ratio: 1) {
+  .projector { grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) !important; }
+  .projector #invite { grid-area: 3 / 1; align-self: auto; width: auto; max-width: none; margin: 0 12px 12px; }
+  .projector #code { width: 24vh; }
+  .projector #address { font-size: 1.1em; }
+}
+
 @media (max-width: 48rem) {
   .chat { grid-template-columns: minmax(0, 1fr); }
   #people { display: block; }
+  #join span { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
     position: fixed; z-index: 2;
@@ -4182,6 +4378,36 @@ header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; whit
 """
 
 # language=javascript
+THEME_JS = r"""
+'use strict';
+
+// Runs before the first paint, so that no page shows in the wrong colours first. Tabs of one browser agree.
+const THEME = 'tornchat:theme';
+const darkSystem = matchMedia('(prefers-color-scheme: dark)');
+let theme = 'system';
+
+function readTheme() {
+  try { theme = localStorage.getItem(THEME) || 'system'; } catch { /* forbidden: this page alone knows */ }
+  showTheme();
+}
+
+function chooseTheme(chosen) {
+  theme = chosen;
+  try { localStorage.setItem(THEME, chosen); } catch { /* as above */ }
+  showTheme();
+}
+
+function showTheme() {
+  const dark = theme === 'system' ? darkSystem.matches : theme === 'dark';
+  document.documentElement.dataset.theme = dark ? 'dark' : 'light';
+}
+
+readTheme();
+darkSystem.onchange = showTheme;
+window.addEventListener('storage', readTheme);
+"""
+
+# language=javascript
 CHAT_JS = r"""
 'use strict';
 
@@ -4191,36 +4417,58 @@ const RESTART_MS = [200, 2000];   // after 1001 everybody comes back at once: sp
 const SPREAD_MS = 20;             // a member: a crowd comes back with no more than 50 tries a second
 const SILENCE_MS = 45000;         // the server tells the time every 20 s: two of these are missing
 const STALE_MS = 25000;           // woken up: one of them is missing, do not wait for the second
+const ASLEEP_MS = 5000;           // between two ticks of a second: the machine was asleep
 const ANSWER_MS = 10000;          // to connect, or to confirm a message, which the server does within 5 s
 const HOLD_MS = 3000;             // to wait where a refusal names no time
+const SOCKETS_TRIED = 2;          // in a row that never got through, before it is tried by polling
+const PROBE_MS = [3000, 300000];  // while polling, pauses between tries of the socket: the first, and the longest
+const POLL_SECONDS = 25;          // below what proxies and the server end by themselves
+const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
-const MAX_ROWS = 2000;
+const MAX_ROWS = 1000;            // in the page: as many as the server gives to those who come back
+const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
+const SAID_KEPT = 20;             // for the arrow keys
+const NAMES_OFFERED = 5;
 const NAMES_IN_LINE = 3;          // of more people only the number is told
 const BOTTOM_PX = 24;
 const COUNT_FROM = 200;           // characters left when the counter appears
 const FINAL_CODES = [4403, 4409, 4429, 4504];
+const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
-const LINK = /https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
+const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
 const LINK_TAIL = /[.,;:!?)\]}*]+$/;
+const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
 const words = JSON.parse(document.body.dataset.words);
 const lang = document.documentElement.lang;
 const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
+const projector = document.body.dataset.view === 'projector';
+const pollingOnly = new URLSearchParams(location.search).get('transport') === 'polling';
 
 // === Pure formatting ===
 const clockFormat = new Intl.DateTimeFormat(region, {hour: 'numeric', minute: '2-digit'});
 const dateFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full'});
 const fullFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full', timeStyle: 'medium'});
+const daysFormat = new Intl.RelativeTimeFormat(region, {numeric: 'auto'});
 const listFormat = new Intl.ListFormat(lang);
 const collator = new Intl.Collator(lang);
 const between = (low, high) => low + Math.random() * (high - low);
 const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, key) => values[key]);
 const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name from turning its sentence around
 const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
+const folded = (text) => text.normalize('NFKC').toLowerCase();
 
 function hueOf(name) {
   let hash = 2166136261;
   for (const letter of name) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
   return (hash >>> 0) % 360;
+}
+
+function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
+  const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
+  const days = Math.round((midnight(ts) - midnight(serverTime())) / 86400000);
+  if (days !== 0 && days !== -1) return dateFormat.format(ts);
+  const text = daysFormat.format(days, 'day');
+  return text[0].toLocaleUpperCase(lang) + text.slice(1);
 }
 
 function presenceText(sentence, names) {
@@ -4230,20 +4478,35 @@ function presenceText(sentence, names) {
   return [fill(sentence, {names: who})];
 }
 
+function mentions(text, name) {  // where @name stands and the name does not go on: [from, to] of each
+  const spots = [];
+  const [hay, needle] = [text.toLowerCase(), `@${name.toLowerCase()}`];
+  for (let at = hay.indexOf(needle); at >= 0; at = hay.indexOf(needle, at + 1)) {
+    if (!/^[\p{L}\p{N}\p{M}]/u.test(hay.slice(at + needle.length))) spots.push([at, at + needle.length]);
+  }
+  return hay.length === text.length ? spots : [];  // a letter that grows when it is small would shift them
+}
+
 // === DOM: the only place that makes elements, and text only ever as text ===
-const [title, stateText, stateWait, loginAgain, people, roster, memberList, logout, scroller, content, log, outboxList,
-  composer, newer, leftOver, box, send] = ['title', 'state-text', 'state-wait', 'login-again', 'people', 'roster',
-  'members', 'logout', 'scroller', 'content', 'log', 'outbox', 'composer', 'newer', 'left-over', 'box', 'send',
-].map((id) => document.getElementById(id));
+const {
+  icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
+  content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
+  lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
+  addresses, copy, close: closeInvite,
+} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
 const shown = new Map();          // seq -> row, of this epoch
+const toDraw = [];                // what changes the log, in its order, until a frame has time for it
+let sliceTimer = 0;
+let sliceFrame = 0;
 let members = new Set();
 let memberCount = 0;
 let rosterDue = false;
 let passing = null;               // who came and went in the newest line of the log
+let drawnDay = '';
+let newLine = null;               // "new since you left"
 let following = true;             // the reader is at the bottom
 let bottomTop = 0;                // where the last jump to the bottom came to rest
 let unseen = 0;                   // below what is in view
-let unread = 0;                   // since the page was last in front
 
 function make(tag, className, ...children) {
   const element = document.createElement(tag);
@@ -4252,8 +4515,34 @@ function make(tag, className, ...children) {
   return element;
 }
 
+function makeButton(text, onclick) {
+  return Object.assign(make('button', '', text), {type: 'button', onclick});
+}
+
 function setText(element, text) {  // an unchanged text is not announced again
   if (element.textContent !== text) element.textContent = text;
+}
+
+function draw(task) {
+  if (toDraw.push(task) === 1) nextSlice();
+}
+
+function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
+  clearTimeout(sliceTimer);
+  cancelAnimationFrame(sliceFrame);
+  if (document.hidden) sliceTimer = setTimeout(drawSlice);
+  else sliceFrame = requestAnimationFrame(drawSlice);
+}
+
+function drawSlice() {
+  const end = performance.now() + SLICE_MS;
+  try {
+    while (toDraw.length && performance.now() < end) toDraw.shift()();
+  } finally {
+    if (toDraw.length) nextSlice();
+  }
+  showNewer();
+  if (!toDraw.length && !document.hidden) markRead();
 }
 
 function withFace(name, row) {
@@ -4264,41 +4553,76 @@ function withFace(name, row) {
   return row;
 }
 
-function textWithLinks(text) {
+function linkTo(match) {  // what ends a sentence ends no address
+  const href = match.replace(LINK_TAIL, '');
+  return [Object.assign(make('a', '', href), {href, target: '_blank', rel: 'noopener noreferrer'}),
+    match.slice(href.length)];
+}
+
+function withMentions(text) {
   const nodes = [];
   let end = 0;
-  for (const match of text.matchAll(LINK)) {
-    const href = match[0].replace(LINK_TAIL, '');
-    const link = Object.assign(make('a', '', href), {href, target: '_blank', rel: 'noopener noreferrer'});
-    nodes.push(text.slice(end, match.index), link);
-    end = match.index + href.length;
+  for (const [from, to] of mentions(text, me)) {
+    nodes.push(text.slice(end, from), make('mark', '', text.slice(from, to)));
+    end = to;
   }
   return [...nodes, text.slice(end)];
 }
 
+function richText(text) {  // code, links and one's own name; nothing else is anything but text
+  const nodes = [];
+  let end = 0;
+  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(MARKUP)) {
+    nodes.push(...withMentions(text.slice(end, index)));
+    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
+    else if (inline) nodes.push(make('code', '', inline));
+    else nodes.push(...linkTo(match));
+    end = index + match.length;
+    if (block && text[end] === '\n') end += 1;
+  }
+  return [...nodes, ...withMentions(text.slice(end))];
+}
+
+function foldButton(body) {
+  const button = makeButton(words.show_all, () => {
+    const open = !body.classList.toggle('folded');
+    button.textContent = open ? words.show_less : words.show_all;
+    button.setAttribute('aria-expanded', open);
+  });
+  button.className = 'plain fold';
+  button.setAttribute('aria-expanded', false);
+  body.classList.add('folded');
+  return button;
+}
+
 function messageRow(name, text, ...foot) {
-  const body = Object.assign(make('p', 'text', ...textWithLinks(text)), {dir: 'auto'});
+  const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
+  body.classList.toggle('emoji', EMOJI.test(text));
+  if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
   const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
-  const row = withFace(name, make('div', name === me ? 'message mine' : 'message', bubble));
+  const mine = name === me && !projector;  // a wall is nobody's
+  const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
+  row.classList.toggle('mention', name !== me && !projector && bubble.querySelector('mark') !== null);
   row.dataset.name = name;
   return row;
 }
 
-function showMessage({seq, ts, name, text}) {
+function showMessage({seq, ts, name, text}, away) {
   if (shown.has(seq)) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(name, text, time);
   Object.assign(row.dataset, {seq, ts});
-  const later = seq > after ? [] : [...shown.keys()].filter((other) => other > seq);
+  const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
+  if (name !== me && seq > readTo && (away || seq <= firstReplayEnd)) drawNewLine();
   log.insertBefore(row, next);
+  lastDrawn = Math.max(lastDrawn, seq);
   shown.set(seq, row);
   settle(row);
   settle(next);
-  while (log.childElementCount > MAX_ROWS) dropOldest();
+  dropOldest();
   if (!following && name !== me) unseen += 1;
-  showNewer();
 }
 
 function settle(row) {  // what a message shows of its day and its author depends on the one above
@@ -4310,13 +4634,23 @@ function settle(row) {  // what a message shows of its day and its author depend
   const goesOn = above === row.previousElementSibling && above?.dataset.name === name;
   row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
   if (sameDay) delete row.dataset.day;
-  else row.dataset.day = dateFormat.format(+ts);
+  else row.dataset.day = dayText(+ts);
 }
 
-function dropOldest() {
-  shown.delete(Number(log.firstElementChild.dataset.seq));
-  log.firstElementChild.remove();
-  settle(log.firstElementChild);
+function renewDays() {  // when today has become yesterday
+  const today = new Date(serverTime()).toDateString();
+  if (today === drawnDay) return;
+  drawnDay = today;
+  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);
+}
+
+function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
+  const most = following ? MAX_ROWS : 3 * MAX_ROWS;
+  while (log.childElementCount > most) {
+    shown.delete(Number(log.firstElementChild.dataset.seq));
+    log.firstElementChild.remove();
+    if (log.childElementCount === most) settle(log.firstElementChild);
+  }
 }
 
 function notice(kind, text) {
@@ -4324,6 +4658,17 @@ function notice(kind, text) {
   if (row?.dataset.kind !== kind) log.append(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
+}
+
+function drawNewLine() {
+  if (newLine || projector) return;
+  notice('new', words.new_since);
+  newLine = log.lastElementChild;
+}
+
+function removeNewLine() {
+  newLine?.remove();
+  newLine = null;
 }
 
 function showPresence(type, names) {  // lines are folded, and who is back at once was never away
@@ -4340,7 +4685,7 @@ function forgetHistory() {  // what was read stays readable, greyed, but it is n
     delete row.dataset.seq;
   }
   shown.clear();
-  after = null;
+  lastDrawn = 0;
   notice('reset', words.reset);
 }
 
@@ -4361,8 +4706,10 @@ function drawRoster() {
 }
 
 function openRoster(open) {
+  if (open === roster.classList.contains('open')) return;
   roster.classList.toggle('open', open);
   people.setAttribute('aria-expanded', open);
+  (open ? memberList : people).focus();
 }
 
 function showNewer() {
@@ -4370,11 +4717,6 @@ function showNewer() {
   newer.hidden = unseen === 0;
   scroller.classList.toggle('following', following);
   setText(newer, fill(words.new, {n: unseen}));
-}
-
-function showUnread(count) {
-  unread = count;
-  document.title = count ? `(${count}) ${title.textContent}` : title.textContent;
 }
 
 function toBottom() {
@@ -4396,11 +4738,16 @@ function stateName() {
   return phase === 'connected' && storeAway ? 'away' : phase;
 }
 
+function stateSentence(state) {
+  if (phase === 'closed') return fill(words[`closed_${closeCode}`], {name: me});
+  return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
+}
+
 function showState() {
   const state = document.body.dataset.state = stateName();
   const seconds = Math.ceil((retryAt - Date.now()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
-  setText(stateText, phase === 'closed' ? fill(words[`closed_${closeCode}`], {name: me}) : words[`state_${state}`]);
+  setText(stateText, stateSentence(state));
   setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
   loginAgain.hidden = phase !== 'closed';
   send.disabled = phase === 'closed';
@@ -4416,26 +4763,237 @@ function fitBox() {
   return rest;
 }
 
-// === Outbox: what is said stays here until the server has confirmed it or its author takes it back ===
+function fitScreen() {  // some phones draw their keyboard over the page; a reader who zooms keeps the layout
+  if (visualViewport.scale !== 1) return;
+  document.body.style.setProperty('--height', `${visualViewport.height}px`);
+  window.scrollTo(0, 0);
+}
+
+// === Memory: the session's belongs to this tab, the browser's to all of its tabs; both may be forbidden or full ===
 const shelf = `tornchat:${location.pathname}:`;
+
+function keep(key, text, storage = 'sessionStorage') {
+  try { window[storage].setItem(shelf + key, text); } catch { /* only a reload will tell */ }
+}
+
+function kept(key, storage = 'sessionStorage') {
+  try { return window[storage].getItem(shelf + key) || ''; } catch { return ''; }
+}
+
+function clearShelf() {
+  for (const key of ['outbox', 'draft', 'said']) keep(key, '');
+}
+
+// === Attention: what is unread, and what may tell of it ===
+let unread = 0;                   // since the page was last in front
+let readTo = 0;                   // the newest seq that was in front of a reader, in whichever tab
+let readMark = '';                // the same, as the other tabs were told it
+let audio = null;
+
+function showUnread(count) {
+  unread = count;
+  document.title = count ? `(${count}) ${title.textContent}` : title.textContent;
+  const wanted = count ? icon.dataset.unread : iconUrl;
+  if (icon.getAttribute('href') !== wanted) icon.setAttribute('href', wanted);
+}
+
+function markRead() {
+  if (after === null) return;
+  const mark = JSON.stringify({epoch, seq: after});
+  if (mark !== readMark) keep('read', mark, 'localStorage');
+  [readMark, readTo] = [mark, after];
+  if (unread) showUnread(0);
+}
+
+function readElsewhere() {  // another tab has shown it, or had shown it before this one was opened
+  const mark = JSON.parse(kept('read', 'localStorage') || '{}');
+  if (mark.epoch === epoch) readTo = mark.seq;
+  if (readTo >= after) showUnread(0);
+}
+
+function attract({seq, name, text}, away) {
+  if (away) showUnread(unread + 1);
+  if (seq <= replayEnd) return;  // it is old news
+  if (sound.checked && (away || mentions(text, me).length)) chime();
+  if (notify.checked && away) popUp(name, text);
+}
+
+function chime() {
+  audio ||= new AudioContext();
+  audio.resume();
+  for (const [tone, delay] of [[660, 0], [880, .12]]) {
+    const [source, volume] = [audio.createOscillator(), audio.createGain()];
+    const start = audio.currentTime + delay;
+    source.frequency.value = tone;
+    volume.gain.setValueAtTime(.12, start);
+    volume.gain.exponentialRampToValueAtTime(.001, start + .3);
+    source.connect(volume).connect(audio.destination);
+    source.start(start);
+    source.stop(start + .3);
+  }
+}
+
+function popUp(name, body) {
+  try {
+    const popup = new Notification(name, {body, tag: shelf, icon: iconUrl});
+    popup.onclick = () => window.focus();
+  } catch { notify.checked = false; }  // a phone's browser wants a service worker for it
+}
+
+async function wantPopUps() {
+  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
+  keep('notify', notify.checked ? '1' : '', 'localStorage');
+}
+
+function wantSound() {
+  keep('sound', sound.checked ? '1' : '', 'localStorage');
+  if (sound.checked) chime();
+}
+
+function restoreChoices() {
+  const allowed = window.isSecureContext && 'Notification' in window;
+  themeChoice.value = theme;
+  sound.checked = kept('sound', 'localStorage') === '1';
+  notify.parentElement.hidden = !allowed;
+  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', 'localStorage') === '1';
+}
+
+// === Joining others in: the addresses of the room, one of them large, with its code ===
+const here = new URL('.', location.href).href;
+const loopback = /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
+
+async function loadAddresses() {  // what leads here is the best, unless it leads only from this machine
+  const answer = await fetch('join.json').then((response) => response.json()).catch(() => ({}));
+  const others = (answer.addresses || []).filter((url) => url !== here);
+  const urls = loopback && others.length ? others : [here, ...others];
+  const picked = kept('address', 'localStorage');
+  addresses.replaceChildren(...urls.map((url) => new Option(url, url, false, url === picked)));
+  addresses.hidden = urls.length === 1 || projector;
+  code.dataset.drawn = answer.qr ? 'yes' : '';
+  showAddress();
+}
+
+function showAddress() {
+  const [, ...parts] = addresses.value.match(/^(\w+:\/\/)(.*?)(:\d+)?\/?$/);
+  address.replaceChildren(...parts.flatMap((part) => [part || '', make('wbr', '')]));  // where it may be broken
+  code.hidden = !code.dataset.drawn;
+  if (code.dataset.drawn) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
+}
+
+function pickAddress() {
+  keep('address', addresses.value, 'localStorage');
+  showAddress();
+}
+
+async function openInvite() {
+  setText(copy, copyText);
+  if (projector) invite.show();
+  else invite.showModal();
+  await loadAddresses();
+}
+
+async function copyAddress() {  // without a secure context there is only the old way: mark it, and copy what is marked
+  getSelection().selectAllChildren(address);
+  const copied = await navigator.clipboard?.writeText(addresses.value).then(() => true, () => false);
+  setText(copy, copied || document.execCommand('copy') ? words.copied : words.copy_by_hand);
+}
+
+// === Writing: what the keys do in the box ===
+let said = JSON.parse(kept('said') || '[]');
+let recalled = said.length;       // which of them stands in the box
+let offer = null;                 // {start, names, turn}: a name that is being completed
+
+function submit(event) {
+  event.preventDefault();
+  const text = box.value.trimEnd().replace(/^(\s*\n)+/, '');  // the first line keeps its indentation
+  if (!text || fitBox() < 0 || phase === 'closed' || projector) return;
+  setBox('');
+  remember(text);
+  removeNewLine();
+  outbox.push({cid: newCid(), name: me, text, failed: ''});
+  outboxChanged();
+  toBottom();
+}
+
+function remember(text) {
+  said = [...said.filter((other) => other !== text), text].slice(-SAID_KEPT);
+  recalled = said.length;
+  keep('said', JSON.stringify(said));
+}
+
+function recall(step) {  // only over an empty box or what was recalled, unchanged: nothing written is lost
+  const [before, behind] = [box.value.slice(0, box.selectionStart), box.value.slice(box.selectionEnd)];
+  if (box.value !== (said[recalled] || '') || (step < 0 ? before : behind).includes('\n')) return false;
+  if (recalled + step < 0 || recalled + step > said.length) return false;
+  recalled += step;
+  setBox(said[recalled] || '');
+  return true;
+}
+
+function setBox(text) {
+  box.value = text;
+  onDraft();
+}
+
+function onDraft() {
+  keep('draft', box.value);
+  fitBox();
+  offerNames();
+}
+
+function offerNames() {
+  const before = box.value.slice(0, box.selectionEnd);
+  const start = before.lastIndexOf('@') + 1;
+  const begun = folded(before.slice(start));
+  const open = start > 0 && !/[\p{L}\p{N}]$/u.test(before.slice(0, start - 1)) && begun.length <= 24;
+  const names = open ? [...members].filter((name) => name !== me && folded(name).startsWith(begun)) : [];
+  showOffer(names.length ? {start, names: names.sort(collator.compare).slice(0, NAMES_OFFERED), turn: 0} : null);
+}
+
+function showOffer(next) {
+  offer = next;
+  matchList.replaceChildren(...(offer?.names || []).map(offerButton));
+  matchList.hidden = !offer;
+}
+
+function offerButton(name) {  // Tab takes one without leaving the box
+  const button = Object.assign(makeButton('', () => complete(name)), {className: 'plain', tabIndex: -1});
+  button.append(make('bdi', '', name));
+  return button;
+}
+
+function complete(name) {
+  const {start, names, turn} = offer;
+  if (box.selectionEnd < start) return;
+  box.setRangeText(`${name} `, start, box.selectionEnd, 'end');
+  onDraft();
+  showOffer(turn + 1 < names.length ? {start, names, turn: turn + 1} : null);  // then Tab leads out of the box again
+  box.focus();
+}
+
+function breakLine() {
+  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
+  onDraft();
+  box.focus();
+}
+
+function onKey(event) {
+  if (event.isComposing || event.keyCode === 229) return;  // 229: Safari ends a composition before its Enter
+  const plain = !event.shiftKey && !event.ctrlKey && !event.altKey && !event.metaKey;
+  if (event.key === 'Enter' && !event.shiftKey) return submit(event);
+  if (event.key === 'Escape') showOffer(null);
+  if (event.key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
+  else if (!(plain && event.key.startsWith('Arrow') && recall({ArrowUp: -1, ArrowDown: 1}[event.key]))) return;
+  event.preventDefault();
+}
+
+// === Outbox: what is said stays here until the server has confirmed it or its author takes it back ===
+// A duplicated tab says the same cids, which the room stores once.
 const outboxRows = new Map();     // cid -> row
 let outbox = [];                  // {cid, name, text, failed}: failed is the reason in words
 let inFlight = '';                // cid of the one said and not yet answered: one at a time keeps the order
 let saidAt = 0;
 let holdUntil = 0;
-
-// sessionStorage belongs to one tab; a duplicated tab says the same cids, which the room stores once.
-function keep(key, text) {
-  try { sessionStorage.setItem(shelf + key, text); } catch { /* forbidden or full: only a reload will tell */ }
-}
-
-function kept(key) {
-  try { return sessionStorage.getItem(shelf + key) || ''; } catch { return ''; }
-}
-
-function clearShelf() {
-  for (const key of ['outbox', 'draft']) keep(key, '');
-}
 
 function restoreOutbox() {
   outbox = JSON.parse(kept('outbox') || '[]');
@@ -4456,20 +5014,21 @@ function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || Date.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, Date.now()];
-  socket.send(JSON.stringify({type: 'say', text: item.text, cid: item.cid}));
+  link.say({type: 'say', text: item.text, cid: item.cid});
 }
 
 function takeOut(cid) {
+  const row = outboxRows.get(cid);
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
-  outboxRows.get(cid)?.remove();
   outboxRows.delete(cid);
   outboxChanged();
+  return row;
 }
 
 function refused({cid, code, text, retry_after: seconds}) {
   const item = outbox.find((entry) => entry.cid === cid);
-  if (!item) return notice('refused', text);
+  if (!item) return draw(() => notice('refused', text));
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
@@ -4485,10 +5044,9 @@ function tryAgain(item) {
 }
 
 function edit(item) {
-  box.value = box.value ? `${item.text}\n${box.value}` : item.text;
-  onDraft();
+  setBox(box.value ? `${item.text}\n${box.value}` : item.text);
   box.focus();
-  takeOut(item.cid);
+  takeOut(item.cid).remove();
 }
 
 function statusOf(item) {
@@ -4501,9 +5059,8 @@ function statusOf(item) {
 }
 
 function outboxRow(item) {
-  const again = Object.assign(make('button', '', words.try_again), {onclick: () => tryAgain(item)});
-  const change = Object.assign(make('button', '', words.edit), {onclick: () => edit(item)});
-  const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', again, change));
+  const choices = [makeButton(words.try_again, () => tryAgain(item)), makeButton(words.edit, () => edit(item))];
+  const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', ...choices));
   outboxRows.set(item.cid, row);
   outboxList.append(row);
   return row;
@@ -4522,48 +5079,78 @@ function drawOutbox() {
 // === Frames: everything that the server says comes through here ===
 let me = document.body.dataset.name;
 let epoch = '';
-let after = null;                 // the newest seq seen, null before the first
+let after = null;                 // the newest seq that came, null before the first
+let lastDrawn = 0;                // the newest that is in the log
 let replayEnd = 0;                // up to this seq it is history and is not read out
+let firstReplayEnd = 0;           // and up to this one it was there before the page
 let maxText = Infinity;           // until the welcome tells it
 let storeAway = false;
+let clockError = Number(document.body.dataset.now) - Date.now();  // of this machine, in ms
+
+function serverTime() {
+  return Date.now() + clockError;
+}
+
+function setClock(ts) {
+  if (ts) clockError = ts - Date.now();
+}
 
 function receive(frame) {
   switch (frame.type) {
     case 'welcome': return welcomed(frame);
     case 'message': return arrived(frame);
+    case 'stored': return stored(frame);
     case 'joined': return passed(frame, 'add');
     case 'left': return passed(frame, 'delete');
     case 'refused': return refused(frame);
     case 'store': return storeChanged(frame.available);
+    case 'time': return setClock(frame.ts);
   }
 }
 
 function welcomed(frame) {
-  if (frame.reset || (epoch && epoch !== frame.epoch)) forgetHistory();
-  if (frame.missed) notice('missed', fill(words.missed, {n: frame.missed}));
-  if (frame.seq === 0) after = 0;
+  if (frame.reset || (epoch && epoch !== frame.epoch)) {
+    [after, readTo, firstReplayEnd] = [null, 0, -1];
+    draw(forgetHistory);
+  }
+  if (frame.missed) draw(() => notice('missed', fill(words.missed, {n: frame.missed})));
+  if (!frame.seq || !frame.limits.history) after ??= frame.seq;  // there is no message that would tell it
   ({epoch, name: me, seq: replayEnd, count: memberCount, limits: {text: maxText}} = frame);
-  [phase, failures, restarting, loggedIn] = ['connected', 0, false, false];
+  if (!firstReplayEnd) {
+    [firstReplayEnd, readTo] = [replayEnd || -1, replayEnd];
+    readElsewhere();
+  }
+  [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
   showUnread(unread);
   log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
   showRoster();
   storeChanged(true);
+  if (polling) probeLater();
+  if (projector) loadAddresses();
 }
 
 function arrived(frame) {
-  showMessage(frame);
+  const [fresh, away] = [frame.seq > after, document.hidden];
   after = Math.max(after, frame.seq);
-  if (frame.name === me && outboxRows.has(frame.cid)) takeOut(frame.cid);
-  if (document.hidden && frame.name !== me && frame.seq > replayEnd) showUnread(unread + 1);
-  if (frame.seq === replayEnd) setTimeout(() => log.setAttribute('aria-live', 'polite'), 500);
+  const pending = frame.name === me && outboxRows.has(frame.cid) ? takeOut(frame.cid) : null;
+  draw(() => {
+    pending?.remove();
+    showMessage(frame, away);
+  });
+  if (fresh && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
+  if (frame.seq === replayEnd) draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
+}
+
+function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
+  if (frame.seq <= after) arrived({...frame, type: 'message'});
 }
 
 function passed({type, names, count}, change) {
   for (const name of names) members[change](name);
   memberCount = count;
-  showPresence(type, names);
+  draw(() => showPresence(type, names));
   showRoster();
 }
 
@@ -4573,35 +5160,100 @@ function storeChanged(available) {
   pump();
 }
 
-// === Socket: one at a time, replaced when it is lost, silent or doubtful ===
-let socket = null;
+// === Ways to the server: each lets us hear events, and tells once how it ended ===
+function resumePoint() {
+  return new URLSearchParams(after === null ? {} : {after, epoch});
+}
+
+function openSocket(hear, ended) {
+  const url = new URL('chat', location.href);
+  url.protocol = url.protocol.replace('http', 'ws');
+  url.search = resumePoint();
+  const socket = new WebSocket(url);
+  socket.onmessage = ({data}) => hear([JSON.parse(data)]);
+  socket.onclose = ended;
+  return {
+    say: (frame) => socket.send(JSON.stringify(frame)),
+    close() {
+      socket.onmessage = socket.onclose = null;
+      socket.close();
+    },
+  };
+}
+
+function openPolls(hear, ended) {
+  const hangUp = new AbortController();
+  const {signal} = hangUp;
+
+  async function ask(query, options) {
+    const answer = await fetch(`messages${query}`, {...options, signal});
+    const body = await answer.json();
+    setClock(Date.parse(answer.headers.get('Date')));
+    if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
+    throw {code: CLOSE_CODES[answer.status] || 1006, reason: body.code};
+  }
+
+  function failed(reason) {  // without a code it is the network, or an answer that is not the room's
+    if (signal.aborted) return;
+    hangUp.abort();
+    ended({code: 1006, reason: '', ...(reason.code > 1000 ? reason : {})});
+  }
+
+  async function poll() {  // the first one asks for the welcome, and does not wait
+    for (let wait = 0, last = ''; !signal.aborted; wait = POLL_SECONDS) {
+      const query = resumePoint();
+      query.set('wait', wait);
+      query.set('last', last);
+      const answer = await ask(`?${query}`);
+      last = answer.last;
+      if (!signal.aborted) hear(answer.events);
+    }
+  }
+
+  async function post(frame) {
+    const headers = {'Content-Type': 'application/json'};
+    const event = await ask('', {method: 'POST', headers, body: JSON.stringify(frame)});
+    if (!signal.aborted) hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
+  }
+
+  poll().catch(failed);
+  return {say: (frame) => post(frame).catch(failed), close: () => hangUp.abort()};
+}
+
+// === Connection: one way at a time, replaced when it is lost, silent or doubtful ===
+let link = null;
+let trial = null;                 // a socket that is tried while we poll
+let polling = pollingOnly;
 let phase = 'connecting';         // connected: the welcome is here; waiting: for retryAt; closed: for good
 let heard = 0;
 let failures = 0;
+let misses = 0;                   // sockets in a row that never got through
 let retryAt = 0;
 let retryTimer = 0;
+let probeTimer = 0;
+let probePause = PROBE_MS[0];
+let ticked = Date.now();
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
 let closeCode = 0;
 
 function connect() {
   clearTimeout(retryTimer);
-  if (socket) socket.onclose = socket.onmessage = null;
-  socket?.close();
-  const url = new URL('chat', location.href);
-  url.protocol = url.protocol.replace('http', 'ws');
-  if (after !== null) url.search = new URLSearchParams({after, epoch});
-  [phase, heard, inFlight] = ['connecting', Date.now(), ''];
-  socket = new WebSocket(url);
-  socket.onclose = disconnected;
-  socket.onmessage = ({data}) => {
-    heard = Date.now();
-    receive(JSON.parse(data));
-  };
+  clearTimeout(probeTimer);
+  link?.close();
+  trial?.close();
+  [phase, heard, inFlight, trial] = ['connecting', Date.now(), '', null];
+  link = (polling ? openPolls : openSocket)(hear, disconnected);
   showState();
 }
 
+function hear(events) {
+  heard = Date.now();
+  events.forEach(receive);
+}
+
 function disconnected({code, reason}) {
+  if (phase === 'connecting' && code === 1006) countMiss();
   phase = 'waiting';
   if (code === 4401) return reason === 'logout' ? location.assign(loginUrl('logout')) : logInAgain();
   if (FINAL_CODES.includes(code)) return stayAway(code);
@@ -4610,6 +5262,32 @@ function disconnected({code, reason}) {
   const [first, longest] = RETRY_MS;
   const [low, high] = code === 1001 ? RESTART_MS : [first, Math.min(longest, first * 2 ** (failures + 1))];
   retryIn(between(low, Math.max(high, low + memberCount * SPREAD_MS)));
+}
+
+function countMiss() {  // after two sockets a poll, and after a poll that fails too, sockets again
+  misses += 1;
+  if (pollingOnly || (!polling && misses < SOCKETS_TRIED)) return;
+  [polling, misses, probePause] = [!polling, 0, PROBE_MS[0]];
+}
+
+function probeLater() {
+  clearTimeout(probeTimer);
+  if (pollingOnly) return;
+  probeTimer = setTimeout(probe, probePause);
+  probePause = Math.min(2 * probePause, PROBE_MS[1]);
+}
+
+function probe() {  // goes on beside the polls until it has proven itself by an event
+  trial?.close();
+  const socket = trial = openSocket((events) => {
+    if (link !== socket) adopt(socket);
+    hear(events);
+  }, (end) => link === socket ? disconnected(end) : probeLater());
+}
+
+function adopt(socket) {
+  link.close();
+  [link, trial, polling, inFlight] = [socket, null, false, ''];
 }
 
 function retryIn(milliseconds) {
@@ -4628,7 +5306,7 @@ function stayAway(code) {
 }
 
 function loginUrl(why) {  // the login page says why one finds oneself there
-  return `login?${new URLSearchParams({nickname: me, why})}`;
+  return `login?${new URLSearchParams({nickname: me, why, ...(projector && {view: 'projector'})})}`;
 }
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
@@ -4645,69 +5323,87 @@ async function logInAgain() {  // the server no longer knows this session: it wa
   else retryIn(between(...RETRY_MS));
 }
 
-function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the socket without a word
+function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the link without a word
   if (phase === 'closed') return;
   if (phase !== 'connected' || Date.now() - heard > patience) connect();
 }
 
 function tick() {
-  const silence = Date.now() - heard;
-  const mute = silence > SILENCE_MS || (inFlight && Date.now() - saidAt > ANSWER_MS);
-  const lost = (phase === 'connected' && mute) || (phase === 'connecting' && silence > ANSWER_MS);
-  if (!lost) return showState();
+  const [now, slept] = [Date.now(), Date.now() - ticked > ASLEEP_MS && !document.hidden];
+  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && now - saidAt > ANSWER_MS);
+  const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
+  ticked = now;
+  renewDays();
+  if (!stuck && !(phase === 'connected' && mute)) return showState();
+  if (stuck) countMiss();
   failures += 1;
   connect();
 }
 
 // === Start ===
-function submit(event) {
-  event.preventDefault();
-  const text = box.value.trim();
-  if (!text || fitBox() < 0 || phase === 'closed') return;
-  box.value = '';
-  onDraft();
-  outbox.push({cid: newCid(), name: me, text, failed: ''});
-  outboxChanged();
-  toBottom();
+const iconUrl = icon.getAttribute('href');
+const copyText = copy.textContent;
+
+function comeBack() {
+  nextSlice();
+  if (document.hidden) return removeNewLine();  // what comes from now on is new
+  wake(STALE_MS);
 }
 
-function onDraft() {
-  keep('draft', box.value);
-  fitBox();
+function onStorage({key}) {  // another tab of this browser
+  if (key === `${shelf}read`) readElsewhere();
+  if (key === `${shelf}address`) loadAddresses();
+  restoreChoices();
 }
 
-function onKey(event) {
-  const composing = event.isComposing || event.keyCode === 229;  // 229: Safari ends a composition before its Enter
-  if (event.key === 'Enter' && !event.shiftKey && !composing) submit(event);
+function watchNetwork() {  // from one network to another there is not always a moment without any
+  const {connection} = navigator;
+  let type = connection?.type;
+  connection?.addEventListener('change', () => {
+    if (connection.type !== type) wake(0);
+    ({type} = connection);
+  });
 }
 
 composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
-send.onmousedown = (event) => event.preventDefault();  // a phone would close its keyboard after each message
+lineBreak.onclick = breakLine;
+for (const button of [send, lineBreak, matchList]) {  // a phone would close its keyboard
+  button.onmousedown = (event) => event.preventDefault();
+}
 newer.onclick = toBottom;
 scroller.onscroll = onScroll;
-scroller.onclick = () => openRoster(false);
+scroller.onclick = () => { if (roster.classList.contains('open')) openRoster(false); };
 people.onclick = () => openRoster(!roster.classList.contains('open'));
 logout.onsubmit = clearShelf;
+themeChoice.onchange = () => chooseTheme(themeChoice.value);
+sound.onchange = wantSound;
+notify.onchange = wantPopUps;
+join.onclick = openInvite;
+addresses.onchange = pickAddress;
+copy.onclick = copyAddress;
+code.onerror = () => { code.hidden = true; };
+closeInvite.onclick = () => invite.close();
 window.onkeydown = ({key}) => { if (key === 'Escape') openRoster(false); };
 window.ononline = () => wake(0);
 window.onoffline = showState;
 window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
-document.onvisibilitychange = () => {
-  if (document.hidden) return;
-  showUnread(0);
-  wake(STALE_MS);
-};
+window.addEventListener('storage', onStorage);
+document.onvisibilitychange = comeBack;
+if (window.visualViewport) visualViewport.onresize = fitScreen;
 const sizes = new ResizeObserver(() => { if (following) toBottom(); });
 for (const element of [scroller, content]) sizes.observe(element);
 
-box.value = kept('draft');
-fitBox();
+document.body.classList.add('live');
+restoreChoices();
+watchNetwork();
+setBox(kept('draft'));
 restoreOutbox();
 connect();
 setInterval(tick, 1000);
-if (matchMedia('(hover: hover)').matches) box.focus();  // a phone would open its keyboard
+if (projector) openInvite();
+else if (matchMedia('(hover: hover)').matches) box.focus();  // a phone would open its keyboard
 """
 
 # language=svg
@@ -4720,11 +5416,16 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 </svg>
 """
 
+# On the icon while there is something unread.
+UNREAD_DOT = '<circle cx="50" cy="14" r="13" fill="#e5484d" stroke="#fff" stroke-width="3"/>'
+
 TEMPLATES = {"plain.html": PLAIN_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
+    "theme.js": ("text/javascript; charset=utf-8", THEME_JS),
     "icon.svg": ("image/svg+xml", ICON_SVG),
+    "icon-unread.svg": ("image/svg+xml", ICON_SVG.replace("</svg>", UNREAD_DOT + "</svg>")),
 }
 
 
