@@ -9246,6 +9246,7 @@ async def bench_slow_requests(folder: Path, headers: int = 500, bodies: int = 20
                 await asyncio.wait([cut], timeout=1)
                 writer.write(b"a")
             writer.transport.abort()
+            cut.exception()  # it may have been cut off in the hard way
             lasted.setdefault(opening, []).append(time.perf_counter() - began)
 
         async def log_in() -> None:
