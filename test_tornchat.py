@@ -6561,8 +6561,11 @@ class TestEveryone:
         """Whatever is said, whatever somebody or the room is called, is text: no element, no attribute, no dialog."""
         await memory_lan.serve(title="</title><img src=x onerror=alert(1)>")
         bob = await memory_lan.join("Bob")
+        plain = [tag for tag, _ in Page(text_of(await bob.fetch("/login", form={"nickname": "\0"}))).elements]
         named = 0
         for number, attack in enumerate(MARKUP):
+            refusal = await memory_lan.browser().fetch("/login", form={"nickname": f"{attack}\0"})
+            assert [tag for tag, _ in Page(text_of(refusal)).elements] == plain
             status, _ = await (mallory := memory_lan.browser()).ask(attack[: tornchat.NAME_CHARS - 2] + str(number))
             if status == 200:
                 named += 1
@@ -6597,7 +6600,7 @@ class TestEveryone:
                 re.match("https?://", link)
                 for link in await ann.page.eval_on_selector_all("#log a", "a => a.map(b => b.href)")
             )
-            for attack in MARKUP:
+            for attack in MARKUP[::6]:
                 await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
                 await ann.page.press("#nickname", "Enter")
                 await ann.page.wait_for_load_state()
