@@ -9162,10 +9162,10 @@ def bench_flooder(folder: Path, redis_url: str, what: str, count: int = 100_000)
         idle = [target.ask()[1] for _ in range(200)]
         spent, lines, began = cpu_seconds(target.process.pid), target.lines(), time.perf_counter()
         threading.Thread(target=send_all, args=(flooder, frames), daemon=True).start()
+        moments, lags = list[float](), list[float]()
         with concurrent.futures.ThreadPoolExecutor() as listener:
             closed = listener.submit(closing_code, flooder)
             closed.add_done_callback(lambda _: moments.append(time.perf_counter() - began))
-            moments, lags = list[float](), list[float]()
             while not closed.done() or time.perf_counter() < began + 3:  # what comes after the end is read too
                 lags.append(target.ask()[1])
                 time.sleep(0.005)
@@ -9249,6 +9249,7 @@ async def bench_slow_requests(folder: Path, headers: int = 500, bodies: int = 20
                 await asyncio.wait([cut], timeout=1)
                 writer.write(b"a")
             writer.transport.abort()
+            cut.exception()  # it may have been cut off in the hard way
             lasted.setdefault(opening, []).append(time.perf_counter() - began)
 
         async def log_in() -> None:
