@@ -4862,8 +4862,8 @@ function readElsewhere() {  // another tab has shown it, or had shown it before 
 }
 
 function attract({seq, name, text}, away) {
-  if (away) showUnread(unread + 1);
-  if (seq <= replayEnd) return;  // it is old news
+  if (away && seq > readTo) showUnread(unread + 1);
+  if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
   if (sound.checked && (away || mentions(text, me).length)) chime();
   if (notify.checked && away) popUp(name, text);
 }
