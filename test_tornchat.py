@@ -4191,7 +4191,7 @@ class TestSecurity:
             assert "frame-ancestors 'none'" in policy
             assert "unsafe" not in policy
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
-            assert answer.headers["Referrer-Policy"] == "same-origin"
+            assert answer.headers["Referrer-Policy"] == "no-referrer"
             assert "Access-Control-Allow-Origin" not in answer.headers
             if path in ("/", "/login"):
                 assert answer.headers["Cache-Control"] == "no-store"

@@ -1568,9 +1568,7 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
-    # No address of ours for others. "no-referrer" would also make forms' Origin "null", and on plain http, where
-    # browsers send no Sec-Fetch-Site, a login would look like another page's.
-    "Referrer-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
@@ -4041,11 +4039,14 @@ def page_words(language: str) -> dict[str, str]:
     return {key.removeprefix("js_"): text for key, text in WORDS[language].items() if key.startswith("js_")}
 
 
+# With the header's "no-referrer" a form's Origin would be "null", and on plain http, where browsers send no
+# Sec-Fetch-Site, a login would look like another page's: so the pages ask for "same-origin".
 # language=html
 PLAIN_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
+  <meta name="referrer" content="same-origin">
   <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
   <title>{{ title }}</title>
   <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
@@ -4098,6 +4099,7 @@ CHAT_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
+  <meta name="referrer" content="same-origin">
   <meta name="viewport"
     content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
   <title>{{ title }}</title>
