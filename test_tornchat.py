@@ -6519,7 +6519,7 @@ class TestJoiningIn:
             await wall.shows("#address", first)
             await ann.page.click("#join")
             await ann.shows("#address", first)
-            assert await ann.page.locator("#code").is_visible() == has_code
+            await ann.page.wait_for_selector("#code", state="visible" if has_code else "hidden")
             await ann.page.select_option("#addresses", second + "/")
             await ann.shows("#address", second)
             await wall.shows("#address", second)
