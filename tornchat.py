@@ -49,6 +49,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import io
 import ipaddress
@@ -120,7 +121,9 @@ BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come 
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, which would hold 3 MB for a client that doesn't read
 CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
+GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
+POLL_BYTES = 512 * 1024  # in one answer (G5), a history of long messages; the next one goes on from there
 POLL_SECONDS = 30  # a poll waits, at the most: proxies cut what is silent for 60
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
@@ -172,6 +175,8 @@ class Config:
     silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
     drain_seconds: float = 2  # for stopping in order
+    guess_seconds: float = 1  # until a wrong password is refused
+    goodbye_seconds: float = 2  # for a client to take our close code and answer it
     header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
     body_seconds: float = 10  # for its body
     answer_seconds: float = 30  # for the client to take the answer; the longest has 1.6 MB
@@ -774,6 +779,7 @@ class Member:
     spent: float = 0  # when the last one was taken, in s
     refusals: int = 0  # in a row
     rejoining: bool = False
+    polls: int = 0  # that wait, or whose answers have not been taken
     told: str = ""  # where its last poll here ended, a Cursor
 
 
@@ -845,6 +851,14 @@ class Cursor(NamedTuple):
         return cls(match[1].encode(), not match[2]) if match else None
 
 
+class News(NamedTuple):
+    """What a poller is told, and from where it goes on."""
+
+    events: list[Encoded]
+    seq: int
+    cursor: Cursor
+
+
 class Room:
     """The sum of the feed: ring, roster, and the listeners of this daemon."""
 
@@ -874,12 +888,12 @@ class Room:
         """What a listener hears first."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
-        listener.replay(self.greeting(listener.member, owed))
+        listener.replay([*self.greeting(listener.member, owed), *owed.events])
 
     def greeting(self, member: Member, owed: Owed) -> list[Encoded]:
-        """The welcome, the store if it is away, and what is owed."""
+        """The welcome, and the store if it is away."""
         away = [] if self.available else [encode_store(self.available)]
-        return [self.welcome(member, owed), *away, *owed.events]
+        return [self.welcome(member, owed), *away]
 
     def leave(self, listener: Listener) -> None:
         """Forgets a listener."""
@@ -904,19 +918,30 @@ class Room:
         missed = self.seq - after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
 
-    def news(self, member: Member, seen: Seen, cursor: Cursor | None) -> list[Encoded]:
+    def news(self, member: Member, seen: Seen, cursor: Cursor | None) -> News:
         """What a poller has to hear, in the feed's order; a greeting first where it can't be told the rest alone."""
         owed = self.owed(seen)
+        events: list[Encoded] = []
         if not owed.recovered or cursor is None or id_order(cursor.id) < id_order(self.notices_after):
-            return self.greeting(member, owed)
-        news: list[tuple[int, int, Encoded]] = []  # a notice stands behind the message whose seq it has
-        for event, encoded in reversed(self.notices):
-            if id_order(event.id) <= id_order(cursor.id):
-                break
-            news.append((event.seq, -len(news), encoded))
-        news += ((self.seq - at, -RING_MESSAGES, encoded) for at, encoded in enumerate(reversed(owed.events)))
-        store = [encode_store(self.available)] if cursor.available != self.available else []
-        return [encoded for *_, encoded in sorted(news, key=lambda told: told[:2])] + store
+            events, cursor = self.greeting(member, owed), self.cursor
+        first = self.seq - len(owed.events) + 1
+        messages = [(seq, b"", encoded) for seq, encoded in enumerate(owed.events, first)]
+        notices = [(event.seq, event.id, encoded) for event, encoded in self.notices_since(cursor.id)]
+        size = 0
+        for seq, id, encoded in heapq.merge(messages, notices, key=lambda told: told[0]):
+            if size and size + len(encoded.frame) > POLL_BYTES:
+                return News(events, seq - (id == b""), cursor)
+            size += len(encoded.frame)
+            events.append(encoded)
+            cursor = cursor._replace(id=id or cursor.id)
+        if cursor.available != self.available:
+            events.append(encode_store(self.available))
+        return News(events, self.seq, self.cursor)
+
+    def notices_since(self, id: bytes) -> list[tuple[Event, Encoded]]:
+        """The notices that came after this event."""
+        newer = itertools.takewhile(lambda notice: id_order(notice[0].id) > id_order(id), reversed(self.notices))
+        return [*newer][::-1]
 
     @property
     def cursor(self) -> Cursor:
@@ -1543,9 +1568,7 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
-    # No address of ours for others. "no-referrer" would also make forms' Origin "null", and on plain http, where
-    # browsers send no Sec-Fetch-Site, a login would look like another page's.
-    "Referrer-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
@@ -1573,6 +1596,7 @@ class Services(NamedTuple):
     addresses: Callable[[], list[str]]  # URLs for others on the network, the best first
     started: float  # in s of time.monotonic
     sockets: set[ChatSocket]  # all that are open, joined or not
+    wrong_passwords: collections.Counter[str]  # by address: those that wait for their refusal
 
 
 def host_name(header: str) -> str:
@@ -1788,7 +1812,7 @@ class LoginHandler(BaseHandler):
         """A session and a name, or the form again with the reason."""
         nickname = self.field("nickname") or ""
         try:
-            check_password(self.services.config, self.field("password") or "")
+            await check_password(self.services, self.field("password") or "", self.request.remote_ip or "")
             session = await log_in(self.services, nickname, self.request.remote_ip or "", self.current_user)
         except Refused as refused:
             self.refuse(refused, nickname)
@@ -1824,10 +1848,21 @@ class LoginHandler(BaseHandler):
         )
 
 
-def check_password(config: Config, password: str) -> None:
-    """Raises Refused if the room has another one."""
-    if config.password and not hmac.compare_digest(password.encode(), config.password.encode()):
-        raise Refused("password")
+async def check_password(services: Services, password: str, address: str) -> None:
+    """Raises Refused if the room has another one, but not at once: so from one address guessing goes slowly."""
+    config, wrong = services.config, services.wrong_passwords
+    if not config.password:
+        return
+    if wrong[address] >= GUESSES_AT_ONCE:
+        raise Refused("password", "guesses", retry_after=config.guess_seconds)
+    if hmac.compare_digest(password.encode(), config.password.encode()):
+        return
+    wrong[address] += 1
+    await asyncio.sleep(config.guess_seconds)
+    wrong[address] -= 1
+    if not wrong[address]:
+        del wrong[address]
+    raise Refused("password")
 
 
 async def log_in(services: Services, nickname: str, address: str, session: Session | None) -> Session:
@@ -1887,28 +1922,37 @@ class MessagesHandler(BaseHandler):
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
-        room = self.services.room
         try:
             wait = self.wait()
             member = await self.admit(self.current_user)
-            events = await self.news(member, wait)
+            if member.polls >= SOCKETS_A_SESSION:
+                raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+            member.polls += 1
+            try:
+                await self.tell(member, await self.news(member, wait))
+            finally:
+                member.polls -= 1
+                self.release(member)
         except Refused as refused:
             self.refuse(refused)
-            return
-        if not self.gone:
-            member.told = str(room.cursor)
-            state = to_json({"seq": room.seq, "epoch": room.epoch, "last": member.told}).encode()
-            self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in events]), state[1:]))
-        self.release(member)
 
-    async def news(self, member: Member, wait: float) -> list[Encoded]:
+    async def news(self, member: Member, wait: float) -> News:
         """What this poll is told. Raises Refused."""
         room, seen = self.services.room, self.seen()
         await self.catch_up(seen)
         cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not room.news(member, seen, cursor):
+        if wait and not room.news(member, seen, cursor).events:
             await self.listen(member, wait)
         return room.news(member, seen, cursor)
+
+    async def tell(self, member: Member, news: News) -> None:
+        """Answers, until the client has taken it or is gone."""
+        if self.gone:
+            return
+        member.told = str(news.cursor)
+        place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            await self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
@@ -1925,11 +1969,11 @@ class MessagesHandler(BaseHandler):
         self.answer(201, encode_message(stored).json)
         self.release(member)
 
-    def answer(self, status: int, body: bytes) -> None:
-        """JSON that is encoded already."""
+    def answer(self, status: int, body: bytes) -> asyncio.Future[None]:
+        """JSON that is encoded already; the result is there when it has been taken."""
         self.set_status(status)
         self.set_header("Content-Type", "application/json; charset=UTF-8")
-        self.finish(body)
+        return self.finish(body)
 
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
@@ -2065,7 +2109,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         known = self.current_user
         if wish.nickname is None or (known and name_key(wish.nickname) == name_key(known.name)):
             return known
-        check_password(self.services.config, wish.password)
+        await check_password(self.services, wish.password, self.request.remote_ip or "")
         return await log_in(self.services, wish.nickname, self.request.remote_ip or "", None)
 
     async def enter(self, session: Session | None, seen: Seen) -> None:
@@ -2114,9 +2158,10 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.listener.heard = asyncio.get_running_loop().time()
 
     def shut(self, code: int, reason: str) -> None:
-        """The end in both directions; the client is told why, and has Tornado's 5 s to say goodbye."""
+        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
         self.leave()
         self.close(code, reason)
+        asyncio.get_running_loop().call_later(self.services.config.goodbye_seconds, self.stream.close)
 
     def on_close(self) -> None:
         """The connection is gone, for whatever reason."""
@@ -2506,6 +2551,7 @@ class Daemon:
             addresses=functools.partial(lan_urls, self.config, self.port),
             started=time.monotonic(),
             sockets=self.sockets,
+            wrong_passwords=collections.Counter(),
         )
         self.server = tornado.httpserver.HTTPServer(
             make_app(services),
@@ -3858,6 +3904,7 @@ WORDS = {
         "refused_name-lost": "Somebody else has the name “{name}” now.",
         "refused_taken": "“{name}” is taken, or looks like a name that is.",
         "refused_password": "That is not the room’s password.",
+        "refused_guesses": "Too many wrong passwords at once. Please wait a moment.",
         "refused_name-empty": "A nickname needs a letter or a digit.",
         "refused_name-long": "A nickname has at most {limit} characters.",
         "refused_name-characters": "There is a character in it that cannot be seen, or does not belong in a name.",
@@ -3974,6 +4021,7 @@ WORDS = {
         "refused_name-lost": "昵称“{name}”现已被他人使用。",
         "refused_taken": "“{name}”已被使用，或与已有昵称相似。",
         "refused_password": "房间密码不正确。",
+        "refused_guesses": "密码错误次数过多，请稍等片刻。",
         "refused_name-empty": "昵称至少要有一个字母、文字或数字。",
         "refused_name-long": "昵称最多 {limit} 个字符。",
         "refused_name-characters": "昵称中有不可见或不适合的字符。",
@@ -3991,11 +4039,14 @@ def page_words(language: str) -> dict[str, str]:
     return {key.removeprefix("js_"): text for key, text in WORDS[language].items() if key.startswith("js_")}
 
 
+# With the header's "no-referrer" a form's Origin would be "null", and on plain http, where browsers send no
+# Sec-Fetch-Site, a login would look like another page's: so the pages ask for "same-origin".
 # language=html
 PLAIN_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
+  <meta name="referrer" content="same-origin">
   <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
   <title>{{ title }}</title>
   <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
@@ -4048,6 +4099,7 @@ CHAT_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
+  <meta name="referrer" content="same-origin">
   <meta name="viewport"
     content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
   <title>{{ title }}</title>
