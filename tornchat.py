@@ -4192,6 +4192,7 @@ body {
   font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
     sans-serif;
   -webkit-text-size-adjust: 100%;
+  scrollbar-color: var(--quiet) transparent;
 }
 h1, h2, p, ul { margin: 0; padding: 0; }
 a { color: var(--accent); }
@@ -5161,26 +5162,30 @@ function receive(frame) {
 }
 
 function welcomed(frame) {
-  if (frame.reset || (epoch && epoch !== frame.epoch)) {
-    [after, readTo, firstReplayEnd] = [null, 0, -1];
-    draw(forgetHistory);
-  }
-  if (frame.missed) draw(() => notice('missed', fill(words.missed, {n: frame.missed})));
-  if (!frame.seq || !frame.limits.history) after ??= frame.seq;  // there is no message that would tell it
-  ({epoch, name: me, seq: replayEnd, count: memberCount, limits: {text: maxText}} = frame);
-  if (!firstReplayEnd) {
-    [firstReplayEnd, readTo] = [replayEnd || -1, replayEnd];
-    readElsewhere();
-  }
+  continueHistory(frame);
+  ({name: me, count: memberCount, limits: {text: maxText}} = frame);
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
   showUnread(unread);
-  log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
   showRoster();
   storeChanged(true);
   if (polling) probeLater();
   if (projector) loadAddresses();
+}
+
+function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where it goes on, and what will be missing
+  if (reset || (epoch && epoch !== room)) {
+    [after, readTo, firstReplayEnd] = [null, 0, -1];
+    draw(forgetHistory);
+  }
+  if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
+  if (!seq || !limits.history) after ??= seq;  // there is no message that would tell it
+  [epoch, replayEnd] = [room, seq];
+  log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
+  if (firstReplayEnd) return;
+  [firstReplayEnd, readTo] = [seq || -1, seq];
+  readElsewhere();
 }
 
 function arrived(frame) {
