@@ -8,9 +8,9 @@
 # ruff: noqa: N802, PTH208 - G1 to G10 are the README's names; in a coroutine listdir is as good as Path
 """The tests of tornchat, in the order of its sections.
 
-    uv run test_tornchat.py                          all of them, packages fetched
-    python -m pytest -q test_tornchat.py             all of them, packages installed
-    python -m pytest -q -k "not slow"                without those that take seconds
+    uv run test_tornchat.py                          those that are quick, packages fetched
+    python -m pytest -q test_tornchat.py             those that are quick, packages installed
+    TORNCHAT_TEST_ALL=1 python -m pytest ...         those that take seconds too, as .ci/run does
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
@@ -119,10 +119,8 @@ def missing(what: str) -> None:
     pytest.skip(f"{what} is not installed")
 
 
-def slow(test: Callable[P, None]) -> Callable[P, None]:
-    """Name a test that takes seconds: `-k "not slow"` leaves it out (its attributes are keywords to pytest)."""
-    vars(test)["slow"] = True
-    return test
+ALL = bool(os.environ.get("CI") or os.environ.get("TORNCHAT_TEST_ALL"))
+slow = pytest.mark.skipif(not ALL, reason="takes seconds: TORNCHAT_TEST_ALL=1 runs it")
 
 
 def transcript(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
@@ -4529,7 +4527,7 @@ def on_stage(lan: Lan) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 
 def examples(few: int, many: int) -> pytest.MarkDecorator:
     """Fuzz with a few examples, and as a slow test with many."""
-    return pytest.mark.parametrize("examples", [few, pytest.param(many, id="slow")])
+    return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=slow)])
 
 
 async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
