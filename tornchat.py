@@ -1796,7 +1796,7 @@ class PageHandler(BaseHandler):
             name=self.current_user.name,
             view="projector" if self.projector else "window",
             now=round(1000 * time.time()),
-            page_words=to_json(page_words(self.language)),
+            words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
 
 
@@ -4110,7 +4110,7 @@ CHAT_HTML = r"""<!doctype html>
   <script src="{{ asset("chat.js") }}" defer></script>
 </head>
 <body class="chat {{ view }}" data-view="{{ view }}" data-state="connecting" data-name="{{ name }}" data-now="{{ now }}"
-  data-words="{{ page_words }}">
+  data-words="{{ words }}">
   <header>
     <h1 id="title" dir="auto">{{ title }}</h1>
     <p id="state" class="scripted"><span id="state-text" role="status"></span>
@@ -4491,7 +4491,8 @@ const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
 const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
 const LINK_TAIL = /[.,;:!?)\]}*]+$/;
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
-const words = JSON.parse(document.body.dataset.words);
+const {words: lines} = document.body.dataset;
+const words = Object.fromEntries(lines.split('\n').map((line) => line.split('\t')));
 const lang = document.documentElement.lang;
 const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
 const projector = document.body.dataset.view === 'projector';
