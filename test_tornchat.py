@@ -8609,6 +8609,8 @@ class Piped(Voice):
         await self.process.stdin.drain()
 
     async def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.kill()
         await self.process.wait()
         await self.reading
@@ -8706,7 +8708,12 @@ class Curl(Voice):
             missing("curl")
         command = ["curl", "-s", *data, f"http://{self.url}{path}"]
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        return (await process.communicate())[0].decode()
+        try:
+            return (await process.communicate())[0].decode()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
 
     async def come(self) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -8728,6 +8735,7 @@ class Curl(Voice):
 
     async def go(self) -> None:
         self.reading.cancel()
+        await asyncio.wait([self.reading])
         shutil.rmtree(self.folder)
 
 
@@ -8750,8 +8758,11 @@ class PageVoice(Voice):
         await self.window.say(text)
 
     async def lines(self) -> list[str]:
-        names, texts = await self.window.texts("#log .message .who"), await self.window.messages()
-        return [f"{name}: {text}" for name, text in zip(names, texts, strict=True)]
+        rows = "[...document.querySelectorAll('#log .message')]"
+        lines: list[str] = await self.window.page.evaluate(
+            f"{rows}.map((row) => `${{row.dataset.name}}: ${{row.querySelector('.text').textContent}}`)"
+        )
+        return lines
 
 
 class PollingPage(PageVoice):
@@ -8765,11 +8776,12 @@ class TestEveryWayIn:
         """Two hundred messages from seven kinds of programs: each program shows all of them, in the same order."""
         await lan.serve(history=200)
         ann = await lan.join("Ann")
-        async with windows(lan) as (first, second):
+        async with windows(lan) as (first, second), contextlib.AsyncExitStack() as leaving:
             kinds = [TerminalClient, Wscat, Websockets, WebsocketClient, Curl]
             voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
             for voice in voices:
                 await voice.come()
+                leaving.push_async_callback(voice.go)
 
             async def speak(voice: Voice, first: int) -> None:
                 for number in range(first, 200, len(voices)):
@@ -8783,7 +8795,6 @@ class TestEveryWayIn:
             for voice in voices:
                 await voice.hears("Ann")
                 assert await voice.lines() == order, voice.name
-                await voice.go()
         assert {frame["name"] for frame in said} == {voice.name for voice in voices}
 
 
