@@ -24,8 +24,8 @@ seen) and gets what it missed; the same cid sent again is stored once. Log in fi
 (nickname=Ann), or open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the
 like.
 
-Without a socket, GET /messages?after=SEQ&epoch=EPOCH&wait=30 answers {"events":[...],"seq":N,"epoch":E,"last":L} as
-soon as there are events after SEQ, or when 30 s are over; give back `last` too, and no joined or left is missed between
+Without a socket, GET /messages?after=SEQ&epoch=EPOCH&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L} as
+soon as there are events after SEQ, or when 25 s are over; give back `last` too, and no joined or left is missed between
 two requests. POST /messages (text=hi, cid=...) answers with the stored message, or with what is refused.
 GET /healthz says how the daemon is.
 
@@ -124,7 +124,7 @@ ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
 POLL_BYTES = 512 * 1024  # in one answer (G5), a history of long messages; the next one goes on from there
-POLL_SECONDS = 30  # a poll waits, at the most: proxies cut what is silent for 60
+POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
 COOKIE_DAYS = 30  # a browser keeps its session
@@ -168,7 +168,7 @@ class Config:
     lease_seconds: float = 30  # how long a name outlives its daemon (G6: 35 s)
     renew_seconds: float = 5  # below the grace: a tab closed here must not shorten the lease of one open elsewhere
     grace_seconds: float = 7  # from the last closed tab to `left` (G6: 10 s); a reload takes less
-    poll_seconds: float = 25  # from the last answered poll to `left`: a poller may be away as long as a mute socket
+    poll_seconds: float = 32  # from the last request of a poller to `left` (G6: 35 s, as for a mute socket)
     tick_seconds: float = 1  # the beat of leases, pings and sweeping
     confirm_seconds: float = 4  # until an unconfirmed message is refused, at the next tick (G1: 5 s)
     block_seconds: float = 1  # the reader's wait for news; must stay below the silence
@@ -1978,7 +1978,8 @@ class MessagesHandler(BaseHandler):
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
         config = self.services.config
-        self.services.feed.release(member, config.grace_seconds if self.gone else config.poll_seconds)
+        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        self.services.feed.release(member, max(config.grace_seconds, rest))
 
     def fields(self) -> Mapping[str, Any]:
         """Those of the body, JSON or form. Raises Refused."""
