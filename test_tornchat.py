@@ -6567,6 +6567,9 @@ class TestJoiningIn:
             answer = await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))
             assert answer.code == (200 if url in ours and told["qr"] else 404), url
             assert (answer.headers["Content-Type"] == "image/svg+xml") == (answer.code == 200)
+        long = "x" * 8000
+        answer = await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": f"http://{long}/"}), Host=long)
+        assert answer.code == 404
 
     @transcript
     async def test_without_segno(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,7 @@ POLL_BYTES = 512 * 1024  # in one answer (G5), a history of long messages; the n
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
+URL_CHARS = 300  # of an address of the room: the longest host name and a path
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
@@ -2341,32 +2342,37 @@ def qr_symbol(url: str) -> Any:
     return segno.make(url, micro=False)
 
 
+@functools.lru_cache(maxsize=100)
+def qr_picture(url: str) -> bytes:
+    """The URL as a picture (SVG); b"" without segno."""
+    picture = io.BytesIO()
+    if symbol := qr_symbol(url):
+        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
+    return picture.getvalue()
+
+
 class JoinHandler(BaseHandler):
     """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
 
-    def get(self, what: str) -> None:
+    async def get(self, what: str) -> None:
         """The addresses, or one of them to point a camera at."""
         if self.current_user is None:
             raise tornado.web.HTTPError(401)
         if what == "join.json":
             self.finish({"addresses": self.services.addresses(), "qr": qr_symbol("/") is not None})
-        else:
-            self.draw(self.get_query_argument("url", ""))
-
-    def draw(self, url: str) -> None:
-        """As a picture, if it is the room's address: we advertise no other page."""
-        symbol = qr_symbol(url) if self.is_ours(url) else None
-        if symbol is None:
+            return
+        url = self.get_query_argument("url", "")
+        picture = await asyncio.to_thread(qr_picture, url) if self.is_ours(url) else b""  # it takes some 50 ms
+        if not picture:
             raise tornado.web.HTTPError(404)
-        picture = io.BytesIO()
-        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
         self.set_header("Content-Type", "image/svg+xml")
-        self.finish(picture.getvalue())
+        self.finish(picture)
 
     def is_ours(self, url: str) -> bool:
-        """Whether it is one of the room's addresses, or leads to where this page was opened."""
+        """Whether it is one of the room's addresses, or leads to where this page was opened: we advertise no other."""
         here = re.escape(self.request.headers["Host"])
-        return url in self.services.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]{{0,100}}", url) is not None
+        ours = url in self.services.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
+        return bool(ours) and len(url) <= URL_CHARS
 
 
 class AssetHandler(BaseHandler):
