@@ -8096,13 +8096,15 @@ class TestTerminal:
         assert (whole.text, whole.at, lines) == (pieces.text, pieces.at, same)
 
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40), st.data())
-    def test_layout(self, text: str, columns: int, data: st.DataObject) -> None:
+    def test_fold(self, text: str, columns: int, data: st.DataObject) -> None:
         """What is being typed fits into the rows of any terminal, and the cursor stands where it belongs."""
         at = data.draw(st.integers(0, len(text)))
-        rows, row, before = tornchat.layout(text, at, columns)
+        rows = tornchat.fold(text, columns)
         assert all(tornchat.width(row) <= columns for row in rows)
         assert "".join(rows) == text.replace("\n", "")
-        assert "".join(rows[:row]) + before == text[:at].replace("\n", "")
+        *above, before = tornchat.fold(text[:at], columns)
+        assert above == rows[: len(above)]
+        assert rows[len(above)].startswith(before)
 
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40))
     @hypothesis.example("é" * 100, 20)
@@ -8175,7 +8177,7 @@ class TestTerminal:
         ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", columns=40)
         draft = "a draft that is much longer than a row, 也有中文也有中文"
         ann.keys(draft + "\x1b[D")
-        rows = tornchat.layout("Ann> " + draft, 0, 39)[0]
+        rows = tornchat.fold("Ann> " + draft, 39)
         await ann.shows(rows[-1])
         await bob.say("hi")
         await ann.shows("Bob: hi\n" + "\n".join(rows))
@@ -8187,7 +8189,7 @@ class TestTerminal:
         ]
         fcntl.ioctl(ann.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
         ann.signal(signal.SIGWINCH)
-        await ann.shows("\n".join(tornchat.layout("Ann> " + draft, 0, 19)[0]))
+        await ann.shows("\n".join(tornchat.fold("Ann> " + draft, 19)))
         ann.keys("好\r")
         await bob.expect("message", text="hi")
         await bob.expect("message", text=draft[:-1] + "好" + draft[-1:])
@@ -8252,7 +8254,8 @@ class TestTerminal:
             (message, "~ 1970-01-01"),
             (message | {"seq": 1001, "ts": client.now().timestamp() * 1000}, f"~ {client.now().date()}"),
             (welcome | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
-            (welcome | {"seq": 1, "reset": True}, "The room has lost its history"),
+            (welcome | {"seq": 1, "reset": True, "recovered": False}, "The room has lost its history"),
+            (message | {"seq": 1, "text": "anew"}, "Bob: anew"),
             ({"type": "refused", "code": "empty", "text": "Nothing there."}, "Not sent: Nothing there."),
         ]:
             client.receive(frame)
@@ -8261,6 +8264,13 @@ class TestTerminal:
         client.say("x" * 4001)
         assert "longer than 4000" in "".join(printed)
         assert client.outbox == {}
+
+    def test_back_off(self) -> None:
+        """However long the room is away, the client tries again every few seconds."""
+        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        pauses = [client.pause_after(None, "") for _ in range(2000)]
+        assert 0 < pauses[0] <= 1
+        assert all(5 <= pause <= 10 for pause in pauses[10:])
 
     @transcript
     async def test_colours(self, memory_lan: Lan) -> None:
