@@ -76,8 +76,9 @@ from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, 
 
 try:
     import resource
+    import termios
 except ModuleNotFoundError:
-    resource = None  # type: ignore[assignment]  # Windows has no limit of files
+    resource = termios = None  # type: ignore[assignment]  # Windows has no limit of files, and other terminals
 
 try:
     import fakeredis
@@ -2899,7 +2900,7 @@ class Editor:
     def press(self, key: str, pasted: str | None) -> str:
         """One key; what it submits."""
         if pasted is not None:
-            self.insert(safe(pasted.replace("\r\n", "\n").replace("\r", "\n")))
+            self.insert(safe(re.sub("\r\n?", "\n", pasted)))
         elif key == "\r":
             return self.submit()
         elif key in ("\x03", "\x1a"):
@@ -2936,8 +2937,7 @@ class Editor:
         if 0 <= which < len(self.lines):
             if self.recalled == len(self.lines) - 1:
                 self.lines[-1] = self.text
-            self.recalled, self.text = which, self.lines[which]
-            self.at = len(self.text)
+            self.recalled, self.text, self.at = which, self.lines[which], len(self.lines[which])
 
     def begins(self, at: int) -> bool:
         """Whether a character begins there, or only something that belongs to the one before."""
@@ -3251,8 +3251,7 @@ class Lines:
 
     def __init__(self, client: Client, config: Config) -> None:
         self.client, self.config, self.words = client, config, client.words
-        self.told = "js_state_connected"
-        self.leaving = asyncio.Event()
+        self.told, self.leaving = "js_state_connected", asyncio.Event()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
@@ -3334,8 +3333,6 @@ class Screen(Lines):
 
     def begin(self) -> None:
         """Keys come one by one and aren't echoed; pasted text comes in brackets."""
-        import termios
-
         self.modes = termios.tcgetattr(sys.stdin)
         modes = termios.tcgetattr(sys.stdin)
         modes[0] &= ~(termios.IXON | termios.ICRNL)
@@ -3345,8 +3342,6 @@ class Screen(Lines):
 
     def restore(self) -> None:
         """Leaves the terminal as it was, without the rows below."""
-        import termios
-
         self.write(self.erasure() + "\x1b[?2004l")
         self.drawn, self.looks = [], ""
         with contextlib.suppress(termios.error):  # it has gone
@@ -3372,11 +3367,8 @@ class Screen(Lines):
             self.update(self.styled(f"~ {self.day}", "2"))
         head, name = f"{when:%H:%M} ", shown(frame["name"])
         rows = wrap(f"{head}{name}: {safe(frame['text'])}", self.size()[0] - 1)
-        color = NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]
-        said = rows[0][len(head) :].replace(
-            name, self.styled(name, f"1;38;5;{color}"), 1
-        )  # unless the row is too short
-        self.update(self.styled(head, "2") + said, *rows[1:])
+        colored = self.styled(name, f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}")
+        self.update(self.styled(head, "2") + rows[0][len(head) :].replace(name, colored, 1), *rows[1:])
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         """After a tilde, with which no name begins."""
