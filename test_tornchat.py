@@ -4485,7 +4485,7 @@ class Echo(tornchat.ChatSocket):
 
     async def session(self, wish: tornchat.Wish) -> tornchat.Session | None:
         """Everybody is a guest."""
-        return await tornchat.log_in(self.services, "", "", None)
+        return await tornchat.log_in(self.services, "", "", "")
 
     def on_message(self, message: str | bytes) -> None:
         """Back it goes."""

@@ -1700,14 +1700,9 @@ class BaseHandler(tornado.web.RequestHandler):
             secure=self.request.protocol == "https",
         )
 
-    @property
-    def projector(self) -> bool:
-        """Whether the page is for a wall: read-only, in huge type."""
-        return self.get_query_argument("view", "") == "projector"
-
     def page_path(self) -> str:
-        """The chat page in the view that was asked for."""
-        return "?view=projector" if self.projector else ""
+        """Leads to the chat page in the view that was asked for: that of a projector is read-only, in huge type."""
+        return "?view=projector" if self.get_query_argument("view", "") == "projector" else ""
 
     def field(self, name: str) -> str | None:
         """A field of the form as it was sent: get_body_argument would turn control characters into spaces."""
@@ -1723,7 +1718,7 @@ class BaseHandler(tornado.web.RequestHandler):
         return Seen(int(after) if known else None, self.get_query_argument("epoch", ""))
 
     async def admit(self, session: Session | None) -> Member:
-        """The member whom a request or a socket is from, on the roster again if its name had left. Raises Refused."""
+        """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
         if session is None:
             raise Refused("no-session")
         if self.services.feed.stopping:
@@ -1734,7 +1729,7 @@ class BaseHandler(tornado.web.RequestHandler):
             raise Refused("name-lost", name=session.name) from None
 
     async def catch_up(self, seen: Seen) -> None:
-        """For a client that comes from another daemon, which was ahead of this one. Raises Refused."""
+        """Reads on in the feed if another daemon has shown the client more than we know of. Raises Refused."""
         room = self.services.room
         if seen.after is not None and seen.after > room.seq:
             await self.services.feed.try_to_catch_up()
@@ -1756,17 +1751,30 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def log_exception(self, *error: Any) -> None:
         """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
-        if not isinstance(error[1], tornado.web.HTTPError):
+        if not isinstance(error[1], tornado.web.HTTPError | Refused):
             log.error("%s %s", self.request.method, shown(self.request.path), exc_info=error)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """One sentence, on a page or as JSON."""
+        """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
+        _, error, _ = kwargs.get("exc_info", (None, None, None))
+        if isinstance(error, Refused):
+            self.set_status(STATUSES.get(error.code, 400))
+            self.refuse(error)
+            return
         words = WORDS[self.language]
         text = words.get(f"error_{status_code}", words["error"]).format(
             status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
         )
+        self.explain(status_code, text)
+
+    def refuse(self, refused: Refused) -> None:
+        """The answer to a wish that isn't done."""
+        self.explain(refused.code, refused.sentence(self.language))
+
+    def explain(self, code: int | str, text: str) -> None:
+        """One sentence, on a page or as JSON."""
         if self.wants_json():
-            self.finish({"code": status_code, "text": text})
+            self.finish({"code": code, "text": text})
         else:
             self.page("error.html", root="/", text=text)
 
@@ -1796,7 +1804,7 @@ class PageHandler(BaseHandler):
         self.page(
             "chat.html",
             name=self.current_user.name,
-            view="projector" if self.projector else "window",
+            view="projector" if self.page_path() else "window",
             now=round(1000 * time.time()),
             page_words=to_json(page_words(self.language)),
         )
@@ -1812,23 +1820,17 @@ class LoginHandler(BaseHandler):
 
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
-        nickname = self.field("nickname") or ""
-        try:
-            await check_password(self.services, self.field("password") or "", self.request.remote_ip or "")
-            session = await log_in(self.services, nickname, self.request.remote_ip or "", self.current_user)
-        except Refused as refused:
-            self.refuse(refused, nickname)
-            return
+        nickname, password = self.field("nickname") or "", self.field("password") or ""
+        session = await log_in(self.services, nickname, password, self.request.remote_ip or "", self.current_user)
         self.set_session(session)
         if self.wants_json():
             self.finish({"name": session.name})
         else:
             self.redirect("/" + self.page_path(), status=303)
 
-    def refuse(self, refused: Refused, nickname: str) -> None:
+    def refuse(self, refused: Refused) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
-        self.set_status(STATUSES.get(refused.code, 400))
-        text = refused.sentence(self.language)
+        nickname, text = self.field("nickname") or "", refused.sentence(self.language)
         suggestion = self.services.room.free_variant(nickname) if isinstance(refused, Taken) else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
@@ -1867,11 +1869,14 @@ async def check_password(services: Services, password: str, address: str) -> Non
     raise Refused("password")
 
 
-async def log_in(services: Services, nickname: str, address: str, session: Session | None) -> Session:
+async def log_in(
+    services: Services, nickname: str, password: str, address: str, session: Session | None = None
+) -> Session:
     """A session under that name, the same one if this browser has it already; "" = a guest. Raises Refused.
 
     Another name that the browser had is given back: it can't talk under it any more.
     """
+    await check_password(services, password, address)
     name = clean_name(nickname) if nickname.strip() else ""
     if session and name and name_key(session.name) == name_key(name):
         await services.feed.enter(session.sid, session.name)
@@ -1924,70 +1929,16 @@ class MessagesHandler(BaseHandler):
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
+        wait = self.wait()
+        member = await self.admit(self.current_user)
+        if member.polls >= SOCKETS_A_SESSION:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        member.polls += 1
         try:
-            wait = self.wait()
-            member = await self.admit(self.current_user)
-            if member.polls >= SOCKETS_A_SESSION:
-                raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-            member.polls += 1
-            try:
-                await self.tell(member, await self.news(member, wait))
-            finally:
-                member.polls -= 1
-                self.release(member)
-        except Refused as refused:
-            self.refuse(refused)
-
-    async def news(self, member: Member, wait: float) -> News:
-        """What this poll is told. Raises Refused."""
-        room, seen = self.services.room, self.seen()
-        await self.catch_up(seen)
-        cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not room.news(member, seen, cursor).events:
-            await self.listen(member, wait)
-        return room.news(member, seen, cursor)
-
-    async def tell(self, member: Member, news: News) -> None:
-        """Answers, until the client has taken it or is gone."""
-        if self.gone:
-            return
-        member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
-        with contextlib.suppress(tornado.iostream.StreamClosedError):
-            await self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
-
-    async def post(self) -> None:
-        """Says something: 201 when the store has it."""
-        try:
-            member = await self.admit(self.current_user)
-            outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-            self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
-            stored = await outcome
-            if isinstance(stored, Refused):
-                raise stored
-        except Refused as refused:
-            self.refuse(refused)
-            return
-        self.answer(201, encode_message(stored).json)
-        self.release(member)
-
-    def answer(self, status: int, body: bytes) -> asyncio.Future[None]:
-        """JSON that is encoded already; the result is there when it has been taken."""
-        self.set_status(status)
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-        return self.finish(body)
-
-    def release(self, member: Member) -> None:
-        """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.services.config
-        self.services.feed.release(member, config.grace_seconds if self.gone else config.poll_seconds)
-
-    def fields(self) -> Mapping[str, Any]:
-        """Those of the body, JSON or form. Raises Refused."""
-        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
-            return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid")}
-        return {name: value for name, value in values.items() if value is not None}
+            await self.tell(member, await self.news(member, wait))
+        finally:
+            member.polls -= 1
+            self.release(member)
 
     def wait(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
@@ -1998,6 +1949,15 @@ class MessagesHandler(BaseHandler):
         if not wait >= 0:
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
         return min(wait, POLL_SECONDS)
+
+    async def news(self, member: Member, wait: float) -> News:
+        """What this poll is told. Raises Refused."""
+        room, seen = self.services.room, self.seen()
+        await self.catch_up(seen)
+        cursor = room.cursor_of(member, self.get_query_argument("last", None))
+        if wait and not room.news(member, seen, cursor).events:
+            await self.listen(member, wait)
+        return room.news(member, seen, cursor)
 
     async def listen(self, member: Member, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
@@ -2022,9 +1982,46 @@ class MessagesHandler(BaseHandler):
         if self.listener:
             self.listener.news.set()
 
+    async def tell(self, member: Member, news: News) -> None:
+        """Answers, and waits until the client has taken it or is gone."""
+        if self.gone:
+            return
+        member.told = str(news.cursor)
+        place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            await self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
+
+    async def post(self) -> None:
+        """Says something: 201 when the store has it."""
+        member = await self.admit(self.current_user)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
+        stored = await outcome
+        if isinstance(stored, Refused):
+            raise stored
+        self.answer(201, encode_message(stored).json)
+        self.release(member)
+
+    def fields(self) -> Mapping[str, Any]:
+        """Those of the body, JSON or form. Raises Refused."""
+        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
+            return parse_object(self.request.body)
+        values = {name: self.field(name) for name in ("text", "cid")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def answer(self, status: int, body: bytes) -> asyncio.Future[None]:
+        """JSON that is encoded already; the result is there when it has been taken."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        return self.finish(body)
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.services.config
+        self.services.feed.release(member, config.grace_seconds if self.gone else config.poll_seconds)
+
     def refuse(self, refused: Refused) -> None:
         """A refusal is an event here too."""
-        self.set_status(STATUSES.get(refused.code, 400))
         if refused.retry_after:
             self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
         self.finish(refused.event(self.language))
@@ -2111,8 +2108,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         known = self.current_user
         if wish.nickname is None or (known and name_key(wish.nickname) == name_key(known.name)):
             return known
-        await check_password(self.services, wish.password, self.request.remote_ip or "")
-        return await log_in(self.services, wish.nickname, self.request.remote_ip or "", None)
+        return await log_in(self.services, wish.nickname, wish.password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: Seen) -> None:
         """Joins the room. Raises Refused."""
@@ -2541,8 +2537,8 @@ class Daemon:
 
     def listen(self) -> None:
         """Lets people in."""
-        # Memory keeps no secret over a restart, and cookies know no ports: so the name of ours is made of the port
-        # there, that two rooms on one machine don't log each other's people out, nor restarts leave cookies behind.
+        # Browsers send a cookie to every port of a host. So the names of two rooms' cookies must differ, or each room
+        # would log out the people of the other; and they must outlast a restart, or each would leave a cookie behind.
         lasting = self.feed.secret if self.config.redis_url or self.config.secret else str(self.port)
         services = Services(
             self.config,
@@ -2690,9 +2686,9 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
 
 
 def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event:
-    """Set by the first SIGINT or SIGTERM; a second one does no more than `at_once` and ends us.
+    """What the first SIGINT or SIGTERM sets; the second one calls `at_once` and ends the process.
 
-    Works where loops have no signal handlers.
+    The loop's own signal handlers would do, but Windows has none.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -2811,7 +2807,7 @@ QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is t
 NAMES_IN_LINE = 10  # of more people only the number is told
 PENDING_ROWS = 3  # shown of what isn't sent yet
 WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
-PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # after the last one a close code tells
+PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # keep the text: it may be said later
 UNREACHED = (OSError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)
 NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
 INDENT = "    "
