@@ -3486,6 +3486,16 @@ class Parser(argparse.ArgumentParser):
         """Called by argparse."""
         self.exit(2, f"tornchat: {message} (--help tells more)\n")
 
+    def option(self, environ: Mapping[str, str], *flags: str, env: str = "", help: str, **kwargs: Any) -> None:
+        """An option; the first of its environment variables that is set becomes its default."""
+        variables = env.split()
+        if name := next(filter(environ.get, variables), ""):
+            try:
+                kwargs["default"] = kwargs.get("type", str)(environ[name])
+            except argparse.ArgumentTypeError as error:
+                self.error(f"environment variable {name}: {error}")
+        self.add_argument(*flags, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
+
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line."""
@@ -3507,17 +3517,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
     """All options. A setting without flag and variable is what Config says."""
-
-    def option(*flags: str, env: str = "", help: str, **kwargs: Any) -> None:
-        """An option; the first of its environment variables that is set becomes its default."""
-        variables = env.split()
-        if name := next(filter(environ.get, variables), ""):
-            try:
-                kwargs["default"] = kwargs.get("type", str)(environ[name])
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"environment variable {name}: {error}")
-        parser.add_argument(*flags, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
-
+    option = functools.partial(parser.option, environ)
     # fmt: off
     option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
            help="port to listen on, 0 = any free one; default 8888, or the next free one")
