@@ -4498,7 +4498,7 @@ class Echo(tornchat.ChatSocket):
 
     async def session(self, wish: tornchat.Wish) -> tornchat.Session | None:
         """Everybody is a guest."""
-        return await tornchat.log_in(self.services, "", "", None)
+        return await tornchat.log_in(self.services, "", "", "")
 
     def on_message(self, message: str | bytes) -> None:
         """Back it goes."""
@@ -7951,8 +7951,8 @@ class Joined(Program):
     """`tornchat.py --join` in a pipe: lines go in, lines come out."""
 
     @classmethod
-    async def run(cls, lan: Lan, at: str, *options: str, **environ: str) -> Self:
-        command = [str(PROGRAM), "--join", at, *options]
+    async def run(cls, lan: Lan, *options: str, at: str = "", **environ: str) -> Self:
+        command = [str(PROGRAM), "--join", at or place(lan.daemons[0]), *options]
         program = await cls.spawn(command, environ, stdin=asyncio.subprocess.PIPE)
         lan.programs.append(program)
         return program
@@ -7983,10 +7983,10 @@ class Terminal(Program):
     slave: int
 
     @classmethod
-    async def run(cls, lan: Lan, at: str, *options: str, columns: int = 80, **environ: str) -> Self:
+    async def run(cls, lan: Lan, *options: str, at: str = "", columns: int = 80, **environ: str) -> Self:
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        command = [str(PROGRAM), "--join", at, *options]
+        command = [str(PROGRAM), "--join", at or place(lan.daemons[0]), *options]
         environ = {"TERM": "xterm-256color"} | environ
         program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
         program.master, program.slave, program.seen = master, slave, b""
@@ -8112,13 +8112,15 @@ class TestTerminal:
         assert (whole.text, whole.at, lines) == (pieces.text, pieces.at, same)
 
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40), st.data())
-    def test_layout(self, text: str, columns: int, data: st.DataObject) -> None:
+    def test_fold(self, text: str, columns: int, data: st.DataObject) -> None:
         """What is being typed fits into the rows of any terminal, and the cursor stands where it belongs."""
         at = data.draw(st.integers(0, len(text)))
-        rows, row, before = tornchat.layout(text, at, columns)
+        rows = tornchat.fold(text, columns)
         assert all(tornchat.width(row) <= columns for row in rows)
         assert "".join(rows) == text.replace("\n", "")
-        assert "".join(rows[:row]) + before == text[:at].replace("\n", "")
+        *above, before = tornchat.fold(text[:at], columns)
+        assert above == rows[: len(above)]
+        assert rows[len(above)].startswith(before)
 
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(11, 40))
     @hypothesis.example("é" * 100, 20)
@@ -8137,13 +8139,13 @@ class TestTerminal:
     async def test_G10_attacks(self, memory_lan: Lan) -> None:
         """No byte of others steers the terminal or writes a line of somebody else's, whatever field it stands in."""
         async with HostileRoom() as url:
-            terminal = await Terminal.run(memory_lan, url, TZ="UTC")
+            terminal = await Terminal.run(memory_lan, at=url, TZ="UTC")
             await terminal.shows("Eve: the end")
             terminal.keys("/who\r/nothing\r")
             await terminal.shows("/nothing")
             terminal.keys("\x03")
             assert await terminal.leaves() == 0
-            piped = await Joined.run(memory_lan, url, "-v")
+            piped = await Joined.run(memory_lan, "-v", at=url)
             piped.feed_no_more()
             code, out, err = await piped.ended()
         assert code == 0
@@ -8160,7 +8162,7 @@ class TestTerminal:
         await lan.serve()
         bob = await lan.join("Bob")
         await bob.say("before")
-        ann = await Terminal.run(lan, place(lan.daemons[0]), "--name", "Ann")
+        ann = await Terminal.run(lan, "--name", "Ann")
         await ann.shows("Bob: before")
         await bob.expect("message", text="before")
         await bob.expect("joined", names=["Ann"])
@@ -8188,10 +8190,10 @@ class TestTerminal:
         """Lines that come in are printed above what is being typed, in windows of any width, also after a change."""
         await memory_lan.serve()
         bob = await memory_lan.join("Bob")
-        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", columns=40)
+        ann = await Terminal.run(memory_lan, "--name", "Ann", columns=40)
         draft = "a draft that is much longer than a row, 也有中文也有中文"
         ann.keys(draft + "\x1b[D")
-        rows = tornchat.layout("Ann> " + draft, 0, 39)[0]
+        rows = tornchat.fold("Ann> " + draft, 39)
         await ann.shows(rows[-1])
         await bob.say("hi")
         await ann.shows("Bob: hi\n" + "\n".join(rows))
@@ -8203,7 +8205,7 @@ class TestTerminal:
         ]
         fcntl.ioctl(ann.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
         ann.signal(signal.SIGWINCH)
-        await ann.shows("\n".join(tornchat.layout("Ann> " + draft, 0, 19)[0]))
+        await ann.shows("\n".join(tornchat.fold("Ann> " + draft, 19)))
         ann.keys("好\r")
         await bob.expect("message", text="hi")
         await bob.expect("message", text=draft[:-1] + "好" + draft[-1:])
@@ -8212,7 +8214,7 @@ class TestTerminal:
     async def test_time(self, memory_lan: Lan) -> None:
         """/time is the room's clock, in any zone; messages show their time of it, in the reader's zone."""
         await memory_lan.serve()
-        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", TZ="UTC")
+        ann = await Terminal.run(memory_lan, "--name", "Ann", TZ="UTC")
         ann.keys("/time\r/time Asia/Shanghai\r/time new york\r/time ../passwd\r/time Asia\r")
         await ann.shows("no time zone “Asia”")
         assert "no time zone “../passwd”" in ann.text
@@ -8231,7 +8233,7 @@ class TestTerminal:
     async def test_the_terminal_is_restored(self, end: str, memory_lan: Lan) -> None:
         """However the client ends, in the midst of typing too, the terminal is as before, and the name is free."""
         daemon = await memory_lan.serve()
-        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         ann.keys("x" if end in ("\x03", "SIGTERM", "SIGINT") else "")
         await ann.shows("Ann> ")
         if end.startswith("SIG"):
@@ -8245,7 +8247,7 @@ class TestTerminal:
     async def test_the_terminal_goes_away(self, memory_lan: Lan) -> None:
         """A window that is closed without a word ends the client, and gives the name back."""
         daemon = await memory_lan.serve()
-        ann = await Terminal.run(memory_lan, place(daemon), "--name", "Ann")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         await ann.shows("here: Ann")
         asyncio.get_running_loop().remove_reader(ann.master)
         os.dup2(ann.slave, ann.master)
@@ -8268,7 +8270,8 @@ class TestTerminal:
             (message, "~ 1970-01-01"),
             (message | {"seq": 1001, "ts": client.now().timestamp() * 1000}, f"~ {client.now().date()}"),
             (welcome | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
-            (welcome | {"seq": 1, "reset": True}, "The room has lost its history"),
+            (welcome | {"seq": 1, "reset": True, "recovered": False}, "The room has lost its history"),
+            (message | {"seq": 1, "text": "anew"}, "Bob: anew"),
             ({"type": "refused", "code": "empty", "text": "Nothing there."}, "Not sent: Nothing there."),
         ]:
             client.receive(frame)
@@ -8278,15 +8281,21 @@ class TestTerminal:
         assert "longer than 4000" in "".join(printed)
         assert client.outbox == {}
 
+    def test_back_off(self) -> None:
+        """However long the room is away, the client tries again every few seconds."""
+        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        pauses = [client.pause_after(None, "") for _ in range(2000)]
+        assert 0 < pauses[0] <= 1
+        assert all(5 <= pause <= 10 for pause in pauses[10:])
+
     @transcript
     async def test_colours(self, memory_lan: Lan) -> None:
         """A name has its colour, the same in every window; with NO_COLOR there is none."""
         await memory_lan.serve()
         bob = await memory_lan.join("Bob")
         await bob.say("hi")
-        where = place(memory_lan.daemons[0])
-        one, two = await Terminal.run(memory_lan, where), await Terminal.run(memory_lan, where)
-        plain = await Terminal.run(memory_lan, where, NO_COLOR="1")
+        one, two = await Terminal.run(memory_lan), await Terminal.run(memory_lan)
+        plain = await Terminal.run(memory_lan, NO_COLOR="1")
         for terminal in (one, two, plain):
             await terminal.shows("Bob: hi")
         colored = [re.findall(rb"\x1b\[[\d;]+mBob", terminal.seen)[0] for terminal in (one, two)]
@@ -8297,7 +8306,7 @@ class TestTerminal:
     async def test_in_chinese(self, memory_lan: Lan) -> None:
         """The client speaks the language of its user, and so does the room to it."""
         await memory_lan.serve()
-        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann", LANG="zh_CN.UTF-8")
+        ann = await Terminal.run(memory_lan, "--name", "Ann", LANG="zh_CN.UTF-8")
         await ann.shows("在场：Ann")
         taken = await run_to_end("--join", place(memory_lan.daemons[0]), "--name", "Ann", LC_ALL="zh_CN.UTF-8")
         assert taken[0] == 1
@@ -8306,11 +8315,11 @@ class TestTerminal:
     @transcript
     async def test_pipe(self, lan: Lan) -> None:
         """Each line of stdin is said, each message is a line of stdout; it ends when all is said and confirmed."""
-        daemon = await lan.serve()
+        await lan.serve()
         bob = await lan.join("Bob")
         await bob.say("old")
         await bob.expect("message")
-        piped = await Joined.run(lan, place(daemon), "--name", "Ann")
+        piped = await Joined.run(lan, "--name", "Ann")
         assert await piped.lines(1) == ["Bob: old"]
         piped.feed("one", "", "/who is a path", "\ttab", "x" * 4001, "last 你好")
         assert await piped.lines(4) == ["Ann: one", "Ann: /who is a path", "Ann:     tab", "Ann: last 你好"]
@@ -8340,8 +8349,8 @@ class TestTerminal:
     @transcript
     async def test_faster_than_allowed(self, memory_lan: Lan) -> None:
         """A pipe that is faster than the room allows waits: nothing is lost, nothing overtakes."""
-        daemon = await memory_lan.serve(rate=20)
-        piped = await Joined.run(memory_lan, place(daemon), "--name", "log")
+        await memory_lan.serve(rate=20)
+        piped = await Joined.run(memory_lan, "--name", "log")
         piped.feed(*range(120))
         piped.feed_no_more()
         assert await piped.ended() == (0, "".join(f"log: {n}\n" for n in range(120)), "")
@@ -8406,8 +8415,8 @@ class TestTerminal:
         port = free_port()
         daemon = await redis_lan.run("-p", str(port), "--rate", "0")
         address = await daemon.address()
-        piped = await Joined.run(redis_lan, address, "--name", "Ann")
-        person = await Terminal.run(redis_lan, address, "--name", "Bob")
+        piped = await Joined.run(redis_lan, "--name", "Ann", at=address)
+        person = await Terminal.run(redis_lan, "--name", "Bob", at=address)
         await person.shows("Bob> ")
         for killed in range(2):
             first = 100 * killed
@@ -8438,7 +8447,7 @@ class TestTerminal:
         """The connection breaks when a message is stored, unconfirmed: said again, it is stored once."""
         daemon = await lan.serve()
         async with Proxy(daemon.port) as line:
-            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann = await Terminal.run(lan, "--name", "Ann", at=line.url.replace("redis", "http")[:-1])
             ann.keys("hi\r")
             await ann.shows("Ann: hi")
             line.talking.clear()
@@ -8465,7 +8474,7 @@ class TestTerminal:
     async def test_restarted_without_a_store(self, memory_lan: Lan) -> None:
         """A restart that forgets everything is told; the client is back under its name, and says what was waiting."""
         await memory_lan.serve()
-        ann = await Terminal.run(memory_lan, place(memory_lan.daemons[0]), "--name", "Ann")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         ann.keys("hi\r")
         await ann.shows("Ann: hi")
         port = memory_lan.daemons[-1].port
@@ -8488,7 +8497,7 @@ class TestTerminal:
             stack.push_async_callback(lan.close)
             daemon = await lan.serve()
             line = await stack.enter_async_context(Proxy(daemon.port))
-            ann = await Terminal.run(lan, line.url.replace("redis", "http")[:-1], "--name", "Ann")
+            ann = await Terminal.run(lan, "--name", "Ann", at=line.url.replace("redis", "http")[:-1])
             ann.keys("hi\r")
             await ann.shows("Ann: hi")
             line.disappear()
@@ -8508,8 +8517,8 @@ class TestTerminal:
     async def test_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """While the store is away the client says so, and what is said waits until it is back."""
         daemon = await own_lan.serve()
-        piped = await Joined.run(own_lan, place(daemon), "--name", "Bob")
-        ann = await Terminal.run(own_lan, place(daemon), "--name", "Ann")
+        piped = await Joined.run(own_lan, "--name", "Bob")
+        ann = await Terminal.run(own_lan, "--name", "Ann")
 
         async def both_here() -> bool:
             return len(daemon.room.listeners) == 2
@@ -8558,7 +8567,7 @@ class TestTerminal:
     async def test_closed_for_good(self, code: int, memory_lan: Lan) -> None:
         """A close code that says "do not come back" ends the client with its reason."""
         daemon = await memory_lan.serve()
-        ann = await Joined.run(memory_lan, place(daemon), "--name", "Ann")
+        ann = await Joined.run(memory_lan, "--name", "Ann")
         ann.feed("hi")
         assert await ann.lines(1) == ["Ann: hi"]
         for listener in tuple(daemon.room.listeners):

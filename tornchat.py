@@ -61,6 +61,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import ssl
@@ -75,8 +76,9 @@ from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, 
 
 try:
     import resource
+    import termios
 except ModuleNotFoundError:
-    resource = None  # type: ignore[assignment]  # Windows has no limit of files
+    resource = termios = None  # type: ignore[assignment]  # Windows has no limit of files, and other terminals
 
 try:
     import fakeredis
@@ -1699,14 +1701,9 @@ class BaseHandler(tornado.web.RequestHandler):
             secure=self.request.protocol == "https",
         )
 
-    @property
-    def projector(self) -> bool:
-        """Whether the page is for a wall: read-only, in huge type."""
-        return self.get_query_argument("view", "") == "projector"
-
     def page_path(self) -> str:
-        """The chat page in the view that was asked for."""
-        return "?view=projector" if self.projector else ""
+        """Leads to the chat page in the view that was asked for: that of a projector is read-only, in huge type."""
+        return "?view=projector" if self.get_query_argument("view", "") == "projector" else ""
 
     def field(self, name: str) -> str | None:
         """A field of the form as it was sent: get_body_argument would turn control characters into spaces."""
@@ -1722,7 +1719,7 @@ class BaseHandler(tornado.web.RequestHandler):
         return Seen(int(after) if known else None, self.get_query_argument("epoch", ""))
 
     async def admit(self, session: Session | None) -> Member:
-        """The member whom a request or a socket is from, on the roster again if its name had left. Raises Refused."""
+        """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
         if session is None:
             raise Refused("no-session")
         if self.services.feed.stopping:
@@ -1733,7 +1730,7 @@ class BaseHandler(tornado.web.RequestHandler):
             raise Refused("name-lost", name=session.name) from None
 
     async def catch_up(self, seen: Seen) -> None:
-        """For a client that comes from another daemon, which was ahead of this one. Raises Refused."""
+        """Reads on in the feed if another daemon has shown the client more than we know of. Raises Refused."""
         room = self.services.room
         if seen.after is not None and seen.after > room.seq:
             await self.services.feed.try_to_catch_up()
@@ -1755,17 +1752,30 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def log_exception(self, *error: Any) -> None:
         """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
-        if not isinstance(error[1], tornado.web.HTTPError):
+        if not isinstance(error[1], tornado.web.HTTPError | Refused):
             log.error("%s %s", self.request.method, shown(self.request.path), exc_info=error)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """One sentence, on a page or as JSON."""
+        """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
+        _, error, _ = kwargs.get("exc_info", (None, None, None))
+        if isinstance(error, Refused):
+            self.set_status(STATUSES.get(error.code, 400))
+            self.refuse(error)
+            return
         words = WORDS[self.language]
         text = words.get(f"error_{status_code}", words["error"]).format(
             status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
         )
+        self.explain(status_code, text)
+
+    def refuse(self, refused: Refused) -> None:
+        """The answer to a wish that isn't done."""
+        self.explain(refused.code, refused.sentence(self.language))
+
+    def explain(self, code: int | str, text: str) -> None:
+        """One sentence, on a page or as JSON."""
         if self.wants_json():
-            self.finish({"code": status_code, "text": text})
+            self.finish({"code": code, "text": text})
         else:
             self.page("error.html", root="/", text=text)
 
@@ -1795,7 +1805,7 @@ class PageHandler(BaseHandler):
         self.page(
             "chat.html",
             name=self.current_user.name,
-            view="projector" if self.projector else "window",
+            view="projector" if self.page_path() else "window",
             now=round(1000 * time.time()),
             words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
@@ -1811,23 +1821,17 @@ class LoginHandler(BaseHandler):
 
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
-        nickname = self.field("nickname") or ""
-        try:
-            await check_password(self.services, self.field("password") or "", self.request.remote_ip or "")
-            session = await log_in(self.services, nickname, self.request.remote_ip or "", self.current_user)
-        except Refused as refused:
-            self.refuse(refused, nickname)
-            return
+        nickname, password = self.field("nickname") or "", self.field("password") or ""
+        session = await log_in(self.services, nickname, password, self.request.remote_ip or "", self.current_user)
         self.set_session(session)
         if self.wants_json():
             self.finish({"name": session.name})
         else:
             self.redirect("/" + self.page_path(), status=303)
 
-    def refuse(self, refused: Refused, nickname: str) -> None:
+    def refuse(self, refused: Refused) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
-        self.set_status(STATUSES.get(refused.code, 400))
-        text = refused.sentence(self.language)
+        nickname, text = self.field("nickname") or "", refused.sentence(self.language)
         suggestion = self.services.room.free_variant(nickname) if isinstance(refused, Taken) else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
@@ -1866,11 +1870,14 @@ async def check_password(services: Services, password: str, address: str) -> Non
     raise Refused("password")
 
 
-async def log_in(services: Services, nickname: str, address: str, session: Session | None) -> Session:
+async def log_in(
+    services: Services, nickname: str, password: str, address: str, session: Session | None = None
+) -> Session:
     """A session under that name, the same one if this browser has it already; "" = a guest. Raises Refused.
 
     Another name that the browser had is given back: it can't talk under it any more.
     """
+    await check_password(services, password, address)
     name = clean_name(nickname) if nickname.strip() else ""
     if session and name and name_key(session.name) == name_key(name):
         await services.feed.enter(session.sid, session.name)
@@ -1923,71 +1930,16 @@ class MessagesHandler(BaseHandler):
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
+        wait = self.wait()
+        member = await self.admit(self.current_user)
+        if member.polls >= SOCKETS_A_SESSION:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        member.polls += 1
         try:
-            wait = self.wait()
-            member = await self.admit(self.current_user)
-            if member.polls >= SOCKETS_A_SESSION:
-                raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-            member.polls += 1
-            try:
-                await self.tell(member, await self.news(member, wait))
-            finally:
-                member.polls -= 1
-                self.release(member)
-        except Refused as refused:
-            self.refuse(refused)
-
-    async def news(self, member: Member, wait: float) -> News:
-        """What this poll is told. Raises Refused."""
-        room, seen = self.services.room, self.seen()
-        await self.catch_up(seen)
-        cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not room.news(member, seen, cursor).events:
-            await self.listen(member, wait)
-        return room.news(member, seen, cursor)
-
-    async def tell(self, member: Member, news: News) -> None:
-        """Answers, until the client has taken it or is gone."""
-        if self.gone:
-            return
-        member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
-        with contextlib.suppress(tornado.iostream.StreamClosedError):
-            await self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
-
-    async def post(self) -> None:
-        """Says something: 201 when the store has it."""
-        try:
-            member = await self.admit(self.current_user)
-            outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-            self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
-            stored = await outcome
-            if isinstance(stored, Refused):
-                raise stored
-        except Refused as refused:
-            self.refuse(refused)
-            return
-        self.answer(201, encode_message(stored).json)
-        self.release(member)
-
-    def answer(self, status: int, body: bytes) -> asyncio.Future[None]:
-        """JSON that is encoded already; the result is there when it has been taken."""
-        self.set_status(status)
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-        return self.finish(body)
-
-    def release(self, member: Member) -> None:
-        """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.services.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.services.feed.release(member, max(config.grace_seconds, rest))
-
-    def fields(self) -> Mapping[str, Any]:
-        """Those of the body, JSON or form. Raises Refused."""
-        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
-            return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid")}
-        return {name: value for name, value in values.items() if value is not None}
+            await self.tell(member, await self.news(member, wait))
+        finally:
+            member.polls -= 1
+            self.release(member)
 
     def wait(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
@@ -1998,6 +1950,15 @@ class MessagesHandler(BaseHandler):
         if not wait >= 0:
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
         return min(wait, POLL_SECONDS)
+
+    async def news(self, member: Member, wait: float) -> News:
+        """What this poll is told. Raises Refused."""
+        room, seen = self.services.room, self.seen()
+        await self.catch_up(seen)
+        cursor = room.cursor_of(member, self.get_query_argument("last", None))
+        if wait and not room.news(member, seen, cursor).events:
+            await self.listen(member, wait)
+        return room.news(member, seen, cursor)
 
     async def listen(self, member: Member, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
@@ -2022,9 +1983,47 @@ class MessagesHandler(BaseHandler):
         if self.listener:
             self.listener.news.set()
 
+    async def tell(self, member: Member, news: News) -> None:
+        """Answers, and waits until the client has taken it or is gone."""
+        if self.gone:
+            return
+        member.told = str(news.cursor)
+        place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            await self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
+
+    async def post(self) -> None:
+        """Says something: 201 when the store has it."""
+        member = await self.admit(self.current_user)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
+        stored = await outcome
+        if isinstance(stored, Refused):
+            raise stored
+        self.answer(201, encode_message(stored).json)
+        self.release(member)
+
+    def fields(self) -> Mapping[str, Any]:
+        """Those of the body, JSON or form. Raises Refused."""
+        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
+            return parse_object(self.request.body)
+        values = {name: self.field(name) for name in ("text", "cid")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def answer(self, status: int, body: bytes) -> asyncio.Future[None]:
+        """JSON that is encoded already; the result is there when it has been taken."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        return self.finish(body)
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.services.config
+        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        self.services.feed.release(member, max(config.grace_seconds, rest))
+
     def refuse(self, refused: Refused) -> None:
         """A refusal is an event here too."""
-        self.set_status(STATUSES.get(refused.code, 400))
         if refused.retry_after:
             self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
         self.finish(refused.event(self.language))
@@ -2111,8 +2110,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         known = self.current_user
         if wish.nickname is None or (known and name_key(wish.nickname) == name_key(known.name)):
             return known
-        await check_password(self.services, wish.password, self.request.remote_ip or "")
-        return await log_in(self.services, wish.nickname, self.request.remote_ip or "", None)
+        return await log_in(self.services, wish.nickname, wish.password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: Seen) -> None:
         """Joins the room. Raises Refused."""
@@ -2546,8 +2544,8 @@ class Daemon:
 
     def listen(self) -> None:
         """Lets people in."""
-        # Memory keeps no secret over a restart, and cookies know no ports: so the name of ours is made of the port
-        # there, that two rooms on one machine don't log each other's people out, nor restarts leave cookies behind.
+        # Browsers send a cookie to every port of a host. So the names of two rooms' cookies must differ, or each room
+        # would log out the people of the other; and they must outlast a restart, or each would leave a cookie behind.
         lasting = self.feed.secret if self.config.redis_url or self.config.secret else str(self.port)
         services = Services(
             self.config,
@@ -2695,9 +2693,9 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
 
 
 def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event:
-    """Set by the first SIGINT or SIGTERM; a second one does no more than `at_once` and ends us.
+    """What the first SIGINT or SIGTERM sets; the second one calls `at_once` and ends the process.
 
-    Works where loops have no signal handlers.
+    The loop's own signal handlers would do, but Windows has none.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -2807,28 +2805,21 @@ def interface_addresses() -> list[str]:
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes), and none of it without passing `safe`.
+# to a Screen (a person at a terminal) or to Lines (pipes), and none of it without passing `safe` or `shown`.
 
-RETRY_SECONDS = (0.5, 10.0)  # back-off between tries: the first, and the longest
-RESTART_SECONDS = (0.2, 2.0)  # after 1001 everybody comes back at once: spread out
-SPREAD_SECONDS = 0.02  # a member: a crowd comes back with no more than 50 tries a second
-SILENCE_SECONDS = 45  # the server tells the time every 20 s: two of these are missing
-ANSWER_SECONDS = 10  # to connect, or to confirm a message, which the server does within 5 s
+RETRY_SECONDS = 10  # the longest pause between two tries; the first one is a tenth of it
+PING_SECONDS = 10  # a server that doesn't answer a ping before the next one is gone
 HOLD_SECONDS = 3  # to wait where a refusal names no time
 QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is told that it wasn't
 NAMES_IN_LINE = 10  # of more people only the number is told
 PENDING_ROWS = 3  # shown of what isn't sent yet
-FINAL_CODES = (4403, 4409, 4429, 4504)
-PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # after the last one a close code tells
+WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
+PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # keep the text: it may be said later
 UNREACHED = (OSError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)
 NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}] *")  # between two of them a row may end
-KEY = re.compile(
-    r"\x1b\[200~([^\x03]*?)\x1b\[201~|\x1b\[[0-9;?]*[ -/]*[@-~]|\x1bO.|\x1b[\x7f\r\nbf]|[^\x1b]", re.DOTALL
-)
-PART_OF_A_KEY = re.compile(r"\x1b(\[(200~((?!\x1b\[201~)[^\x03])*|[0-9;?]*[ -/]*)|O)?")
 
 
 class Ended(Exception):  # noqa: N818 - a fact, not an error
@@ -2854,10 +2845,7 @@ def width(text: str) -> int:
 
 def cut(text: str, columns: int) -> str:
     """As much of it as fits into one row."""
-    row = text.replace("\n", " ")[: 4 * columns]  # a column may have some marks
-    while width(row) > columns:
-        row = row[:-1]
-    return row
+    return text[: bisect.bisect_right([*itertools.accumulate(map(width, text))], columns)]
 
 
 def wrap(text: str, columns: int) -> list[str]:
@@ -2880,19 +2868,16 @@ def wrap(text: str, columns: int) -> list[str]:
     return rows
 
 
-def layout(text: str, at: int, columns: int) -> tuple[list[str], int, str]:
-    """The rows of what is being typed, which of them has the cursor, and what stands before it there."""
-    rows, used, cursor = [""], 0, (0, "")
-    for place, char in enumerate(text):
-        if place == at:
-            cursor = (len(rows) - 1, rows[-1])
-        if char == "\n" or used + width(char) > columns:
+def fold(text: str, columns: int) -> list[str]:
+    """The rows of what is being typed: as much in each as fits."""
+    rows, used = [""], 0
+    for char in text:
+        used += width(char)
+        if char == "\n" or used > columns:
             rows.append("")
-            used = 0
-        if char != "\n":
-            rows[-1] += char
-            used += width(char)
-    return rows, *(cursor if at < len(text) else (len(rows) - 1, rows[-1]))
+            used = width(char.strip("\n"))
+        rows[-1] += char.strip("\n")
+    return rows
 
 
 class Editor:
@@ -2907,32 +2892,32 @@ class Editor:
     def feed(self, data: str) -> list[str]:
         """Takes keys; the lines that they submit, and "\\x03" or "\\x1a" where such a key was hit."""
         self.held += data
-        submitted = []
-        while self.held and not PART_OF_A_KEY.fullmatch(self.held):
-            key = KEY.match(self.held)
-            self.held = self.held[key.end() if key else 1 :]  # else it is the Escape key
-            if key and (line := self.press(key[0], key[1])):
+        submitted, done = [], 0
+        while key := KEY.match(self.held, done):
+            done = key.end()
+            if line := self.press(SAME_KEYS.get(key[0], key[0]), key["paste"]):
                 submitted.append(line)
+        self.held = self.held[done:]
         return submitted
 
     def press(self, key: str, pasted: str | None) -> str:
         """One key; what it submits."""
         if pasted is not None:
-            self.insert(safe(pasted.replace("\r\n", "\n").replace("\r", "\n")))
-        elif key in ("\r", "\n"):
+            self.insert(safe(re.sub("\r\n?", "\n", pasted)))
+        elif key == "\r":
             return self.submit()
         elif key in ("\x03", "\x1a"):
             return key
         elif key == "\x04" and not self.text:
             return "/quit"
-        elif move := MOVES.get(key):
-            self.at = move(self)
-        elif erase := ERASES.get(key):
-            start, end = sorted((self.at, erase(self)))
+        elif key in MOVES:
+            self.at = MOVES[key](self)
+        elif key in ERASERS:
+            start, end = sorted((self.at, MOVES[ERASERS[key]](self)))
             self.text, self.at = self.text[:start] + self.text[end:], start
-        elif step := RECALLS.get(key):
-            self.recall(self.recalled + step)
-        elif key in ("\x1b\r", "\x1b\n"):
+        elif key in ("\x10", "\x0e"):
+            self.recall(self.recalled + (1 if key == "\x0e" else -1))
+        elif key == "\x1b\r":
             self.insert("\n")
         elif len(key) == 1:
             self.insert(safe(key))
@@ -2955,22 +2940,19 @@ class Editor:
         if 0 <= which < len(self.lines):
             if self.recalled == len(self.lines) - 1:
                 self.lines[-1] = self.text
-            self.recalled, self.text = which, self.lines[which]
-            self.at = len(self.text)
+            self.recalled, self.text, self.at = which, self.lines[which], len(self.lines[which])
+
+    def begins(self, at: int) -> bool:
+        """Whether a character begins there, or only something that belongs to the one before."""
+        return not (extends(self.text[at]) or self.text[at - 1] == "\u200d")
 
     def left(self) -> int:
         """One character to the left, with all that belongs to it."""
-        at = max(0, self.at - 1)
-        while at > 0 and (extends(self.text[at]) or self.text[at - 1] == "\u200d"):
-            at -= 1
-        return at
+        return next(filter(self.begins, range(self.at - 1, 0, -1)), 0)
 
     def right(self) -> int:
         """One character to the right."""
-        at = min(len(self.text), self.at + 1)
-        while at < len(self.text) and (extends(self.text[at]) or self.text[at - 1] == "\u200d"):
-            at += 1
-        return at
+        return next(filter(self.begins, range(self.at + 1, len(self.text))), len(self.text))
 
     def word_left(self) -> int:
         """Where the word before the cursor begins."""
@@ -2981,26 +2963,25 @@ class Editor:
         return len(self.text) - len(re.sub(r"^\s*\S*", "", self.text[self.at :]))
 
 
-# What keys do, by all that terminals send for them: where the cursor goes, up to where is erased, what is recalled.
+KEY = re.compile(
+    r"""\x1b\[200~ (?P<paste> [^\x03]*?) \x1b\[201~  # Ctrl-C leads out of a paste that doesn't end
+      | \x1b\[ (?! 200~[^\x03]*\Z) [0-9;?]* [ -/]* [@-~]
+      | \x1bO.
+      | \x1b[\x7f\r\nbf]
+      | \x1b (?= [^[O] | \[ [0-9;?]*+ [ -/]*+ [^@-~])  # the Escape key: what follows is another one
+      | [^\x1b]""",
+    re.DOTALL | re.VERBOSE,
+)
+# Each key by the control character, or Alt and the letter, that does the same in a shell: what terminals send for it
+# (after Escape), where it leads the cursor, and with which of those an eraser erases all up to where it leads.
+SENT_FOR = {"\x01": "[H [1~ [7~ OH", "\x05": "[F [4~ [8~ OF", "\x02": "[D OD", "\x06": "[C OC", "\x10": "[A OA",
+            "\x0e": "[B OB", "\x17": "\x7f", "\x1bb": "[1;5D [1;3D", "\x1bf": "[1;5C [1;3C"}  # fmt: skip
+SAME_KEYS = {"\x1b" + sent: key for key, all_sent in SENT_FOR.items() for sent in all_sent.split()}
+SAME_KEYS |= {"\n": "\r", "\x1b\n": "\x1b\r", "\x08": "\x7f"}
 MOVES: dict[str, Callable[[Editor], int]] = {
-    **dict.fromkeys(("\x01", "\x1b[H", "\x1b[1~", "\x1b[7~", "\x1bOH"), lambda editor: 0),
-    **dict.fromkeys(("\x05", "\x1b[F", "\x1b[4~", "\x1b[8~", "\x1bOF"), lambda editor: len(editor.text)),
-    **dict.fromkeys(("\x02", "\x1b[D", "\x1bOD"), Editor.left),
-    **dict.fromkeys(("\x06", "\x1b[C", "\x1bOC"), Editor.right),
-    **dict.fromkeys(("\x1bb", "\x1b[1;5D", "\x1b[1;3D"), Editor.word_left),
-    **dict.fromkeys(("\x1bf", "\x1b[1;5C", "\x1b[1;3C"), Editor.word_right),
-}
-ERASES: dict[str, Callable[[Editor], int]] = {
-    **dict.fromkeys(("\x7f", "\x08"), Editor.left),
-    **dict.fromkeys(("\x04", "\x1b[3~"), Editor.right),
-    **dict.fromkeys(("\x17", "\x1b\x7f"), Editor.word_left),
-    "\x15": lambda editor: 0,
-    "\x0b": lambda editor: len(editor.text),
-}
-RECALLS = {
-    **dict.fromkeys(("\x10", "\x1b[A", "\x1bOA"), -1),
-    **dict.fromkeys(("\x0e", "\x1b[B", "\x1bOB"), 1),
-}
+    "\x01": lambda editor: 0, "\x05": lambda editor: len(editor.text), "\x02": Editor.left, "\x06": Editor.right,
+    "\x1bb": Editor.word_left, "\x1bf": Editor.word_right}  # fmt: skip
+ERASERS = {"\x7f": "\x02", "\x04": "\x06", "\x1b[3~": "\x06", "\x17": "\x1bb", "\x15": "\x01", "\x0b": "\x05"}
 
 
 class Client:
@@ -3012,21 +2993,20 @@ class Client:
         self.url, self.name, self.password = config.join or "", config.name, config.password
         self.history = config.history
         self.language, self.words = language, WORDS[language]
-        self.cookies: dict[str, str] = {}
-        self.renewed = False  # logged in again by itself, since the last welcome
+        self.headers = {"Accept": "application/json", "Accept-Language": language}
+        self.let_in = False  # with the session that we have
         self.clock_ahead = 0.0  # the room's clock, of ours, in s
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
         self.connected = self.restarting = self.store_away = False
-        self.failures, self.retry_at = 0, 0.0
-        self.epoch = ""
-        self.after: int | None = None  # the newest seq heard, None before the first
+        self.pause = 0.0  # the longest before the next try to connect, in s; 0: there was no need of one
+        self.epoch, self.after = "", 0  # of the newest message heard
         self.replay_end = 0  # up to this seq it is history
         self.skipped = 0  # and up to this one, older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
         self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
-        self.said_at = self.hold_until = 0.0
+        self.hold_until = 0.0  # nothing is said before, in s of time.monotonic
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     # --- session ---
@@ -3034,41 +3014,31 @@ class Client:
     async def log_in(self) -> None:
         """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
         answer = await self.post("login", nickname=self.name, password=self.password)
-        told: Any = None
-        with contextlib.suppress(ValueError):
-            told = json.loads(answer.body)
-        if not isinstance(told, dict) or not ("name" in told or "text" in told):
-            raise Ended(self.words["term_no_room"].format(url=self.url, reason=f"{answer.code} {answer.reason}"))
+        told: dict[str, Any] = {}
+        with contextlib.suppress(Refused):
+            told = parse_object(answer.body)
         if answer.code >= 500:
-            raise OSError(shown(told["text"]))
+            raise OSError(told.get("text", answer.reason))
+        if "name" not in told and "text" not in told:
+            raise Ended(self.words["term_no_room"].format(url=self.url, reason=f"{answer.code} {answer.reason}"))
         if "name" not in told:
             free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
             raise Ended(shown(f"{told['text']} {free}"))
         self.name = shown(told["name"])
-        self.members.setdefault(self.name)
-        cookies = (line.split(";")[0].partition("=") for line in answer.headers.get_list("Set-Cookie"))
-        self.cookies |= {name: value for name, _, value in cookies}
-        if date := answer.headers.get("Date"):  # to the second, until an event tells the time better
-            self.set_clock(email.utils.parsedate_to_datetime(date).timestamp() * 1000 + 500)
+        self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
+        if date := answer.headers.get("Date"):  # to the second, until the room tells its time
+            self.clock_ahead = email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - time.time()
 
     async def post(self, path: str, **form: str) -> tornado.httpclient.HTTPResponse:
         """Sends a form. Raises UNREACHED."""
         return await tornado.httpclient.AsyncHTTPClient().fetch(
             self.url + path,
             method="POST",
-            headers=self.headers(),
+            headers=self.headers,
             body=urllib.parse.urlencode(form),
             follow_redirects=False,
             raise_error=False,
-            request_timeout=ANSWER_SECONDS,
         )
-
-    def headers(self) -> dict[str, str]:
-        """Who we are, and how we want to be answered."""
-        headers = {"Accept": "application/json", "Accept-Language": self.language}
-        if self.cookies:
-            headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
-        return headers
 
     async def log_out(self) -> None:
         """Gives the name back, so that it is free for whoever comes next."""
@@ -3080,71 +3050,54 @@ class Client:
     async def stay(self) -> NoReturn:
         """Keeps connected. Raises Ended."""
         while True:
-            code, reason = await self.converse()
-            self.connected = False
+            code, reason = None, ""
             try:
-                delay = await self.pause_after(code, reason)
-            except UNREACHED:
-                delay = random.uniform(*RETRY_SECONDS)
-            self.failures += 1
-            self.retry_at = time.monotonic() + delay
+                if self.epoch and not self.let_in:
+                    await self.log_in()
+                code, reason = await self.converse()
+            except UNREACHED as error:
+                if not self.epoch:
+                    raise self.unreachable(error) from None
+            self.connected = False
+            delay = self.pause_after(code, reason)
             self.update()
             await asyncio.sleep(delay)
 
-    async def pause_after(self, code: int | None, reason: str) -> float:
-        """How many s to wait before the next try. Raises Ended if there is none, and UNREACHED."""
-        if code in FINAL_CODES:
-            raise Ended(self.words[f"js_closed_{code}"].format(name=self.name))
-        if code is None and not self.epoch:  # it was never reached
-            raise Ended(self.words["term_unreachable"].format(url=self.url, reason=reason))
-        if code == 4401:  # restarted without a lasting store: it no longer knows us
-            if self.renewed or reason == "logout":
-                raise Ended(self.words["login_why_logout"] if reason == "logout" else reason)
-            self.renewed = True
-            await self.log_in()
+    def pause_after(self, code: int | None, reason: str) -> float:
+        """How many s to wait before the next try. Raises Ended if there is none."""
+        if closed := self.words.get(f"js_closed_{code}"):
+            raise Ended(closed.format(name=self.name))
+        if code == 4401 and self.let_in and reason != "logout":  # restarted without a lasting store
+            self.let_in = False
             return 0
-        if code == 1009 and self.in_flight:
-            self.unsent(self.settle(self.in_flight), self.words["js_too_long"])
+        if code == 4401:
+            raise Ended(self.words.get(f"login_why_{reason}", shown(reason)))
         self.restarting = self.restarting or code == 1001
-        low, high = RETRY_SECONDS
-        low, high = RESTART_SECONDS if code == 1001 else (low, min(high, low * 2 ** (self.failures + 1)))
-        return random.uniform(low, max(high, low + self.count * SPREAD_SECONDS))
+        self.pause = min(RETRY_SECONDS, 2 * self.pause or RETRY_SECONDS / 10)
+        return random.uniform(self.pause / 2, self.pause)
 
-    async def converse(self) -> tuple[int | None, str]:
-        """One connection, from the handshake to its close code and reason."""
+    def unreachable(self, error: Exception) -> Ended:
+        """Why there is nothing to come back to."""
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return Ended(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
+
+    async def converse(self) -> tuple[int, str]:
+        """One connection, from the handshake to its close code and reason. Raises UNREACHED."""
         self.in_flight = ""
         self.update()
-        place = {} if self.after is None else {"after": self.after, "epoch": self.epoch}
-        request = tornado.httpclient.HTTPRequest(
-            f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place)}",
-            headers=self.headers(),
-            connect_timeout=ANSWER_SECONDS,
-            request_timeout=ANSWER_SECONDS,
-        )
+        place = {"after": self.after, "epoch": self.epoch} if self.epoch else {}
+        url = f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place)}"
+        request = tornado.httpclient.HTTPRequest(url, headers=self.headers)
+        self.socket = await tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS)
         try:
-            self.socket = await tornado.websocket.websocket_connect(request)
-        except UNREACHED as error:
-            return None, reason_of(error)
-        try:
-            return await self.listen(self.socket)
-        except TimeoutError:
-            return None, "silence"
+            while (raw := await self.socket.read_message()) is not None:
+                self.receive(json.loads(raw))
+                self.update()
+            if self.socket.close_code is None:
+                raise ConnectionError("silence")
+            return self.socket.close_code, self.socket.close_reason or ""
         finally:
             self.socket.close()
-
-    async def listen(self, socket: tornado.websocket.WebSocketClientConnection) -> tuple[int | None, str]:
-        """Hears everything until the socket is closed. Raises TimeoutError when the server owes us a word."""
-        while True:
-            read, heard = asyncio.ensure_future(socket.read_message()), time.monotonic()
-            while not (await asyncio.wait([read], timeout=1))[0]:
-                now = time.monotonic()
-                if now - heard > SILENCE_SECONDS or (self.in_flight and now - self.said_at > ANSWER_SECONDS):
-                    raise TimeoutError
-            raw = read.result()
-            if raw is None:
-                return socket.close_code, socket.close_reason or ""
-            self.receive(json.loads(raw))
-            self.update()
 
     # --- frames ---
 
@@ -3162,33 +3115,31 @@ class Client:
             case "store":
                 self.store_away, self.hold_until = not frame["available"], 0
             case "time":
-                self.set_clock(frame["ts"])
+                self.clock_ahead = frame["ts"] / 1000 - time.time()
 
     def welcomed(self, frame: Mapping[str, Any]) -> None:
         """The beginning of a connection, or of a new history."""
-        first, self.replay_end = not self.epoch, frame["seq"]
+        first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
+        self.name, self.count = shown(frame["name"]), frame["count"]
+        self.members = dict.fromkeys(map(shown, frame["members"]))
+        self.connected = self.let_in = True
+        self.restarting = self.store_away = False
+        self.pause = self.hold_until = 0
+        if not frame["recovered"]:
+            self.after = max(0, frame["seq"] - frame["limits"]["history"])  # what was before won't come
+        if first:
+            self.skipped = frame["seq"] - self.history
+            title, hint = shown(frame["title"]), self.words["term_hint"]
+            self.view.notice(f"{title} · {self.people(NAMES_IN_LINE)} · {hint}", minor=True)
         if frame["reset"]:
-            self.after = None
+            self.skipped = 0
             self.view.notice(self.words["js_reset"])
         if frame["missed"]:
             self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
-        self.epoch, self.name, self.count = frame["epoch"], shown(frame["name"]), frame["count"]
-        self.members = dict.fromkeys(map(shown, frame["members"]))
-        if not frame["recovered"] and not (frame["seq"] and frame["limits"]["history"]):
-            self.after = frame["seq"]  # there is nothing to come
-        self.connected, self.store_away, self.hold_until = True, False, 0
-        self.failures, self.restarting, self.renewed = 0, False, False
-        if first:
-            self.skipped = frame["seq"] - self.history
-            self.view.notice(
-                f"{shown(frame['title'])} · {self.people(NAMES_IN_LINE)} · {self.words['term_hint']}", minor=True
-            )
 
     def arrived(self, frame: Mapping[str, Any]) -> None:
         """A message; if it is the one that we said, it is confirmed."""
-        self.after = max(self.after or 0, frame["seq"])
-        if frame["seq"] > self.replay_end:
-            self.set_clock(frame["ts"])
+        self.after = max(self.after, frame["seq"])
         if frame["seq"] > self.skipped:
             self.view.message(frame)
         if shown(frame["name"]) == self.name:
@@ -3196,13 +3147,12 @@ class Client:
 
     def passed(self, frame: Mapping[str, Any]) -> None:
         """Somebody came or went."""
-        self.set_clock(frame["ts"])
         self.count = frame["count"]
         names = [shown(name) for name in frame["names"] if shown(name) != self.name]
         for name in names:
             self.members.pop(name, None)
-            if frame["type"] == "joined":
-                self.members[name] = None
+        if frame["type"] == "joined":
+            self.members |= dict.fromkeys(names)
         if names:
             self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
@@ -3214,10 +3164,6 @@ class Client:
             wait = frame.get("retry_after", HOLD_SECONDS)
             self.in_flight, self.hold_until = "", time.monotonic() + wait
             asyncio.get_running_loop().call_later(wait + 0.02, self.update)
-
-    def set_clock(self, ts: float) -> None:
-        """What the room's clock says, in ms."""
-        self.clock_ahead = ts / 1000 - time.time()
 
     # --- outbox ---
 
@@ -3234,11 +3180,10 @@ class Client:
         ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
         if ready and self.outbox and not self.in_flight and self.socket:
             self.in_flight, text = next(iter(self.outbox.items()))
-            self.said_at = time.monotonic()
             with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
                 written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
                 written.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if self.connected and not self.outbox and (self.after or 0) >= self.replay_end:
+        if self.connected and not self.outbox and self.after >= self.replay_end:
             self.idle.set()
         else:
             self.idle.clear()
@@ -3268,10 +3213,10 @@ class Client:
                 self.view.notice(self.words["term_help"])
             case "/time":
                 self.view.notice(self.room_time(rest.strip()))
-            case _ if text.startswith("/") and not text.startswith("//"):
+            case _ if re.match("/(?!/)", text):
                 self.view.notice(self.words["term_no_command"].format(command=shown(name)))
             case _:
-                self.say(text.removeprefix("/") if text.startswith("//") else text)
+                self.say(text.removeprefix("/"))
         return True
 
     def people(self, most: int) -> str:
@@ -3286,45 +3231,32 @@ class Client:
 
     def room_time(self, wish: str) -> str:
         """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
-        now = self.now()
-        if wish:
-            wished = wish.lower().replace(" ", "_")
-            zones = sorted(zoneinfo.available_timezones(), key=lambda zone: (zone.lower() != wished, zone))
-            zone = next((zone for zone in zones if ("/" + zone.lower()).endswith("/" + wished)), "")
-            if not zone:
-                return self.words["term_no_zone"].format(zone=shown(wish))
-            now = now.astimezone(zoneinfo.ZoneInfo(zone))
-        return self.words["term_time"].format(time=f"{now:%Y-%m-%d %H:%M:%S}", zone=zone if wish else f"{now:%Z}")
+        now, end = self.now(), "/" + wish.lower().replace(" ", "_")
+        if not wish:
+            return self.words["term_time"].format(time=f"{now:%F %T}", zone=f"{now:%Z}")
+        zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)]
+        if not zones:
+            return self.words["term_no_zone"].format(zone=shown(wish))
+        zone = min(zones, key=lambda zone: (len(zone), zone))  # the one that was meant, where it was named in full
+        return self.words["term_time"].format(time=f"{now.astimezone(zoneinfo.ZoneInfo(zone)):%F %T}", zone=zone)
 
     def state(self) -> str:
         """The word for how the connection is."""
         if self.connected:
             return "js_state_away" if self.store_away else "js_state_connected"
-        if not self.failures:
+        if not self.pause:
             return "js_state_connecting"
         return "js_state_restarting" if self.restarting else "js_state_waiting"
-
-
-def reason_of(error: Exception) -> str:
-    """Why a server can't be reached, in a few words."""
-    return shown(
-        getattr(error, "strerror", None) or getattr(error, "message", None) or str(error) or type(error).__name__
-    )
 
 
 class Lines:
     """Pipes: a line of stdin is said, a message is a line of stdout; whatever else there is to know goes to stderr."""
 
     def __init__(self, client: Client, config: Config) -> None:
-        self.client, self.config = client, config
-        self.typed = sys.stdin is not None and sys.stdin.isatty()  # by a person, who may give commands
-        self.told = "js_state_connecting"
-        self.leaving = asyncio.Event()
+        self.client, self.config, self.words = client, config, client.words
+        self.told, self.leaving = "js_state_connected", asyncio.Event()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
-
-    def begin(self) -> None:
-        """Takes the terminal."""
 
     def restore(self) -> None:
         """Leaves the terminal as it was."""
@@ -3343,18 +3275,16 @@ class Lines:
             with contextlib.suppress(BrokenPipeError):
                 print(f"tornchat: {text}", file=sys.stderr, flush=True)
 
-    def update(self, printed: str = "") -> None:
+    def update(self) -> None:
         """Tells when the connection is lost, and when it is back."""
-        state = self.client.state()
-        if state not in (self.told, "js_state_connecting"):
-            if not self.config.quiet and self.told != "js_state_connecting":
-                self.notice(self.client.words[state])
+        if (state := self.client.state()) not in (self.told, "js_state_connecting"):
             self.told = state
+            if not self.config.quiet:
+                self.notice(self.words[state])
 
     async def read(self) -> None:
         """Says what comes, until it ends and all is confirmed."""
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self.read_stdin, args=[loop], daemon=True).start()
+        threading.Thread(target=self.read_stdin, args=[asyncio.get_running_loop()], daemon=True).start()
         await self.leaving.wait()
         await self.client.idle.wait()
 
@@ -3366,27 +3296,28 @@ class Lines:
             loop.call_soon_threadsafe(self.leaving.set)
 
     async def take(self, line: str) -> None:
-        """One line; waits until it is confirmed."""
-        if not self.typed:
-            if line.strip():
-                self.client.say(line)
+        """One line: waits until it is confirmed, or does what a person asks for who types it."""
+        if not line.strip():
+            return
+        if not sys.stdin.isatty():
+            self.client.say(line)
             await self.client.idle.wait()
-        elif line.strip() and not self.client.command(line):
+        elif not self.client.command(line):
             self.leaving.set()
 
 
 def read_lines() -> Iterator[str]:
-    """The lines of stdin, each as soon as it is there. One that is too long for a message isn't read to its end."""
+    """The lines of stdin, each as soon as it is there. Of one that is too long to be said, only its beginning."""
     if sys.stdin is None:
         return
-    decode, rest = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-    with contextlib.suppress(OSError), open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
-        while data := stdin.read(65536):
-            *lines, rest = (rest + decode(data)).split("\n")
-            rest = rest[: 2 * TEXT_CHARS]
-            yield from lines
-    if rest:
-        yield rest
+    with (
+        contextlib.suppress(OSError),
+        open(sys.stdin.fileno(), encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin,
+    ):
+        while line := stdin.readline(2 * TEXT_CHARS):
+            yield line
+            while line and not line.endswith("\n"):
+                line = stdin.readline(2 * TEXT_CHARS)
 
 
 class Screen(Lines):
@@ -3401,13 +3332,10 @@ class Screen(Lines):
         self.decode = codecs.getincrementaldecoder("utf-8")("ignore").decode
         self.day = client.now().date()
         self.drawn: list[str] = []  # rows below what was printed, down to the cursor
-        self.looks: tuple[int, str] = 0, ""  # of all of them
-        self.hurry = False
+        self.looks = ""  # of all of them
 
     def begin(self) -> None:
         """Keys come one by one and aren't echoed; pasted text comes in brackets."""
-        import termios
-
         self.modes = termios.tcgetattr(sys.stdin)
         modes = termios.tcgetattr(sys.stdin)
         modes[0] &= ~(termios.IXON | termios.ICRNL)
@@ -3417,10 +3345,8 @@ class Screen(Lines):
 
     def restore(self) -> None:
         """Leaves the terminal as it was, without the rows below."""
-        import termios
-
-        self.write(self.erasure(self.size()[0]) + "\x1b[?2004l")
-        self.drawn, self.looks = [], (0, "")
+        self.write(self.erasure() + "\x1b[?2004l")
+        self.drawn, self.looks = [], ""
         with contextlib.suppress(termios.error):  # it has gone
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.modes)
 
@@ -3430,11 +3356,9 @@ class Screen(Lines):
             print(text, end="", flush=True)
 
     def size(self) -> tuple[int, int]:
-        """Columns and rows; 80 x 24 where the terminal doesn't know."""
-        columns = rows = 0
-        with contextlib.suppress(OSError):
-            columns, rows = os.get_terminal_size(sys.stdout.fileno())
-        return max(columns or 80, 12), rows or 24
+        """Columns and rows; so few columns that nothing fits are taken for 12."""
+        columns, rows = shutil.get_terminal_size()
+        return max(columns, 12), rows
 
     # --- what is shown ---
 
@@ -3443,85 +3367,65 @@ class Screen(Lines):
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
-            self.show([self.styled(f"~ {self.day}", "2")])
+            self.update(self.styled(f"~ {self.day}", "2"))
         head, name = f"{when:%H:%M} ", shown(frame["name"])
         rows = wrap(f"{head}{name}: {safe(frame['text'])}", self.size()[0] - 1)
-        if rows[0].startswith(head + name):
-            color = NAME_COLORS[hashlib.sha256(name.encode(errors="replace")).digest()[0] % len(NAME_COLORS)]
-            colored = self.styled(name, f"1;38;5;{color}")
-            rows[0] = self.styled(head, "2") + colored + rows[0].removeprefix(head + name)
-        self.show(rows)
+        colored = self.styled(name, f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}")
+        self.update(self.styled(head, "2") + rows[0][len(head) :].replace(name, colored, 1), *rows[1:])
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         """After a tilde, with which no name begins."""
         rows = wrap(f"{self.client.now():%H:%M} ~ {text}", self.size()[0] - 1)
-        self.show([self.styled(row, "2") if minor else row for row in rows])
+        self.update(*[self.styled(row, "2") if minor else row for row in rows])
 
     def styled(self, text: str, style: str) -> str:
         """In a colour, if that is wanted."""
-        return f"\x1b[{style}m{text}\x1b[0m" if self.colors and text else text
+        return f"\x1b[{style}m{text}\x1b[0m" if self.colors else text
 
-    def show(self, rows: list[str]) -> None:
-        """For good, above the rows that are drawn anew."""
-        self.update("".join(f"{row}\n" for row in rows))
-
-    def update(self, printed: str = "") -> None:
-        """Draws the rows below, after what is printed above them, or if they look different."""
+    def update(self, *printed: str) -> None:
+        """Draws the rows below, after what is printed above them for good, or if they look different."""
         columns, height = self.size()
-        above = self.pending(columns - 1)
-        before = f"{cut(self.client.name, columns // 3)}> "
-        rows, at, left_of_cursor = layout(before + self.editor.text, len(before) + self.editor.at, columns - 1)
+        above, before = self.pending(columns - 1), f"{cut(self.client.name, columns // 3)}> "
+        rows = fold(before + self.editor.text, columns - 1)
+        to_cursor = fold(before + self.editor.text[: self.editor.at], columns - 1)
         most = max(1, height - len(above) - 1)
-        first = max(0, at - most + 1)
-        rows = rows[first : first + most]
-        down = len(rows) - 1 - (at - first)
+        first = max(0, len(to_cursor) - most)
+        rows, to_cursor = rows[first : first + most], to_cursor[first:]
+        down = len(rows) - len(to_cursor)
         looks = "\n".join([*(self.styled(row, "2") for row in above), *rows])
-        looks += (f"\x1b[{down}A" if down else "") + "\r" + left_of_cursor
-        if printed or (columns, looks) != self.looks:
-            self.write(self.erasure(columns) + printed + looks)
-            self.drawn, self.looks = [*above, *rows[: at - first], left_of_cursor], (columns, looks)
+        looks += (f"\x1b[{down}A" if down else "") + "\r" + to_cursor[-1]
+        if printed or looks != self.looks:
+            self.write(self.erasure() + "".join(f"{row}\n" for row in printed) + looks)
+            self.drawn, self.looks = [*above, *to_cursor], looks
 
-    def erasure(self, columns: int) -> str:
+    def erasure(self) -> str:
         """What takes the rows below away; since they were drawn the terminal may have become narrower."""
+        columns = self.size()[0]
         up = sum(max(1, math.ceil(width(row) / columns)) for row in self.drawn) - 1
         return (f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
 
     def pending(self, columns: int) -> list[str]:
         """What isn't sent yet, and what is wrong."""
-        client, words = self.client, self.client.words
-        rows = [f"{cut(shown(text), columns - 24)} · {self.status(cid)}" for cid, text in client.outbox.items()]
-        rows = rows[:PENDING_ROWS] + ([f"+ {len(rows) - PENDING_ROWS}"] if len(rows) > PENDING_ROWS else [])
-        if (state := client.state()) != "js_state_connected":
-            rows.append(words[state])
-        if not client.connected and client.failures:
-            seconds = math.ceil(client.retry_at - time.monotonic())
-            rows[-1] += " " + (words["js_retry_in"].format(n=seconds) if seconds > 0 else words["js_retry_now"])
+        texts, state = [*self.client.outbox.values()], self.client.state()
+        status = self.words[WAITS.get(state, "js_waiting")]
+        rows = [f"{cut(shown(text), columns - 24)} · {status}" for text in texts[:PENDING_ROWS]]
+        if len(texts) > PENDING_ROWS:
+            rows.append(f"+ {len(texts) - PENDING_ROWS}")
+        if state != "js_state_connected":
+            rows.append(self.words[state])
         return [cut(row, columns) for row in rows]
-
-    def status(self, cid: str) -> str:
-        """Why something isn't sent yet."""
-        client, words = self.client, self.client.words
-        if not client.connected:
-            return words["js_waiting"]
-        if client.store_away:
-            return words["js_waiting_store"]
-        if cid != next(iter(client.outbox)):
-            return words["js_waiting_turn"]
-        seconds = math.ceil(client.hold_until - time.monotonic())
-        return words["js_waiting_seconds"].format(n=seconds) if seconds > 0 else words["js_sending"]
 
     # --- what is typed ---
 
     async def read(self) -> None:
-        """Until Ctrl-C, or until the user leaves and has been heard."""
+        """Until the user leaves and has been heard."""
+        self.begin()
         loop = asyncio.get_running_loop()
         loop.add_reader(sys.stdin.fileno(), self.on_keys)
         loop.add_signal_handler(signal.SIGWINCH, self.update)
-        while not self.leaving.is_set():
-            self.update()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.leaving.wait(), 1)  # the seconds on the screen pass
-        if self.client.outbox and not self.hurry:
+        self.update()
+        await self.leaving.wait()
+        if self.client.outbox:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
 
@@ -3530,11 +3434,15 @@ class Screen(Lines):
         data = b""
         with contextlib.suppress(OSError):
             data = os.read(sys.stdin.fileno(), 65536)
-        for line in self.editor.feed(self.decode(data)) if data else ["\x03"]:
+        if not data:
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self.leaving.set()
+        for line in self.editor.feed(self.decode(data)):
             if line == "\x1a":
                 self.suspend()
-            elif line == "\x03" or not self.client.command(line):
-                self.hurry = line == "\x03"
+            elif line == "\x03":
+                signal.raise_signal(signal.SIGINT)
+            elif not self.client.command(line):
                 self.leaving.set()
         self.update()
 
@@ -3552,14 +3460,13 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
     try:
         await client.log_in()
     except UNREACHED as error:
-        raise Ended(client.words["term_unreachable"].format(url=client.url, reason=reason_of(error))) from None
+        raise client.unreachable(error) from None
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if terminal and environ.get("TERM") != "dumb" and hasattr(signal, "SIGWINCH"):
         client.view = Screen(client, config, colors=not environ.get("NO_COLOR"))
     else:
         client.view = Lines(client, config)
     try:
-        client.view.begin()
         stop = stop_on_signals(client.view.restore)
         tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -3586,6 +3493,16 @@ class Parser(argparse.ArgumentParser):
         """Called by argparse."""
         self.exit(2, f"tornchat: {message} (--help tells more)\n")
 
+    def option(self, environ: Mapping[str, str], *flags: str, env: str = "", help: str, **kwargs: Any) -> None:
+        """An option; the first of its environment variables that is set becomes its default."""
+        variables = env.split()
+        if name := next(filter(environ.get, variables), ""):
+            try:
+                kwargs["default"] = kwargs.get("type", str)(environ[name])
+            except argparse.ArgumentTypeError as error:
+                self.error(f"environment variable {name}: {error}")
+        self.add_argument(*flags, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
+
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line."""
@@ -3607,17 +3524,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
     """All options. A setting without flag and variable is what Config says."""
-
-    def option(*flags: str, env: str = "", help: str, **kwargs: Any) -> None:
-        """An option; the first of its environment variables that is set becomes its default."""
-        variables = env.split()
-        if name := next(filter(environ.get, variables), ""):
-            try:
-                kwargs["default"] = kwargs.get("type", str)(environ[name])
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"environment variable {name}: {error}")
-        parser.add_argument(*flags, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
-
+    option = functools.partial(parser.option, environ)
     # fmt: off
     option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
            help="port to listen on, 0 = any free one; default 8888, or the next free one")
