@@ -125,7 +125,8 @@ CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socke
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
-POLL_BYTES = 512 * 1024  # in one answer (G5), a history of long messages; the next one goes on from there
+POLL_BYTES = 256 * 1024  # in one answer: about 1,000 messages; the next one goes on from there
+UNTAKEN_BYTES = 512 * 1024  # of answers that a session hasn't taken; one more, and it is nearly 1 MB (G5)
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
@@ -388,8 +389,8 @@ RESERVED_KEYS = frozenset(
 
 
 def variants(name: str) -> Iterable[str]:
-    """Names to offer instead of one that is taken: Ann2, Ann3, ..."""
-    for number in range(2, 1000):
+    """Names to offer instead of one that is taken: Ann2, Ann3, ..., Ann99."""
+    for number in range(2, 100):
         for length in range(min(len(name), NAME_CODEPOINTS - 3), 0, -1):
             with contextlib.suppress(Refused):
                 yield clean_name(f"{name[:length]}{number}")
@@ -782,7 +783,7 @@ class Member:
     spent: float = 0  # when the last one was taken, in s
     refusals: int = 0  # in a row
     rejoining: bool = False
-    polls: int = 0  # that wait, or whose answers have not been taken
+    untaken: int = 0  # bytes of answers to its polls that are on their way
     told: str = ""  # where its last poll here ended, a Cursor
 
 
@@ -1742,7 +1743,8 @@ class BaseHandler(tornado.web.RequestHandler):
         taken = super().finish(chunk)
         if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
             connection: Any = self.request.connection
-            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
+            patience = self.services.config.answer_seconds * max(1, len(chunk or b"") / CHUNK_BYTES)
+            cut = asyncio.get_running_loop().call_later(patience, connection.stream.close)
             taken.add_done_callback(lambda _: cut.cancel())
         return taken
 
@@ -1932,13 +1934,9 @@ class MessagesHandler(BaseHandler):
         """The events after `after`; if there are none, those that come within `wait` seconds."""
         wait = self.wait()
         member = await self.admit(self.current_user)
-        if member.polls >= SOCKETS_A_SESSION:
-            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-        member.polls += 1
         try:
             await self.tell(member, await self.news(member, wait))
         finally:
-            member.polls -= 1
             self.release(member)
 
     def wait(self) -> float:
@@ -1956,7 +1954,7 @@ class MessagesHandler(BaseHandler):
         room, seen = self.services.room, self.seen()
         await self.catch_up(seen)
         cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not room.news(member, seen, cursor).events:
+        if wait and not (self.gone or room.news(member, seen, cursor).events):
             await self.listen(member, wait)
         return room.news(member, seen, cursor)
 
@@ -1984,13 +1982,18 @@ class MessagesHandler(BaseHandler):
             self.listener.news.set()
 
     async def tell(self, member: Member, news: News) -> None:
-        """Answers, and waits until the client has taken it or is gone."""
+        """Answers, and waits until the client has taken it or is gone. Raises Refused."""
         if self.gone:
             return
+        if member.untaken > UNTAKEN_BYTES:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         member.told = str(news.cursor)
         place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
+        body = b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:])
+        member.untaken += len(body)
         with contextlib.suppress(tornado.iostream.StreamClosedError):
-            await self.answer(200, b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
+            await self.answer(200, body)
+        member.untaken -= len(body)
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
@@ -3651,7 +3654,7 @@ class OneASecond(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kinds: dict[tuple[str, str], tuple[float, int]] = {}  # when one was last let through, and how many not
+        self.kinds: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was let through, how many since not
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Called by logging."""
@@ -3659,12 +3662,13 @@ class OneASecond(logging.Filter):
             return True
         if len(self.kinds) > LOG_KINDS:
             self.kinds.clear()
-        kind = record.name, str(record.msg)[:40]
+        kind = record.name, str(record.msg)[:40], record.exc_info and record.exc_info[0]
+        now = time.monotonic()
         last, left_out = self.kinds.get(kind, (-math.inf, 0))
-        if record.created - last < 1:
+        if now - last < 1:
             self.kinds[kind] = last, left_out + 1
             return False
-        self.kinds[kind] = record.created, 0
+        self.kinds[kind] = now, 0
         if left_out:
             record.msg = f"{record.msg} (and {left_out} more like this)"
         return True
