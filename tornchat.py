@@ -2811,7 +2811,7 @@ def interface_addresses() -> list[str]:
 # to a Screen (a person at a terminal) or to Lines (pipes), and none of it without passing `safe` or `shown`.
 
 RETRY_SECONDS = 10  # the longest pause between two tries; the first one is a tenth of it
-PING_SECONDS = 10  # a server that doesn't answer a ping before the next one is gone
+PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
 HOLD_SECONDS = 3  # to wait where a refusal names no time
 QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is told that it wasn't
 NAMES_IN_LINE = 10  # of more people only the number is told
@@ -2997,11 +2997,11 @@ class Client:
         self.history = config.history
         self.language, self.words = language, WORDS[language]
         self.headers = {"Accept": "application/json", "Accept-Language": language}
-        self.let_in = False  # with the session that we have
+        self.let_in = False  # the room knows our session
         self.clock_ahead = 0.0  # the room's clock, of ours, in s
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
         self.connected = self.restarting = self.store_away = False
-        self.pause = 0.0  # the longest before the next try to connect, in s; 0: there was no need of one
+        self.pause = 0.0  # before the next try to connect, in s, at the most; 0: no try has failed
         self.epoch, self.after = "", 0  # of the newest message heard
         self.replay_end = 0  # up to this seq it is history
         self.skipped = 0  # and up to this one, older than what the user wants
