@@ -125,9 +125,12 @@ CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socke
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
-POLL_BYTES = 256 * 1024  # in one answer: about 1,000 messages; the next one goes on from there
-UNTAKEN_BYTES = 512 * 1024  # of answers that a session hasn't taken; one more, and it is nearly 1 MB (G5)
+POLL_BYTES = 192 * 1024  # in one answer: more than 1,000 short messages; the next one goes on from there
+UNTAKEN_BYTES = 512 * 1024  # of answers that a session hasn't taken; one more, and it is below 1 MB (G5)
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
+PACES = 10_000  # sessions, and addresses, whose pace is remembered
+LOGINS_AT_ONCE = 100  # from one address, which may be that of a whole school; then
+LOGINS_A_SECOND = 2
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
 PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
@@ -339,6 +342,8 @@ def clean_name(raw: str) -> str:
     The rule is that of RFC 8266 (PRECIS nicknames), with joiners where a script or an emoji needs them.
     """
     raw = raw.strip()
+    if len(raw) > 4 * NAME_CODEPOINTS:  # before it is normalized, which takes the square of its length
+        raise Refused("invalid", "name-long", limit=NAME_CHARS)
     if any(unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or char in BLANKS for char in raw):
         raise Refused("invalid", "name-characters")
     name = " ".join(unicodedata.normalize("NFKC", raw).split())
@@ -779,8 +784,6 @@ class Member:
     key: str
     listeners: list[Listener] = dataclasses.field(default_factory=list)
     renewed: float = 0  # when this daemon last renewed the lease, in s
-    tokens: float = math.inf  # of the bucket that holds its pace
-    spent: float = 0  # when the last one was taken, in s
     refusals: int = 0  # in a row
     rejoining: bool = False
     untaken: int = 0  # bytes of answers to its polls that are on their way
@@ -863,6 +866,23 @@ class News(NamedTuple):
     cursor: Cursor
 
 
+class Paces:
+    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst = rate, burst
+        self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
+
+    def take(self, name: str, now: float) -> float:
+        """Takes a token; how many s to wait for one, if there is none."""
+        tokens, then = self.buckets.pop(name, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * self.rate)
+        self.buckets[name] = max(tokens - 1, 0) if tokens >= 1 else tokens, now
+        if len(self.buckets) > PACES:
+            self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
+        return 0 if tokens >= 1 else (1 - tokens) / self.rate
+
+
 class Room:
     """The sum of the feed: ring, roster, and the listeners of this daemon."""
 
@@ -911,14 +931,13 @@ class Room:
     def owed(self, seen: Seen) -> Owed:
         """What somebody has to hear who has been there."""
         after, epoch = seen
-        newest = self.ring.newest(self.history)
         if after is None:
-            return Owed(newest)
+            return Owed(self.ring.newest(self.history))
         if epoch not in ("", self.epoch) or after > self.seq:
-            return Owed(newest, reset=True)
+            return Owed(self.ring.newest(self.history), reset=True)
         events = self.ring.after(after)
         if events is None or len(events) > RING_MESSAGES:
-            events = newest
+            events = self.ring.newest(self.history)
         missed = self.seq - after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
 
@@ -1107,6 +1126,7 @@ class Feed:
         self.store, self.room, self.config = store, room, config
         self.last = b""  # id of the newest entry absorbed
         self.secret = config.secret
+        self.paces = Paces(config.rate, max(1, config.rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.outbox: dict[tuple[str, str], Proposal] = {}  # in order of arrival
         self.stored: collections.OrderedDict[tuple[str, str], tuple[int, bytes]] = collections.OrderedDict()
         self.messages: collections.deque[bytes] = collections.deque(maxlen=FEED_MESSAGES)  # ids, as in the feed
@@ -1140,15 +1160,10 @@ class Feed:
 
     def pace(self, member: Member, cid: str) -> None:
         """Takes a token out of the session's bucket. Raises Refused if there is none."""
-        rate = self.config.rate
-        if not rate:
+        if not self.config.rate:
             return
-        now = asyncio.get_running_loop().time()
-        member.tokens = min(max(1, rate * 5), member.tokens + (now - member.spent) * rate)
-        member.spent = now
-        if member.tokens < 1:
-            raise Refused("too-fast", cid=cid, retry_after=(1 - member.tokens) / rate)
-        member.tokens -= 1
+        if wait := self.paces.take(member.sid, asyncio.get_running_loop().time()):
+            raise Refused("too-fast", cid=cid, retry_after=wait)
 
     async def enter(self, sid: str, name: str) -> Member:
         """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
@@ -1166,7 +1181,7 @@ class Feed:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
         if self.room.roster.get(member.key) is member:
             written = asyncio.Event()
-            self.propose("left", member, lambda _: written.set(), text="logout", patience=math.inf)
+            self.propose("left", member, lambda _: written.set(), cid="~logout", text="logout", patience=math.inf)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
@@ -1495,7 +1510,7 @@ class Feed:
         self.rejoin_missing()
         gone: dict[float, list[str]] = {}
         for member, seconds in self.released.values():
-            if not member.listeners:
+            if not member.listeners and self.room.roster.get(member.key) is member:
                 gone.setdefault(seconds, []).append(member.key)
         released, self.released = self.released, {}
         try:
@@ -1576,7 +1591,7 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",
 }
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
-               "too-many-tabs": 4504, "unavailable": 1013}  # fmt: skip
+               "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 STATUSES = {"no-session": 401, "logout": 401, "password": 403, "taken": 409, "name-lost": 409, "too-long": 413,
             "too-fast": 429, "too-many-tabs": 429, "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
@@ -1600,6 +1615,7 @@ class Services(NamedTuple):
     addresses: Callable[[], list[str]]  # URLs for others on the network, the best first
     started: float  # in s of time.monotonic
     sockets: set[ChatSocket]  # all that are open, joined or not
+    logins: Paces  # by address
     wrong_passwords: collections.Counter[str]  # by address: those that wait for their refusal
 
 
@@ -1711,7 +1727,7 @@ class BaseHandler(tornado.web.RequestHandler):
         try:
             return self.request.body_arguments[name][-1].decode() if name in self.request.body_arguments else None
         except UnicodeDecodeError:
-            raise tornado.web.HTTPError(400) from None
+            raise Refused("bad-frame", "surrogate") from None
 
     def seen(self) -> Seen:
         """Where the client says it has been; a nonsense `after` is none."""
@@ -1743,8 +1759,7 @@ class BaseHandler(tornado.web.RequestHandler):
         taken = super().finish(chunk)
         if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
             connection: Any = self.request.connection
-            patience = self.services.config.answer_seconds * max(1, len(chunk or b"") / CHUNK_BYTES)
-            cut = asyncio.get_running_loop().call_later(patience, connection.stream.close)
+            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
             taken.add_done_callback(lambda _: cut.cancel())
         return taken
 
@@ -1879,15 +1894,26 @@ async def log_in(
 
     Another name that the browser had is given back: it can't talk under it any more.
     """
-    await check_password(services, password, address)
+    if session is None:  # else it has known the password
+        await check_password(services, password, address)
     name = clean_name(nickname) if nickname.strip() else ""
     if session and name and name_key(session.name) == name_key(name):
         await services.feed.enter(session.sid, session.name)
         return session
+    check_pace(services, address)
     new = await (enter_as(services, name) if name else enter_as_guest(services, address))
     if session and (member := services.room.sessions.get(session.sid)):
         await services.feed.exit(member)
     return new
+
+
+def check_pace(services: Services, address: str) -> None:
+    """Raises Refused if too many names come from there; not from this machine, where proxies and tests are."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(address).is_loopback:
+            return
+    if wait := services.logins.take(address, asyncio.get_running_loop().time()):
+        raise Refused("too-fast", retry_after=wait)
 
 
 async def enter_as(services: Services, name: str) -> Session:
@@ -1925,8 +1951,12 @@ class MessagesHandler(BaseHandler):
     listener: PollListener | None = None
     gone = False
 
+    def compute_etag(self) -> None:
+        """None: hashing answers that are never the same costs more than the rest of them."""
+
     def prepare(self) -> None:
         """Every error is JSON here."""
+        self.hung_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.request.headers["Accept"] = "application/json"
         super().prepare()
 
@@ -1962,6 +1992,7 @@ class MessagesHandler(BaseHandler):
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
         self.listener = PollListener(member)
         self.services.room.register(self.listener)
         try:
@@ -1978,6 +2009,8 @@ class MessagesHandler(BaseHandler):
         """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
         self.gone = True
+        if not self.hung_up.done():
+            self.hung_up.set_result(None)
         if self.listener:
             self.listener.news.set()
 
@@ -1991,9 +2024,27 @@ class MessagesHandler(BaseHandler):
         place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
         body = b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:])
         member.untaken += len(body)
-        with contextlib.suppress(tornado.iostream.StreamClosedError):
-            await self.answer(200, body)
-        member.untaken -= len(body)
+        try:
+            await self.hand_over(body)
+        finally:
+            member.untaken -= len(body)
+
+    async def hand_over(self, body: bytes) -> None:
+        """Answers, a piece when the one before is out: what lies in a stream that is cut off is kept for long."""
+        connection: Any = self.request.connection
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        while len(body) > CHUNK_BYTES:
+            self.write(body[:CHUNK_BYTES])
+            body = body[CHUNK_BYTES:]
+            out = asyncio.ensure_future(self.flush())
+            out.add_done_callback(asyncio.Future.exception)  # asked for, so that nobody logs it
+            await asyncio.wait(
+                {out, self.hung_up}, timeout=self.services.config.answer_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self.gone or not out.done():
+                connection.stream.close()
+                return
+        self.finish(body)
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
@@ -2559,6 +2610,7 @@ class Daemon:
             addresses=functools.partial(lan_urls, self.config, self.port),
             started=time.monotonic(),
             sockets=self.sockets,
+            logins=Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE),
             wrong_passwords=collections.Counter(),
         )
         self.server = tornado.httpserver.HTTPServer(
@@ -2823,6 +2875,8 @@ NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; 
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}] *")  # between two of them a row may end
+# What reading an answer may raise that no tornchat gave.
+GIBBERISH = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 class Ended(Exception):  # noqa: N818 - a fact, not an error
@@ -3061,6 +3115,8 @@ class Client:
             except UNREACHED as error:
                 if not self.epoch:
                     raise self.unreachable(error) from None
+            except GIBBERISH as error:
+                raise self.not_ours(error) from None
             self.connected = False
             delay = self.pause_after(code, reason)
             self.update()
@@ -3070,14 +3126,18 @@ class Client:
         """How many s to wait before the next try. Raises Ended if there is none."""
         if closed := self.words.get(f"js_closed_{code}"):
             raise Ended(closed.format(name=self.name))
-        if code == 4401 and self.let_in and reason != "logout":  # restarted without a lasting store
+        if code == 4401:  # restarted without a lasting store
+            if not self.let_in or reason == "logout":
+                raise Ended(self.words.get(f"login_why_{reason}", shown(reason)))
             self.let_in = False
-            return 0
-        if code == 4401:
-            raise Ended(self.words.get(f"login_why_{reason}", shown(reason)))
         self.restarting = self.restarting or code == 1001
         self.pause = min(RETRY_SECONDS, 2 * self.pause or RETRY_SECONDS / 10)
         return random.uniform(self.pause / 2, self.pause)
+
+    def not_ours(self, error: Exception) -> Ended:
+        """Whoever speaks like that is no tornchat."""
+        log.debug("it said something else", exc_info=error)
+        return Ended(self.words["term_no_room"].format(url=self.url, reason=type(error).__name__))
 
     def unreachable(self, error: Exception) -> Ended:
         """Why there is nothing to come back to."""
@@ -3464,6 +3524,8 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
         await client.log_in()
     except UNREACHED as error:
         raise client.unreachable(error) from None
+    except GIBBERISH as error:
+        raise client.not_ours(error) from None
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if terminal and environ.get("TERM") != "dumb" and hasattr(signal, "SIGWINCH"):
         client.view = Screen(client, config, colors=not environ.get("NO_COLOR"))
@@ -3687,7 +3749,7 @@ def configure_logging(config: Config) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(OneASecond())
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    level = logging.ERROR if config.join else logging.WARNING  # a client tells by itself what Tornado warns of
+    level = logging.CRITICAL if config.join else logging.WARNING  # a client tells by itself what Tornado complains of
     logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
@@ -4407,7 +4469,7 @@ const FINAL_CODES = [4403, 4409, 4429, 4504];
 const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
 const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
-const LINK_TAIL = /[.,;:!?)\]}*]+$/;
+const LINK_TAIL = '.,;:!?)]}*';
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
 const {words: lines} = document.body.dataset;
 const words = Object.fromEntries(lines.split('\n').map((line) => line.split('\t')));
@@ -4526,7 +4588,9 @@ function withFace(name, row) {
 }
 
 function linkTo(match) {  // what ends a sentence ends no address
-  const href = match.replace(LINK_TAIL, '');
+  let end = match.length;
+  while (LINK_TAIL.includes(match[end - 1])) end -= 1;
+  const href = match.slice(0, end);
   return [Object.assign(make('a', '', href), {href, target: '_blank', rel: 'noopener noreferrer'}),
     match.slice(href.length)];
 }
@@ -5163,6 +5227,7 @@ function openPolls(hear, ended) {
 
   async function ask(query, options) {
     const answer = await fetch(`messages${query}`, {...options, signal});
+    heard = Date.now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
