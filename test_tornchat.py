@@ -8190,6 +8190,36 @@ class TestTerminal:
         url = "http://example.org/" + "x" * 100
         assert f"    {url}" in tornchat.wrap(f"12:34 Ann: see {url} there", columns)
 
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            *("hello", "[]", "7", "{}", '{"type":"welcome"}', '{"type":"time","ts":"soon"}', b"\xff", "[" * 5000),
+            *('{"type":"message","seq":"x"}', '{"type":"joined","names":7,"count":1}', '{"type":"refused"}'),
+        ],
+    )
+    @transcript
+    async def test_gibberish(self, raw: str | bytes, memory_lan: Lan) -> None:
+        """A server that isn't the room's is told in one line, whatever it says."""
+
+        class Login(tornado.web.RequestHandler):
+            def post(self) -> None:
+                self.finish({"name": "Me"})
+
+        class Chat(tornado.websocket.WebSocketHandler):
+            def open(self, *args: str, **kwargs: str) -> None:
+                self.write_message(raw, binary=isinstance(raw, bytes))
+
+        application = tornado.web.Application([("/login", Login), ("/chat", Chat)], log_function=lambda handler: None)
+        server = tornado.httpserver.HTTPServer(application)
+        sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        server.add_sockets(sockets)
+        joined = await Joined.run(memory_lan, at=f"http://127.0.0.1:{sockets[0].getsockname()[1]}/")
+        code, out, err = await joined.ended()
+        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        assert "There is no tornchat at" in err
+        server.stop()
+        await server.close_all_connections()
+
     @transcript
     async def test_G10_attacks(self, memory_lan: Lan) -> None:
         """No byte of others steers the terminal or writes a line of somebody else's, whatever field it stands in."""

@@ -326,13 +326,13 @@ TILDES = "~\u02dc\u223c\u223d\u223f\u2053\u301c"
 # What could be mistaken for the room itself, in the languages that most people read; words that are also names of
 # people (Nizam, Musharraf) are not in it.
 RESERVED = (
-    "tornchat root system admin administrator host server moderator gastgeber systeem beheerder gastheer",
+    "tornchat room raum root system admin administrator host server moderator gastgeber systeem beheerder gastheer",
     "système administrateur hôte modérateur serveur sistema administrador anfitrión moderador servidor anfitrião",
     "amministratore moderatore sistem yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên",
     "система администратор админ модератор ведущий хост сервер адміністратор адмін ведучий σύστημα διαχειριστής",
     "النظام مدير المدير المشرف المضيف سیستم میزبان מערכת מנהל מארח सिस्टम प्रशासक व्यवस्थापक संचालक एडमिन होस्ट",
     "সিস্টেম অ্যাডমিন ระบบ ผู้ดูแล แอดมิน システム 管理者 管理人 司会 ホスト モデレーター サーバー",
-    "시스템 관리자 운영자 호스트 진행자 서버 방장 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器",
+    "시스템 관리자 운영자 호스트 진행자 서버 방장 房间 房間 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器",
 )
 
 
@@ -1471,7 +1471,7 @@ class Feed:
         self.writable = self.writable if writable is None else writable
         if self.room.set_available(self.readable and self.writable):
             if error:
-                log.error("the message store is away: %s", error or type(error).__name__, extra=EVERY_CHANGE)
+                log.error("the message store is away: %s", str(error) or type(error).__name__, extra=EVERY_CHANGE)
             else:
                 log.warning("the message store is back", extra=EVERY_CHANGE)
 
@@ -1865,6 +1865,7 @@ class LoginHandler(BaseHandler):
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
+            wrong_password=self.get_status() == 403,
             path=self.page_path(),
             kept=kept,
         )
@@ -4050,12 +4051,14 @@ LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
         {% if suggestion %}<span><bdi>{{ suggestion }}</bdi> {{ w["login_free"] }}</span>{% end %}</p>
       {% end %}
       <label for="nickname">{{ w["login_nickname"] }}</label>
-      <input id="nickname" name="nickname" value="{{ suggestion or nickname }}" maxlength="64" dir="auto" autofocus
-        autocomplete="nickname" autocapitalize="none" spellcheck="false" aria-describedby="hint">
+      <input id="nickname" name="nickname" value="{{ suggestion or nickname }}" maxlength="64" dir="auto"
+        {{ "" if wrong_password else "autofocus" }} autocomplete="nickname" autocapitalize="none"
+        spellcheck="false" aria-describedby="hint">
       <p class="hint" id="hint">{{ w["login_hint"] }}</p>
       {% if password_needed %}
       <label for="password">{{ w["login_password"] }}</label>
-      <input id="password" name="password" type="password" autocomplete="current-password" required>
+      <input id="password" name="password" type="password" autocomplete="current-password" required
+        {{ "autofocus" if wrong_password else "" }}>
       {% end %}
       <button>{{ w["login_submit"] }}</button>
     </form>
@@ -4468,7 +4471,7 @@ const COUNT_FROM = 200;           // characters left when the counter appears
 const FINAL_CODES = [4403, 4409, 4429, 4504];
 const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
-const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/g;
+const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/gi;
 const LINK_TAIL = '.,;:!?)]}*';
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
 const {words: lines} = document.body.dataset;
@@ -4634,7 +4637,7 @@ function foldButton(body) {
 function messageRow(name, text, ...foot) {
   const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
   body.classList.toggle('emoji', EMOJI.test(text));
-  if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
+  if (!projector && (text.length > FOLD[0] || text.split('\n').length > FOLD[1])) foot.unshift(foldButton(body));
   const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
@@ -4764,7 +4767,7 @@ function toBottom() {
 
 function onScroll() {  // the event of a jump to the bottom comes late: new rows may stand below by then
   const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-  following = below < BOTTOM_PX || (following && scroller.scrollTop > bottomTop - BOTTOM_PX);
+  following = projector || below < BOTTOM_PX || (following && scroller.scrollTop > bottomTop - BOTTOM_PX);
   showNewer();
 }
 
@@ -5334,6 +5337,7 @@ function adopt(socket) {
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
+  restarting &&= failures < 6;  // it would be back
   retryAt = Date.now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
@@ -5417,7 +5421,10 @@ newer.onclick = toBottom;
 scroller.onscroll = onScroll;
 scroller.onclick = () => { if (roster.classList.contains('open')) openRoster(false); };
 people.onclick = () => openRoster(!roster.classList.contains('open'));
-logout.onsubmit = clearShelf;
+logout.onsubmit = () => {
+  clearShelf();
+  link.close();  // or its end would be taken for a logout in another tab
+};
 themeChoice.onchange = () => chooseTheme(themeChoice.value);
 sound.onchange = wantSound;
 notify.onchange = wantPopUps;
