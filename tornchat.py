@@ -1727,7 +1727,7 @@ class BaseHandler(tornado.web.RequestHandler):
         try:
             return self.request.body_arguments[name][-1].decode() if name in self.request.body_arguments else None
         except UnicodeDecodeError:
-            raise Refused("bad-frame", "surrogate") from None
+            raise tornado.web.HTTPError(400) from None
 
     def seen(self) -> Seen:
         """Where the client says it has been; a nonsense `after` is none."""
