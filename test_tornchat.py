@@ -9330,7 +9330,7 @@ def bench_stalled(folder: Path, redis_url: str, count: int = 10_000, rate: float
         print(
             f"5 of 30 stop reading, {count} messages of 1 KB at {rate:.0f}/s: memory +{(most - before) / 1e6:.1f} MB;"
         )
-        print(f"  gone after {', '.join(f'{moment:.1f}' for moment in closed)} s (5 of it for their goodbye);")
+        print(f"  gone after {', '.join(f'{moment:.1f}' for moment in closed)} s (2 of it for their goodbye);")
         print(
             f"  the others' p99 {p99:.1f} ms, {p99_quiet:.1f} without them; {target.lines() - lines} lines in the log"
         )
