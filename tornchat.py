@@ -186,7 +186,7 @@ class Config:
     goodbye_seconds: float = 2  # for a client to take our close code and answer it
     header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
     body_seconds: float = 10  # for its body
-    answer_seconds: float = 30  # for the client to take the answer; the longest has 1.6 MB
+    answer_seconds: float = 30  # for the client to take the answer, or 64 KB of a long one
 
 
 # === Messages and names ===============================================================================================
@@ -877,7 +877,7 @@ class Paces:
         """Takes a token; how many s to wait for one, if there is none."""
         tokens, then = self.buckets.pop(name, (self.burst, now))
         tokens = min(self.burst, tokens + (now - then) * self.rate)
-        self.buckets[name] = max(tokens - 1, 0) if tokens >= 1 else tokens, now
+        self.buckets[name] = tokens - (tokens >= 1), now
         if len(self.buckets) > PACES:
             self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
@@ -1956,7 +1956,8 @@ class MessagesHandler(BaseHandler):
         """None: hashing answers that are never the same costs more than the rest of them."""
 
     def prepare(self) -> None:
-        """Every error is JSON here."""
+        """Every answer is JSON here, errors too."""
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
         self.hung_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.request.headers["Accept"] = "application/json"
         super().prepare()
@@ -2033,7 +2034,6 @@ class MessagesHandler(BaseHandler):
     async def hand_over(self, body: bytes) -> None:
         """Answers, a piece when the one before is out: what lies in a stream that is cut off is kept for long."""
         connection: Any = self.request.connection
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
         while len(body) > CHUNK_BYTES:
             self.write(body[:CHUNK_BYTES])
             body = body[CHUNK_BYTES:]
@@ -2055,7 +2055,8 @@ class MessagesHandler(BaseHandler):
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
-        self.answer(201, encode_message(stored).json)
+        self.set_status(201)
+        self.finish(encode_message(stored).json)
         self.release(member)
 
     def fields(self) -> Mapping[str, Any]:
@@ -2064,12 +2065,6 @@ class MessagesHandler(BaseHandler):
             return parse_object(self.request.body)
         values = {name: self.field(name) for name in ("text", "cid")}
         return {name: value for name, value in values.items() if value is not None}
-
-    def answer(self, status: int, body: bytes) -> asyncio.Future[None]:
-        """JSON that is encoded already; the result is there when it has been taken."""
-        self.set_status(status)
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-        return self.finish(body)
 
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
