@@ -33,7 +33,6 @@ No test sleeps to let something happen. "Nothing came" is proven by a barrier: w
 from __future__ import annotations
 
 import argparse
-import ast
 import asyncio
 import bisect
 import concurrent.futures
