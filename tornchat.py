@@ -30,8 +30,8 @@ two requests. POST /messages (text=hi, cid=...) answers with the stored message,
 GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Terminal client, Command line,
-  Pages
+  Limits and settings, Messages and names, Store, Room, Feed, Presence, Handlers, Application, Terminal client,
+  Command line, Pages
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ import time
 import unicodedata
 import urllib.parse
 import zoneinfo
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 try:
@@ -94,7 +94,7 @@ try:
     import tornado.websocket
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError, WatchError
+    from redis.exceptions import RedisError, ResponseError, WatchError
 except ModuleNotFoundError as missing:
     sys.exit(f"tornchat needs the package {missing.name}: python -m pip install tornado redis fakeredis")
 
@@ -113,11 +113,20 @@ NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on
 NAME_CODEPOINTS = 64
 PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
+RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages; the newest 100 stay in any case
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
-FEED_NOTICES = 1000  # joined, left, opened in the store: they must never push a message out
-INDEX_MESSAGES = 10_000  # (sid, cid) remembered against doubles (G4)
+FEED_BYTES = 32 * 1024 * 1024  # in the store
+FEED_NOTICES = 1000  # entries of joined and left in the store: they must never push a message out
+FEED_SLACK = 0.05  # by so much may the feed outgrow its limits: it is trimmed now and then, not with every message
+INDEX_EVENTS = 10_000  # (sid, cid) remembered against doubles (G4)
 OUTBOX_PROPOSALS = 1000  # waiting for the store; more are refused at once
-GROUP_PROPOSALS = 256  # committed in one transaction: about 10 ms of fakeredis
+GROUP_EVENTS = 256  # proposals committed in one entry ...
+ENTRY_CHARS = 64 * 1024  # ... or as many as have so much text: an entry of 256 KB comes in time over a slow line
+GATHER_TURNS = 3  # of the loop, for more to come while many talk: about 0.1 ms
+READ_ENTRIES = 256  # at a time
+PAGE_BYTES = 128 * 1024  # of the feed, read at a time: 0.3 s over 4 Mbit/s
+WISHES = 1000  # entries of the stream in which daemons help each other
+YOUNG_SECONDS = 3  # a Redis that has been up for less may not have seen all daemons back
 BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener (G5) ...
 BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come back when it can
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, which would hold 3 MB for a client that doesn't read
@@ -181,6 +190,8 @@ class Config:
     block_seconds: float = 1  # the reader's wait for news; must stay below the silence
     silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
+    repair_seconds: float = 1.5  # for other daemons to put back what the store forgot: they look once a tick
+    name_seconds: float = 600  # a name stays with its session after it left the roster (G7)
     drain_seconds: float = 2  # for stopping in order
     guess_seconds: float = 1  # until a wrong password is refused
     goodbye_seconds: float = 2  # for a client to take our close code and answer it
@@ -402,42 +413,47 @@ def variants(name: str) -> Iterable[str]:
                 break
 
 
-class Event(NamedTuple):
-    """One entry of the feed: a `message`, or a notice (`joined`, `left`, `opened`), which leaves `seq` as it was.
+Place = tuple[int, int, int]  # of an event in the feed: its entry's id, and which of its events it is
+NOWHERE: Place = (0, 0, 0)
+END_OF_ENTRY = 999_999  # behind the last event of any entry
+LOGOUT = "logout"  # text of a `left` that gives its name back
 
-    `left` has the text "logout" where the name was given back. `id` is the store's, "<ms>-<n>".
-    """
+
+class Event(NamedTuple):
+    """What happened, as the feed keeps it: a `message`, or a notice (`joined`, `left`), which has the seq before it."""
 
     type: str
     seq: int
-    epoch: str
+    ts: int  # the store's clock, in ms, as the daemon that committed it carried it on; never before that of another
     sid: str = ""
     cid: str = ""
     name: str = ""
     text: str = ""
-    id: bytes = b""
-
-    @property
-    def ts(self) -> int:
-        """The store's clock when it took the event, in ms."""
-        return int(self.id.partition(b"-")[0])
-
-    def fields(self) -> dict[bytes, bytes]:
-        """As it is stored."""
-        return dict(zip(FIELDS, (str(value).encode() for value in self[:-1]), strict=True))
-
-    @classmethod
-    def decode(cls, id: bytes, fields: Mapping[bytes, bytes]) -> Event | None:
-        """The event of a stored entry, or None for an entry that no tornchat wrote."""
-        try:
-            type, seq, epoch, sid, cid, name, text = (fields[field].decode() for field in FIELDS)
-            event = cls(type, int(seq), epoch, sid, cid, name, text, id)
-        except (KeyError, ValueError):
-            return None
-        return event if type in ("message", "joined", "left", "opened") and event.seq >= 0 else None
+    place: Place = NOWHERE  # isn't stored
 
 
-FIELDS = tuple(field.encode() for field in Event._fields[:-1])
+FIELDS = Event._fields[:-1]
+
+
+def encode_events(events: Iterable[Event]) -> bytes:
+    """The field `events` of an entry: a JSON array."""
+    return to_json([dict(zip(FIELDS, event, strict=False)) for event in events]).encode()
+
+
+def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
+    """The events of the entry with that id; none for one that no tornchat wrote."""
+    try:
+        events = [Event(**fields, place=(*id, n)) for n, fields in enumerate(json.loads(raw))]
+    except (ValueError, TypeError, RecursionError):
+        return []
+    return events if all(map(is_event, events)) else []
+
+
+def is_event(event: Event) -> bool:
+    """Whether what was read is one."""
+    type, seq, ts, *texts, _ = event
+    numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
+    return type in ("message", "joined", "left") and numbers and all(isinstance(text, str) for text in texts)
 
 
 def shown(text: str) -> str:
@@ -463,22 +479,31 @@ def ws_frame(payload: bytes, opcode: int = 0x1) -> bytes:
 PING = ws_frame(b"", 0x9)
 
 
-class Encoded(NamedTuple):
-    """An event as WebSocket frames, made once and sent to everybody as they are; `line` is b"" if it has no words."""
+class Encoded:
+    """An event as a WebSocket frame, made once and sent to everybody as it is."""
 
-    frame: bytes  # JSON
-    line: bytes  # for the subprotocol `text`
+    __slots__ = ("frame", "plain")
+
+    def __init__(self, frame: bytes, plain: bytes | None = None) -> None:
+        self.frame, self.plain = frame, plain
 
     @property
     def json(self) -> bytes:
         """The JSON alone, for answers of HTTP."""
         return self.frame[{126: 4, 127: 10}.get(self.frame[1], 2) :]
 
+    @property
+    def line(self) -> bytes:
+        """The frame for the subprotocol `text`, made when it is first needed; b"" if the event has no words."""
+        if self.plain is None:
+            line = STEERING.sub("", line_of(json.loads(self.json)))
+            self.plain = ws_frame(line.encode()) if line else b""
+        return self.plain
+
 
 def encode(event: Mapping[str, Any]) -> Encoded:
-    """Both encodings of an event that is given as its JSON object."""
-    line = STEERING.sub("", line_of(event))
-    return Encoded(ws_frame(to_json(event).encode()), ws_frame(line.encode()) if line else b"")
+    """An event that is given as its JSON object."""
+    return Encoded(ws_frame(to_json(event).encode()))
 
 
 def line_of(event: Mapping[str, Any]) -> str:
@@ -515,53 +540,59 @@ def encode_store(available: bool) -> Encoded:
 
 
 # === Store ============================================================================================================
-# The only section that knows Redis; fakeredis in this process is the same code. One stream, `feed`, is the truth.
-# Nothing here retries or keeps anything: a lost reply may mean "done", so the Feed reads before it tries again.
+# The only section that knows Redis; fakeredis in this process is the same code. One stream, `feed`, is the truth. Its
+# entry is one commit, with an id that we make: Redis refuses one that isn't above its newest, so that XADD alone is the
+# compare-and-append. Nothing here tries twice: a lost reply may mean "done", so the Feed looks before it tries again.
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Entry = tuple[bytes, dict[bytes, bytes]]
+Id = tuple[int, int]  # "<ms>-<n>": n counts the commits, ms is the store's clock when the history began
 
 STORE_ERRORS = (RedisError, OSError)  # away, silent, full, read-only, or holding something that isn't ours
+OVERTAKEN = "equal or smaller"  # in the words of Redis, for an id that isn't above its newest
 
 
-class Rewound(Exception):  # noqa: N818 - a fact about the feed
-    """The feed isn't the one that was read so far: flushed, rolled back or replaced."""
+class Entry(NamedTuple):
+    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it."""
+
+    id: Id
+    raw: bytes
 
 
-class Snapshot(NamedTuple):
-    """All that the store holds, read in one transaction. `roster` is key -> (sid, name)."""
-
-    last: bytes
-    events: list[Event]
-    roster: dict[str, tuple[str, str]]
-
-
-class Changes(NamedTuple):
-    """What one transaction does: append events, forget the oldest messages and notices, and leases of nobody."""
-
-    events: list[Event]
-    keep_from: bytes = b""
-    delete: Sequence[bytes] = ()
-    strays: Sequence[str] = ()
-
-
-def id_order(id: bytes) -> tuple[int, int]:
-    """A key that sorts stream ids, which as bytes don't: b"9-0" comes before b"10-0"."""
+def parse_id(id: bytes) -> Id:
     ms, _, n = id.partition(b"-")
-    return int(ms), int(n or 0)
+    return int(ms), int(n)
 
 
-def connect(config: Config) -> Any:
-    """A client of the Redis that was asked for, or of one in this process. Raises ValueError for a malformed URL."""
+def id_text(id: Id) -> str:
+    return f"{id[0]}-{id[1]}"
+
+
+def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
+    return [Entry(parse_id(id), fields.get(b"events", b"")) for id, fields in found]
+
+
+def connect(config: Config) -> Callable[..., Any]:
+    """What makes clients of the Redis that was asked for, or of one in this process. Raises ValueError for a malformed
+    URL.
+    """
     if not config.redis_url:
-        return fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(), protocol=2, socket_timeout=None)
-    return redis.asyncio.Redis.from_url(
+        return functools.partial(
+            fakeredis.FakeAsyncRedis, server=fakeredis.FakeServer(), protocol=2, socket_timeout=None
+        )
+    return functools.partial(
+        redis.asyncio.Redis.from_url,
         config.redis_url,
+        client_name=client_prefix(config.room) + secrets.token_hex(4),
         protocol=2,
         retry=Retry(NoBackoff(), 0),  # its own retries would write a message once more for each lost reply
         socket_timeout=None,  # its own time-outs cost a task a command; `bounded` has one timer for all of a call
     )
+
+
+def client_prefix(room: str) -> str:
+    """How the connections of a room's daemons are called, so that they see each other; Redis takes ASCII only."""
+    return f"tornchat-{hashlib.sha256(room.encode()).hexdigest()[:8]}-"
 
 
 def bounded(
@@ -571,7 +602,6 @@ def bounded(
 
     @functools.wraps(method)
     async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The method, in time."""
         async with asyncio.timeout(self.config.silence_seconds):
             return await method(self, *args, **kwargs)
 
@@ -581,106 +611,213 @@ def bounded(
 class Store:
     """The keys of one room under `tornchat:{room}:` and the few commands on them. Every method raises STORE_ERRORS.
 
-    feed     the stream of events; ids are the store's clock
-    names    hash: a member's key -> "sid name"; changes only together with the feed, so that it is its sum
+    feed     the stream of entries, each one commit
+    wishes   a stream of events that a daemon far away asks the others to commit for it
+    names    hash: a member's key -> "sid name": the roster, written after the feed and never ahead of it
     leases   sorted set: a member's key -> when it lapses, in ms of the store's clock
+    state    hash: `epoch`, the name of the history
     secret   signs the cookies of all daemons
     """
 
-    def __init__(self, client: Any, config: Config) -> None:
-        self.redis, self.config = client, config  # Any: redis-py's types leave open what this protocol returns
+    def __init__(self, client: Callable[..., Any], config: Config) -> None:
+        self.config = config
+        self.shared = bool(config.redis_url)  # others may write as well
+        self.redis = client()
+        self.reading = client(single_connection_client=True)  # blocks most of the time
+        self.appending = client(single_connection_client=True)  # see `append`
         prefix = f"tornchat:{{{config.room}}}:"  # the braces keep all keys in one slot of a Cluster
-        self.feed, self.names = prefix + "feed", prefix + "names"
-        self.leases, self.secret = prefix + "leases", prefix + "secret"
+        self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
+        self.leases, self.state, self.secret = prefix + "leases", prefix + "state", prefix + "secret"
         self.clock_ahead = 0.0  # of time.monotonic, in ms
 
+    # --- the feed ---
+
     @bounded
-    async def load(self) -> Snapshot:
-        """The whole feed and the roster that belongs to it."""
+    async def append(self, entry: Entry, keep_from: Id | None = None) -> bool:
+        """Appends an entry, and forgets those before `keep_from`. False: the feed is gone, or others were first.
+
+        Only on the connection of the last `newest`: behind a new one the feed may have gone back to an older state,
+        which would take the entry all the same.
+        """
+        connection = self.appending.connection
+        if connection is None or not connection.is_connected:
+            raise redis.exceptions.ConnectionError("the connection was lost")
+        trim = ("MINID", "~", id_text(keep_from)) if keep_from else ()
+        try:
+            done = await self.appending.execute_command(
+                "XADD", self.feed, "NOMKSTREAM", *trim, id_text(entry.id), "events", entry.raw
+            )
+        except ResponseError as error:
+            if OVERTAKEN in str(error):
+                return False
+            raise
+        return done is not None
+
+    @bounded
+    async def newest(self) -> Entry | None:
+        """The newest entry of the feed, None if there is no feed. `raw` is b"" where it has been deleted since."""
+        try:
+            about = await self.appending.xinfo_stream(self.feed)
+        except ResponseError as error:
+            if "no such key" in str(error):
+                return None
+            raise
+        newest = parse_id(about["last-generated-id"])
+        last = parse_entries([about["last-entry"]] if about["last-entry"] else [])
+        return last[0] if last and last[0].id == newest else Entry(newest, b"")
+
+    @bounded
+    async def read(self, since: Id) -> list[Entry]:
+        """Some of the entries from `since` on, that one included if it is still there."""
+        return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
+
+    async def pages(self) -> AsyncIterator[list[Entry]]:
+        """The feed from its newest entry back to its oldest, in pages that come in time over a slow line, too."""
+        before, count = "+", 8
+        while True:
+            try:
+                page = await self.page(before, count)
+            except TimeoutError:
+                if count == 1:
+                    raise
+                count = max(1, count // 8)
+                continue
+            if not page:
+                return
+            yield page
+            before = "(" + id_text(page[-1].id)
+            size = sum(len(entry.raw) for entry in page)
+            count = max(1, min(count * PAGE_BYTES // (size + 1), 4 * count, READ_ENTRIES))
+
+    @bounded
+    async def page(self, before: str, count: int) -> list[Entry]:
+        return parse_entries(await self.redis.xrevrange(self.feed, max=before, count=count))
+
+    @bounded
+    async def follow(self, last: Id, wish: bytes) -> tuple[list[Entry], list[tuple[bytes, bytes]]]:
+        """Waits a moment for entries after `last` and for wishes after the one with the id `wish`: (id, events)."""
+        streams = {self.feed: id_text(last), self.wishes: wish}
+        found = dict(
+            await self.reading.xread(streams, count=READ_ENTRIES, block=int(self.config.block_seconds * 1000)) or []
+        )
+        wishes = found.get(self.wishes.encode(), [])
+        return parse_entries(found.get(self.feed.encode(), [])), [(id, raw.get(b"events", b"")) for id, raw in wishes]
+
+    @bounded
+    async def wish(self, raw: bytes) -> None:
+        """Asks the other daemons to commit these events."""
+        await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
+
+    @bounded
+    async def delete(self, ids: Sequence[Id]) -> None:
+        """Takes entries out of the feed."""
+        await self.redis.xdel(self.feed, *map(id_text, ids))
+
+    # --- beginning, and putting back what was forgotten ---
+
+    @bounded
+    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]]]:
+        """The epoch, "" if there is none, and the roster: key -> (sid, name)."""
         async with self.redis.pipeline() as pipe:
-            pipe.xrange(self.feed).hgetall(self.names)
-            entries, names = await pipe.execute()
-        events = [event for entry in entries if (event := Event.decode(*entry))]
-        roster = {key.decode(errors="replace"): split_name(value) for key, value in names.items()}
-        return Snapshot(entries[-1][0] if entries else b"", events, roster)
+            epoch, names = await pipe.hget(self.state, "epoch").hgetall(self.names).execute()
+        return (epoch or b"").decode(), {
+            key.decode(errors="replace"): split_name(value) for key, value in names.items()
+        }
+
+    @bounded
+    async def open_epoch(self, began: int) -> None:
+        """Begins a history in an empty feed, unless another daemon was first."""
+        async with self.redis.pipeline() as pipe:
+            await pipe.watch(self.feed)
+            if await pipe.exists(self.feed):
+                return
+            pipe.multi()
+            pipe.delete(self.names).hset(self.state, "epoch", str(began))
+            pipe.xadd(self.feed, {"events": "[]"}, id=id_text((began, 1)))
+            with contextlib.suppress(WatchError):
+                await pipe.execute()
+
+    @bounded
+    async def put_back(self, entries: Sequence[Entry]) -> None:
+        """Appends entries under the ids that they had; those that others have put back already are left out."""
+        pipe = self.redis.pipeline(transaction=False)
+        for entry in entries:
+            pipe.xadd(self.feed, {"events": entry.raw}, id=id_text(entry.id))
+        for error in await pipe.execute(raise_on_error=False):
+            if isinstance(error, Exception) and OVERTAKEN not in str(error):
+                raise error
+
+    @bounded
+    async def put_back_state(self, epoch: str, secret: str, names: Mapping[str, str]) -> None:
+        """Epoch, secret ("": one that stays out of the store) and roster; a name without a lease gets one."""
+        async with self.redis.pipeline() as pipe:
+            pipe.hset(self.state, "epoch", epoch).delete(self.names)
+            if secret:
+                pipe.set(self.secret, secret, nx=True)
+            if names:
+                pipe.hset(self.names, mapping=dict(names))
+                pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
+            await pipe.execute()
 
     @bounded
     async def keep_secret(self, secret: str) -> str:
         """The room's secret: this one, unless there is one already."""
-        await self.redis.set(self.secret, secret, nx=True)
         kept: bytes | None = await self.redis.get(self.secret)
+        if kept is None:
+            await self.redis.set(self.secret, secret, nx=True)
+            kept = await self.redis.get(self.secret)
         return kept.decode(errors="replace") if kept else secret
 
     @bounded
-    async def next_id(self, last: bytes) -> bytes | None:
-        """Waits a moment for an entry after `last`; its id, or None."""
-        found = await self.redis.xread({self.feed: last}, count=1, block=int(self.config.block_seconds * 1000))
-        next_id: bytes | None = found[0][1][0][0] if found else None
-        return next_id
+    async def server(self) -> tuple[str, float]:
+        """Which Redis answers, another one after each start, and its age in s; ("", 0) where it won't tell."""
+        try:
+            about = await self.redis.info("server")
+        except ResponseError:
+            return "", 0
+        return about["run_id"], about["uptime_in_seconds"]
 
     @bounded
-    async def since(self, last: bytes) -> list[Entry]:
-        """The entries after `last`. Raises Rewound if that one is gone."""
-        return after_last(await self.redis.xrange(self.feed, min=last), last)
+    async def has_company(self) -> bool:
+        """Whether another daemon of this room is connected, or may be."""
+        try:
+            names = {client["name"] for client in await self.redis.client_list()}
+            names.discard(await self.redis.client_getname())
+        except ResponseError:  # we may not ask
+            return True
+        return any(name.startswith(client_prefix(self.config.room)) for name in names)
+
+    # --- names and leases ---
 
     @bounded
-    async def compare_and_append(
-        self, last: bytes, decide: Callable[[list[Entry], set[str]], Changes], *, sweep: bool = False
-    ) -> list[bytes]:
-        """Appends what `decide` makes of the entries after `last` and the lapsed keys; the ids of the new entries.
-
-        Nothing comes between those entries and the new ones. Raises Rewound, and WatchError when another daemon was
-        first. After any other of STORE_ERRORS it may have been written all the same: look, then try again.
-        """
+    async def write_names(self, names: Mapping[str, str | None]) -> None:
+        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it."""
         async with self.redis.pipeline() as pipe:
-            await pipe.watch(self.feed, *([self.leases] if sweep else []))
-            newer = after_last(await pipe.xrange(self.feed, min=last), last)
-            lapsed = await pipe.zrangebyscore(self.leases, "-inf", self.now()) if sweep else []
-            changes = decide(newer, {key.decode(errors="replace") for key in lapsed})
-            if not changes.events and not changes.strays:
-                return []
-            pipe.multi()
-            self.write(pipe, changes)
-            ids: list[bytes] = (await pipe.execute())[: len(changes.events)]
-            return ids
-
-    def write(self, pipe: Any, changes: Changes) -> None:
-        """The commands of one transaction; the appends come first."""
-        for event in changes.events:
-            pipe.xadd(self.feed, event.fields(), minid=changes.keep_from or None)
-        for event in changes.events:
-            key = name_key(event.name)
-            if event.type == "joined":
-                pipe.hset(self.names, key, f"{event.sid} {event.name}")
-                pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
-            elif event.type == "left":
-                pipe.hdel(self.names, key)
-                pipe.zrem(self.leases, key)
-        if changes.delete:
-            pipe.xdel(self.feed, *changes.delete)
-        if changes.strays:
-            pipe.zrem(self.leases, *changes.strays)
-
-    @bounded
-    async def reopen(self, last: bytes, opened: Event, roster: Iterable[Member], secret: str) -> None:
-        """Begins a new epoch after `last` (b"": no entry), and puts back what a flush or a rollback took.
-
-        Raises WatchError when another daemon was first.
-        """
-        async with self.redis.pipeline() as pipe:
-            await pipe.watch(self.feed)
-            newest = await pipe.xrevrange(self.feed, count=1)
-            if (newest[0][0] if newest else b"") != last:
-                raise WatchError
-            pipe.multi()
-            pipe.xadd(self.feed, opened.fields())
-            pipe.delete(self.names)
-            if secret:
-                pipe.set(self.secret, secret)
-            for member in roster:
-                pipe.hset(self.names, member.key, f"{member.sid} {member.name}")
-                pipe.zadd(self.leases, {member.key: self.lapses_in(self.config.lease_seconds)})
+            for key, value in names.items():
+                if value is None:
+                    pipe.hdel(self.names, key).zrem(self.leases, key)
+                else:
+                    pipe.hset(self.names, key, value)
+                    pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
             await pipe.execute()
+
+    @bounded
+    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
+        """Sets these leases, or those of them that are missing."""
+        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
+            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
+            await self.redis.zadd(self.leases, scores, nx=missing)
+
+    @bounded
+    async def lapsed(self) -> set[str]:
+        """The keys of the leases that are over."""
+        return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
+
+    @bounded
+    async def drop_leases(self, keys: Iterable[str]) -> None:
+        await self.redis.zrem(self.leases, *keys)
+
+    # --- the clock ---
 
     @bounded
     async def read_clock(self) -> float:
@@ -698,31 +835,12 @@ class Store:
         return int(self.clock_ahead + time.monotonic() * 1000)
 
     def lapses_in(self, seconds: float) -> int:
-        """The score of a lease."""
         return self.now() + int(seconds * 1000)
-
-    @bounded
-    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
-        """Sets these leases, or those of them that are missing."""
-        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
-            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
-            await self.redis.zadd(self.leases, scores, nx=missing)
-
-    @bounded
-    async def any_lapsed(self) -> bool:
-        """Whether there are leases that are over."""
-        return bool(await self.redis.zcount(self.leases, "-inf", self.now()))
 
     async def close(self) -> None:
         """Gives the connections back."""
-        await self.redis.aclose()
-
-
-def after_last(entries: list[Entry], last: bytes) -> list[Entry]:
-    """Of entries read from `last` on, those behind it. Raises Rewound if it isn't among them."""
-    if not entries or entries[0][0] != last:
-        raise Rewound
-    return entries[1:]
+        for client in (self.redis, self.reading, self.appending):
+            await client.aclose()
 
 
 def split_name(value: bytes) -> tuple[str, str]:
@@ -769,10 +887,10 @@ class Listener(Protocol):
         """Time to show a sign of life and to ask for one; `now` in s of the loop's clock."""
 
     def refuse(self, refused: Refused) -> None:
-        """For this one only: why its wish wasn't done."""
+        """For this one only: why its request was rejected."""
 
     def shut(self, code: int, reason: str) -> None:
-        """The end, with a close code."""
+        """Close this connection, with a WebSocket close code and a reason."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -791,20 +909,28 @@ class Member:
 
 
 class Ring:
-    """The newest messages with their encodings, by seq."""
+    """The newest messages as they are sent, by seq, without a hole: at most `size`, and RING_BYTES, but `least`."""
 
-    def __init__(self, size: int) -> None:
-        self.kept: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=size)
+    def __init__(self, size: int, least: int) -> None:
+        self.size, self.least, self.bytes = size, least, 0
+        self.kept: collections.deque[tuple[int, Encoded]] = collections.deque()  # ts and message, oldest first
+        self.last = 0  # seq of the newest
 
     def append(self, event: Event) -> Encoded:
-        """Takes the next message, encoded; the oldest one falls out."""
+        """Takes the next message, encoded. One that isn't the next begins anew."""
+        if event.seq != self.last + 1:
+            self.clear()
         encoded = encode_message(event)
-        self.kept.append((event, encoded))
+        self.last = event.seq
+        self.kept.append((event.ts, encoded))
+        self.bytes += len(encoded.frame)
+        while len(self.kept) > self.size or (self.bytes > RING_BYTES and len(self.kept) > self.least):
+            self.bytes -= len(self.kept.popleft()[1].frame)
         return encoded
 
     def clear(self) -> None:
-        """Forgets all."""
         self.kept.clear()
+        self.bytes = 0
 
     def newest(self, count: int) -> list[Encoded]:
         """The last `count`, oldest first."""
@@ -812,14 +938,12 @@ class Ring:
 
     def after(self, seq: int) -> list[Encoded] | None:
         """All that came after `seq`, oldest first; None if the first of them has fallen out."""
-        if self.kept and self.kept[0][0].seq > seq + 1:
-            return None
-        return self.newest(len(self.kept) - bisect.bisect_right(self.kept, seq, key=lambda kept: kept[0].seq))
+        return self.newest(self.last - seq) if self.last - seq <= len(self.kept) else None
 
-    def find(self, seq: int) -> Event | None:
-        """The message of that number, if it is still here."""
-        at = bisect.bisect_left(self.kept, seq, key=lambda kept: kept[0].seq)
-        return self.kept[at][0] if at < len(self.kept) and self.kept[at][0].seq == seq else None
+    def find(self, seq: int) -> tuple[int, Encoded] | None:
+        """ts and message of that number, if it is still here."""
+        at = len(self.kept) - 1 - (self.last - seq)
+        return self.kept[at] if 0 <= at < len(self.kept) else None
 
 
 class Owed(NamedTuple):
@@ -832,10 +956,11 @@ class Owed(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Where somebody who comes back has been: all up to `after` of that epoch; None: nowhere yet."""
+    """The resume point of a client: all up to the message `after` of that epoch. None: a newcomer."""
 
     after: int | None = None
     epoch: str = ""
+    at: int | None = None  # ts of that message: another one of the same number is another history
 
 
 NEWCOMER = Seen()
@@ -844,18 +969,18 @@ NEWCOMER = Seen()
 class Cursor(NamedTuple):
     """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
 
-    id: bytes  # of an event in the feed: any daemon understands it
+    place: Place  # of an event in the feed: any daemon understands it
     available: bool
 
     def __str__(self) -> str:
         """As a client keeps it."""
-        return self.id.decode() + ("" if self.available else "!")
+        return "-".join(map(str, self.place)) + ("" if self.available else "!")
 
     @classmethod
     def parse(cls, text: str) -> Cursor | None:
         """What a client gives back; None if it is none of ours."""
-        match = re.fullmatch(r"([0-9]{1,15}-[0-9]{1,15})(!?)", text)
-        return cls(match[1].encode(), not match[2]) if match else None
+        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
+        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
 
 
 class News(NamedTuple):
@@ -883,33 +1008,48 @@ class Paces:
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
 
 
+class History(NamedTuple):
+    """All that a daemon starts from: the feed's end, its newest events, and the roster as it was before them."""
+
+    epoch: str
+    last: Id
+    seq: int
+    events: list[Event]  # oldest first
+    roster: Mapping[str, tuple[str, str]]  # key -> (sid, name)
+
+
 class Room:
     """The sum of the feed: ring, roster, and the listeners of this daemon."""
 
-    def __init__(self, title: str, history: int) -> None:
-        self.title, self.history = title, history
-        self.epoch, self.seq = "", 0
-        self.last = self.notices_after = b""  # ids: of the newest event, and of that before the first of the notices
-        self.ring = Ring(max(RING_MESSAGES, history))
+    def __init__(self, config: Config) -> None:
+        self.config, self.history = config, config.history
+        self.epoch, self.seq, self.ts = "", 0, 0  # seq and ts of the newest message and event
+        self.place = self.notices_after = NOWHERE  # of the newest event, and of that before the first of the notices
+        self.ring = Ring(max(RING_MESSAGES, self.history), max(100, self.history))
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
+        self.kept_names: dict[
+            str, tuple[str, int]
+        ] = {}  # key -> sid of who left it, and till when, in ms; in this order
         self.listeners: set[Listener] = set()
         self.available = True
 
+    # --- listeners ---
+
     def join(self, listener: Listener, seen: Seen = NEWCOMER) -> None:
-        """Tells a listener what it is owed, and registers it: no event falls between the two."""
-        self.tell(listener, seen)
+        """Replays to a listener what it is owed, and registers it: no event falls between the two."""
+        self.replay(listener, seen)
         self.register(listener)
 
     def register(self, listener: Listener) -> None:
-        """From now on this listener hears all that comes."""
+        """From now on this listener gets all that comes."""
         self.listeners.add(listener)
         listener.member.listeners.append(listener)
         self.sessions[listener.member.sid] = listener.member
 
-    def tell(self, listener: Listener, seen: Seen) -> None:
-        """What a listener hears first."""
+    def replay(self, listener: Listener, seen: Seen) -> None:
+        """The welcome, and the messages that came after the resume point."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
         listener.replay([*self.greeting(listener.member, owed), *owed.events])
@@ -928,55 +1068,78 @@ class Room:
         if not member.listeners and self.roster.get(member.key) is not member:
             self.sessions.pop(member.sid, None)
 
+    def send(self, batch: Batch) -> None:
+        """The only way out to everybody. A listener that can't keep up deals with it by itself."""
+        for listener in tuple(self.listeners):
+            listener.send(batch)
+
+    def set_available(self, available: bool) -> bool:
+        """Tells everybody when the store goes away or comes back; whether that is news."""
+        if news := available != self.available:
+            self.available = available
+            self.send(Batch(encode_store(available)))
+        return news
+
+    # --- what somebody is owed who comes, or comes back ---
+
     def owed(self, seen: Seen) -> Owed:
-        """What somebody has to hear who has been there."""
-        after, epoch = seen
-        if after is None:
+        """What somebody has to be told who has seen that."""
+        if seen.after is None:
             return Owed(self.ring.newest(self.history))
-        if epoch not in ("", self.epoch) or after > self.seq:
+        if not self.is_ours(seen):
             return Owed(self.ring.newest(self.history), reset=True)
-        events = self.ring.after(after)
+        events = self.ring.after(seen.after)
         if events is None or len(events) > RING_MESSAGES:
             events = self.ring.newest(self.history)
-        missed = self.seq - after - len(events)
+        missed = self.seq - seen.after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
 
+    def is_ours(self, seen: Seen) -> bool:
+        """Whether a resume point belongs to this history, as far as can be told."""
+        if seen.after is None or self.is_ahead(seen):
+            return False
+        found = self.ring.find(seen.after)
+        return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found[0] == seen.at)
+
+    def is_ahead(self, seen: Seen) -> bool:
+        """Whether a resume point is behind what this daemon knows: the store may know more."""
+        return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
+
     def news(self, member: Member, seen: Seen, cursor: Cursor | None) -> News:
-        """What a poller has to hear, in the feed's order; a greeting first where it can't be told the rest alone."""
+        """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
         owed = self.owed(seen)
         events: list[Encoded] = []
-        if not owed.recovered or cursor is None or id_order(cursor.id) < id_order(self.notices_after):
+        if not owed.recovered or cursor is None or cursor.place < self.notices_after:
             events, cursor = self.greeting(member, owed), self.cursor
         first = self.seq - len(owed.events) + 1
-        messages = [(seq, b"", encoded) for seq, encoded in enumerate(owed.events, first)]
-        notices = [(event.seq, event.id, encoded) for event, encoded in self.notices_since(cursor.id)]
+        messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, first)]
+        notices = [(event.seq, event.place, encoded) for event, encoded in self.notices_since(cursor.place)]
         size = 0
-        for seq, id, encoded in heapq.merge(messages, notices, key=lambda told: told[0]):
+        for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
             if size and size + len(encoded.frame) > POLL_BYTES:
-                return News(events, seq - (id == b""), cursor)
+                return News(events, seq - (place == NOWHERE), cursor)
             size += len(encoded.frame)
             events.append(encoded)
-            cursor = cursor._replace(id=id or cursor.id)
+            cursor = cursor._replace(place=max(place, cursor.place))
         if cursor.available != self.available:
             events.append(encode_store(self.available))
         return News(events, self.seq, self.cursor)
 
-    def notices_since(self, id: bytes) -> list[tuple[Event, Encoded]]:
-        """The notices that came after this event."""
-        newer = itertools.takewhile(lambda notice: id_order(notice[0].id) > id_order(id), reversed(self.notices))
+    def notices_since(self, place: Place) -> list[tuple[Event, Encoded]]:
+        newer = itertools.takewhile(lambda notice: notice[0].place > place, reversed(self.notices))
         return [*newer][::-1]
 
     @property
     def cursor(self) -> Cursor:
         """For somebody who has been told everything."""
-        return Cursor(self.last, self.available)
+        return Cursor(self.place, self.available)
 
     def cursor_of(self, member: Member, given: str | None) -> Cursor | None:
         """From where a poller goes on: as it says, or else where its last poll here ended."""
         if given is not None:
             return Cursor.parse(given)
         told = Cursor.parse(member.told)
-        return told if told and id_order(told.id) >= id_order(self.notices_after) else self.cursor
+        return told if told and told.place >= self.notices_after else self.cursor
 
     def welcome(self, member: Member, owed: Owed) -> Encoded:
         """The first event of a connection, and of a new beginning."""
@@ -985,7 +1148,7 @@ class Room:
             {
                 "type": "welcome",
                 "name": member.name,
-                "title": self.title,
+                "title": self.config.title,
                 "members": [member.name, *others][:ROSTER_NAMES],
                 "count": len(self.roster) + (member.key not in self.roster),  # not yet back on it after a reset
                 "epoch": self.epoch,
@@ -997,49 +1160,34 @@ class Room:
             }
         )
 
-    def set_available(self, available: bool) -> bool:
-        """Tells everybody when the store goes away or comes back; whether that is news."""
-        if news := available != self.available:
-            self.available = available
-            self.send(Batch(encode_store(available)))
-        return news
+    # --- what the feed brings ---
 
-    def adopt(self, snapshot: Snapshot) -> None:
+    def adopt(self, history: History) -> None:
         """Takes what the store holds for the truth. Who listens already is told as if just back: recovered or reset."""
-        seen = Seen(self.seq, self.epoch)
-        self.epoch, self.seq = snapshot.events[-1].epoch, snapshot.events[-1].seq
-        self.last = self.notices_after = snapshot.last
+        seq, known = self.seq, self.ring.find(self.seq)
+        seen = Seen(seq, self.epoch)
         self.ring.clear()
         self.notices.clear()
-        for event in snapshot.events:
-            if event.type == "message":
-                self.ring.append(event)
         self.roster.clear()
+        self.kept_names.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in snapshot.roster.values():
+        for sid, name in history.roster.values():
             self.enter(sid, name)
+        for event in history.events:
+            match event.type:
+                case "message":
+                    self.ring.append(event)
+                case "joined":
+                    self.enter(event.sid, event.name)
+                case "left":
+                    self.exit(event)
+        self.epoch, self.seq = history.epoch, history.seq
+        self.ts = history.events[-1].ts if history.events else 0
+        self.place = self.notices_after = (*history.last, END_OF_ENTRY)
+        if known and (found := self.ring.find(seq)) and found[1].frame != known[1].frame:
+            seen = seen._replace(epoch="another")
         for listener in tuple(self.listeners):
-            self.tell(listener, seen)
-
-    def enter(self, sid: str, name: str) -> bool:
-        """Puts a session on the roster; whether it wasn't there."""
-        key = name_key(name)
-        member = self.sessions.get(sid)
-        if member is None or member.key != key:
-            member = self.sessions[sid] = Member(sid, name, key)
-        news = self.roster.get(key) is not member
-        self.roster[key] = member
-        return news
-
-    def exit(self, sid: str, name: str) -> Member | None:
-        """Takes a session off the roster; its member, or None if it wasn't there."""
-        member = self.roster.get(name_key(name))
-        if member is None or member.sid != sid:
-            return None
-        del self.roster[member.key]
-        if not member.listeners:
-            self.sessions.pop(sid, None)
-        return member
+            self.replay(listener, seen)
 
     def apply(self, events: Iterable[Event]) -> None:
         """Takes what the feed brought in one turn, in its order, and hands it to every listener as one batch."""
@@ -1050,13 +1198,12 @@ class Room:
             elif type == "joined":
                 encoded += self.notice(type, [event for event in run if self.enter(event.sid, event.name)])
             elif type == "left":
-                encoded += self.notice(type, [event for event in run if self.exit(event.sid, event.name)])
+                encoded += self.notice(type, [event for event in run if self.exit(event)])
         if encoded:
             self.send(Batch(*encoded))
 
     def add_message(self, event: Event) -> Encoded:
-        """Into the ring."""
-        self.seq, self.last = event.seq, event.id
+        self.seq, self.ts, self.place = event.seq, event.ts, event.place
         return self.ring.append(event)
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
@@ -1066,52 +1213,89 @@ class Room:
         names, last = [event.name for event in events], events[-1]
         encoded = encode({"type": type, "names": names, "count": len(self.roster), "ts": last.ts})
         if len(self.notices) == self.notices.maxlen:
-            self.notices_after = self.notices[0][0].id
+            self.notices_after = self.notices[0][0].place
         self.notices.append((last, encoded))
-        self.last = last.id
+        self.ts, self.place = last.ts, last.place
         return [encoded]
 
-    def send(self, batch: Batch) -> None:
-        """The only way out to everybody. A listener that can't keep up deals with it by itself."""
-        for listener in tuple(self.listeners):
-            listener.send(batch)
+    # --- names ---
+
+    def enter(self, sid: str, name: str) -> bool:
+        """Puts a session on the roster; whether it wasn't there."""
+        key = name_key(name)
+        member = self.sessions.get(sid)
+        if member is None or member.key != key:
+            member = self.sessions[sid] = Member(sid, name, key)
+        news = self.roster.get(key) is not member
+        self.roster[key] = member
+        self.kept_names.pop(key, None)
+        return news
+
+    def exit(self, left: Event) -> bool:
+        """Takes a session off the roster; whether it was there. Its name is kept for it, unless it was given back."""
+        member = self.roster.get(name_key(left.name))
+        if member is None or member.sid != left.sid:
+            return False
+        del self.roster[member.key]
+        if not member.listeners:
+            self.sessions.pop(member.sid, None)
+        if left.text != LOGOUT and self.config.name_seconds:
+            self.kept_names[member.key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
+        return True
+
+    def forget_names(self, now: int) -> None:
+        """Frees the names whose owners have been away for too long; `now` in ms of the store's clock."""
+        while self.kept_names and (first := next(iter(self.kept_names.items())))[1][1] <= now:
+            del self.kept_names[first[0]]
+
+    def owner(self, key: str) -> str:
+        """The sid of who has a name, or left it a short while ago; "" if it is free."""
+        member = self.roster.get(key)
+        return member.sid if member else self.kept_names.get(key, ("", 0))[0]
 
     def free_variant(self, name: str) -> str:
         """A name like this one that nobody has; "" if there is none. A look-alike's is that of the original."""
-        owner = self.roster.get(name_key(name))
-        name = owner.name if owner else name
-        return next((new for new in variants(name) if name_key(new) not in self.roster), "")
+        member = self.roster.get(name_key(name))
+        name = member.name if member else name
+        return next((new for new in variants(name) if not self.owner(name_key(new))), "")
 
     def guest(self, address: str) -> str:
         """A free name for whoever gives none."""
         name = guest_name(address)
-        if name_key(name) in self.roster:
+        if self.owner(name_key(name)):
             name = self.free_variant(name) or f"guest-{secrets.token_hex(4)}"
         return name
 
 
 # === Feed =============================================================================================================
-# One direction: say -> outbox -> publisher -> the store's feed -> absorb -> the room and its listeners. The order is
-# decided once, by the store; whatever comes out of it passes `absorb`, the daemon's own messages too.
+# One direction: say -> outbox -> commit -> the store's feed -> absorb -> the room and its listeners. The order is
+# decided once, by the store. One task, `run`, owns what is absorbed; the reader hands over to it, others only ring.
 
 Outcome = Event | Refused
 
 
+class Gap(Exception):  # noqa: N818 - a fact about the feed
+    """What follows in the feed isn't what follows what was absorbed so far."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Proposal:
-    """What somebody wants in the feed. It waits in the outbox until the feed has it or `done` is told why not."""
+    """An event that waits in the outbox to be committed; the `done` callbacks get the stored Event, or the Refused."""
 
     type: str
-    member: Member
+    sid: str
+    name: str
     cid: str
-    done: list[Callable[[Outcome], None]]  # more than one where it was proposed again meanwhile
+    text: str
     expires: float  # in s of the loop's clock
-    text: str = ""
+    member: Member | None = None  # None: another daemon's, see `wishes`
+    done: list[Callable[[Outcome], None]] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    wished: bool = False  # others have been asked to commit it
 
     @property
     def id(self) -> tuple[str, str]:
-        """Under which the feed knows it: this is stored once, however often it is tried."""
-        return self.member.sid, self.cid
+        """Under which the feed knows it: this is stored once, however often and by whomever it is tried."""
+        return self.sid, self.cid
 
     @property
     def cid_of_client(self) -> str:
@@ -1119,26 +1303,54 @@ class Proposal:
         return "" if self.cid.startswith("~") else self.cid
 
 
+class Window:
+    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+
+    def __init__(self, messages: int, size: int) -> None:
+        self.limits = messages, size
+        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
+        self.messages = self.size = 0
+
+    def add(self, entry: Entry, messages: int, size: int) -> None:
+        self.entries.append((entry, messages, size))
+        self.messages += messages
+        self.size += size
+
+    def shrink(self, slack: float = 0) -> bool:
+        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
+        dropped = False
+        if any(now > (1 + slack) * limit for now, limit in zip((self.messages, self.size), self.limits, strict=True)):
+            while self.messages > self.limits[0] or self.size > self.limits[1]:
+                _, messages, size = self.entries.popleft()
+                self.messages -= messages
+                self.size -= size
+                dropped = True
+        return dropped
+
+
 class Feed:
-    """Keeps the room the sum of the feed, and gets into the feed what members want there: four tasks a daemon."""
+    """Keeps the room the sum of the feed, and commits to the feed what members propose."""
 
     def __init__(self, store: Store, room: Room, config: Config) -> None:
         self.store, self.room, self.config = store, room, config
-        self.last = b""  # id of the newest entry absorbed
         self.secret = config.secret
         self.paces = Paces(config.rate, max(1, config.rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.outbox: dict[tuple[str, str], Proposal] = {}  # in order of arrival
-        self.stored: collections.OrderedDict[tuple[str, str], tuple[int, bytes]] = collections.OrderedDict()
-        self.messages: collections.deque[bytes] = collections.deque(maxlen=FEED_MESSAGES)  # ids, as in the feed
-        self.notices: collections.deque[bytes] = collections.deque(maxlen=FEED_NOTICES)
-        self.work = asyncio.Event()  # something for the publisher
         self.idle = asyncio.Event()  # the outbox is empty
         self.idle.set()
-        self.sweep = False  # leases have lapsed
-        self.released: dict[str, tuple[Member, float]] = {}  # who has gone since the last tick, and their grace
-        self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
-        self.all_leased = 0.0  # when the roster was last searched for names without a lease
-        self.reloading = asyncio.Lock()
+        self.bell = asyncio.Event()  # there is something to do for `run`
+        self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
+        self.newest = Entry((0, 0), b"")  # absorbed
+        self.read_to: Id = 0, 0  # by the reader
+        self.forget()
+        self.names: dict[str, str | None] = {}  # to be written beside the feed
+        self.unsure = True  # the store may hold something else than was absorbed: look
+        self.confirmed = False  # it was seen to hold that, since the last tick
+        self.asked: list[asyncio.Future[None]] = []  # who waits for the next look
+        self.run_id = ""  # of the Redis that was looked at last
+        self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
+        self.losses = self.gathered = 0  # commits lost in a row; events in the last one
+        self.stranded = asyncio.Event()  # somebody who is connected here is not on the roster
         self.readable = self.writable = True
         self.stopping = False
         self.tasks: list[asyncio.Task[NoReturn]] = []
@@ -1146,17 +1358,22 @@ class Feed:
     # --- what members want ---
 
     def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
-        """Takes a message. `done` hears of a refusal, and of an older message with the same cid. Raises Refused."""
+        """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
         self.pace(member, say.cid)
-        if stored := self.stored.get((member.sid, say.cid)):
-            seq, id = stored
-            event = Event("message", seq, self.room.epoch, member.sid, say.cid, member.name, say.text, id)
-            done(self.room.ring.find(seq) or event)
+        if seq := self.stored.get((member.sid, say.cid)):
+            done(self.message(seq, member, say))
             return
         if len(self.outbox) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
         # A cid of the daemon's own is no cid for the client, but tells a second try from a second message.
         self.propose("message", member, done, cid=say.cid or "~" + secrets.token_hex(8), text=say.text)
+
+    def message(self, seq: int, member: Member, say: Say) -> Event:
+        """A message that was stored before, as it was stored; where that has been forgotten, as it is said now."""
+        ts, text = self.room.ts, say.text
+        if found := self.room.ring.find(seq):
+            ts, text = found[0], json.loads(found[1].json)["text"]
+        return Event("message", seq, ts, member.sid, say.cid, member.name, text)
 
     def pace(self, member: Member, cid: str) -> None:
         """Takes a token out of the session's bucket. Raises Refused if there is none."""
@@ -1171,7 +1388,7 @@ class Feed:
         if member is None or member.key != name_key(name):
             member = Member(sid, name, name_key(name))
         if self.room.roster.get(member.key) is not member:
-            await self.settled("joined", member)
+            await self.committed("joined", member)
         entered = self.room.roster.get(member.key)
         if entered is None or entered.sid != sid:  # it has left again meanwhile
             raise Taken(name)
@@ -1179,13 +1396,13 @@ class Feed:
 
     async def exit(self, member: Member) -> None:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
-        if self.room.roster.get(member.key) is member:
+        if self.room.owner(member.key) == member.sid:
             written = asyncio.Event()
-            self.propose("left", member, lambda _: written.set(), cid="~logout", text="logout", patience=math.inf)
+            self.propose("left", member, lambda _: written.set(), cid="~logout", text=LOGOUT, patience=math.inf)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    async def settled(self, type: str, member: Member) -> None:
+    async def committed(self, type: str, member: Member) -> None:
         """Waits until the feed has a notice. Raises Refused."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.propose(type, member, future.set_result)
@@ -1197,105 +1414,20 @@ class Feed:
         self,
         type: str,
         member: Member,
-        done: Callable[[Outcome], None],
+        done: Callable[[Outcome], None] | None = None,
         *,
         cid: str = "",
         text: str = "",
         patience: float | None = None,
     ) -> None:
-        """Into the outbox. The same proposal once more only adds to who is told."""
+        """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
-        proposal = Proposal(type, member, cid or "~" + secrets.token_hex(8), [], expires, text)
-        told = self.outbox.setdefault(proposal.id, proposal).done
-        if done not in told:
-            told.append(done)
+        proposal = Proposal(type, member.sid, member.name, cid or "~" + secrets.token_hex(8), text, expires, member)
+        waiting = self.outbox.setdefault(proposal.id, proposal).done
+        if done and done not in waiting:
+            waiting.append(done)
         self.idle.clear()
-        self.work.set()
-
-    def release(self, member: Member, seconds: float) -> None:
-        """A connection of this member has ended: if it was the last one, the name stays for so long. While we stop,
-        nobody's does.
-        """
-        if not self.stopping:
-            self.released[member.key] = member, seconds
-
-    # --- the publisher ---
-
-    async def publish(self) -> NoReturn:
-        """Commits what waits in the outbox, in groups, for ever."""
-        pause = Backoff(self.config.retry_seconds)
-        while True:
-            await self.work.wait()
-            try:
-                if await self.commit():
-                    self.mark(writable=True)
-                pause.reset()
-            except WatchError:
-                pass  # another daemon was first: look at what it wrote, then again
-            except Rewound:
-                await self.recover()
-            except STORE_ERRORS as error:
-                self.mark(writable=False, error=error)
-                await pause()
-
-    async def commit(self) -> bool:
-        """One transaction: catch up with the feed, append what is still wanted. Whether anything was written."""
-        if not self.outbox and not self.sweep and self.writable:
-            self.work.clear()
-            return False
-        decided: list[Event] = []
-
-        def decide(newer: list[Entry], lapsed: set[str]) -> Changes:
-            """Called when the store can't change any more without our noticing."""
-            self.absorb(newer)
-            decided[:] = [*self.lapse(lapsed), *self.decide()]
-            if not decided and not self.writable:
-                decided.append(Event("opened", self.room.seq, self.room.epoch))  # says nothing, but tries the store
-            return self.changes(decided, [key for key in lapsed if key not in self.room.roster])
-
-        sweep, self.sweep = self.sweep, False
-        ids = await self.store.compare_and_append(self.last, decide, sweep=sweep)
-        self.absorb((id, event.fields()) for id, event in zip(ids, decided, strict=True))
-        return bool(ids)
-
-    def lapse(self, lapsed: set[str]) -> list[Event]:
-        """The notices for leases that are over."""
-        gone = [member for key in lapsed if (member := self.room.roster.get(key)) and not member.listeners]
-        return [Event("left", self.room.seq, self.room.epoch, member.sid, "", member.name) for member in gone]
-
-    def decide(self) -> list[Event]:
-        """What of the outbox goes into the feed now. Nobody can come between: the feed has been caught up with."""
-        events: list[Event] = []
-        seq, owners = self.room.seq, dict[str, Member | None]()
-        for proposal in list(itertools.islice(self.outbox.values(), GROUP_PROPOSALS)):
-            type, member = proposal.type, proposal.member
-            owner = owners.setdefault(member.key, self.room.roster.get(member.key))
-            if verdict := self.verdict(proposal, owner):
-                self.settle(proposal.id, verdict)
-                continue
-            seq += type == "message"
-            owners[member.key] = None if type == "left" else member
-            events.append(Event(type, seq, self.room.epoch, member.sid, proposal.cid, member.name, proposal.text))
-        return events
-
-    def verdict(self, proposal: Proposal, owner: Member | None) -> Outcome | None:
-        """What becomes of a proposal without the feed, given who has its name; None if it belongs into the feed."""
-        member = proposal.member
-        if owner is not None and owner.sid == member.sid:
-            return None
-        match proposal.type:
-            case "joined":
-                return Taken(member.name) if owner else None
-            case "message":
-                return Refused("name-lost", cid=proposal.cid_of_client, name=member.name)
-            case _:  # it has left already
-                return Event("left", self.room.seq, self.room.epoch, member.sid, proposal.cid, member.name)
-
-    def changes(self, events: list[Event], strays: list[str]) -> Changes:
-        """The transaction for these events. It drops from the feed what falls out of our lists when they come back."""
-        keep_from = self.messages[0] if len(self.messages) == FEED_MESSAGES else b""
-        surplus = len(self.notices) + sum(event.type != "message" for event in events) - FEED_NOTICES
-        return Changes(events, keep_from, list(itertools.islice(self.notices, max(0, surplus))), strays)
+        self.bell.set()
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
@@ -1315,153 +1447,350 @@ class Feed:
         retry_after = self.config.retry_seconds
         self.settle(proposal.id, Refused("unavailable", cid=proposal.cid_of_client, retry_after=retry_after))
 
-    # --- the reader ---
+    async def catch_up(self, seen: Seen) -> None:
+        """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
+        if not self.room.is_ahead(seen):
+            return
+        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.asked.append(looked)
+        self.ring_for_look()
+        try:
+            await asyncio.wait_for(looked, self.config.silence_seconds)
+        except TimeoutError:
+            raise Refused("unavailable", retry_after=self.config.retry_seconds) from None
 
-    async def read(self) -> NoReturn:
-        """Absorbs what other daemons wrote, for ever, and notices when the feed or the store is gone."""
+    # --- the one task that changes what is absorbed ---
+
+    async def run(self) -> NoReturn:
+        """Absorbs what the reader brings and commits what waits in the outbox, for ever."""
         pause = Backoff(self.config.retry_seconds)
         while True:
+            await self.bell.wait()
+            self.bell.clear()
             try:
-                if not self.readable or await self.news():
-                    await self.catch_up()
-                self.mark(readable=True)
+                await self.step()
                 pause.reset()
-            except Rewound:
-                await self.recover()
             except STORE_ERRORS as error:
-                self.mark(readable=False, error=error)
+                self.mark(writable=False, error=error)
+                self.ring_for_look()
                 await pause()
 
-    async def news(self) -> bool:
-        """Waits for an entry that isn't our own; False for those. After a while it is time to look in any case."""
-        next_id = await self.store.next_id(self.last)
-        return next_id is None or id_order(next_id) > id_order(self.last)
-
-    async def catch_up(self) -> None:
-        """Absorbs all that is in the feed by now. Raises Rewound and STORE_ERRORS."""
-        self.absorb(await self.store.since(self.last))
-
-    async def try_to_catch_up(self) -> None:
-        """As catch_up, where the reader will deal with whatever is wrong."""
-        with contextlib.suppress(Rewound, *STORE_ERRORS):
-            await self.catch_up()
-
-    def absorb(self, entries: Iterable[Entry]) -> None:
-        """The one way into the room: entries of the feed, in its order, each once. Raises Rewound."""
-        events: list[Event] = []
-        seq = self.room.seq
+    async def step(self) -> None:
+        """Whatever there is to do. Raises STORE_ERRORS."""
         try:
-            for id, fields in entries:
-                if id_order(id) <= id_order(self.last):
-                    continue
-                if event := Event.decode(id, fields):
-                    seq += event.type == "message"
-                    if (event.epoch, event.seq) != (self.room.epoch, seq):
-                        raise Rewound
-                    events.append(event)
-                self.last = id
-        finally:
-            self.room.apply(events)
-            for event in events:
-                self.note(event)
+            if self.unsure:
+                await self.look()
+            while not self.arrived.empty():
+                self.absorb(self.arrived.get_nowait())
+            await self.commit()
+        except Gap:
+            await self.reload()
+            self.ring_for_look()
+        if self.names:
+            await self.store.write_names(self.names)
+            self.names.clear()
+        if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
+            surplus = [self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)]
+            await self.store.delete(surplus)
 
-    def note(self, event: Event) -> None:
-        """Remembers that the feed has it, and tells whoever waits for it."""
-        self.remember(event)
-        self.settle((event.sid, event.cid), event)
-        if event.type == "left" and (member := self.room.sessions.get(event.sid)):
-            if event.text == "logout":
-                for listener in tuple(member.listeners):
-                    listener.shut(4401, "logout")
-            else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
-                self.rejoin(member)
-
-    def remember(self, event: Event) -> None:
-        """Keeps the ids by which doubles are found and old entries dropped."""
-        if event.type != "message":
-            self.notices.append(event.id)
+    async def commit(self) -> None:
+        """One entry with what waits in the outbox. Raises Gap and STORE_ERRORS; then nobody knows what was stored."""
+        if (not self.outbox and self.writable) or asyncio.get_running_loop().time() < self.quiet_until:
             return
-        self.messages.append(event.id)
-        self.stored[event.sid, event.cid] = event.seq, event.id
-        if len(self.stored) > INDEX_MESSAGES:
-            self.stored.popitem(last=False)
+        await self.gather()
+        id = self.newest.id[0], self.newest.id[1] + 1
+        events = self.group(id)
+        if not events and self.writable:
+            return  # else an empty entry tries a store that took nothing
+        entry = Entry(id, encode_events(events))
+        keep_from = self.feed.entries[0][0].id if self.feed.shrink(FEED_SLACK) else None
+        if not await self.store.append(entry, keep_from):
+            await self.lose()
+            return
+        self.losses, self.gathered, self.confirmed = 0, len(events), True
+        for event in events:
+            if event.type != "message":
+                self.names[name_key(event.name)] = f"{event.sid} {event.name}" if event.type == "joined" else None
+        self.mark(writable=True)
+        self.take(entry, events)
+        self.tell(events)
+        if self.outbox:
+            self.bell.set()
 
-    # --- when the feed isn't what it was ---
+    async def gather(self) -> None:
+        """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
+        Who talks alone never waits for that.
+        """
+        waiting = -1
+        while self.gathered > 1 and waiting < len(self.outbox) < GROUP_EVENTS:
+            waiting = len(self.outbox)
+            for _ in range(GATHER_TURNS):
+                await asyncio.sleep(0)
 
-    async def recover(self) -> None:
-        """Loads the feed anew, whatever it takes, unless the other task has done it meanwhile."""
-        pause, last = Backoff(self.config.retry_seconds), self.last
+    def group(self, id: Id) -> list[Event]:
+        """The entry of that id: what of the outbox is to be committed, given what was absorbed. The rest is answered.
+
+        Who talks, is connected here, and isn't on the roster any more (a lease was lost) joins first.
+        """
+        events: list[Event] = []
+        seq, ts, size = self.room.seq, max(self.room.ts, self.store.now()), 0
+        owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
+        for proposal in list(itertools.islice(self.outbox.values(), GROUP_EVENTS)):
+            key = name_key(proposal.name)
+            owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
+            if verdict := self.verdict(proposal, owner, present):
+                self.settle(proposal.id, verdict)
+                continue
+            returning = ["joined"] if proposal.type == "message" and not present else []
+            for type in (*returning, proposal.type):
+                seq += type == "message"
+                cid, text = (proposal.cid, proposal.text) if type == proposal.type else ("", "")
+                events.append(Event(type, seq, ts, proposal.sid, cid, proposal.name, text, (*id, len(events))))
+            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
+            size += len(proposal.text)
+            if size > ENTRY_CHARS:
+                break
+        return events
+
+    def verdict(self, proposal: Proposal, owner: str, present: bool) -> Outcome | None:
+        """What a proposal gets that is not to be committed, else None. `owner` has its name, and is on the roster or
+        was until a short while ago.
+        """
+        sid, type = proposal.sid, proposal.type
+        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
+        if type == "message" and not (owner == sid and present) and not here:
+            return Refused("name-lost", cid=proposal.cid_of_client, name=proposal.name)
+        if type == "joined" and owner not in ("", sid):
+            return Taken(proposal.name)
+        if (type == "joined" and owner == sid and present) or (type == "left" and owner != sid):
+            return Event(type, self.room.seq, self.room.ts, *proposal.id, proposal.name)  # it is so already
+        return None
+
+    async def lose(self) -> None:
+        """Another daemon was first: reads what it committed. One that is far from the store would lose for ever: after
+        the second time it asks the others to commit its own.
+        """
+        self.losses += 1
+        if self.losses > 1:
+            self.losses = 0
+            await self.wish()
+        before = self.newest.id
+        await self.read_on()
+        if self.newest.id == before:
+            self.ring_for_look()
+        self.bell.set()
+
+    async def wish(self) -> None:
+        """Asks the other daemons to commit what waits here; (sid, cid) prevents doubles."""
+        ours = [proposal for proposal in self.outbox.values() if proposal.member and not proposal.wished]
+        if ours := ours[:GROUP_EVENTS]:
+            events = [Event(each.type, 0, 0, *each.id, each.name, each.text) for each in ours]
+            await self.store.wish(encode_events(events))
+            for proposal in ours:
+                proposal.wished = True
+
+    def take_wish(self, raw: bytes) -> None:
+        """Another daemon asks to commit its proposals. It judges by itself what it finds in the feed."""
+        expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
+        for event in decode_events(raw):
+            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires)
+            if proposal.id not in self.stored and len(self.outbox) < OUTBOX_PROPOSALS:
+                self.outbox.setdefault(proposal.id, proposal)
+                self.idle.clear()
+                self.bell.set()
+
+    # --- what the feed brings ---
+
+    async def follow(self) -> NoReturn:
+        """The reader: hands over what other daemons commit, for ever, and notices when the store is gone."""
+        pause, wish = Backoff(self.config.retry_seconds), b"%d-0" % self.store.now()
         while True:
             try:
-                return await self.reload(last)
+                self.read_to = max(self.read_to, self.newest.id)
+                entries, wishes = await self.store.follow(self.read_to, wish)
+                self.mark(readable=True)
+                pause.reset()
             except STORE_ERRORS as error:
                 self.mark(readable=False, error=error)
+                self.ring_for_look()
                 await pause()
+                continue
+            for id, raw in wishes:
+                wish = id
+                self.take_wish(raw)
+            if entries:
+                self.read_to = entries[-1].id
+                await self.arrived.put(entries)
+                self.bell.set()
 
-    async def reload(self, last: bytes) -> None:
-        """Takes what the store holds now, instead of what was read up to `last`. Raises STORE_ERRORS.
+    async def read_on(self) -> None:
+        """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
+        more = True
+        while more:
+            entries = await self.store.read(self.newest.id)
+            if entries and entries[0].id == self.newest.id and self.newest.raw not in (b"", entries[0].raw):
+                raise Gap
+            self.absorb(entries)
+            more = len(entries) == READ_ENTRIES
+        self.confirmed = True
 
-        An empty feed, or one that has lost what we have shown, begins a new epoch: so nobody takes a new message
-        number 96 for the lost one (G2).
+    def absorb(self, entries: Iterable[Entry]) -> None:
+        """Takes entries in their order, each once. Raises Gap where one isn't the next."""
+        absorbed: list[Event] = []
+        try:
+            for entry in entries:
+                if entry.id <= self.newest.id:
+                    continue
+                events = decode_events(entry.raw, entry.id)
+                seqs = [event.seq for event in events if event.type == "message"]
+                first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
+                if entry.id != (self.newest.id[0], self.newest.id[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                    raise Gap
+                self.take(entry, events)
+                absorbed += events
+        finally:
+            self.tell(absorbed)
+
+    def take(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
+        """Remembers an entry: what is stored, and what the store would need to be put back. Where only its index is
+        needed it comes without its bytes, but with their number.
         """
-        async with self.reloading:
-            if self.last != last:
-                return
-            while True:
-                snapshot = await self.store.load()
-                if not self.has_lost(snapshot):
-                    break
-                opened = Event("opened", snapshot.events[-1].seq if snapshot.events else 0, secrets.token_hex(8))
-                with contextlib.suppress(WatchError):
-                    kept = "" if self.config.secret else self.secret  # one that was given stays out of the store
-                    await self.store.reopen(snapshot.last, opened, self.room.roster.values(), kept)
-            self.adopt(snapshot)
+        self.newest = entry
+        messages = sum(event.type == "message" for event in events)
+        self.feed.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        if entry.raw:
+            self.entries.add(entry, messages, len(entry.raw))
+            self.entries.shrink()
+        if not messages:
+            self.notices.append(entry.id)
+        for event in events:
+            if event.cid:
+                self.stored[event.sid, event.cid] = event.seq
+        while len(self.stored) > INDEX_EVENTS:
+            self.stored.popitem(last=False)
 
-    def has_lost(self, snapshot: Snapshot) -> bool:
-        """Whether a snapshot has nothing, or not the newest message that we have shown, and nobody has noticed yet."""
-        if not snapshot.events or snapshot.events[-1].epoch != self.room.epoch:
-            return not snapshot.events
-        ours = self.room.ring.find(self.room.seq)
-        others = [event for event in snapshot.events if event.type == "message" and event.seq == self.room.seq]
-        return snapshot.events[-1].seq < self.room.seq or (ours is not None and others != [] and ours not in others)
+    def forget(self) -> None:
+        """Nothing is known of the feed."""
+        self.entries = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
+        self.feed = Window(FEED_MESSAGES, FEED_BYTES)  # their ids and sizes
+        self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
+        self.stored: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # (sid, cid) -> seq
 
-    def adopt(self, snapshot: Snapshot) -> None:
-        """Starts from a snapshot. Whoever is connected here and not on its roster joins again."""
+    def tell(self, events: Sequence[Event]) -> None:
+        """Lets the room and whoever waits know what was absorbed."""
+        self.room.apply(events)
+        for event in events:
+            self.settle((event.sid, event.cid), event)
+            if event.type == "left" and (member := self.room.sessions.get(event.sid)):
+                if event.text == LOGOUT:
+                    for listener in tuple(member.listeners):
+                        listener.shut(4401, LOGOUT)
+                else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
+                    self.stranded.set()
+
+    # --- where the store holds something else ---
+
+    def ring_for_look(self) -> None:
+        """The store may hold something else than was absorbed."""
+        self.unsure = True
+        self.bell.set()
+
+    async def look(self) -> None:
+        """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
+        asked, self.unsure = len(self.asked), False
+        if not (self.readable and self.writable):
+            await self.greet()
+        newest = await self.store.newest()
+        if newest is None or newest.id < self.newest.id:
+            await self.put_back(newest)
+        elif newest.id > self.newest.id:
+            await self.read_on()
+            if self.newest.id < newest.id:
+                raise Gap
+        elif newest.raw and self.newest.raw not in (b"", newest.raw):
+            raise Gap
+        for looked in self.asked[:asked]:
+            if not looked.done():
+                looked.set_result(None)
+        del self.asked[:asked]
+
+    async def greet(self) -> None:
+        """Behind a lost connection there may be a Redis that was started anew and has forgotten: nothing is committed
+        until the daemon that has seen most could put that back.
+        """
+        run_id, _ = await self.store.server()
+        if run_id != self.run_id:
+            self.run_id = run_id
+            self.keep_quiet()
+
+    def keep_quiet(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.quiet_until = loop.time() + self.config.repair_seconds
+        loop.call_later(self.config.repair_seconds, self.bell.set)
+
+    async def keep_secret(self) -> None:
+        """All daemons sign with the one secret that the store holds, unless the operator gave one."""
+        if not self.config.secret:
+            self.secret = await self.store.keep_secret(self.secret or secrets.token_hex(32))
+
+    async def put_back(self, newest: Entry | None) -> None:
+        """Gives back to the store what it has forgotten, as it was. Raises Gap where it holds another history."""
+        since = newest.id if newest else (0, 0)
+        if (
+            newest
+            and newest.raw
+            and any(ours.id == since and ours.raw != newest.raw for ours, *_ in self.entries.entries)
+        ):
+            raise Gap
+        names = {member.key: f"{member.sid} {member.name}" for member in self.room.roster.values()}
+        await self.store.put_back_state(self.room.epoch, "" if self.config.secret else self.secret, names)
+        forgotten = [entry for entry, *_ in self.entries.entries if entry.id > since]
+        for at in range(0, len(forgotten), READ_ENTRIES):
+            await self.store.put_back(forgotten[at : at + READ_ENTRIES])
+        log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
+        self.keep_quiet()
+
+    async def reload(self) -> None:
+        """Reads all that the store holds, and goes on from there. Raises STORE_ERRORS."""
+        newest = await self.store.newest()
+        if newest is None:
+            return  # the next look deals with that
+        epoch, roster = await self.store.read_state()
+        read: list[tuple[Entry, list[Event], int]] = []  # newest first
+        messages = 0
+        async for page in self.store.pages():
+            for entry in page:
+                size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+                if messages > max(RING_MESSAGES, self.config.history):  # of what is older only the index is needed
+                    entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
+                messages += sum(event.type == "message" for event in events)
+                read.append((entry, events, size))
+        self.adopt(
+            epoch or str(newest.id[0]), max([newest.id, *(entry.id for entry, *_ in read[:1])]), roster, read[::-1]
+        )
+
+    def adopt(
+        self,
+        epoch: str,
+        last: Id,
+        roster: Mapping[str, tuple[str, str]],
+        read: Sequence[tuple[Entry, list[Event], int]],
+    ) -> None:
+        """Takes what was read for the truth. Whoever is connected here and not on its roster joins again."""
         if self.room.epoch:
-            log.warning("the history in the store was damaged or replaced: it is read anew")
-        self.last = snapshot.last
-        for ids in (self.stored, self.messages, self.notices):
-            ids.clear()
-        for event in snapshot.events:
-            self.remember(event)
-        self.room.adopt(snapshot)
-        for event in snapshot.events:
+            log.warning("the history in the store was replaced or damaged: it is read anew")
+        self.forget()
+        for entry, events, size in read:
+            self.take(entry, events, size)
+        if self.newest.id != last:  # its newest entries were deleted
+            self.newest = Entry(last, b"")
+        self.read_to = last
+        events = [event for _, events, _ in read for event in events]
+        seq = next((event.seq for event in reversed(events) if event.type == "message"), 0)
+        self.room.adopt(History(epoch, last, seq, events, roster))
+        for event in events:
             self.settle((event.sid, event.cid), event)  # what another try has stored meanwhile
-        self.rejoin_missing()
-
-    def rejoin_missing(self) -> None:
-        """Whoever is connected here belongs on the roster."""
-        for member in list(self.room.sessions.values()):
-            if member.listeners and self.room.roster.get(member.key) is not member:
-                self.rejoin(member)
-
-    def rejoin(self, member: Member) -> None:
-        """Puts a connected member back on the roster; if the name is gone, says so."""
-        if member.rejoining:
-            return
-        member.rejoining = True
-
-        def done(outcome: Outcome) -> None:
-            """Called when the feed has it, or not."""
-            member.rejoining = False
-            if isinstance(outcome, Taken):
-                for listener in tuple(member.listeners):
-                    listener.refuse(Refused("name-lost", name=member.name))
-                    listener.shut(4409, "name taken")
-
-        self.propose("joined", member, done)
-        *said, joined = self.outbox.items()  # before what the member has said meanwhile
-        self.outbox = dict([joined, *said])
+        self.stranded.set()
 
     def mark(
         self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None
@@ -1475,92 +1804,61 @@ class Feed:
             else:
                 log.warning("the message store is back", extra=EVERY_CHANGE)
 
-    # --- presence ---
-
-    async def beat(self) -> NoReturn:
-        """Everything that must go on while the store is silent: refusals that are due, pings, the time."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self.config.tick_seconds)
-            self.expire(loop.time())
-            now = encode({"type": "time", "ts": self.store.now()})
-            for listener in tuple(self.room.listeners):
-                listener.beat(loop.time(), now)
-
-    async def keep_leases(self) -> NoReturn:
-        """Renews the leases of who is connected here, shortens those of who has gone, and looks for lapsed ones."""
-        while True:
-            try:
-                if await self.store.read_clock() > self.config.renew_seconds:
-                    self.spare()
-                await self.renew()
-                await self.look_for_lapsed()
-            except STORE_ERRORS as error:
-                log.debug("leases: %s", error)  # the reader tells
-                self.spare()
-            await asyncio.sleep(self.config.tick_seconds)
-
-    def spare(self) -> None:
-        """The store was away, or its clock jumped: first every daemon must have had the time to renew its leases."""
-        self.spared_until = time.monotonic() + self.config.renew_seconds + 2 * self.config.tick_seconds
-
-    async def renew(self) -> None:
-        """The leases that are due, in one command. A name without a tab keeps it for the grace."""
-        now = time.monotonic()
-        self.rejoin_missing()
-        gone: dict[float, list[str]] = {}
-        for member, seconds in self.released.values():
-            if not member.listeners and self.room.roster.get(member.key) is member:
-                gone.setdefault(seconds, []).append(member.key)
-        released, self.released = self.released, {}
-        try:
-            for seconds, keys in gone.items():
-                await self.store.renew(keys, seconds)
-        except STORE_ERRORS:
-            self.released = released | self.released
-            raise
-        here = [member for member in self.room.sessions.values() if member.listeners]
-        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
-        if due:
-            await self.store.renew([member.key for member in due], self.config.lease_seconds)
-        for member in due:
-            member.renewed = now
-        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
-            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
-            self.all_leased = now
-
-    async def look_for_lapsed(self) -> None:
-        """Has the publisher announce members whose lease is over."""
-        if time.monotonic() > self.spared_until and await self.store.any_lapsed():
-            self.sweep = True
-            self.work.set()
-
     # --- its life ---
 
     async def open(self) -> None:
         """Reads what the store holds; the room is then ready. Raises STORE_ERRORS."""
-        if not self.secret:
-            self.secret = await self.store.keep_secret(secrets.token_hex(32))
         await self.store.read_clock()
-        await self.reload(self.last)
+        self.run_id, up = await self.store.server()
+        if self.store.shared and up < YOUNG_SECONDS:
+            self.keep_quiet()
+        if await self.store.newest() is None:
+            if self.store.shared and (up < YOUNG_SECONDS or await self.store.has_company()):
+                await self.wait_for_others()
+            await self.store.open_epoch(self.store.now())
+        while not self.room.epoch:
+            await self.reload()
+        await self.keep_secret()
+
+    async def wait_for_others(self) -> None:
+        """A daemon that has seen what this store has forgotten puts it back; that is given its time."""
+        for _ in range(20):
+            if await self.store.newest():
+                break
+            await asyncio.sleep(self.config.repair_seconds / 20)
+        self.keep_quiet()
 
     def start(self) -> None:
         """Sets the tasks of a daemon going. None of them ends by itself, but by a bug."""
-        self.tasks = [asyncio.create_task(task()) for task in (self.read, self.publish, self.beat, self.keep_leases)]
+        tasks = [self.run, self.tick, *([self.follow] if self.store.shared else [])]  # in memory nobody else writes
+        self.tasks = [asyncio.create_task(task()) for task in tasks]
+
+    async def tick(self) -> NoReturn:
+        """Everything that must go on while the store is silent, and a look into it now and then."""
+        while True:
+            await asyncio.sleep(self.config.tick_seconds)
+            self.expire(asyncio.get_running_loop().time())
+            if not self.confirmed:
+                self.ring_for_look()
+            self.confirmed = False
 
     async def stop(self) -> None:
-        """Ends the tasks: asks again, because in Python 3.11 a wait_for in a library may swallow a cancellation."""
-        pending = set(self.tasks)
-        while pending:
-            for task in pending:
-                task.cancel()
-            _, pending = await asyncio.wait(pending, timeout=0.02)
+        await end_tasks(self.tasks)
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_seconds):
                 await self.idle.wait()
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Asks again and again, because in Python 3.11 a wait_for in a library may swallow a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.02)
 
 
 class Backoff:
@@ -1574,9 +1872,126 @@ class Backoff:
         self.pause = 0.0
 
     async def __call__(self) -> None:
-        """Waits."""
         self.pause = min(self.longest, self.pause * 2 or 0.05)
         await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+
+
+# === Presence =========================================================================================================
+# Who is connected, for how long a name outlives its last connection, and signs of life. A lease in the store says till
+# when a name is on the roster, on the store's clock; the daemon where its member is connected renews it.
+
+
+class Presence:
+    """Renews the leases of who is connected here, and has those leave whose lease is over."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
+        self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
+        self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
+        self.all_leased = 0.0  # when the roster was last searched for names without a lease
+        self.tasks: list[asyncio.Task[NoReturn]] = []
+
+    def release(self, member: Member, seconds: float) -> None:
+        """A connection of this member has ended: if it was the last one, the name stays for so long. While we stop,
+        nobody's does.
+        """
+        if not self.feed.stopping:
+            self.released[member.key] = member, seconds
+
+    async def beat(self) -> NoReturn:
+        """Sends everybody pings and the time."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.config.tick_seconds)
+            now = encode({"type": "time", "ts": self.store.now()})
+            for listener in tuple(self.room.listeners):
+                listener.beat(loop.time(), now)
+
+    async def keep_leases(self) -> NoReturn:
+        """Renews, shortens and sweeps leases, for ever, and at once when somebody has to join again."""
+        while True:
+            try:
+                if await self.store.read_clock() > self.config.renew_seconds:
+                    self.spare()
+                self.rejoin_missing()
+                await self.feed.keep_secret()
+                await self.renew()
+                await self.sweep()
+            except STORE_ERRORS as error:
+                log.debug("leases: %s", error)  # the feed's reader tells
+                self.spare()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.feed.stranded.wait(), self.config.tick_seconds)
+            self.feed.stranded.clear()
+
+    def spare(self) -> None:
+        """The store was away, or its clock jumped: first every daemon must have had the time to renew its leases."""
+        self.spared_until = time.monotonic() + self.config.renew_seconds + 2 * self.config.tick_seconds
+
+    def rejoin_missing(self) -> None:
+        """Whoever is connected here belongs on the roster."""
+        for member in list(self.room.sessions.values()):
+            if member.listeners and self.room.roster.get(member.key) is not member and not member.rejoining:
+                self.rejoin(member)
+
+    def rejoin(self, member: Member) -> None:
+        """Puts a connected member back on the roster; if the name is gone, says so and closes."""
+        member.rejoining = True
+
+        def done(outcome: Outcome) -> None:
+            member.rejoining = False
+            if isinstance(outcome, Taken):
+                for listener in tuple(member.listeners):
+                    listener.refuse(Refused("name-lost", name=member.name))
+                    listener.shut(4409, "name taken")
+
+        self.feed.propose("joined", member, done)
+
+    async def renew(self) -> None:
+        """The leases that are due. A name without a connection keeps its own for the grace."""
+        now = time.monotonic()
+        await self.shorten()
+        here = [member for member in self.room.sessions.values() if member.listeners]
+        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
+        if due:
+            await self.store.renew([member.key for member in due], self.config.lease_seconds)
+        for member in due:
+            member.renewed = now
+        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
+            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
+            self.all_leased = now
+
+    async def shorten(self) -> None:
+        """The leases of who has gone since the last time."""
+        released, self.released = self.released, {}
+        gone: dict[float, list[str]] = {}
+        for member, seconds in released.values():
+            if not member.listeners and self.room.roster.get(member.key) is member:
+                gone.setdefault(seconds, []).append(member.key)
+        try:
+            for seconds, keys in gone.items():
+                await self.store.renew(keys, seconds)
+        except STORE_ERRORS:
+            self.released = released | self.released
+            raise
+
+    async def sweep(self) -> None:
+        """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
+        self.room.forget_names(self.store.now())
+        if time.monotonic() <= self.spared_until or not (lapsed := await self.store.lapsed()):
+            return
+        strays = [key for key in lapsed if key not in self.room.roster]
+        if strays:
+            await self.store.drop_leases(strays)
+        for member in [self.room.roster[key] for key in lapsed.difference(strays)]:
+            if not member.listeners:
+                self.feed.propose("left", member, cid=f"~lapsed-{self.room.ts}")
+
+    def start(self) -> None:
+        self.tasks = [asyncio.create_task(task()) for task in (self.beat, self.keep_leases)]
+
+    async def stop(self) -> None:
+        await end_tasks(self.tasks)
 
 
 # === Handlers =========================================================================================================
@@ -1610,6 +2025,7 @@ class Services(NamedTuple):
     config: Config
     room: Room
     feed: Feed
+    presence: Presence
     cookie: str  # its name
     hosts: frozenset[str]  # names under which the room may be opened
     addresses: Callable[[], list[str]]  # URLs for others on the network, the best first
@@ -1631,6 +2047,10 @@ def is_our_host(name: str, hosts: frozenset[str]) -> bool:
         ipaddress.ip_address(name)
         return True
     return name in hosts or name.endswith(LOCAL_SUFFIXES) or (name != "" and "." not in name)
+
+
+def whole_number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
 def choose_language(header: str) -> str:
@@ -1730,10 +2150,9 @@ class BaseHandler(tornado.web.RequestHandler):
             raise tornado.web.HTTPError(400) from None
 
     def seen(self) -> Seen:
-        """Where the client says it has been; a nonsense `after` is none."""
-        after = self.get_query_argument("after", "")
-        known = re.fullmatch(r"[0-9]{1,15}", after)
-        return Seen(int(after) if known else None, self.get_query_argument("epoch", ""))
+        """Where the client says it has been; a nonsense number is none."""
+        after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
+        return Seen(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -1745,14 +2164,6 @@ class BaseHandler(tornado.web.RequestHandler):
             return await self.services.feed.enter(session.sid, session.name)
         except Taken:
             raise Refused("name-lost", name=session.name) from None
-
-    async def catch_up(self, seen: Seen) -> None:
-        """Reads on in the feed if another daemon has shown the client more than we know of. Raises Refused."""
-        room = self.services.room
-        if seen.after is not None and seen.after > room.seq:
-            await self.services.feed.try_to_catch_up()
-            if not room.available:
-                raise Refused("unavailable", retry_after=self.services.config.retry_seconds)
 
     def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> asyncio.Future[None]:
         """The answer is complete. Tornado would hold it for ever for a client that doesn't take it."""
@@ -1984,7 +2395,7 @@ class MessagesHandler(BaseHandler):
     async def news(self, member: Member, wait: float) -> News:
         """What this poll is told. Raises Refused."""
         room, seen = self.services.room, self.seen()
-        await self.catch_up(seen)
+        await self.services.feed.catch_up(seen)
         cursor = room.cursor_of(member, self.get_query_argument("last", None))
         if wait and not (self.gone or room.news(member, seen, cursor).events):
             await self.listen(member, wait)
@@ -2070,7 +2481,7 @@ class MessagesHandler(BaseHandler):
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
         config = self.services.config
         rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.services.feed.release(member, max(config.grace_seconds, rest))
+        self.services.presence.release(member, max(config.grace_seconds, rest))
 
     def refuse(self, refused: Refused) -> None:
         """A refusal is an event here too."""
@@ -2165,7 +2576,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     async def enter(self, session: Session | None, seen: Seen) -> None:
         """Joins the room. Raises Refused."""
         member = await self.admit(session)
-        await self.catch_up(seen)
+        await self.services.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if self.ws_connection is not None:  # it may have gone while we waited
@@ -2223,7 +2634,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         listener, self.listener = self.listener, None
         if listener:
             self.services.room.leave(listener)
-            self.services.feed.release(listener.member, self.services.config.grace_seconds)
+            self.services.presence.release(listener.member, self.services.config.grace_seconds)
 
 
 class SocketListener:
@@ -2572,8 +2983,9 @@ class Daemon:
         self.port = int(ports[0].getsockname()[1])
         self.sockets: set[ChatSocket] = set()
         self.store = Store(connect(config), config)
-        self.room = Room(config.title, config.history)
+        self.room = Room(config)
         self.feed = Feed(self.store, self.room, config)
+        self.presence = Presence(self.feed)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
@@ -2601,6 +3013,7 @@ class Daemon:
             self.config,
             self.room,
             self.feed,
+            self.presence,
             cookie="tornchat-" + hashlib.sha256(lasting.encode()).hexdigest()[:8],
             hosts=frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *self.config.allow_host)),
             addresses=functools.partial(lan_urls, self.config, self.port),
@@ -2619,6 +3032,7 @@ class Daemon:
         )
         self.server.add_sockets(self.ports)
         self.feed.start()
+        self.presence.start()
 
     @property
     def url(self) -> str:
@@ -2635,6 +3049,7 @@ class Daemon:
         for proposal in list(self.feed.outbox.values()):
             self.feed.refuse(proposal)
         await self.say_goodbye()
+        await self.presence.stop()
         await self.feed.stop()
         await self.store.close()
 
@@ -2662,8 +3077,9 @@ async def serve(config: Config) -> None:
     elif not config.quiet:
         print(banner(config, daemon.port), flush=True)
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait([stopped, *daemon.feed.tasks], return_when=asyncio.FIRST_COMPLETED)
-    for task in daemon.feed.tasks:
+    tasks = [*daemon.feed.tasks, *daemon.presence.tasks]
+    await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
         if task.done():
             task.result()  # a bug: its traceback is the best we can give
     if not config.quiet and not config.inherited:
@@ -3676,7 +4092,7 @@ def host_names(text: str) -> tuple[str, ...]:
 def redis_url(text: str) -> str:
     """A URL that redis-py can use. Raises ArgumentTypeError, which doesn't quote it: there may be a password in it."""
     try:
-        connect(Config(redis_url=text)).connection_pool.make_connection()
+        connect(Config(redis_url=text))().connection_pool.make_connection()
     except (ValueError, TypeError, RedisError):
         raise argparse.ArgumentTypeError(
             "malformed: redis://host:port/db expected, or rediss://, or unix:///path"
