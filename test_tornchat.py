@@ -3771,6 +3771,7 @@ class TestMessages:
         await waits(daemon)
         own_redis.client.flushall()
         bob = await own_lan.join("Bob")
+        await bob.expect_texts(1, 2)
         await bob.say_many(1, first=3)
         assert "joined" in kinds_of(await waiting)
         assert texts_of(await ann.poll()) == ["3"]
@@ -5289,7 +5290,7 @@ class TestHealth:
         assert times < 6.5
         assert [(frame["code"], frame["cid"]) for frame in ann.seen("refused")] == [("unavailable", cid)]
         own_redis.send_signal(signal.SIGCONT)
-        await ann.expect("store", available=True)
+        await until_frame(ann, "store", available=True)
         await ann.say("hello?", cid)
         while not [frame for frame in ann.seen("message") if frame["cid"] == cid]:
             await ann.frame()
