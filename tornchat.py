@@ -14,7 +14,7 @@ for whoever comes later. Without a Redis they live as long as this process; with
 they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
 address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
 
-A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
+A flag beats its environment variable; an empty one counts as unset, but for that of the password. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -89,8 +89,8 @@ try:
 except ModuleNotFoundError:
     resource = termios = None  # type: ignore[assignment]  # Windows has no limit of files, and other terminals
 
-# An older Tornado ignores `cross_origin_protection` without a word; an older redis may, where a transaction is cancelled,
-# give its connection back with a reply that nobody has read; an older fakeredis knows neither.
+# An older Tornado ignores `cross_origin_protection` without a word. An older redis may, where a transaction is
+# cancelled, hand on its connection with a reply that nobody has read. An older fakeredis is too old for these.
 REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35")
 
 
@@ -103,10 +103,9 @@ def is_installed(requirement: str) -> bool:
     return False
 
 
-if unmet := [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]:
-    command = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
-    sys.exit(f"tornchat needs {', '.join(unmet)}: python -m pip install {command}")
-else:
+try:
+    if unmet := [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]:
+        raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
     import tornado.httpclient
@@ -121,6 +120,9 @@ else:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, WatchError
+except ImportError as missing:
+    packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
+    sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
 
 __version__ = "1.0.0"
 
@@ -2873,6 +2875,7 @@ def banner(config: Config, port: int) -> str:
         f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
         f"  on this machine  {local_url(config, port)}{moved}",
         *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
+        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
         f"  messages         {kept}",
     ]
     if config.workers > 1:
@@ -3987,7 +3990,10 @@ TEXTS = {
     "js_state_polling": ("Connected, by polling", "已连接（轮询）"),
     "js_state_waiting": ("Connection lost.", "连接已断开。"),
     "js_state_offline": ("This device is offline.", "本设备已离线。"),
-    "js_state_restarting": ("The server is restarting.", "服务器正在重启。"),
+    "js_state_restarting": (
+        "The server was stopped. You are back as soon as it is.",
+        "服务器已停止。它一恢复，您就会自动重新连接。",
+    ),
     "js_state_away": (
         "The room cannot save messages right now. What you write waits, and is sent when it can.",
         "聊天室暂时无法保存消息。您写下的内容会先保留，恢复后自动发送。",
@@ -5428,7 +5434,6 @@ function adopt(socket) {
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  restarting &&= failures < 6;  // it would be back
   retryAt = Date.now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
