@@ -2701,7 +2701,8 @@ async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]])
             await reach()
             return
         except STORE_ERRORS as error:
-            reason = str(error) or f"no answer within {config.silence_seconds:g} s"
+            asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
+            reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
                 raise StartError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
         if not told:
