@@ -2195,7 +2195,9 @@ class TestCommandLine:
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         assert "hunter2" not in err
 
-    @pytest.mark.parametrize(("path", "scheme", "why"), [("99", "redis", "out of range"), ("0", "rediss", "no answer to TLS")])
+    @pytest.mark.parametrize(
+        ("path", "scheme", "why"), [("99", "redis", "out of range"), ("0", "rediss", "no answer to TLS")]
+    )
     @transcript
     async def test_another_redis(
         self, path: str, scheme: str, why: str, redis_server: RedisServer, memory_lan: Lan

@@ -14,7 +14,8 @@ for whoever comes later. Without a Redis they live as long as this process; with
 they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
 address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
 
-A flag beats its environment variable; an empty one counts as unset, but for that of the password. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
+A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
+0 stopped on request, 1 could not start or join, 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -2695,8 +2696,7 @@ class Daemon:
 async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
     """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises StartError."""
     deadline = time.monotonic() + config.wait
-    told = False
-    while True:
+    for tried in itertools.count():
         try:
             await reach()
             return
@@ -2705,9 +2705,8 @@ async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]])
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
                 raise StartError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
-        if not told:
+        if not tried:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
-        told = True
         await asyncio.sleep(config.retry_seconds)
 
 
@@ -3817,10 +3816,9 @@ def room_name(value: str) -> str:
 
 def host_names(text: str) -> tuple[str, ...]:
     """Host names, separated by commas. Raises ArgumentTypeError."""
-    headers = list(filter(None, map(str.strip, text.split(","))))
-    names = tuple(map(host_name, headers)) or ("",)
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{(headers or [text])[names.index('')]!r} is not the name of a host")
+    names = tuple(host_name(name) for name in map(str.strip, text.split(",")) if name)
+    if not names or "" in names:
+        raise argparse.ArgumentTypeError(f"{text!a} is not the name of a host, or several with commas")
     return names
 
 
@@ -3910,6 +3908,9 @@ def configure_logging(config: Config) -> None:
 
 def main() -> None:
     """The program."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed standard stream must not become a socket
+        pass
+    os.close(descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a title may have letters that this terminal doesn't
     config = parse_config(sys.argv[1:], os.environ)
