@@ -3766,7 +3766,7 @@ def text(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("is empty")
     if any(unicodedata.category(char) == "Cs" for char in value):  # what os.fsdecode makes of bytes that are no text
-        raise argparse.ArgumentTypeError(f"{value!a} is not text in this system's encoding")
+        raise argparse.ArgumentTypeError(f"{value!r} is not text in this system's encoding")
     return value
 
 
@@ -3775,7 +3775,7 @@ def host_address(value: str) -> str:
     with contextlib.suppress(UnicodeError):
         value.encode("idna")
         return text(value)
-    raise argparse.ArgumentTypeError(f"{value!a} is not the name of a host")
+    raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host")
 
 
 def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
@@ -3818,7 +3818,7 @@ def host_names(text: str) -> tuple[str, ...]:
     """Host names, separated by commas. Raises ArgumentTypeError."""
     names = tuple(host_name(name) for name in map(str.strip, text.split(",")) if name)
     if not names or "" in names:
-        raise argparse.ArgumentTypeError(f"{text!a} is not the name of a host, or several with commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
     return names
 
 
