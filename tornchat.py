@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6.1", "redis>=8.0", "fakeredis>=2.40"]
+# dependencies = ["tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35"]
 # ///
 """tornchat: a chat room in one file.
 
@@ -14,7 +14,8 @@ for whoever comes later. Without a Redis they live as long as this process; with
 they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
 address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
 
-A flag beats its environment variable. Exit codes: 0 stopped on request, 1 could not start or join, 2 wrong usage.
+A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
+0 stopped on request, 1 could not start or join, 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -36,6 +37,16 @@ The file, top to bottom; a section uses only what stands above it, but for the p
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one shall be told
+    sys.exit("tornchat needs Python 3.11 or newer, and this is " + sys.version.split()[0])
+if __name__ == "__main__":  # until the room is open there is nothing to stop in order: Ctrl+C ends even these imports
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(0))
+
 import argparse
 import asyncio
 import bisect
@@ -51,27 +62,26 @@ import functools
 import hashlib
 import heapq
 import hmac
+import importlib.metadata
 import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
-import os
 import random
 import re
 import secrets
 import shutil
-import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 import unicodedata
 import urllib.parse
 import zoneinfo
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 try:
@@ -80,7 +90,23 @@ try:
 except ModuleNotFoundError:
     resource = termios = None  # type: ignore[assignment]  # Windows has no limit of files, and other terminals
 
+# An older Tornado ignores `cross_origin_protection` without a word. An older redis may, where a transaction is
+# cancelled, hand on its connection with a reply that nobody has read. An older fakeredis is too old for these.
+REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35")
+
+
+def is_installed(requirement: str) -> bool:
+    """Whether there is such a package, new enough."""
+    name, floor = requirement.split(">=")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed, needed = (re.findall(r"\d+", text)[:3] for text in (importlib.metadata.version(name), floor))
+        return list(map(int, installed)) >= list(map(int, needed))
+    return False
+
+
 try:
+    if unmet := [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]:
+        raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
     import tornado.httpclient
@@ -95,13 +121,14 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, ResponseError, WatchError
-except ModuleNotFoundError as missing:
-    sys.exit(f"tornchat needs the package {missing.name}: python -m pip install tornado redis fakeredis")
+except ImportError as missing:
+    packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
+    sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
 
 __version__ = "1.0.0"
 
-log = logging.getLogger("tornchat")
-EVERY_CHANGE = {"every_change": True}  # extra of lines of which the last one must not be left out
+log = logging.getLogger("tornchat")  # what becomes of the room: each line counts
+web_log = logging.getLogger("tornchat.web")  # what visitors can cause: one line of a kind a second
 
 # === Limits and settings ==============================================================================================
 # A limit is a constant, with its unit and its reason. What an operator may choose is a field of Config and a flag;
@@ -146,10 +173,10 @@ URL_CHARS = 300  # of an address of the room: the longest host name and a path
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
+BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
-LOG_KINDS = 1000  # of lines in the log that are told apart
 FULL_LOG_SECONDS = 60  # between two lines that say it is full
 WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
 WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
@@ -176,6 +203,7 @@ class Config:
     inherited: tuple[int, ...] = ()  # descriptors that a worker listens on
     join: str | None = None  # the address of a room to talk in; None: serve one
     name: str = ""  # under which to talk there; "": a guest's
+    wait: float = 30  # seconds at the start for a Redis that doesn't answer yet
     quiet: bool = False
     verbose: int = 0
 
@@ -510,7 +538,7 @@ def line_of(event: Mapping[str, Any]) -> str:
     """What a reader of plain lines is told. Only the room begins a line with a tilde: a message has a name before it,
     and spaces before its further lines.
     """
-    match event["type"]:
+    match event["type"]:  # a SyntaxError here? tornchat needs Python 3.11 or newer
         case "message":
             return f"{event['name']}: {event['text']}".replace("\n", "\n    ")
         case "joined" | "left" as what:
@@ -1800,9 +1828,9 @@ class Feed:
         self.writable = self.writable if writable is None else writable
         if self.room.set_available(self.readable and self.writable):
             if error:
-                log.error("the message store is away: %s", str(error) or type(error).__name__, extra=EVERY_CHANGE)
+                log.error("the message store is away: %s", str(error) or type(error).__name__)
             else:
-                log.warning("the message store is back", extra=EVERY_CHANGE)
+                log.warning("the message store is back")
 
     # --- its life ---
 
@@ -2102,7 +2130,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.services.hosts):
-            log.warning(
+            web_log.warning(
                 "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
                 name[:100] or "(none)",
                 name[:100] or "NAME",
@@ -2111,7 +2139,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def check_trusted_origin(self, origin: str) -> bool:
         """Called by Tornado for a page that doesn't seem to be ours, which is not trusted, whatever it is."""
-        log.warning(
+        web_log.warning(
             "a page of %s was refused at %s: if it is the room's own, a proxy between them has to pass the Host"
             " (nginx: proxy_set_header Host $http_host;)",
             shown(origin)[:100],
@@ -2181,7 +2209,7 @@ class BaseHandler(tornado.web.RequestHandler):
     def log_exception(self, *error: Any) -> None:
         """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
         if not isinstance(error[1], tornado.web.HTTPError | Refused):
-            log.error("%s %s", self.request.method, shown(self.request.path), exc_info=error)
+            web_log.error("%s %s", self.request.method, shown(self.request.path), exc_info=error)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
@@ -2894,7 +2922,7 @@ def log_request(handler: tornado.web.RequestHandler) -> None:
     request = handler.request
     status = handler.get_status()
     level = logging.ERROR if status == 500 else logging.DEBUG
-    log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
+    web_log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
 
 
 class Door(socket.socket):
@@ -2949,6 +2977,8 @@ def bind(config: Config) -> list[socket.socket]:
     first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
     for port in range(first, first + tries):
         try:
+            if config.host in ALL_ADDRESSES and is_answered(port):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             ports = tornado.netutil.bind_sockets(port, config.host or None, backlog=1024)
             for bound in ports:  # what it accepts inherits that
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
@@ -2956,17 +2986,31 @@ def bind(config: Config) -> list[socket.socket]:
         except OSError as error:  # getaddrinfo's errors have numbers of their own, below 0
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
-                raise StartError(f"cannot listen on {where}: {error.strerror}. Another port: --port N") from None
+                advice = ". Another port: --port N" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+                raise StartError(f"cannot listen on {where}: {error.strerror}{advice}") from None
     raise StartError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
+
+
+def is_answered(port: int) -> bool:
+    """Whether a program has that port of 127.0.0.1: macOS and Windows would let us bind all addresses beside it."""
+    with socket.socket() as probe:
+        probe.settimeout(0.2)  # Windows asks a closed port again and again, for 2 s
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
     """For https, where a certificate was given. Raises StartError."""
     if not config.certfile:
         return None
+
+    def refuse_passphrase() -> NoReturn:
+        """Called by OpenSSL, which would ask at the terminal; a service has none."""
+        key = config.keyfile or config.certfile
+        raise StartError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
+
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(config.certfile, config.keyfile or None)
+        context.load_cert_chain(config.certfile, config.keyfile or None, refuse_passphrase)
     except ssl.SSLError:
         raise StartError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
     except OSError as error:
@@ -2996,10 +3040,7 @@ class Daemon:
                 undo.callback(port.close)
             daemon = cls(config, ports, tls_context(config))
             undo.push_async_callback(daemon.store.close)
-            try:
-                await daemon.feed.open()
-            except STORE_ERRORS as error:
-                raise StartError(f"cannot use the Redis at {store_name(config)}: {error}") from None
+            await wait_for_redis(config, daemon.feed.open)
             daemon.listen()
             undo.pop_all()
         return daemon
@@ -3056,9 +3097,9 @@ class Daemon:
     async def say_goodbye(self) -> None:
         """Tells everybody, and gives them a moment to close; who doesn't is cut off."""
         for handler in tuple(self.sockets):
-            handler.shut(1001, "restarting")
+            handler.shut(1001, "stopping")
         for poll in tuple(self.room.listeners):
-            poll.shut(1001, "restarting")
+            poll.shut(1001, "stopping")
         deadline = time.monotonic() + 0.5
         while (self.sockets or self.room.listeners) and time.monotonic() < deadline:  # noqa: ASYNC110 - short, and once
             await asyncio.sleep(0.01)
@@ -3067,26 +3108,46 @@ class Daemon:
         await self.server.close_all_connections()
 
 
+async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
+    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises StartError."""
+    deadline = time.monotonic() + config.wait
+    for tried in itertools.count():
+        try:
+            await reach()
+            return
+        except STORE_ERRORS as error:
+            asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
+            reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
+            if not is_passing(error) or time.monotonic() >= deadline:
+                raise StartError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
+        if not tried:
+            log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
+        await asyncio.sleep(config.retry_seconds)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether that may pass: nobody is there, or is silent, or is loading. Any other answer will be the same again."""
+    refused = isinstance(error, redis.exceptions.AuthenticationError) or isinstance(error.__context__, ssl.SSLError)
+    return isinstance(error, redis.exceptions.ConnectionError | OSError) and not refused
+
+
 async def serve(config: Config) -> None:
-    """Runs a daemon until SIGINT or SIGTERM, or until the parent of a worker is gone. Raises StartError."""
-    stop = stop_on_signals()
+    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises StartError."""
     raise_file_limit()
     daemon = await Daemon.start(config)
+    stop = stop_on_signals()
     if config.inherited:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
-    elif not config.quiet:
-        print(banner(config, daemon.port), flush=True)
+    announce(config, daemon.port)
     stopped = asyncio.create_task(stop.wait())
     tasks = [*daemon.feed.tasks, *daemon.presence.tasks]
     await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         if task.done():
             task.result()  # a bug: its traceback is the best we can give
-    if not config.quiet and not config.inherited:
-        print("tornchat: stopping", flush=True)
+    tell(config, "tornchat: stopping")
     await daemon.stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
+    log.info("stopped")
 
 
 def raise_file_limit() -> None:
@@ -3094,32 +3155,33 @@ def raise_file_limit() -> None:
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        with contextlib.suppress(ValueError, OSError):  # macOS promises more than it gives
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    while soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
+        except (ValueError, OSError):  # macOS promises more than it gives
+            wanted //= 2
 
 
 async def supervise(config: Config, command: Sequence[str]) -> None:
-    """Runs workers, each a daemon, on sockets that it holds for them, until SIGINT or SIGTERM. Raises StartError."""
-    stop = stop_on_signals()
+    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises StartError."""
     ports = bind(config)
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        await store.read_clock()
-    except STORE_ERRORS as error:
-        raise StartError(f"cannot use the Redis at {store_name(config)}: {error}") from None
+        await wait_for_redis(config, store.read_clock)
     finally:
         await store.close()
-    if not config.quiet:
-        print(banner(config, int(ports[0].getsockname()[1])), flush=True)
+    stop = stop_on_signals()
+    announce(config, int(ports[0].getsockname()[1]))
     descriptors = [port.fileno() for port in ports]
     async with asyncio.TaskGroup() as workers:
         for number in range(1, config.workers + 1):
             workers.create_task(keep_worker(number, command, descriptors, stop))
-    if not config.quiet:
-        print("tornchat: stopped", flush=True)
+        await stop.wait()
+        tell(config, "tornchat: stopping")
+    log.info("stopped")
 
 
 async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int], stop: asyncio.Event) -> None:
@@ -3142,7 +3204,7 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
             return
         stopped.cancel()
         code = ended.result()
-        log.error("worker %d has ended with code %d: another one is started", number, code, extra=EVERY_CHANGE)
+        log.error("worker %d has ended with code %d: another one is started", number, code)
         if time.monotonic() - began > WORKER_PAUSE_SECONDS:
             pause.reset()
         await pause()
@@ -3160,7 +3222,7 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
 
 
 def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event:
-    """What the first SIGINT or SIGTERM sets; the second one calls `at_once` and ends the process.
+    """What the first signal to stop sets; the second one calls `at_once` and ends the process.
 
     The loop's own signal handlers would do, but Windows has none.
     """
@@ -3174,10 +3236,32 @@ def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event
             os._exit(0)
         loop.call_soon_threadsafe(stop.set)
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handle)
+    on_stop_signals(handle)
     return stop
+
+
+def on_stop_signals(handler: Any) -> None:
+    """Sets what Ctrl+C, a service manager and a closed terminal call; with `nohup` the last one is not heeded."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
+def announce(config: Config, port: int) -> None:
+    """Says where the room is: to a person with the banner, to the log of a service in a line."""
+    tell(config, banner(config, port))
+    log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
+
+
+def tell(config: Config, text: str) -> None:
+    """Prints for the operator. That nobody reads it (a closed pipe, a full disk) must not end the room."""
+    if config.quiet or config.inherited or sys.stdout is None:
+        return
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor spoil the exit code
 
 
 def store_name(config: Config) -> str:
@@ -3188,10 +3272,14 @@ def store_name(config: Config) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
+ALL_ADDRESSES = ("", "0.0.0.0", "::")  # of --host: every address of this machine
+
+
 def local_url(config: Config, port: int, host: str = "") -> str:
     """The room's address under that name, or on this machine."""
-    host = host or (config.host if config.host not in ("", "0.0.0.0", "::") else "localhost")
-    return f"http{'s' if config.certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}/"
+    host = host or (config.host if config.host not in ALL_ADDRESSES else "localhost")
+    scheme, default_port = ("https", 443) if config.certfile else ("http", 80)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port != default_port else ''}/"
 
 
 def banner(config: Config, port: int) -> str:
@@ -3202,7 +3290,8 @@ def banner(config: Config, port: int) -> str:
     lines = [
         f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
         f"  on this machine  {local_url(config, port)}{moved}",
-        *(f"  on the network   {url}" for url in urls),
+        *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
+        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
         f"  messages         {kept}",
     ]
     if config.workers > 1:
@@ -3226,47 +3315,59 @@ def qr_code(url: str) -> str:
 
 
 def lan_urls(config: Config, port: int) -> list[str]:
-    """The room's addresses for everybody else on the network."""
-    addresses = lan_addresses() if config.host in ("", "0.0.0.0", "::") else []
-    return [local_url(config, port, address) for address in addresses]
+    """The room's addresses for everybody else on the network, the best first: a certificate is for a name."""
+    names = config.allow_host if config.certfile else ()
+    addresses = lan_addresses() if config.host in ALL_ADDRESSES else []
+    return [local_url(config, port, host) for host in (*names, *addresses)]
 
 
 def lan_addresses() -> list[str]:
-    """This machine's IPv4 addresses that others may reach, that of the default route first. Nothing is sent."""
-    found = [address for target in ROUTE_PROBES if (address := source_address(target))]
-    found += interface_addresses()
-    usable = [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback]
-    return sorted(usable, key=lambda address: address.startswith("169.254."))[:5]
+    """This machine's IPv4 addresses that others may reach, the likeliest first.
+
+    That is the private address of real hardware, even where a tunnel has the default route, and before the bridges of
+    containers; of several, that of the default route.
+    """
+    routed = default_address()
+    found = {routed: ""} | interface_addresses()
+
+    def unlikely(address: str) -> tuple[bool, ...]:
+        """What speaks against it, the worst first."""
+        ip = ipaddress.ip_address(address)
+        return ip.is_link_local, not is_hardware(found[address]), not ip.is_private, address != routed
+
+    return sorted((a for a in found if a and not ipaddress.ip_address(a).is_loopback), key=unlikely)
 
 
-# Somewhere outside (an address reserved for documentation) and in each private range: connecting a UDP socket sends
-# nothing, but tells from which address the system would.
-ROUTE_PROBES = ("203.0.113.1", "192.168.0.1", "10.0.0.1", "172.16.0.1")
-
-
-def source_address(target: str) -> str:
-    """From which address this machine would reach that one; "" if it can't."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((target, 9))
-        except OSError:
-            return ""
+def default_address() -> str:
+    """From which address this machine would reach the outside; "" if it can't. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("203.0.113.1", 9))  # an address reserved for documentation
         return str(probe.getsockname()[0])
+    return ""
 
 
-def interface_addresses() -> list[str]:
-    """One address an interface, where the system tells (Linux, macOS)."""
+def is_hardware(interface: str) -> bool:
+    """Whether that is no tunnel, bridge or the like, where the system tells."""
+    if sys.platform == "darwin":
+        return interface.startswith("en")
+    return Path(f"/sys/class/net/{interface}/device").exists()
+
+
+def interface_addresses() -> dict[str, str]:
+    """The address of each interface, and the interface's name where the system tells (not Windows)."""
+    found = {}
     try:
         import fcntl
     except ModuleNotFoundError:
-        return []
+        with contextlib.suppress(OSError):
+            return dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
+        return {}
     command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
-    found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has no IPv4 address
                 answer = fcntl.ioctl(sock, command, name.encode()[:15].ljust(40, b"\0"))
-                found.append(socket.inet_ntoa(answer[20:24]))
+                found[socket.inet_ntoa(answer[20:24])] = name
     return found
 
 
@@ -3963,52 +4064,82 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
 
+CLIENT_SETTINGS = ("password", "history")  # of the environment, with --join
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
+    """argparse, but a mistake is one line, and what isn't on the command line may be in the environment."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""
         self.exit(2, f"tornchat: {message} (--help tells more)\n")
 
-    def option(self, environ: Mapping[str, str], *flags: str, env: str = "", help: str, **kwargs: Any) -> None:
-        """An option; the first of its environment variables that is set becomes its default."""
+    def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
+        """An option with a value, which may stand in one of these variables of the environment instead."""
         variables = env.split()
-        if name := next(filter(environ.get, variables), ""):
+        action = self.add_argument(
+            *flags, type=type, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs
+        )
+        self.variables[action.dest] = variables, type
+
+    def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
+        """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
+        variables, kind = self.variables.get(dest, ((), str))
+        for name in filter(environ.get, variables):
             try:
-                kwargs["default"] = kwargs.get("type", str)(environ[name])
+                return {dest: kind(environ[name])}
             except argparse.ArgumentTypeError as error:
                 self.error(f"environment variable {name}: {error}")
-        self.add_argument(*flags, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs)
+        return {}
 
 
 def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line."""
+    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+
+    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
+    """
     parser = Parser(
-        "tornchat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="tornchat.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(**dataclasses.asdict(Config()))
-    add_options(parser, environ)
-    parser.set_defaults(inherited=tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(",")))))
-    config = Config(**vars(parser.parse_args(argv)))
+    add_options(parser)
+    settings = vars(parser.parse_args(argv))
+    for dest in CLIENT_SETTINGS if "join" in settings else parser.variables:
+        if dest not in settings:
+            settings |= parser.from_environment(dest, environ)
+    settings.setdefault("name", user_name(environ))
+    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
+    config = Config(**settings)
     if config.workers > 1 and not config.redis_url:
         parser.error("--workers needs a Redis (--redis-url), where the workers meet")
     if config.workers > 1 and not hasattr(os, "fork"):
         parser.error("--workers needs a Unix system")
+    if config.workers > 1 and not Path(__file__).is_file():
+        parser.error("--workers needs tornchat.py as a file, which each of them can read")
     if config.keyfile and not config.certfile:
         parser.error("--keyfile needs --certfile")
+    if environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join):
+        parser.error("environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password")
     return config
 
 
-def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
+def add_options(parser: Parser) -> None:
     """All options. A setting without flag and variable is what Config says."""
-    option = functools.partial(parser.option, environ)
+    option, switch = parser.option, parser.add_argument
     # fmt: off
     option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
            help="port to listen on, 0 = any free one; default 8888, or the next free one")
-    option("--host", metavar="ADDR", env="TORNCHAT_HOST", help="address to bind; default all")
+    option("--host", metavar="ADDR", env="TORNCHAT_HOST", type=host_address, help="address to bind; default all")
     option("--title", metavar="TEXT", env="TORNCHAT_TITLE", type=room_title,
            help="name of the room on every page; default tornchat")
-    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", help="asked at login; default none")
+    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", type=text, help="asked at login; default none")
     option("--redis-url", metavar="URL", env="REDIS_URL", type=redis_url,
            help="redis://, rediss:// or unix://; default none: messages are kept in memory")
     option("--room", metavar="NAME", env="TORNCHAT_ROOM", type=room_name,
@@ -4023,15 +4154,17 @@ def add_options(parser: Parser, environ: Mapping[str, str]) -> None:
            metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
     option("--workers", metavar="N", env="TORNCHAT_WORKERS", type=worker_count,
            help="that many processes on one port; more than 1 needs a Redis; default 1")
-    option("--certfile", metavar="FILE", help="certificate (PEM) to serve https with")
-    option("--keyfile", metavar="FILE", help="its key, where that is a file of its own")
-    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", help="signs the cookies; default: made up")
+    option("--wait", metavar="SECONDS", env="TORNCHAT_WAIT", type=patience,
+           help="for a Redis that doesn't answer yet at the start; default 30")
+    option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
+    option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
+    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
-    option("--name", metavar="NAME", default=user_name(environ), help="with --join: the nickname; default [USER]")
-    option("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
-    option("-v", "--verbose", action="count", help="log requests; twice: everything")
+    option("--name", metavar="NAME", type=text, help="with --join: the nickname; default [USER]")
+    switch("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
+    switch("-v", "--verbose", action="count", help="log requests; twice: everything")
     # fmt: on
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
 
@@ -4040,9 +4173,25 @@ class Joined(argparse.Action):
     """For an option that may be given several times, each time with several values."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        """Called by argparse. The first one replaces the default."""
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else (*before, *values))
+        """Called by argparse."""
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
+def text(value: str) -> str:
+    """Any text. Raises ArgumentTypeError for none: it is an unset variable, and might leave a door open."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty")
+    if any(unicodedata.category(char) == "Cs" for char in value):  # what os.fsdecode makes of bytes that are no text
+        raise argparse.ArgumentTypeError(f"{value!r} is not text in this system's encoding")
+    return value
+
+
+def host_address(value: str) -> str:
+    """An address or name of this machine. Raises ArgumentTypeError."""
+    with contextlib.suppress(UnicodeError):
+        value.encode("idna")
+        return text(value)
+    raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host")
 
 
 def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
@@ -4057,6 +4206,7 @@ port_number = functools.partial(number_between, least=0, most=65535, kind=int)
 worker_count = functools.partial(number_between, least=1, most=64, kind=int)
 history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
 message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
+patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
 
 def yes_or_no(text: str) -> bool:
@@ -4066,38 +4216,37 @@ def yes_or_no(text: str) -> bool:
     return text.lower() in ("1", "yes", "true", "on")
 
 
-def room_title(text: str) -> str:
+def room_title(value: str) -> str:
     """A title. Raises ArgumentTypeError."""
-    if shown(text) != text or not 0 < len(text) <= 80:
+    if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
-    return text
+    return text(value)
 
 
-def room_name(text: str) -> str:
+def room_name(value: str) -> str:
     """Part of a Redis key, where braces and colons mean something. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"[^\s{}:]{1,64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 64 characters without spaces, colons and braces")
-    return text
+    if not re.fullmatch(r"[^\s{}:]{1,64}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not 1 to 64 characters without spaces, colons and braces")
+    return text(value)
 
 
 def host_names(text: str) -> tuple[str, ...]:
     """Host names, separated by commas. Raises ArgumentTypeError."""
-    headers = list(filter(None, map(str.strip, text.split(","))))
-    names = tuple(map(host_name, headers))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{headers[names.index('')]!r} is not the name of a host")
+    names = tuple(host_name(name) for name in map(str.strip, text.split(",")) if name)
+    if not names or "" in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
     return names
 
 
-def redis_url(text: str) -> str:
+def redis_url(value: str) -> str:
     """A URL that redis-py can use. Raises ArgumentTypeError, which doesn't quote it: there may be a password in it."""
-    try:
-        connect(Config(redis_url=text))().connection_pool.make_connection()
-    except (ValueError, TypeError, RedisError):
-        raise argparse.ArgumentTypeError(
-            "malformed: redis://host:port/db expected, or rediss://, or unix:///path"
-        ) from None
-    return text
+    with contextlib.suppress(ValueError, TypeError, RedisError):
+        url = urllib.parse.urlsplit(value)
+        host = (url.hostname or "").encode("idna")
+        if re.fullmatch(r"(/\d*)?", url.path) if url.scheme != "unix" else not host:  # else redis-py takes another one
+            connect(Config(redis_url=text(value)))().connection_pool.make_connection()
+            return value
+    raise argparse.ArgumentTypeError("malformed: redis://host:port/db expected, or rediss://, or unix:///path")
 
 
 def room_url(text: str) -> str:
@@ -4124,25 +4273,26 @@ def user_name(environ: Mapping[str, str]) -> str:
 
 
 class OneASecond(logging.Filter):
-    """Lines of one kind come once a second; the next one says how many there were. What -v asks for comes always."""
+    """What visitors can cause comes once a second from each place in the code; the next line says how many there were.
+
+    What becomes of the room is always told, and so is what -v asks for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kinds: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was let through, how many since not
+        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was let through, how many since not
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Called by logging."""
-        if record.levelno < logging.INFO or hasattr(record, "every_change"):
+        if record.levelno < logging.INFO or record.name == log.name:
             return True
-        if len(self.kinds) > LOG_KINDS:
-            self.kinds.clear()
-        kind = record.name, str(record.msg)[:40], record.exc_info and record.exc_info[0]
+        place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
         now = time.monotonic()
-        last, left_out = self.kinds.get(kind, (-math.inf, 0))
+        last, left_out = self.places.get(place, (-math.inf, 0))
         if now - last < 1:
-            self.kinds[kind] = last, left_out + 1
+            self.places[place] = last, left_out + 1
             return False
-        self.kinds[kind] = now, 0
+        self.places[place] = now, 0
         if left_out:
             record.msg = f"{record.msg} (and {left_out} more like this)"
         return True
@@ -4157,17 +4307,28 @@ class SafeFormatter(logging.Formatter):
 
 
 def configure_logging(config: Config) -> None:
-    """On stderr: warnings with -q, state changes without, requests with -v, everything with -v -v."""
+    """On stderr: warnings with -q, what becomes of the room without, requests with -v, everything with -v -v.
+
+    A terminal has no need of dates, nor of lines that say what the banner says.
+    """
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     handler = logging.StreamHandler()
     handler.addFilter(OneASecond())
-    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    dates = "%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z"
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", dates))
     level = logging.CRITICAL if config.join else logging.WARNING  # a client tells by itself what Tornado complains of
     logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
-    log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
+    terse = config.quiet or terminal or config.inherited  # the supervisor speaks for its workers
+    log.setLevel(logging.DEBUG if config.verbose else logging.WARNING if terse else logging.INFO)
 
 
 def main() -> None:
     """The program."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed standard stream must not become a socket
+        pass
+    os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a title may have letters that this terminal doesn't
     config = parse_config(sys.argv[1:], os.environ)
     configure_logging(config)
     try:
@@ -4179,8 +4340,7 @@ def main() -> None:
             asyncio.run(serve(config))
     except (StartError, Ended) as error:
         sys.exit(f"tornchat: {error}" if str(error) else 0)
-    except KeyboardInterrupt:  # before the signal handlers stood
-        sys.exit(0)
+    on_stop_signals(signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
 
 # === Pages ============================================================================================================
@@ -4248,7 +4408,10 @@ TEXTS = {
     "js_state_polling": ("Connected, by polling", "已连接（轮询）"),
     "js_state_waiting": ("Connection lost.", "连接已断开。"),
     "js_state_offline": ("This device is offline.", "本设备已离线。"),
-    "js_state_restarting": ("The server is restarting.", "服务器正在重启。"),
+    "js_state_restarting": (
+        "The server was stopped. You are back as soon as it is.",
+        "服务器已停止。它一恢复，您就会自动重新连接。",
+    ),
     "js_state_away": (
         "The room cannot save messages right now. What you write waits, and is sent when it can.",
         "聊天室暂时无法保存消息。您写下的内容会先保留，恢复后自动发送。",
@@ -5689,7 +5852,6 @@ function adopt(socket) {
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  restarting &&= failures < 6;  // it would be back
   retryAt = Date.now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
