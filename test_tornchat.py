@@ -47,6 +47,7 @@ import gc
 import html
 import html.parser
 import http.client
+import importlib
 import itertools
 import json
 import logging
@@ -887,6 +888,11 @@ GOOD_NAMES = [
     "❤\ufe0f\u200d🔥",
     "🇩🇪",
     "1\ufe0f\u20e3",
+    "♡ Ann ♪",
+    "☕🆗",
+    "⬅ Bob ▶",
+    "Αθηνᾶ",
+    "ㄅㄆㄇ",
     "Systematics",
     "Hosta",
     "Administrateurin",
@@ -1123,7 +1129,10 @@ def key_of_name(raw: str) -> str | None:
 
 def confusable_characters() -> list[set[str]]:
     """Sets of single characters that UTS 39 has for one."""
-    table = pytest.importorskip("confusable_homoglyphs.confusables").confusables_data
+    try:
+        table = importlib.import_module("confusable_homoglyphs.confusables").confusables_data
+    except ModuleNotFoundError:
+        missing("the package confusable-homoglyphs")
     sets: dict[str, set[str]] = {}
     for char, twins in table.items():
         alike = {one.replace("\u200e", "") for one in (char, *(twin["c"] for twin in twins))}

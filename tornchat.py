@@ -300,15 +300,14 @@ UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # not Cn: what this Python doesn't know
 JOINERS = "\u200c\u200d"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
 
-
 # What a name is made of: digits, ASCII's signs and emoji, without what can be read as the signs of plain lines (colon,
 # comma, semicolon, tilde), ...
 COMMON = re.compile(
-    r"""[ !"#$%&'()*+\-./0-9<=>?@[\\\]^_`{|}‘’ʻʼ׳״־‐–—·•・་॰\u200c\u200d\ufe0e\ufe0f\u20e3⌚⌛⏩-⏺☀-☄☎-☒☔-☯☸-♮♲-⚉"""
-    "⚐-⛿✂-✒✨❄-❎❓-❗❣-❧➕-➗➡⬛⬜⭕🀄🃏🇦-🇿🌀-🙏🚀-\U0001f6ff🟠-🟫🤌-🧿🩰-\U0001faff]"
+    r"""[ !"#$%&'()*+\-./0-9<=>?@[\\\]^_`{|}‘’ʻʼ׳״־‐–—·•・་॰\u200c\u200d\ufe0e\ufe0f\u20e3↔-↙↩↪⌚⌛⌨⏏⏩-⏺▶◀◻-◾"""
+    "☀-☄☎-☒☔-☯☸-♮♲-⚉⚐-⛿✂-✒✨❄-❎❓-❗❣-❧➕-➗➡⤴⤵⬅-⬇⬛⬜⭕🀄🃏🆎🆑-🆚🇦-🇿🌀-🙏🚀-\U0001f6ff🟠-🟫🤌-🧿🩰-\U0001faff]"
 )
-# ... and letters of scripts in everyday use (Unicode Standard Annex 31, table 5), without radicals, obsolete
-# and technical ones. A name has those of one of these lines (Unicode Technical Standard 39, "highly restrictive").
+# ... and letters of scripts in everyday use (Unicode Standard Annex 31, table 5), without radicals, obsolete ones and
+# technical ones. A name has those of one of these (Unicode Technical Standard 39, "highly restrictive").
 LATIN = (
     "A-Za-zÀ-ÖØ-öø-ıĴ-ķĹ-ľŁ-ňŊ-žƁƆƉ-ƋƏ-ƔƘƙƝƠơƯưƲ-ƴǍ-ǜǞ-ǣǦ-ǰǴǵǸ-țȞȟȦ-ȳɓɔɖɗəɛɣɲʋḀ-ẙẞẠ-ỹ"
     "\u0300-\u0304\u0306-\u030c\u030f\u0311\u031b\u0323-\u0328\u032d\u032e\u0330\u0331"
@@ -345,7 +344,7 @@ LOOKALIKES = (
     "၁ၥ ニ二 イ亻 ハ八 カ力ㄌ ト卜 ロ口囗 タ夕 エ工 へヘ リり く𡿨ㄑ ムㄙ厶 チ千 オ才 メㄨ乂 ヨ彐 ㄇ冂 ㄈ匚 ㄏ厂 ㄒ丅 "
     "ㄚ丫 ㄦ儿 ㄩ凵 併倂 値值 㖈䎛 啓啟 土士 㘽㦳 塡填 墫壿 媯嬀 帡帲 戶戸 㩁搉 㫚曶 晚晩 朌肦 朏胐 朐胊 朓脁 㬵胶 "
     "朘脧 㬺幐 㬻䐠 朣膧 杮柿 㮣槩 榝樧 溈潙 䀹鿃 䀿晣 研硏 絕絶 胼腁 䑃朦 蒍蔿 蘷虁 訮詽 䚶訞 讆讏 豜豣 赿趆 跥跺 "
-    "躗躛 軿輧 郎郞 鎭鎮 隷隸 鹂鹃 黑黒"
+    "躗躛 軿輧 郎郞 鎭鎮 隷隸 鹂鹃 黑黒 櫸𣟱 逸𨓜 㶷𤈎 﨣𧺯 𩿎𩿗"
 )
 SKELETON = str.maketrans(
     {twin: twins[0] for twins in LOOKALIKES.split() for twin in twins[1:]}
@@ -407,9 +406,7 @@ def one_script(name: str) -> bool:
 def well_formed(name: str, kinds: Sequence[str]) -> bool:
     """Whether marks stand on letters, not too many on one, and joiners where they belong."""
     marks = "".join(kind[0] for char, kind in zip(name, kinds, strict=True) if char not in "\ufe0e\ufe0f\u20e3")
-    if MISPLACED_MARKS.search(marks):
-        return False
-    return all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf")
+    return not MISPLACED_MARKS.search(marks) and all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf")
 
 
 # On nothing, or on a sign, where they could be a comma; or piled up over the neighbours.
@@ -4013,8 +4010,8 @@ TEXTS = {
     "refused_name-empty": ("A nickname needs a letter or a digit.", "昵称至少要有一个字母、文字或数字。"),
     "refused_name-long": ("A nickname has at most {limit} characters.", "昵称最多 {limit} 个字符。"),
     "refused_name-characters": (
-        "There is a character in it that cannot be seen, or does not belong in a name.",
-        "昵称中有不可见或不适合的字符。",
+        "There is a character in it that cannot be seen, does not belong in a name, or is of another script.",
+        "昵称中有不可见、不适合或属于另一种文字的字符。",
     ),
     "refused_name-reserved": (
         "“{name}” could be mistaken for the room itself. Please choose another name.",
