@@ -720,7 +720,7 @@ RESERVED_NAMES = [
         "TheAdmin",
         "Admin-Bob",
         "Bob (Admin)",
-        "admin_team",
+        "superadmin",
         "aclmin",
         "The Room",
         "Host 1",
@@ -791,6 +791,7 @@ BAD_NAMES = {
     "digits of another script": "user٣",
     "a script out of use": "Ⲙⲁⲣⲓⲁ",
     "a script of few": "ᏣᎳᎩ",
+    "a mark twice": "Ann\u0323\u0323",
     "a radical": "李⺠",
     "archaic Hangul": "ꥠᅡ",
     "tatweel": "محـمد",
@@ -813,6 +814,7 @@ FORGING_NAMES += [
     "〜〜〜 Teacher left 〜〜〜",
     "˜˜˜ Bob joined ˜˜˜",
     "Bob \u0326 Teacher",
+    "Bob\u0326 Teacher",
 ]
 FORGING_NAMES += [f"{mark} Ann" for mark in (tornchat.HOST_MARK, *"⭐🌟✪✯👑♔✔✅☑🛡")]
 BAD_NAMES |= {f"forging: {name}": name for name in FORGING_NAMES}
@@ -1028,6 +1030,7 @@ TWINS = {
     "apostrophes": ("O'Brien", "O’Brien"),
     "hyphens": ("Jean-Luc", "Jean\u2010Luc"),
     "dashes": ("Jean-Luc", "Jean–Luc"),
+    "a dash and a kanji": ("Jean—Luc", "Jean一Luc"),
     "middle dots": ("玛丽·居里", "玛丽・居里"),
     "caron and breve": ("Ăna", "Ǎna"),
     "comma and cedilla": ("Ştefan", "Ștefan"),

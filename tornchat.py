@@ -310,7 +310,7 @@ COMMON = re.compile(
 # technical ones. A name has those of one of these (Unicode Technical Standard 39, "highly restrictive").
 LATIN = (
     "A-Za-zÀ-ÖØ-öø-ıĴ-ķĹ-ľŁ-ňŊ-žƁƆƉ-ƋƏ-ƔƘƙƝƠơƯưƲ-ƴǍ-ǜǞ-ǣǦ-ǰǴǵǸ-țȞȟȦ-ȳɓɔɖɗəɛɣɲʋḀ-ẙẞẠ-ỹ"
-    "\u0300-\u0304\u0306-\u030c\u030f\u0311\u031b\u0323-\u0328\u032d\u032e\u0330\u0331"
+    "\u0300-\u0304\u0306-\u030c\u030f\u0311\u0323-\u0325\u032d\u032e\u0330\u0331"
 )
 HAN = LATIN + "々〆〇㐀-䶿一-鿿﨎-﨩𠀀-\U0002ebe0\U00030000-\U000323af\U000e0100-\U000e01ef"
 SCRIPTS = (
@@ -325,8 +325,8 @@ SCRIPTS = (
 ONE_SCRIPT = re.compile("|".join(f"[{letters}]*" for letters in SCRIPTS))
 HOST_MARK = "★"  # before a host's name; no name has it, nor an emoji that could pass for the badge of a host
 NOT_IN_NAMES = re.compile(
-    # Colons to the eye (two visargas), obsolete signs, ...
-    f"[\u0903\u0a83ॱឣឤ\u17b4\u17b5\u17d3{HOST_MARK}🌟🌠⚝⚜👑♔♕♚♛✅☑🗸🗹🏅🎖🛡🔰🔱]"
+    # Colons to the eye (three visargas), obsolete signs, ...
+    f"[\u0903\u0a83\u0f7fॱឣឤ\u17b4\u17b5\u17d3{HOST_MARK}🌟🌠⚝⚜👑♔♕♚♛✅☑🗸🗹🏅🎖🛡🔰🔱]"
     # ... and in Indic scripts a vowel with the sign of a vowel, which is mostly drawn like one letter.
     + "".join(f"|[{chr(at + 5)}-{chr(at + 20)}][{chr(at + 62)}-{chr(at + 76)}]" for at in range(0x900, 0xD80, 0x80))
 )
@@ -337,14 +337,14 @@ NOT_IN_NAMES = re.compile(
 LOOKALIKES = (
     "aаα4@ bьβвßẞ8৪੪ cс eеεєɛԑзӡҽ3 fքƒ gгց6б hһհн jј kкκ mм nпπηոռበ oоοσօ0ഠဝዐଠ〇סهھہە٥۵०০੦૦୦௦౦೦൦๐໐၀ pрρ qԛգզ9৭੧୨൭ rг "
     "sѕտ5$ tтτ7 uυսцʋሀ vνט٧۷ wԝωшա xхχ yуүγɣყ z2 lі1|ӏιı!丨iاוןו١۱ æӕ đðɖ əә ħћ өθ фφփቀ ծδ մሆ իኮ պሣ ձኔ л٨۸ ҷӌ ӈӊ "
-    "-‐–➖ 一—ーㄧ ·•・་ '‘’ʻʼ`׳יˊˋ \"״ײ +➕ /ノ丿 \\丶 ?ॽ .٠۰ ॰⚬ ☽🌒🌙 ☾🌘 \u0306\u030c \u0308\u030b \u0302\u0311 "
+    "-‐–—➖־一ーㄧ ·•・་ '‘’ʻʼ`׳יˊˋ \"״ײ +➕十 /ノ丿 \\丶 ?ॽ .٠۰ ॰⚬ ☽🌒🌙 ☾🌘 \u0306\u030c \u0308\u030b \u0302\u0311 "
     "\u0307\u030a \u0327\u0326 يىیںے كکڪ ٹڻ ثپ ٻې ٢۲ ٣۳ ٤۴ ٦۶ ٩۹१ २૨ ३૩ ४૪ ८૮ ऽઽ \u0941\u0ac1 \u0942\u0ac2 "
     "\u094d\u0a4d\u0acd ৠৡ அ௮ ஈரா உ௨ഉ எ௭ ஐஜജ க௧ ச௪ ணണ ழഴ ளௗ ஶശ ౧೧ ౨೨ ౯೯ అಅ ఆಆ ఇಇ ఒಒ ఔಔ ఓಓ జಜ ఞಞ ణಣ యಯ ఱಱ లಲ ഞൡ ഌങ ൯ൻ "
     "രറ ൪ർ ජ෪ ද෫ ขฃ คดต ฆม จຈ ชซ ฎฏ ฑท บບ ปປ ฝຝ พພ ฟຟ ภฦ ยຍ าๅ \u0e38\u0eb8 \u0e39\u0eb9 \u0e48\u0ec8 \u0e49\u0ec9 རཪ "
-    "၁ၥ ニ二 イ亻 ハ八 カ力ㄌ ト卜 ロ口囗 タ夕 エ工 へヘ リり く𡿨ㄑ ムㄙ厶 チ千 オ才 メㄨ乂 ヨ彐 ㄇ冂 ㄈ匚 ㄏ厂 ㄒ丅 "
-    "ㄚ丫 ㄦ儿 ㄩ凵 併倂 値值 㖈䎛 啓啟 土士 㘽㦳 塡填 墫壿 媯嬀 帡帲 戶戸 㩁搉 㫚曶 晚晩 朌肦 朏胐 朐胊 朓脁 㬵胶 "
-    "朘脧 㬺幐 㬻䐠 朣膧 杮柿 㮣槩 榝樧 溈潙 䀹鿃 䀿晣 研硏 絕絶 胼腁 䑃朦 蒍蔿 蘷虁 訮詽 䚶訞 讆讏 豜豣 赿趆 跥跺 "
-    "躗躛 軿輧 郎郞 鎭鎮 隷隸 鹂鹃 黑黒 櫸𣟱 逸𨓜 㶷𤈎 﨣𧺯 𩿎𩿗"
+    "၁ၥ =ニ二 イ亻 ハ八 カ力ㄌ ト卜 ロ口囗 タ夕 エ工 ^へヘ リり <く𡿨ㄑ ムㄙ厶 チ千 オ才 メㄨ乂 ヨ彐 ㄇ冂 ㄈ匚 ㄏ厂 "
+    "ㄒ丅 ㄚ丫 ㄦ儿 ㄩ凵 併倂 値值 㖈䎛 啓啟 土士 㘽㦳 塡填 墫壿 媯嬀 帡帲 戶戸 㩁搉 㫚曶 晚晩 朌肦 朏胐 朐胊 朓脁 "
+    "㬵胶 朘脧 㬺幐 㬻䐠 朣膧 杮柿 㮣槩 榝樧 溈潙 䀹鿃 䀿晣 研硏 絕絶 胼腁 䑃朦 蒍蔿 蘷虁 訮詽 䚶訞 讆讏 豜豣 赿趆 "
+    "跥跺 躗躛 軿輧 郎郞 鎭鎮 隷隸 鹂鹃 黑黒 櫸𣟱 逸𨓜 㶷𤈎 﨣𧺯 𩿎𩿗"
 )
 SKELETON = str.maketrans(
     {twin: twins[0] for twins in LOOKALIKES.split() for twin in twins[1:]}
@@ -360,9 +360,9 @@ GREEK_WORD = re.compile("(?=.*[α-ω]).*[ΓΔΘΛΞΠΣΦΨΩβδ-ηθλμξπς
 
 # What could be mistaken for the room itself, in the languages that most people read. Not by itself, nor with a number:
 RESERVED = "room raum root host server hôte хост сервер مدير میزبان होस्ट 서버 방장 司会"
-# ... and as no word of a longer name (words that are also names of people, like Nizam and Musharraf, are not in it):
+# ... nor as a word of a longer name, or its end (words that are names of people, as Nizam and Musharraf, are not in it):
 RESERVED_WORDS = (
-    "tornchat system sysadmin admin administrator moderator gastgeber systeem beheerder gastheer système administrateur"
+    "tornchat system admin administrator moderator gastgeber systeem beheerder gastheer système administrateur"
     " modérateur serveur sistema administrador anfitrión moderador servidor anfitrião amministratore moderatore sistem"
     " yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên система администратор админ модератор"
     " ведущий адміністратор адмін ведучий σύστημα διαχειριστής النظام المدير المشرف المضيف سیستم מערכת מנהל מארח"
@@ -404,9 +404,11 @@ def one_script(name: str) -> bool:
 
 
 def well_formed(name: str, kinds: Sequence[str]) -> bool:
-    """Whether marks stand on letters, not too many on one, and joiners where they belong."""
+    """Whether marks stand on letters, no mark twice, not too many on one, and joiners where they belong."""
     marks = "".join(kind[0] for char, kind in zip(name, kinds, strict=True) if char not in "\ufe0e\ufe0f\u20e3")
-    return not MISPLACED_MARKS.search(marks) and all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf")
+    doubled = any(kind == "Mn" and name[at] == name[at - 1] for at, kind in enumerate(kinds))
+    joined = all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf")
+    return joined and not doubled and not MISPLACED_MARKS.search(marks)
 
 
 # On nothing, or on a sign, where they could be a comma; or piled up over the neighbours.
@@ -444,7 +446,7 @@ def reserved(name: str) -> bool:
     words = {word.strip(string.digits) for word in CAMEL.sub(" ", "".join(spaced)).split()}
     return (
         any(not RESERVED_KEYS.isdisjoint(letter_keys(form)) for form in (name, ARTICLE_OR_NUMBER.sub("", name)))
-        or any(not RESERVED_WORD_KEYS.isdisjoint(letter_keys(word)) for word in words)
+        or any(key.endswith(RESERVED_WORD_KEYS) for word in words for key in letter_keys(word))
         or any(part in name_key(name) for part in RESERVED_PART_KEYS)
     )
 
@@ -462,9 +464,9 @@ def letters_of(name: str) -> str:
 
 CAMEL = re.compile("(?<=[a-z])(?=[A-Z])")
 ARTICLE_OR_NUMBER = re.compile(r"(?i)^the|^\d+|\d+$")
-RESERVED_WORD_KEYS = frozenset().union(*map(letter_keys, RESERVED_WORDS.split()))
+RESERVED_WORD_KEYS = tuple(set().union(*map(letter_keys, RESERVED_WORDS.split())))
 RESERVED_PART_KEYS = [name_key(part) for part in RESERVED_PARTS.split()]
-RESERVED_KEYS = RESERVED_WORD_KEYS.union(*map(letter_keys, RESERVED.split()))
+RESERVED_KEYS = frozenset(RESERVED_WORD_KEYS).union(*map(letter_keys, RESERVED.split()))
 
 
 def variants(name: str) -> Iterable[str]:
