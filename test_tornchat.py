@@ -712,32 +712,10 @@ def text_of(answer: HTTPResponse) -> str:
 
 # === Messages and names ===============================================================================================
 
-RESERVED_NAMES = [
-    *(
-        "Admin2",
-        "2admin",
-        "The Admin",
-        "TheAdmin",
-        "Admin-Bob",
-        "Bob (Admin)",
-        "superadmin",
-        "aclmin",
-        "The Room",
-        "Host 1",
-    ),
-    *(
-        "AdminBob",
-        "Sys Admin 3",
-        "Adm1n2",
-        "系统消息",
-        "聊天室管理员",
-        "システム通知",
-        "시스템알림",
-        "ผู้ดูแลห้อง",
-        "Админ Иван",
-        "admin🦊bob",
-    ),
-]
+RESERVED_NAMES = (
+    "Admin2|2admin|The Admin|TheAdmin|Admin-Bob|Bob (Admin)|superadmin|aclmin|The Room|Host 1|AdminBob|Sys Admin 3|Adm1n2"
+    "|系统消息|聊天室管理员|システム通知|시스템알림|ผู้ดูแลห้อง|Админ Иван|admin🦊bob"
+).split("|")
 BAD_NAMES = {
     "blank": "   ",
     "too long": "x" * 25,
@@ -806,16 +784,8 @@ BAD_NAMES |= {f"reserved: {word}": word for word in RESERVED}
 BAD_NAMES |= {f"reserved: {name}": name for name in [*RESERVED_NAMES, *(f"{word}2" for word in RESERVED)]}
 # In plain lines they could be taken for somebody else's words, for two people, or for the room's.
 FORGING_NAMES = [f"Teacher{colon} go home I" for colon in ":ːः։׃܃᛬᠃᠉⁚∶ꓽ꞉：ઃ፡៖"]
-FORGING_NAMES += [f"Bob{comma} Teacher" for comma in ",،、，‚;；፣٫"]
-FORGING_NAMES += [
-    "~Ann",
-    "Ann ~~~",
-    "≈≈≈ Teacher left ≈≈≈",
-    "〜〜〜 Teacher left 〜〜〜",
-    "˜˜˜ Bob joined ˜˜˜",
-    "Bob \u0326 Teacher",
-    "Bob\u0326 Teacher",
-]
+FORGING_NAMES += [f"Bob{comma} Teacher" for comma in [*",،、，‚;；፣٫", " \u0326", "\u0326"]]
+FORGING_NAMES += ["~Ann", "Ann ~~~", *(f"{tilde * 3} Bob left {tilde * 3}" for tilde in "~≈〜˜∼∽≋")]
 FORGING_NAMES += [f"{mark} Ann" for mark in (tornchat.HOST_MARK, *"⭐🌟✪✯👑♔✔✅☑🛡")]
 BAD_NAMES |= {f"forging: {name}": name for name in FORGING_NAMES}
 GOOD_NAMES = [

@@ -360,7 +360,7 @@ GREEK_WORD = re.compile("(?=.*[α-ω]).*[ΓΔΘΛΞΠΣΦΨΩβδ-ηθλμξπς
 
 # What could be mistaken for the room itself, in the languages that most people read. Not by itself, nor with a number:
 RESERVED = "room raum root host server hôte хост сервер مدير میزبان होस्ट 서버 방장 司会"
-# ... nor as a word of a longer name, or its end (words that are names of people, as Nizam and Musharraf, are not in it):
+# ... nor as a word of a longer name, or its end (words that are names of people, as Nizam, are not in it):
 RESERVED_WORDS = (
     "tornchat system admin administrator moderator gastgeber systeem beheerder gastheer système administrateur"
     " modérateur serveur sistema administrador anfitrión moderador servidor anfitrião amministratore moderatore sistem"
@@ -406,7 +406,8 @@ def one_script(name: str) -> bool:
 def well_formed(name: str, kinds: Sequence[str]) -> bool:
     """Whether marks stand on letters, no mark twice, not too many on one, and joiners where they belong."""
     marks = "".join(kind[0] for char, kind in zip(name, kinds, strict=True) if char not in "\ufe0e\ufe0f\u20e3")
-    doubled = any(kind == "Mn" and name[at] == name[at - 1] for at, kind in enumerate(kinds))
+    pairs = itertools.pairwise(unicodedata.normalize("NFD", name))
+    doubled = any(one == other and unicodedata.category(one) == "Mn" for one, other in pairs)
     joined = all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf")
     return joined and not doubled and not MISPLACED_MARKS.search(marks)
 
