@@ -713,9 +713,9 @@ def text_of(answer: HTTPResponse) -> str:
 # === Messages and names ===============================================================================================
 
 RESERVED_NAMES = (
-    "Admin2|2admin|The Admin|TheAdmin|Admin-Bob|Bob (Admin)|superadmin|aclmin|The Room|Host 1|AdminBob|Sys Admin 3|Adm1n2"
-    "|系统消息|聊天室管理员|システム通知|시스템알림|ผู้ดูแลห้อง|Админ Иван|admin🦊bob"
-).split("|")
+    "Admin2|2admin|The Admin|TheAdmin|Admin-Bob|Bob (Admin)|superadmin|aclmin|The Room|Host 1|AdminBob|Sys Admin 3"
+    "|Adm1n2|系统消息|聊天室管理员|システム通知|시스템알림|ผู้ดูแลห้อง|Админ Иван|admin🦊bob"
+)
 BAD_NAMES = {
     "blank": "   ",
     "too long": "x" * 25,
@@ -781,7 +781,7 @@ BAD_NAMES = {
 }
 RESERVED = f"{tornchat.RESERVED} {tornchat.RESERVED_WORDS} {tornchat.RESERVED_PARTS}".split()
 BAD_NAMES |= {f"reserved: {word}": word for word in RESERVED}
-BAD_NAMES |= {f"reserved: {name}": name for name in [*RESERVED_NAMES, *(f"{word}2" for word in RESERVED)]}
+BAD_NAMES |= {f"reserved: {name}": name for name in [*RESERVED_NAMES.split("|"), *(f"{word}2" for word in RESERVED)]}
 # In plain lines they could be taken for somebody else's words, for two people, or for the room's.
 FORGING_NAMES = [f"Teacher{colon} go home I" for colon in ":ːः։׃܃᛬᠃᠉⁚∶ꓽ꞉：ઃ፡៖"]
 FORGING_NAMES += [f"Bob{comma} Teacher" for comma in [*",،、，‚;；፣٫", " \u0326", "\u0326"]]
