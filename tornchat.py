@@ -335,7 +335,7 @@ NOT_IN_NAMES = re.compile(
 # the table of UTS 39; digits and signs that stand in for letters are here too, each for a letter of its own, so that
 # user1 and user10 stay two names. An accent or a stroke is seen, so that Éva, Øle and Łukasz stay what they are.
 LOOKALIKES = (
-    "aаα4@ bьβвßẞ8৪੪ cс eеεєɛԑзӡҽ3 fքƒ gгց6б hһհн jј kкκ mм nпπηոռበ oоοσօ0ഠဝዐଠ〇סهھہە٥۵०০੦૦୦௦౦೦൦๐໐၀ pрρ qԛգզ9৭੧୨൭ rг "
+    "aаα4@ bьβвßẞ8৪੪ cс eеεєɛԑзӡҽ3 fքƒ gгց6б hһհн jјյ kкκԟ mм nпπηոռበ oоοσօ0ഠဝዐଠ〇סهھہە٥۵०০੦૦୦௦౦೦൦๐໐၀ pрρ qԛգզ9৭੧୨൭ rг "
     "sѕտ5$ tтτ7 uυսцʋሀ vνט٧۷ wԝωшա xхχ yуүγɣყ z2 lі1|ӏιı!丨iاוןו١۱ æӕ đðɖ əә ħћ өθ фφփቀ ծδ մሆ իኮ պሣ ձኔ л٨۸ ҷӌ ӈӊ "
     "-‐–—➖־一ーㄧ ·•・་ '‘’ʻʼ`׳יˊˋ \"״ײ +➕十 /ノ丿 \\丶 ?ॽ .٠۰ ॰⚬ ☽🌒🌙 ☾🌘 \u0306\u030c \u0308\u030b \u0302\u0311 "
     "\u0307\u030a \u0327\u0326 يىیںے كکڪ ٹڻ ثپ ٻې ٢۲ ٣۳ ٤۴ ٦۶ ٩۹१ २૨ ३૩ ४૪ ८૮ ऽઽ \u0941\u0ac1 \u0942\u0ac2 "
