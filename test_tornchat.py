@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35",
-#   "pytest", "hypothesis", "playwright", "websockets", "websocket-client",
+#   "pytest", "hypothesis", "playwright", "websockets", "websocket-client", "confusable-homoglyphs",
 # ]
 # ///
 # ruff: noqa: N802, PTH208 - G1 to G10 are the README's names; in a coroutine listdir is as good as Path
@@ -37,6 +37,7 @@ import argparse
 import ast
 import asyncio
 import bisect
+import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -47,6 +48,7 @@ import gc
 import html
 import html.parser
 import http.client
+import importlib
 import itertools
 import json
 import logging
@@ -69,6 +71,7 @@ import termios
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import uuid
 import weakref
@@ -725,6 +728,10 @@ def text_of(answer: HTTPResponse) -> str:
 
 # === Messages and names ===============================================================================================
 
+RESERVED_NAMES = (
+    "Admin2|2admin|The Admin|TheAdmin|Admin-Bob|Bob (Admin)|superadmin|aclmin|The Room|Host 1|AdminBob|Sys Admin 3"
+    "|Adm1n2|系统消息|聊天室管理员|システム通知|시스템알림|ผู้ดูแลห้อง|Админ Иван|admin🦊bob"
+)
 BAD_NAMES = {
     "blank": "   ",
     "too long": "x" * 25,
@@ -773,15 +780,30 @@ BAD_NAMES = {
     "carriage return": "Ann\rBob",
     "NUL": "Ann\x00",
     "marks piled up": "A" + "\u0301\u0316" * 4 + "nn",
-    "a colon": "Bob: hi",
-    "a colon of the full width": "Bob： hi",
-    "a colon of another kind": "Bob\ua789 hi",
-    "the room's tilde": "~~~ Bob joined ~~~",
-    "another tilde": "∼∼∼ Bob joined ∼∼∼",
+    "two scripts": "Аnn",
+    "two scripts, Greek": "Πавел",
+    "digits of another script": "user٣",
+    "a script out of use": "Ⲙⲁⲣⲓⲁ",
+    "a script of few": "ᏣᎳᎩ",
+    "a mark twice": "Ann\u0323\u0323",
+    "a radical": "李⺠",
+    "archaic Hangul": "ꥠᅡ",
+    "tatweel": "محـمد",
+    "a vowel written as two": "अाशा",
+    "letters in black circles": "🅐🅝🅝",
+    "a variation selector that nothing shows": "An\ufe00n",
     "joiner between letters and an emoji": "Ann\u200d🚀",
     "joiner between Cyrillic letters": "Ол\u200cьга",
 }
-BAD_NAMES |= {f"reserved: {word}": word for line in tornchat.RESERVED for word in line.split()}
+RESERVED = f"{tornchat.RESERVED} {tornchat.RESERVED_WORDS} {tornchat.RESERVED_PARTS}".split()
+BAD_NAMES |= {f"reserved: {word}": word for word in RESERVED}
+BAD_NAMES |= {f"reserved: {name}": name for name in [*RESERVED_NAMES.split("|"), *(f"{word}2" for word in RESERVED)]}
+# In plain lines they could be taken for somebody else's words, for two people, or for the room's.
+FORGING_NAMES = [f"Teacher{colon} go home I" for colon in ":ːः։׃܃᛬᠃᠉⁚∶ꓽ꞉：ઃ፡៖"]
+FORGING_NAMES += [f"Bob{comma} Teacher" for comma in [*",،、，‚;；፣٫", " \u0326", "\u0326"]]
+FORGING_NAMES += ["~Ann", "Ann ~~~", *(f"{tilde * 3} Bob left {tilde * 3}" for tilde in "~≈〜˜∼∽≋")]
+FORGING_NAMES += [f"{mark} Ann" for mark in (tornchat.HOST_MARK, *"⭐🌟✪✯👑♔✔✅☑🛡")]
+BAD_NAMES |= {f"forging: {name}": name for name in FORGING_NAMES}
 GOOD_NAMES = [
     "Ann",
     "Ann Lee",
@@ -829,8 +851,6 @@ GOOD_NAMES = [
     "ភក្ដី",
     "བསྒྲུབས",
     "ኃይሌ",
-    "ᏣᎳᎩ",
-    "Ⲙⲁⲣⲓⲁ",
     "김민준",
     "さくら",
     "サクラ",
@@ -856,6 +876,11 @@ GOOD_NAMES = [
     "❤\ufe0f\u200d🔥",
     "🇩🇪",
     "1\ufe0f\u20e3",
+    "♡ Ann ♪",
+    "☕🆗",
+    "⬅ Bob ▶",
+    "Αθηνᾶ",
+    "ㄅㄆㄇ",
     "Systematics",
     "Hosta",
     "Administrateurin",
@@ -867,6 +892,85 @@ CLEANED = [
     ("e\u0301va", "éva"),
     ("\u3000王", "王"),
 ]
+# What people are called, a language a line: none is refused, and no two are taken for one.
+PEOPLE = {
+    "Albanian": "Arbër Çelik|Besnik Hoxha|Drita Shehu|Ermal Meta|Gëzim Brahimi|Liridona Krasniqi|Xhevdet Ymeri",
+    "Amharic": "አበበ ቢቂላ|ኃይሌ ገብረሥላሴ|ጥሩነሽ ዲባባ|መሠረት ደፋር|ሰለሞን|ሙሉወርቅ|ዘነበች",
+    "Arabic": "محمد عبد الله|فاطمة الزهراء|أحمد شوقي|نجيب محفوظ|عائشة|إبراهيم|زياد الرحباني|ليلى مراد",
+    "Armenian": "Արամ Խաչատրյան|Անահիտ|Հովհաննես|Գայանե|Տիգրան Պետրոսյան|Սիրանուշ|Վարդան",
+    "Assamese": "ভূপেন হাজৰিকা|ৰাজেশ শৰ্মা|অনামিকা বৰুৱা|জুবিন গাৰ্গ",
+    "Azerbaijani": "Əli Əliyev|Şəhla|Günay|Çingiz|Nigar Rəfibəyli|Mübariz|Zülfüqar",
+    "Bengali": "রবীন্দ্রনাথ ঠাকুর|কাজী নজরুল|মোঃ রহিম|শ্রেয়া ঘোষাল|সত্যজিৎ রায়|ঋতুপর্ণ|দুঃখহরণ",
+    "Bulgarian": "Георги Димитров|Христо Ботев|Цветана|Бойко|Снежана Макавеева|Любомир|Йорданка",
+    "Burmese": "အောင်ဆန်းစုကြည်|ဦးသန့်|ကျော်စိုး|မြင့်မြင့်|ခင်ညွန့်|သန္တာ|ဇော်ဇော်",
+    "Catalan": "Núria Espert|Jordi Solé|Marçal|Miquel Martí i Pol|Gal·la Placídia|Montserrat|Lluís Llach",
+    "Chinese": "王小明|李娜|张伟|欧阳修|司马光|陈美玲|诸葛亮|丘成桐|阿迪力·买买提",
+    "Croatian": "Luka Modrić|Željko|Vjekoslav|Ljerka Očić|Mirjana Šučić|Zdravko Čolić|Tomislav",
+    "Czech": "Antonín Dvořák|Božena Němcová|Jiří Ďuriš|Zdeněk|Věra Čáslavská|Růžena|Miloš Forman",
+    "Danish": "Søren Kierkegaard|Åse Høgh|Mette Frederiksen|Jørn Utzon|Kjærsgaard|Bjørg|Niels Bohr",
+    "Dhivehi": "މުހައްމަދު|އައިޝަތު|އިބްރާހީމް|ފާތިމަތު",
+    "Dutch": "Joost van den Vondel|Anouk Teeuwe|Daniëlle|Sjoerd|IJsbrand|Coöper|Geert-Jan 't Hart|Wubbo Ockels",
+    "English": "Ann Rooney|Hugh O'Neill|Paige Turner|J. R. R. Tolkien|Zoë Kravitz|Siobhan|Mary-Jane|Will Hostetler|"
+    "Ann Root|Bartholomew Badmington|Clara|Dara|Chloe Systrom",
+    "Estonian": "Õnne Pärt|Jüri Ratas|Tõnu Kaljuste|Ülle|Kersti Kaljulaid|Märt|Lauri-Õie",
+    "Finnish": "Väinö Linna|Tarja Halonen|Yrjö|Pirkko Mannola|Äijö|Kimi Räikkönen|Eero Saarinen",
+    "French": "François Truffaut|Anaïs Nin|Hélène Cixous|Jean-Luc Godard|Noël Cœur|Théo|Maëlys|Benoît L’Hermite",
+    "Georgian": "შოთა რუსთაველი|ქეთევან|ნინო ქათამაძე|გიორგი|თამარ მეფე|ზურაბ ჟვანია|ლაშა",
+    "German": "Jürgen Groß|Käthe Kollwitz|Günter Strauß|Sören Weiß|Anke von Hößlin|Wolfgang Amadé|Heinz Rühmann",
+    "Greek": "Νίκος Καζαντζάκης|Ελένη|Γιάννα|Μελίνα Μερκούρη|Οδυσσέας Ελύτης|Θεόδωρος|Ψαραντώνης|Ευαγγελία",
+    "Gujarati": "મોહનદાસ ગાંધી|ધીરુભાઈ અંબાણી|હેમંત|કિંજલ દવે|વિક્રમ સારાભાઈ|જિજ્ઞેશ",
+    "Hausa": "Ɓala Ƙwari|Ɗanjuma|Muhammadu Buhari|Hajiya Ƴar'adua|Rahama Sadau",
+    "Hawaiian": "Kahe\u02bbili|Liliʻuokalani|Kamehameha|Keʻalohi|Mākaha",
+    "Hebrew": "דוד בן־גוריון|גולדה מאיר|רחל|צ׳רלי ביטון|יהודה עמיחי|נועה|שִׁמְעוֹן",
+    "Hindi": "नरेन्द्र मोदी|लता मंगेशकर|अमिताभ बच्चन|प्रेमचंद|ऐश्वर्या|सचिन तेंडुलकर|कृष्ण|श्रीदेवी|ओम पुरी",
+    "Hungarian": "Bartók Béla|Kodály Zoltán|Őze Lajos|Széchenyi István|Gyöngyi|Szőke Tünde|Nagy Örs",
+    "Icelandic": "Björk Guðmundsdóttir|Þór Ægisson|Eiður|Sigríður Þorláksdóttir|Ásgeir|Æsa|Vigdís",
+    "Irish": "Aoife Ní Bhriain|Séamus Heaney|Tadhg Ó Súilleabháin|Gráinne|Caoimhín|Méabh|Pádraig",
+    "Italian": "Nicolò Paganini|Chiara D'Angelo|Giuseppe Verdi|Ilaria|Mattia Dell’Orso|Rocco Carlucci",
+    "Japanese": "夏目漱石|宮崎駿|佐々木|𠮷田|さくら|タロウ|大坂なおみ|桜井ユキ|〆木|三ツ矢|一ノ瀬|ヴィクトリア",
+    "Kannada": "ಕುವೆಂಪು|ರಾಜ್ ಕುಮಾರ್|ಗಿರೀಶ್ ಕಾರ್ನಾಡ್|ಸುಧಾ ಮೂರ್ತಿ|ದೀಪಿಕಾ",
+    "Kazakh": "Абай Құнанбайұлы|Нұрсұлтан|Әлия Молдағұлова|Дінмұхамед|Қаныш Сәтбаев|Гүлнәр|Шоқан",
+    "Khmer": "ស៊ិន ស៊ីសាមុត|នរោត្តម សីហនុ|សុភ័ក្ត្រ|បុប្ផា|រស់ សេរីសុទ្ធា|វុទ្ធី",
+    "Kurdish": "شێرکۆ بێکەس|ئەحمەد|ڕێبوار|ژیان|گۆران|Şivan Perwer|Rojîn|Nûdem",
+    "Korean": "김민준|이서연|박지성|최유나|남궁민|한강|손흥민|방장현",
+    "Kyrgyz": "Чыңгыз Айтматов|Үмүт|Гүлназ|Өмүрбек|Курманжан датка|Жээнбек",
+    "Lao": "ສົມພອນ|ບຸນມາ|ວິໄລ|ແກ້ວ|ໄກສອນ ພົມວິຫານ|ສຸພານຸວົງ",
+    "Latvian": "Rainis Pliekšāns|Vaira Vīķe-Freiberga|Ģirts|Ņikita|Ķēniņš|Žanis Lipke|Mārtiņš",
+    "Lithuanian": "Dalia Grybauskaitė|Žemyna|Mikalojus Čiurlionis|Jūratė|Šarūnas|Ąžuolas|Eglė Tūbelytė",
+    "Malayalam": "വൈക്കം ബഷീര്\u200d|അരുന്ധതി റോയ്|മോഹൻലാൽ|കെ. ജെ. യേശുദാസ്|ഒ. എൻ. വി.|ഐശ്വര്യ",
+    "Marathi": "लक्ष्मण देशपांडे|ॲनी|ज्ञानेश्वर|तुळशीदास|बाळासाहेब",
+    "Mongolian": "Чингис хаан|Батбаяр|Өнөржаргал|Сүхбаатар|Энхтуяа|Цэцэгмаа",
+    "Nepali": "लक्ष्मीप्रसाद देवकोटा|पुष्पकमल दाहाल|डॉ॰ ऋचा|छिरिङ|झमक घिमिरे",
+    "Norwegian": "Åge Aleksandersen|Bjørnstjerne|Øyvind|Liv Ullmann|Kjersti Horn|Håkon|Edvard Grieg",
+    "Odia": "ନବୀନ ପଟ୍ଟନାୟକ|ସୁବ୍ରତ|ଫକୀର ମୋହନ|ପ୍ରତିଭା|ଗୋପବନ୍ଧୁ",
+    "Pashto": "ملاله یوسفزۍ|خوشحال خټک|ګل بدین|پښتانه|غني خان|ځلمی",
+    "Persian": "فروغ فرخزاد|علیرضا|ابن‌سینا|پروین اعتصامی|گلشیفته|شهرام ناظری|می‌نا",
+    "Polish": "Łukasz Żak|Wisława Szymborska|Stanisław Lem|Małgorzata|Bożena Gęś|Źdźbło|Kazimierz|Święty",
+    "Portuguese": "João Gilberto|Conceição Lima|Antônio Brandão|Sebastião|Fátima d’Ávila|Inês|Vinícius",
+    "Punjabi": "ਗੁਰਪ੍ਰੀਤ ਸਿੰਘ|ਅੰਮ੍ਰਿਤਾ ਪ੍ਰੀਤਮ|ਹਰਜੀਤ|ਮਨਮੋਹਨ|ਦਿਲਜੀਤ ਦੋਸਾਂਝ|ਜੱਸੀ",
+    "Romanian": "Ion Țiriac|Ștefan cel Mare|Nadia Comăneci|Mădălina|Gheorghiță|Cătălin Bălan|Ilinca Roșu",
+    "Russian": "Ольга|Олег|Фёдор Достоевский|Анна-Мария|Пётр Ильич|Щукин|Наталья Объедкова|Юрий Гагарин|Лиза|Лиса",
+    "Serbian": "Ђорђе Петровић|Новак Ђоковић|Љиљана|Његош|Ћосић|Јелена Карлеуша|Đorđe Stanković",
+    "Sinhala": "මාර්ටින් වික්\u200dරමසිංහ|කුමාර සංගක්කාර|ශ්\u200dරී|නදීෂා|චන්ද්\u200dරිකා",
+    "Slovak": "Ľudovít Štúr|Mária Ďurišová|Žofia Kráľ|Ján Kollár|Ľubica|Vŕba|Oľga Ťažká",
+    "Spanish": "José Ñuñez|María Begoña|Jesús Ibáñez|Pilar Agüero|Íñigo Errejón|Concepción|Ángel Nieto",
+    "Swedish": "Astrid Lindgren|Åke Öberg|Görel|Pär Lagerkvist|Sara Sjöström|Håkan Hellström|Märta",
+    "Tajik": "Рӯдакӣ|Ҷомӣ|Шаҳноза|Ғафуров|Қурбон Саид|Садриддин Айнӣ|Зӯҳро",
+    "Tamil": "இளையராஜா|அப்துல் கலாம்|ஃபாத்திமா|ஜெயலலிதா|சுப்பிரமணிய பாரதி|கண்ணதாசன்|ஸ்ரீதர்",
+    "Telugu": "అనిల్ కుమార్|శ్రీశ్రీ|చిరంజీవి|సుబ్బలక్ష్మి|నాగార్జున|పి. వి. సింధు",
+    "Thai": "สมชาย ใจดี|สมหญิง|ภูมิพล|ปรีดี พนมยงค์|ทักษิณ ชินวัตร|น้ำผึ้ง|แดง|เปิ้ล|ธีระ",
+    "Tibetan": "བསྟན་འཛིན་རྒྱ་མཚོ|ཚེ་རིང|པདྨ|བསྒྲུབས|སྒྲོལ་མ|དོན་གྲུབ",
+    "Turkish": "Işıl Öztürk|İpek Çağlar|Orhan Pamuk|Şükrü Saraçoğlu|Ayşegül|Barış Manço|Yıldız",
+    "Ukrainian": "Тарас Шевченко|Леся Українка|Мар'яна|Ґалаґан|Їжакевич|Володимир Зеленський|Оксана Є.",
+    "Urdu": "فیض احمد فیض|نصرت فتح علی|بینظیر بھٹو|ثریا|علّامہ اقبال|ڈاکٹر رُتھ|نورجہاں",
+    "Uyghur": "ئىلھام توختى|رابىيە قادىر|ئەلىشىر|گۈلنار|ئابدۇرېھىم ئۆتكۈر",
+    "Uzbek": "Abdulla Qodiriy|O‘g‘iloy|Shavkat Mirziyoyev|Gʻafur|Dilshodbek|Server Djeparov",
+    "Vietnamese": "Nguyễn Ánh|Hồ Xuân Hương|Trần Đại Nghĩa|Lê Thị Hằng|Phạm Tuyên|Đặng Thùy Trâm|Võ Nguyên Giáp",
+    "Welsh": "Siân Phillips|Llŷr Gwyn|Rhŷs Ifans|Bryn Terfel|Angharad|Gwenllian|Ŵyn",
+    "Yiddish": "שלום עליכם|איציק מאַנגער|רבֿקה|װעלװל|חנה'לע",
+    "Yoruba": "Wọlé Ṣóyínká|Ọláńrewájú|Fẹlá Kútì|Adékúnlé|Yéwándé Ọmọ́tọ́ṣọ̀|Ṣadé",
+    "Ewe": "Kɔfi Ɖogbe|Yawo Ŋutsu|Afi Ƒoli|Ɣevi|Efua Dɛla",
+}
 TWINS = {
     "other case": ("Ann", "ANN"),
     "full width": ("Ann", "Ａｎｎ"),
@@ -894,7 +998,6 @@ TWINS = {
     "all Cyrillic, a bank": ("paypal", "раураӏ"),
     "Armenian": ("hugo", "հսցօ"),
     "Cherokee": ("ANDREW", "ᎪNᎠᎡᎬᎳ"),
-    "Cherokee, small": ("Ꮪam", "ꮪam"),
     "Lisu": ("LISA", "ꓡꓲꓢꓮ"),
     "Coptic": ("Mom", "ⲙⲟⲙ"),
     "Canadian syllables": ("AB", "ᗅᗷ"),
@@ -905,7 +1008,6 @@ TWINS = {
     "letters in black circles": ("Ann", "🅐🅝🅝"),
     "letters of flags": ("DE", "🇩🇪"),
     "Turkish capital I with a dot": ("İpek", "ipek"),
-    "Arabic digits": ("user3", "user٣"),
     "Persian digits": ("علی۱", "علی١"),
     "Persian letters": ("علي كريم", "علی کریم"),
     "leetspeak": ("Bob TZ", "8o8 72"),
@@ -914,6 +1016,7 @@ TWINS = {
     "apostrophes": ("O'Brien", "O’Brien"),
     "hyphens": ("Jean-Luc", "Jean\u2010Luc"),
     "dashes": ("Jean-Luc", "Jean–Luc"),
+    "a dash and a kanji": ("Jean—Luc", "Jean一Luc"),
     "middle dots": ("玛丽·居里", "玛丽・居里"),
     "caron and breve": ("Ăna", "Ǎna"),
     "comma and cedilla": ("Ştefan", "Ștefan"),
@@ -921,7 +1024,14 @@ TWINS = {
     "a variant of a kanji": ("葛城", "葛\U000e0100城"),
     "text style": ("❤", "❤\ufe0e"),
     "joiners": ("क्ष", "क्\u200dष"),
+    "Hebrew points": ("שמעון", "שִׁמְעוֹן"),
+    "Greek that is Latin to the eye": ("Noa", "Νοα"),
 }
+ONE_TO_THE_EYE = (  # each pair was two names
+    "Павел/Πавел Đuro/Ðuro Þór/Ϸór Æsa/Ӕsa Əli/Әli François/Franҫois Jan-Erik/Jan⁃Erik Tom!/Tomǃ 小马/小⻢ 李民/李⺠"
+    " محمد/محـمد แดง/เเดง Boo/Bꝏ Bob/B٥b Şəhla/Şәhla Tom/Tοm"
+)
+TWINS |= {pair: (pair.split("/")[0], pair.split("/")[1]) for pair in ONE_TO_THE_EYE.split()}
 DISTINCT = [
     ("Ann", "Anna"),
     ("user1", "user2"),
@@ -993,6 +1103,50 @@ any_frame = (
 )
 
 
+# What a mark is tried on: a letter of each script, or nothing.
+BASES = ["", *"aαяաאبހकকਕકକகతಕകකกກཀကክកか"]
+# Where the table still has pairs of two: Malayalam vowels, and two of Armenian that look like Ethiopic.
+SCRIPTS_LEFT = {"MALAYALAM", "ARMENIAN", "ETHIOPIC"}
+
+
+def key_of_name(raw: str) -> str | None:
+    """The key of a name; None where it is none."""
+    with contextlib.suppress(tornchat.Refused):
+        return tornchat.name_key(tornchat.clean_name(raw))
+    return None
+
+
+def confusable_characters() -> list[set[str]]:
+    """Sets of single characters that UTS 39 has for one."""
+    try:
+        table = importlib.import_module("confusable_homoglyphs.confusables").confusables_data
+    except ModuleNotFoundError:
+        missing("the package confusable-homoglyphs")
+    sets: dict[str, set[str]] = {}
+    for char, twins in table.items():
+        alike = {one.replace("\u200e", "") for one in (char, *(twin["c"] for twin in twins))}
+        alike = alike.union(*(sets.get(one, ()) for one in alike))
+        sets |= dict.fromkeys(alike, alike)
+    return [
+        {char for char in alike if len(char) == 1} for alike in {id(alike): alike for alike in sets.values()}.values()
+    ]
+
+
+def keys_beside(base: str, chars: set[str]) -> Iterable[tuple[tuple[str, str], tuple[str, str]]]:
+    """All pairs of those characters that a name shows as they are (marks on that base), each with its name's key."""
+    chars = {char for char in chars if unicodedata.category(char)[0] == "M"} if base else chars
+    keys = {char: key_of_name(base + char) for char in sorted(chars) if shown_as_it_is(base + char)}
+    return itertools.combinations(((char, key) for char, key in keys.items() if key), 2)
+
+
+def shown_as_it_is(name: str) -> bool:
+    return unicodedata.normalize("NFKD", name) == unicodedata.normalize("NFD", name)
+
+
+def script_of(char: str) -> str:
+    return unicodedata.name(char).split()[0]
+
+
 def refusal(wish: Callable[[], object]) -> str:
     """The code with which a wish is refused."""
     with pytest.raises(tornchat.Refused) as refused:
@@ -1022,8 +1176,9 @@ class TestMessagesAndNames:
 
     @pytest.mark.parametrize(("name", "twin"), TWINS.values(), ids=TWINS.keys())
     def test_G7_twins(self, name: str, twin: str) -> None:
-        """Names that look alike have one key."""
-        assert tornchat.name_key(name) == tornchat.name_key(twin)
+        """Of two names that look alike the second is none at all, or has the key of the first."""
+        assert key_of_name(name)
+        assert key_of_name(twin) in (key_of_name(name), None)
 
     @pytest.mark.parametrize("pair", TWINS.values(), ids=TWINS.keys())
     def test_G7_keys_are_kept(self, pair: tuple[str, str]) -> None:
@@ -1035,6 +1190,41 @@ class TestMessagesAndNames:
     def test_distinct(self, name: str, other: str) -> None:
         """Names that look different have different keys."""
         assert tornchat.name_key(name) != tornchat.name_key(other)
+
+    def test_people(self) -> None:
+        """People of all languages get in under their names, and no two of them are taken for one."""
+        people = [name for names in PEOPLE.values() for name in names.split("|")]
+        assert (len(PEOPLE) > 60, len(people) > 400) == (True, True)
+        assert [name for name in people if key_of_name(name) is None] == []
+        keys = collections.Counter(map(tornchat.name_key, people))
+        assert [name for name in people if keys[tornchat.name_key(name)] > 1] == []
+
+    def test_G7_confusables(self) -> None:
+        """Characters that the table of Unicode Technical Standard 39 has for one don't make two names."""
+        pairs = [pair for twins in confusable_characters() for base in BASES for pair in keys_beside(base, twins)]
+        apart = [(one, other) for (one, key), (other, other_key) in pairs if key != other_key]
+        print(f"{len(apart)} of {len(pairs)} confusable pairs make two names:", *map("/".join, apart))
+        assert len(pairs) > 100
+        assert [pair for pair in apart if not {script_of(char) for char in pair} <= SCRIPTS_LEFT] == []
+
+    def test_a_long_name_is_cut(self) -> None:
+        """A nickname of any length is looked at as far as a name could reach: marks take the square of their number."""
+        name = "a" + "\u0316\u0301" * 100_000
+        assert refusal(lambda: tornchat.clean_name(name)) == "invalid"
+        assert tornchat.name_key(name) == tornchat.name_key(name[:500])
+
+    @pytest.mark.parametrize(
+        ("address", "name"),
+        [
+            ("192.168.1.7", "guest-7"),
+            ("fe80::1:2ab", "guest-2ab"),
+            ("fe80::1%e\u200bth.0\u202e", "guest-1"),
+            ("", "guest-"),
+        ],
+    )
+    def test_guest_name(self, address: str, name: str) -> None:
+        """A guest is called after the end of the address; the zone of one may hold anything."""
+        assert tornchat.guest_name(address) == name
 
     @hypothesis.given(st.text(max_size=70))
     def test_any_name(self, raw: str) -> None:
@@ -1155,17 +1345,6 @@ class TestMessagesAndNames:
         encoded = tornchat.encode(event)
         assert encoded.line == (tornchat.ws_frame(line.encode()) if line else b"")
         assert decoded(encoded) == event
-
-    @pytest.mark.parametrize("name", ["~~~ Bob joined ~~~", "~Ann", "Bob: hi Ann", "Ann:"])
-    def test_G7_no_name_is_a_line(self, name: str) -> None:
-        """No name can make a plain line look like the room's, or like somebody else's."""
-        try:
-            name = tornchat.clean_name(name)
-        except tornchat.Refused:
-            return
-        line = tornchat.line_of({"type": "message", "name": name, "text": "hi"})
-        assert not line.startswith("~")
-        assert line.index(": ") == line.rindex(": ")
 
     @pytest.mark.parametrize(
         "change", [{"type": "shout"}, {"seq": "1"}, {"seq": -1}, {"ts": None}, {"text": 7}, {"name": []}, {"more": 1}]
@@ -2610,7 +2789,7 @@ class TestLogin:
         await ann.quiet()
         await other.login(said["suggestion"])
 
-    @pytest.mark.parametrize("twin", ["ANN", "Ａｎｎ", " Ann ", "\u0410nn"])
+    @pytest.mark.parametrize("twin", ["ANN", "Ａｎｎ", " Ann ", "A n n"])
     @transcript
     async def test_G7_look_alikes(self, twin: str, memory_lan: Lan) -> None:
         """A name that looks like one on the list cannot stand beside it."""
@@ -2623,9 +2802,9 @@ class TestLogin:
     async def test_a_look_alike_is_offered_the_original_letters(self, memory_lan: Lan) -> None:
         """The free variant is that of the name on the list, not of its look-alike."""
         await memory_lan.serve()
-        await memory_lan.join("Ann")
-        _, said = await memory_lan.browser().ask("\u0410nn")
-        assert said["suggestion"] == "Ann2"
+        await memory_lan.join("Paco")
+        _, said = await memory_lan.browser().ask("Расо")
+        assert said["suggestion"] == "Paco2"
 
     @transcript
     async def test_why_one_is_asked_to_log_in(self, memory_lan: Lan) -> None:

@@ -75,6 +75,7 @@ import secrets
 import shutil
 import socket
 import ssl
+import string
 import threading
 import time
 import unicodedata
@@ -138,6 +139,7 @@ TEXT_CHARS = 4000  # of one message: a long paragraph, or a page of code
 FRAME_BYTES = 16 * 1024  # of one frame or form from a client; 4,000 characters of 4 bytes each fit
 NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on top, up to
 NAME_CODEPOINTS = 64
+RAW_NAME_CODEPOINTS = 256  # looked at, before they are normalized
 PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
 RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages; the newest 100 stay in any case
@@ -337,76 +339,125 @@ UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # not Cn: what this Python doesn't know
 JOINERS = "\u200c\u200d"
 VIRAMA = 9  # canonical combining class of the sign after which Indic scripts write joiners (RFC 5892, appendix A)
 
-# Look-alikes by what they look like, folded as in name_key: the letters that the table of Unicode Technical Standard 39
-# has for one Latin letter, small capitals, and digits that stand in for letters. Digits go to letters of their own, so
-# that user1 and user10 stay two names. An accent or a stroke is seen, so that Éva, Øle and Łukasz stay what they are.
-LOOKALIKES = {
-    "a": "аɑα4Ꭺᗅꓮ𖽀𐊠ᴀ@⍺", "b": "ьβƅᏏᑲᖯꞵвᏴᗷꓐ𐊂𐊡𐌁ʙ8", "c": "сᴄⲥᏟ𐐽ꓚ𐊢𐌂𐔜", "d": "ԁᏧᑯꓒᎠᗞᗪꓓᴅ",
-    "e": "еεє3ꬲҽⴹᎬꓰ𑣆𑣎𐊆ᴇз℮", "f": "ꬵꞙẝքᖴꓝ𑣂𐊇𐊥𐔥ꜰ", "g": "ɡᶃƍցԍᏀᏳꓖɢ6б", "h": "һհᏂⲏнᎻᕼꓧ𐋏ʜ", "j": "јϳʝᎫᒍꓙᴊ", "k": "кκⲕᏦᛕꓗ𐔘ᴋ",
-    "l": "iı1|ӏіιɩ!ɪꙇᎥ𑣃ǀⲓⵏᛁꓲ𖼨𐊊𐌉ⳑᏞᒪꓡ𖼖𑣒𐑃𐔦ʟاוᏆ∣│", "m": "мⲙᎷᗰᛖꓟ𐊰𐌑ᴍ", "n": "пηոռⲛꓠ𐔓ɴ",
-    "o": "оοσօ0ᴏᴑꬽⲟჿഠဝ𐓪𑣈𑣗𐐬〇ⵔዐଠꓳ𑣕𐊒𐊫𐔖هەہھס", "p": "рρⲣᏢᑭꓑ𐊕ᴘ", "q": "ԛգզⵕꞯ9", "r": "гꭇꭈⲅᎱʀᎡᏒ𐓜ᖇꓣ𖼵",
-    "s": "ѕ5$ꜱƽᏚ𑣁𐑈տᏕꓢ𖼺𐊖", "t": "тτⲧᎢꓔ𖼊𐊗𐊱𐌕ᴛ7⊤", "u": "υսцꞟᴜꭎꭒʋ𐓶𑣘ሀᑌꓴ𖽂∪", "v": "νѵᴠ𑜆Ꮩ𑣀ⴸᐯꛟꓦ𖼈𐔝∨",
-    "w": "ԝωшɯᴡѡա𑜊𑜎𑜏ᎳᏔꓪ", "x": "хχ×ᕁᕽꭓⲭⵝᚷꓫ𐊐𐊴𐌗𐔧", "y": "уγүɣᶌʏỿꭚყ𑣜ⲩᎩᎽꓬ𖽃𐊲", "z": "ᴢᏃ𑣄ꓜ𑣉2",
-    "'": "\u2018\u2019\u02bc\u02b9\u2032`", "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
-    "\u00b7": "\u2022\u2219\u22c5\u30fb\u2027", "\u0306": "\u030c", "\u0327": "\u0326", "ي": "یى", "ك": "ک",
-    "工": "エ", "力": "カ", "二": "ニ", "口": "ロ", "一": "ー", "卜": "ト", "八": "ハ", "夕": "タ", "ヘ": "へ",
-    "リ": "り",
-}  # fmt: skip
-BADGES = (0x1F150, 0x1F170, 0x1F1E6)  # where letters in circles, in squares, and in flags begin
-SKELETON = str.maketrans(
-    {twin: letter for letter, twins in LOOKALIKES.items() for twin in twins}
-    | {chr(first + at): letter for first in BADGES for at, letter in enumerate("abcdefghljklmnopqrstuvwxyz")}
-    | dict.fromkeys([*JOINERS, " ", *map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))], None)
+# What a name is made of: digits, ASCII's signs and emoji, without what can be read as the signs of plain lines (colon,
+# comma, semicolon, tilde), ...
+COMMON = re.compile(
+    r"""[ !"#$%&'()*+\-./0-9<=>?@[\\\]^_`{|}‘’ʻʼ׳״־‐–—·•・་॰\u200c\u200d\ufe0e\ufe0f\u20e3↔-↙↩↪⌚⌛⌨⏏⏩-⏺▶◀◻-◾"""
+    "☀-☄☎-☒☔-☯☸-♮♲-⚉⚐-⛿✂-✒✨❄-❎❓-❗❣-❧➕-➗➡⤴⤵⬅-⬇⬛⬜⭕🀄🃏🆎🆑-🆚🇦-🇿🌀-🙏🚀-\U0001f6ff🟠-🟫🤌-🧿🩰-\U0001faff]"
 )
-GREEK_SMALL = re.compile("[α-ω]")
-GREEK_CAPITALS = str.maketrans("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ABEZHIKMNOPTYX")  # four look unlike their small ones: Η Μ Ν Υ
-COLONS = ":\u02d0\u02f8\u0589\u05c3\u2236\ua789"
-TILDES = "~\u02dc\u223c\u223d\u223f\u2053\u301c"
-# What could be mistaken for the room itself, in the languages that most people read; words that are also names of
-# people (Nizam, Musharraf) are not in it.
-RESERVED = (
-    "tornchat room raum root system admin administrator host server moderator gastgeber systeem beheerder gastheer",
-    "système administrateur hôte modérateur serveur sistema administrador anfitrión moderador servidor anfitrião",
-    "amministratore moderatore sistem yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên",
-    "система администратор админ модератор ведущий хост сервер адміністратор адмін ведучий σύστημα διαχειριστής",
-    "النظام مدير المدير المشرف المضيف سیستم میزبان מערכת מנהל מארח सिस्टम प्रशासक व्यवस्थापक संचालक एडमिन होस्ट",
-    "সিস্টেম অ্যাডমিন ระบบ ผู้ดูแล แอดมิน システム 管理者 管理人 司会 ホスト モデレーター サーバー",
-    "시스템 관리자 운영자 호스트 진행자 서버 방장 房间 房間 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器",
+# ... and letters of scripts in everyday use (Unicode Standard Annex 31, table 5), without radicals, obsolete ones and
+# technical ones. A name has those of one of these (Unicode Technical Standard 39, "highly restrictive").
+LATIN = (
+    "A-Za-zÀ-ÖØ-öø-ıĴ-ķĹ-ľŁ-ňŊ-žƁƆƉ-ƋƏ-ƔƘƙƝƠơƯưƲ-ƴǍ-ǜǞ-ǣǦ-ǰǴǵǸ-țȞȟȦ-ȳɓɔɖɗəɛɣɲʋḀ-ẙẞẠ-ỹ"
+    "\u0300-\u0304\u0306-\u030c\u030f\u0311\u0323-\u0325\u032d\u032e\u0330\u0331"
+)
+HAN = LATIN + "々〆〇㐀-䶿一-鿿﨎-﨩𠀀-\U0002ebe0\U00030000-\U000323af\U000e0100-\U000e01ef"
+SCRIPTS = (
+    *(HAN + "ぁ-ゖゝゞァ-ヺー-ヾ", HAN + "ㄅ-ㄭㄯㆠ-ㆿˇˊˋ", HAN + "가-힣"),
+    "Ά-ώ\u1f00-\u1f7c\u1fb6\u1fc6\u1fd6\u1fe4-\u1fe6\u1ff6\u0300\u0301\u0308\u0313\u0314\u0342",
+    "Ѐ-ЌЎ-ќў-џҊ-ӿԐ-ԩ\u0301\u0304\u0306\u0308\u030b\u030f",
+    *("Ա-Ֆա-ֆ", "ა-ჰᲐ-Ჰ", "א-תװ-ײ\u05b0-\u05bc\u05bf\u05c1\u05c2\u05c7"),
+    "ء-غف-\u0655٠-٩\u0670ٱٹ-ٿڀځڃ-ڊڌ-ڏڑړڕ-ژښڤڦکڪګگڭڱڳڵںڻڼھہ-ۃۅ-ۈۋیۍ-ېےۓە۰-۹",
+    *("ހ-ޱ", "က-႟ꧠ-ꧾꩠ-ꩿ", "ሀ-፿ᎀ-ᎏⶀ-ⷞ", "ཀ-࿆༠-༩", "ក-៿"),
+    *(f"{chr(first)}-{chr(first + 0x7F)}" for first in range(0x900, 0xF00, 0x80)),  # from Devanagari to Lao
+)
+ONE_SCRIPT = re.compile("|".join(f"[{letters}]*" for letters in SCRIPTS))
+HOST_MARK = "★"  # before a host's name; no name has it, nor an emoji that could pass for the badge of a host
+NOT_IN_NAMES = re.compile(
+    # Colons to the eye (three visargas), obsolete signs, ...
+    f"[\u0903\u0a83\u0f7fॱឣឤ\u17b4\u17b5\u17d3{HOST_MARK}🌟🌠⚝⚜👑♔♕♚♛✅☑🗸🗹🏅🎖🛡🔰🔱]"
+    # ... and in Indic scripts a vowel with the sign of a vowel, which is mostly drawn like one letter.
+    + "".join(f"|[{chr(at + 5)}-{chr(at + 20)}][{chr(at + 62)}-{chr(at + 76)}]" for at in range(0x900, 0xD80, 0x80))
+)
+
+# What looks alike among these letters, folded as in name_key; the first of a word stands for the others. Most are from
+# the table of UTS 39; digits and signs that stand in for letters are here too, each for a letter of its own, so that
+# user1 and user10 stay two names. An accent or a stroke is seen, so that Éva, Øle and Łukasz stay what they are.
+LOOKALIKES = (
+    "aаα4@ bьβвßẞ8৪੪ cс eеεєɛԑзӡҽ3 fքƒ gгց6б hһհн jјյ kкκԟ mм nпπηոռበ oоοσօ0ഠဝዐଠ〇סهھہە٥۵०০੦૦୦௦౦೦൦๐໐၀ pрρ qԛգզ9৭੧୨൭ rг "
+    "sѕտ5$ tтτ7 uυսцʋሀ vνט٧۷ wԝωшա xхχ yуүγɣყ z2 lі1|ӏιı!丨iاוןו١۱ æӕ đðɖ əә ħћ өθ фφփቀ ծδ մሆ իኮ պሣ ձኔ л٨۸ ҷӌ ӈӊ "
+    "-‐–—➖־一ーㄧ ·•・་ '‘’ʻʼ`׳יˊˋ \"״ײ +➕十 /ノ丿 \\丶 ?ॽ .٠۰ ॰⚬ ☽🌒🌙 ☾🌘 \u0306\u030c \u0308\u030b \u0302\u0311 "
+    "\u0307\u030a \u0327\u0326 يىیںے كکڪ ٹڻ ثپ ٻې ٢۲ ٣۳ ٤۴ ٦۶ ٩۹१ २૨ ३૩ ४૪ ८૮ ऽઽ \u0941\u0ac1 \u0942\u0ac2 "
+    "\u094d\u0a4d\u0acd ৠৡ அ௮ ஈரா உ௨ഉ எ௭ ஐஜജ க௧ ச௪ ணണ ழഴ ளௗ ஶശ ౧೧ ౨೨ ౯೯ అಅ ఆಆ ఇಇ ఒಒ ఔಔ ఓಓ జಜ ఞಞ ణಣ యಯ ఱಱ లಲ ഞൡ ഌങ ൯ൻ "
+    "രറ ൪ർ ජ෪ ද෫ ขฃ คดต ฆม จຈ ชซ ฎฏ ฑท บບ ปປ ฝຝ พພ ฟຟ ภฦ ยຍ าๅ \u0e38\u0eb8 \u0e39\u0eb9 \u0e48\u0ec8 \u0e49\u0ec9 རཪ "
+    "၁ၥ =ニ二 イ亻 ハ八 カ力ㄌ ト卜 ロ口囗 タ夕 エ工 ^へヘ リり <く𡿨ㄑ ムㄙ厶 チ千 オ才 メㄨ乂 ヨ彐 ㄇ冂 ㄈ匚 ㄏ厂 "
+    "ㄒ丅 ㄚ丫 ㄦ儿 ㄩ凵 併倂 値值 㖈䎛 啓啟 土士 㘽㦳 塡填 墫壿 媯嬀 帡帲 戶戸 㩁搉 㫚曶 晚晩 朌肦 朏胐 朐胊 朓脁 "
+    "㬵胶 朘脧 㬺幐 㬻䐠 朣膧 杮柿 㮣槩 榝樧 溈潙 䀹鿃 䀿晣 研硏 絕絶 胼腁 䑃朦 蒍蔿 蘷虁 訮詽 䚶訞 讆讏 豜豣 赿趆 "
+    "跥跺 躗躛 軿輧 郎郞 鎭鎮 隷隸 鹂鹃 黑黒 櫸𣟱 逸𨓜 㶷𤈎 﨣𧺯 𩿎𩿗"
+)
+SKELETON = str.maketrans(
+    {twin: twins[0] for twins in LOOKALIKES.split() for twin in twins[1:]}
+    | {"ة": "o\u0308", "ۃ": "o\u0308", "ҫ": "c\u0327", "ҿ": "e\u0328", "ɲ": "n\u0327", "װ": "ll"}
+    | {chr(0x1F1E6 + at): letter for at, letter in enumerate("abcdefghljklmnopqrstuvwxyz")}  # of flags
+    | dict.fromkeys([*JOINERS, " ", "\ufe0e", "\ufe0f", *map(chr, range(0xE0100, 0xE01F0))], None)
+    | dict.fromkeys(map(chr, (*range(0x5B0, 0x5C8), *range(0x64B, 0x653))), None)  # points that most people leave out
+)
+PAIRS = {"l\u0307": "l", "rn": "m", "vv": "w", "g\u0327": "g\u0301", "เเ": "แ"}  # two that look like one
+# Capitals that look unlike their small letters. In a name with small letters that only Greek has, a Ν begins νίκη.
+CAPITALS = str.maketrans("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧΓΛßẞ", "ABEZHIKMNOPTYXГЛββ")
+GREEK_WORD = re.compile("(?=.*[α-ω]).*[ΓΔΘΛΞΠΣΦΨΩβδ-ηθλμξπςτφψω]")
+
+# What could be mistaken for the room itself, in the languages that most people read. Not by itself, nor with a number:
+RESERVED = "room raum root host server hôte хост сервер مدير میزبان होस्ट 서버 방장 司会"
+# ... nor as a word of a longer name, or its end (words that are names of people, as Nizam, are not in it):
+RESERVED_WORDS = (
+    "tornchat system admin administrator moderator gastgeber systeem beheerder gastheer système administrateur"
+    " modérateur serveur sistema administrador anfitrión moderador servidor anfitrião amministratore moderatore sistem"
+    " yönetici moderatör sunucu pengelola gospodarz serwer hệthống quảntrịviên система администратор админ модератор"
+    " ведущий адміністратор адмін ведучий σύστημα διαχειριστής النظام المدير المشرف المضيف سیستم מערכת מנהל מארח"
+    " सिस्टम प्रशासक व्यवस्थापक संचालक एडमिन সিস্টেম অ্যাডমিন"
+)
+# ... nor, where words stand without spaces, as any part of it:
+RESERVED_PARTS = (
+    "ระบบ ผู้ดูแล แอดมิน システム 管理者 管理人 ホスト モデレーター サーバー 시스템 관리자 운영자 호스트 진행자"
+    " 房间 房間 系统 管理员 主持人 服务器 聊天室 房主 系統 管理員 伺服器"
 )
 
 
 def clean_name(raw: str) -> str:
-    """The nickname as it is shown: NFKC, spaces folded. Any script is welcome. Raises Refused("invalid").
+    """The nickname as it is shown: NFKC, spaces folded. Raises Refused("invalid").
 
-    The rule is that of RFC 8266 (PRECIS nicknames), with joiners where a script or an emoji needs them.
+    The rules are those of RFC 8266 (PRECIS nicknames) and UTS 39, with joiners where a script or an emoji needs them.
     """
     raw = raw.strip()
-    if len(raw) > 4 * NAME_CODEPOINTS:  # before it is normalized, which takes the square of its length
+    if len(raw) > RAW_NAME_CODEPOINTS:
         raise Refused("invalid", "name-long", limit=NAME_CHARS)
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or char in BLANKS for char in raw):
-        raise Refused("invalid", "name-characters")
-    name = " ".join(unicodedata.normalize("NFKC", raw).split())
+    name = " ".join(filter(None, unicodedata.normalize("NFKC", raw).split(" ")))
     kinds = [unicodedata.category(char) for char in name]
-    if not any(kind[0] in "LN" or kind == "So" for kind in kinds):
-        raise Refused("invalid", "name-empty")
     if len(name) > NAME_CODEPOINTS or sum(kind not in ("Mn", "Me", "Cf", "Sk") for kind in kinds) > NAME_CHARS:
         raise Refused("invalid", "name-long", limit=NAME_CHARS)
-    if kinds[0][0] == "M" or not all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf"):
+    if NOT_IN_NAMES.search(name) or not one_script(name) or not well_formed(name, kinds):
         raise Refused("invalid", "name-characters")
-    if "M" * PILED_MARKS in "".join(kind[0] for kind in kinds):  # it would cover its neighbours
-        raise Refused("invalid", "name-characters")
-    if name[0] in TILDES or any(char in COLONS for char in name):  # as plain lines: somebody's words, or the room's
-        raise Refused("invalid", "name-characters")
-    if not RESERVED_KEYS.isdisjoint({letters_of(name_key(name)), name_key(letters_of(name))}):
+    if not any(kind[0] in "LN" or kind == "So" for kind in kinds):
+        raise Refused("invalid", "name-empty")
+    if reserved(name):
         raise Refused("invalid", "name-reserved", name=name)
     return name
 
 
+def one_script(name: str) -> bool:
+    """Whether the letters of a name are in everyday use, and of scripts that are written together."""
+    letters = COMMON.sub("", name)
+    kinds = {unicodedata.category(char) for char in letters}
+    return ONE_SCRIPT.fullmatch(letters) is not None and kinds <= {"Lu", "Ll", "Lo", "Lm", "Mn", "Mc", "Nd", "Nl"}
+
+
+def well_formed(name: str, kinds: Sequence[str]) -> bool:
+    """Whether marks stand on letters, no mark twice, not too many on one, and joiners where they belong."""
+    marks = "".join(kind[0] for char, kind in zip(name, kinds, strict=True) if char not in "\ufe0e\ufe0f\u20e3")
+    pairs = itertools.pairwise(unicodedata.normalize("NFD", name))
+    doubled = any(one == other and unicodedata.category(one) == "Mn" for one, other in pairs)
+    joined = all(joins(name, at) for at, kind in enumerate(kinds) if kind == "Cf")
+    return joined and not doubled and not MISPLACED_MARKS.search(marks)
+
+
+# On nothing, or on a sign, where they could be a comma; or piled up over the neighbours.
+MISPLACED_MARKS = re.compile("(?:^|[^LMN])M|" + "M" * PILED_MARKS)
+
+
 def joins(name: str, at: int) -> bool:
     """Whether the format character at this place is a joiner where one belongs: in Indic or Arabic words, in emoji."""
-    if name[at] not in JOINERS or at == 0:
-        return False
-    before, behind = name[at - 1], name[at + 1 : at + 2] or " "
+    before, behind = name[at - 1 : at] or " ", name[at + 1 : at + 2] or " "
     arabic = unicodedata.bidirectional(before) == unicodedata.bidirectional(behind) == "AL"
     emoji = unicodedata.category(before) in ("So", "Sk", "Mn") and unicodedata.category(behind) == "So"
     return unicodedata.combining(before) == VIRAMA or arabic or (emoji and name[at] == "\u200d")
@@ -414,22 +465,48 @@ def joins(name: str, at: int) -> bool:
 
 def name_key(name: str) -> str:
     """What two names have in common that look alike: a member's key on the roster (G7)."""
-    name = unicodedata.normalize("NFKC", name)
-    if not GREEK_SMALL.search(name) or re.search("[a-zA-Z]", name):  # else it is a Greek word, and N begins ν
-        name = name.translate(GREEK_CAPITALS)
-    digits = (str(unicodedata.decimal(char, char)) for char in unicodedata.normalize("NFD", name.casefold()))
-    letters = "".join(digits).translate(SKELETON)
-    return unicodedata.normalize("NFC", letters.replace("l\u0307", "l").replace("rn", "m").replace("vv", "w"))
+    return key_of(name[:RAW_NAME_CODEPOINTS])
+
+
+@functools.lru_cache(10_000)  # names: more than a room has
+def key_of(name: str) -> str:
+    """The key of a name that is not too long."""
+    name = unicodedata.normalize("NFKD", name)
+    if not GREEK_WORD.match(name):
+        name = name.translate(CAPITALS)
+    key = name.casefold().translate(SKELETON)
+    for pair, one in PAIRS.items():
+        key = key.replace(pair, one)
+    return unicodedata.normalize("NFC", key)
+
+
+def reserved(name: str) -> bool:
+    """Whether a name could be mistaken for the room itself."""
+    spaced = (char if unicodedata.category(char)[0] in "LMN" or char in "!@$|" else " " for char in name)
+    words = {word.strip(string.digits) for word in CAMEL.sub(" ", "".join(spaced)).split()}
+    return (
+        any(not RESERVED_KEYS.isdisjoint(letter_keys(form)) for form in (name, ARTICLE_OR_NUMBER.sub("", name)))
+        or any(key.endswith(RESERVED_WORD_KEYS) for word in words for key in letter_keys(word))
+        or any(part in name_key(name) for part in RESERVED_PART_KEYS)
+    )
+
+
+def letter_keys(name: str) -> set[str]:
+    """The keys of a name without its accents and signs, which don't make another word of a reserved one; cl is a d."""
+    keys = letters_of(name_key(name)), name_key(letters_of(name))
+    return {key.replace("cl", "d") for key in keys}
 
 
 def letters_of(name: str) -> str:
-    """A name without its accents and signs: they don't make another word of a reserved one."""
+    """The letters and digits alone."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFD", name)))
 
 
-RESERVED_KEYS = frozenset(
-    key for word in " ".join(RESERVED).split() for key in (letters_of(name_key(word)), name_key(letters_of(word)))
-)
+CAMEL = re.compile("(?<=[a-z])(?=[A-Z])")
+ARTICLE_OR_NUMBER = re.compile(r"(?i)^the|^\d+|\d+$")
+RESERVED_WORD_KEYS = tuple(set().union(*map(letter_keys, RESERVED_WORDS.split())))
+RESERVED_PART_KEYS = [name_key(part) for part in RESERVED_PARTS.split()]
+RESERVED_KEYS = frozenset(RESERVED_WORD_KEYS).union(*map(letter_keys, RESERVED.split()))
 
 
 def variants(name: str) -> Iterable[str]:
@@ -491,7 +568,7 @@ def shown(text: str) -> str:
 
 def guest_name(address: str) -> str:
     """A name for whoever gives none: the end of the address tells who it may be, without telling the address."""
-    return "guest-" + re.split(r"[.:]", address)[-1]
+    return "guest-" + re.split(r"[.:]", address.partition("%")[0])[-1]  # without a zone, which may hold anything
 
 
 def ws_frame(payload: bytes, opcode: int = 0x1) -> bytes:
@@ -4515,8 +4592,8 @@ TEXTS = {
     "refused_name-empty": ("A nickname needs a letter or a digit.", "昵称至少要有一个字母、文字或数字。"),
     "refused_name-long": ("A nickname has at most {limit} characters.", "昵称最多 {limit} 个字符。"),
     "refused_name-characters": (
-        "There is a character in it that cannot be seen, or does not belong in a name.",
-        "昵称中有不可见或不适合的字符。",
+        "There is a character in it that cannot be seen, does not belong in a name, or is of another script.",
+        "昵称中有不可见、不适合或属于另一种文字的字符。",
     ),
     "refused_name-reserved": (
         "“{name}” could be mistaken for the room itself. Please choose another name.",
