@@ -7940,22 +7940,10 @@ ATTACKS = {
     "line separators": "a\u2028Ann: bye\u2029b",
     "lone surrogate": "a\ud800b",
     "newline": "hi\nAnn: bye\n12:34 Ann: bye",
-    "a row that wraps": "x" + " " * 200 + "12:34 Ann: bye",
-    "a row that wraps without spaces": "\u00e9" * 90 + "12:34\u00a0Ann:\u00a0bye",
 }
-# What fills rows of a terminal, so that it might wrap what comes next: a line that Bob never said.
-FORGERIES = {
-    "soft hyphens": "hi" + "\u00ad" * 67,
-    "a word without spaces": "x" * 67,
-    "spaces": "x" + " " * 66,
-    "letters": "\u0434" * 67,
-    "hexagrams": "\u4dc0" * 67,
-    "vowel jamo": "\u1161" * 67,
-    "marks": "a\u0301" * 67,
-    "hearts": "\u2764\ufe0f" * 40,
-    "families": "\U0001f469\u200d\U0001f680" * 30,
-    "signs of the year 2030": "\U0001fae9" * 40,
-}
+# What fills rows of a terminal, so that it might wrap what comes next; other terminals draw some of it wider.
+FILLINGS = ["hi" + 67 * "\u00ad", 67 * "x", "x" + 66 * " ", 67 * "\u0434", 67 * "\u4dc0", 67 * "\u1161", 67 * "a\u0301",
+            40 * "\u2764\ufe0f", 30 * "\U0001f469\u200d\U0001f680", 40 * "\U0001fae9"]  # fmt: skip
 
 
 class Joined(Program):
@@ -8151,7 +8139,7 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
 
 
 class TestTerminal:
-    @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(12, 40))
+    @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(13, 40))
     @hypothesis.example("é" * 100, 20)
     @hypothesis.example("x" * 100, 20)
     @hypothesis.example("a\n" + " " * 50 + "12:34 Bob: hi", 20)
@@ -8162,13 +8150,8 @@ class TestTerminal:
         assert all(row.startswith("    ") or not row for row in others)
         assert "".join([first, *others]).replace(" ", "") == "12:34Ann:" + re.sub(r"\s", "", text)
         assert all(tornchat.most_columns(row) <= columns for row in [first, *others])
-
-    def test_wrapped_urls(self) -> None:
-        """A URL that fits into a row stays whole, so that it can be copied; a longer one is no exception."""
-        url = "http://example.org/" + "x" * 50
-        rows = tornchat.wrap(f"12:34 Ann: look at {url} there", 79, tornchat.most_columns)
-        assert rows == ["12:34 Ann: look at", f"    {url} there"]
-        assert all(len(row) <= 79 for row in tornchat.wrap("12:34 Ann: " + 4 * url, 79, tornchat.most_columns))
+        url = f"http://h/{'x' * (columns - 13)}"  # as long as a row: it stays whole, so that it can be copied
+        assert f"    {url}" in tornchat.wrap(f"12:34 Ann: see {url} there", columns, tornchat.most_columns)
 
     @pytest.mark.parametrize(
         "raw",
@@ -8186,14 +8169,14 @@ class TestTerminal:
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         assert "There is no tornchat at" in err
 
-    @pytest.mark.parametrize("status", ["404 \x1b[2J\x9b2J\u202eNot\x07", "503 \x1b]0;x\x07", "200 \x1b[31mOK", "7"])
+    @pytest.mark.parametrize("status", ["404 No\x85t\x9b2J", "503 \x9b2J", "200 \x9b2J", "200 \x1b[2J", "7"])
     @transcript
     async def test_G10_an_odd_answer(self, status: str, memory_lan: Lan) -> None:
         """Nor does what it answers instead of HTTP as it should be steer the terminal."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(f"HTTP/1.1 {status}\r\nSet-Cookie: a=\x9b\x1b\r\nDate: 7\r\n\r\n".encode())
+            writer.write(f"HTTP/1.1 {status}\r\nDate: 7\r\nContent-Length: 0\r\n\r\n".encode("latin-1"))
             writer.close()
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
@@ -8251,10 +8234,11 @@ class TestTerminal:
             monkeypatch.setattr(pyte.screens, "wcwidth", lambda char: 1 if char.isascii() else 2)
         await memory_lan.serve(rate=0)
         eve = await memory_lan.join("Eve")
-        for filling in FORGERIES.values():
+        for filling in FILLINGS:
             await eve.say(f"{filling}14:39 Bob: I hate you")
         await eve.say("the end")
         ann = await Terminal.run(memory_lan, "--name", "Ann", python=python)
+        await ann.shows("pip install prompt_toolkit" if python is WITHOUT_PROMPT_TOOLKIT else "/help tells")
         await ann.shows("Eve: the end")
         for row in ann.rows:
             assert re.match(r"(\d\d:\d\d )?(Eve: |~ |Eve:$)|    |tornchat: |Ann> ?$|$", row), row
@@ -8280,8 +8264,10 @@ class TestTerminal:
         await ann.shows("no command /foo")
         await carl.fetch("/logout", form={})
         await ann.shows("~ Carl left")
-        ann.keys("\x1b[200~one\rtwo\x1b[201~\r")
-        await bob.expect("message", text="one\ntwo")
+        for keys in ("\x1b[200~one\rtwo\x1b[201~\r", "one\x1b\rtwo\r", "\x1b[A\r"):  # a paste, Alt-Enter, arrow up
+            await ann.prompts()
+            ann.keys(keys)
+            await bob.expect("message", text="one\ntwo")
         await ann.shows("Ann: one\n    two\n")
         ann.keys("bye\r\x04")
         await bob.expect("message", text="bye")
@@ -8312,25 +8298,6 @@ class TestTerminal:
         await ann.shows("Bob: a line\n    that is longer\nAnn> a draft that is\n")
         ann.keys("好\r")
         await bob.expect_texts("hi", "a line that is longer", "a draft that is longer than a row, 也有中文好!")
-
-    @transcript
-    async def test_editing(self, memory_lan: Lan) -> None:
-        """Arrow up brings back what was said; Ctrl-R searches it; Alt-Enter begins a new line."""
-        await memory_lan.serve()
-        bob = await memory_lan.join("Bob")
-        ann = await Terminal.run(memory_lan, "--name", "Ann")
-        for keys, said in [
-            ("one\r", "one"),
-            ("two\r", "two"),
-            ("\x1b[A\x1b[A!\r", "one!"),
-            ("\x12tw\r?\r", "?two"),
-            ("a\x1b\rb\r", "a\nb"),
-            ("\x1b[200~c\r\nd\x1b[201~\r", "c\nd"),
-        ]:
-            await ann.prompts()
-            ann.keys(keys)
-            await bob.expect("message", text=said)
-            await ann.shows("Ann: " + said.replace("\n", "\n    "))
 
     @transcript
     async def test_time(self, memory_lan: Lan) -> None:
@@ -8453,18 +8420,6 @@ class TestTerminal:
         ]
         assert len(colors[0]) == 1
         assert colors == [colors[0], colors[0], set()]
-
-    @transcript
-    async def test_without_prompt_toolkit(self, memory_lan: Lan) -> None:
-        """Where it isn't installed a terminal is like a pipe, and one sentence says what would be nicer."""
-        await memory_lan.serve()
-        ann = await Terminal.run(memory_lan, "--name", "Ann", python=WITHOUT_PROMPT_TOOLKIT)
-        await ann.shows("pip install prompt_toolkit")
-        ann.keys("hi\n/who\n")
-        await ann.shows("Ann: hi")
-        await ann.shows("tornchat: here: Ann")
-        ann.keys("\x04")
-        assert await ann.leaves() == 0
 
     @transcript
     async def test_in_chinese(self, memory_lan: Lan) -> None:

@@ -8,6 +8,7 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
+                                (to edit what you type: python -m pip install prompt_toolkit)
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
