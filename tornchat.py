@@ -2951,8 +2951,6 @@ class Client:
         self.hold_until = 0.0  # nothing is said before, in s of time.monotonic
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
-    # --- session ---
-
     async def log_in(self) -> None:
         """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
         answer = await self.post("login", nickname=self.name, password=self.password)
@@ -2973,7 +2971,6 @@ class Client:
             self.clock_ahead = date.timestamp() + 0.5 - time.time()
 
     async def post(self, path: str, **form: str) -> tornado.httpclient.HTTPResponse:
-        """Sends a form. Raises UNREACHED."""
         body = urllib.parse.urlencode(form)
         request = tornado.httpclient.HTTPRequest(self.url + path, "POST", self.headers, body, follow_redirects=False)
         return await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
@@ -3010,8 +3007,7 @@ class Client:
         place = {"after": self.after, "epoch": self.epoch} | ({"at": self.at} if self.at else {})
         url = f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place if self.epoch else {})}"
         request = tornado.httpclient.HTTPRequest(url, headers=self.headers)
-        handshake = tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS)
-        self.handshake = asyncio.ensure_future(handshake)
+        self.handshake = asyncio.ensure_future(tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS))
         self.socket = await asyncio.shield(self.handshake)
 
     async def converse(self) -> None:
@@ -3119,7 +3115,6 @@ class Client:
     # --- outbox ---
 
     def say(self, text: str) -> None:
-        """Into the outbox, if it can be said at all."""
         try:
             self.outbox[secrets.token_hex(12)] = clean_text(text)
         except Refused as refused:
@@ -3218,7 +3213,6 @@ class Lines:
             raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        """Something that the user has to know, or may like to know."""
         if self.config.verbose or not minor:
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
@@ -3259,7 +3253,7 @@ def read_lines() -> Iterator[str]:
         return
     with (
         contextlib.suppress(OSError),
-        open(sys.stdin.fileno(), encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin,
+        open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin,
     ):
         while line := stdin.readline(2 * TEXT_CHARS):
             yield line
@@ -3331,7 +3325,6 @@ class Screen(Lines):
 
 
 def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> Lines:
-    """A Screen for a person at a terminal, else Lines."""
     if not (os.isatty(0) and os.isatty(1)) or environ.get("TERM") == "dumb":
         return Lines(client, config)
     with contextlib.suppress(ModuleNotFoundError):
