@@ -3251,14 +3251,11 @@ def read_lines() -> Iterator[str]:
     """The lines of stdin, each as soon as it is there. Of one that is too long to be said, only its beginning."""
     if sys.stdin is None:
         return
-    with (
-        contextlib.suppress(OSError),
-        open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin,
-    ):
-        while line := stdin.readline(2 * TEXT_CHARS):
+    with contextlib.suppress(OSError), open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as pipe:
+        while line := pipe.readline(2 * TEXT_CHARS):
             yield line
             while line and not line.endswith("\n"):
-                line = stdin.readline(2 * TEXT_CHARS)
+                line = pipe.readline(2 * TEXT_CHARS)
 
 
 class Screen(Lines):
