@@ -3028,14 +3028,12 @@ class Client:
             self.let_in = False
         if not self.epoch:
             raise self.unreachable(ConnectionError(reason or "silence"))
-        self.restarting = self.restarting or code == 1001
+        self.restarting |= code == 1001
 
     def no_room(self, reason: str) -> Ended:
-        """Whoever answers like that is no tornchat."""
         return Ended(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
 
     def unreachable(self, error: Exception) -> Ended:
-        """Why there is nothing to come back to."""
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Ended(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
 
@@ -3322,12 +3320,12 @@ class Screen(Lines):
 
 
 def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> Lines:
-    if not (os.isatty(0) and os.isatty(1)) or environ.get("TERM") == "dumb":
-        return Lines(client, config)
-    with contextlib.suppress(ModuleNotFoundError):
-        return Screen(client, config, colors=not environ.get("NO_COLOR"))
     view = Lines(client, config)
-    view.notice(client.words["term_plain"])
+    if os.isatty(0) and os.isatty(1) and environ.get("TERM") != "dumb":
+        try:
+            return Screen(client, config, colors=not environ.get("NO_COLOR"))
+        except ModuleNotFoundError:
+            view.notice(client.words["term_plain"])
     return view
 
 
@@ -3709,10 +3707,7 @@ TEXTS = {
         "There is no time zone “{zone}”. They have names like Asia/Shanghai.",
         "没有“{zone}”这个时区，时区名如 Asia/Shanghai。",
     ),
-    "term_plain": (
-        "Typing is nicer here with: python -m pip install prompt_toolkit",
-        "安装后输入更方便：python -m pip install prompt_toolkit",
-    ),
+    "term_plain": ("Typing is nicer with: pip install prompt_toolkit", "安装后输入更方便：pip install prompt_toolkit"),
     "term_unsent": ("Messages that could not be sent: {n}", "有 {n} 条消息未能发送"),
     "kept_memory": (
         "Earlier messages that you will see: the last {history}. Stopping the room forgets them.",
