@@ -8269,7 +8269,7 @@ class TestTerminal:
             ann.keys(keys)
             await bob.expect("message", text="one\ntwo")
         await ann.shows("Ann: one\n    two\n")
-        ann.keys("bye\r\x04")
+        ann.keys("bye\r/quit\r")
         await bob.expect("message", text="bye")
         assert await ann.leaves() == 0
         await bob.expect("left", names=["Ann"])

@@ -3149,11 +3149,13 @@ class Client:
         name, _, rest = text.strip().partition(" ")
         if name in COMMANDS:
             self.view.notice(COMMANDS[name](self, rest.strip()))
-        elif re.match("/(?!/)", text) and name != "/quit":
+        elif name == "/quit":
+            return False
+        elif re.match("/(?!/)", name):
             self.view.notice(self.words["term_no_command"].format(command=shown(name)))
         elif name:
             self.say(text.removeprefix("/"))
-        return name != "/quit"
+        return True
 
     def who(self, rest: str) -> str:
         return self.people(self.count)
