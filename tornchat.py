@@ -8,6 +8,7 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
+                                (to edit what you type: python -m pip install prompt_toolkit)
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
@@ -49,8 +50,6 @@ if __name__ == "__main__":  # until the room is open there is nothing to stop in
 
 import argparse
 import asyncio
-import bisect
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -72,7 +71,6 @@ import math
 import random
 import re
 import secrets
-import shutil
 import socket
 import ssl
 import string
@@ -83,13 +81,12 @@ import urllib.parse
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TextIO, TypeVar
 
 try:
     import resource
-    import termios
 except ModuleNotFoundError:
-    resource = termios = None  # type: ignore[assignment]  # Windows has no limit of files, and other terminals
+    resource = None  # type: ignore[assignment]  # Windows has no limit of files
 
 # An older Tornado ignores `cross_origin_protection` without a word. An older redis may, where a transaction is
 # cancelled, hand on its connection with a reply that nobody has read. An older fakeredis is too old for these.
@@ -3298,8 +3295,8 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
         await worker.wait()
 
 
-def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event:
-    """What the first signal to stop sets; the second one calls `at_once` and ends the process.
+def stop_on_signals() -> asyncio.Event:
+    """What the first signal to stop sets; the second one ends the process.
 
     The loop's own signal handlers would do, but Windows has none.
     """
@@ -3309,7 +3306,6 @@ def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> asyncio.Event
     def handle(number: int, frame: object) -> None:
         """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
         if stop.is_set():
-            at_once()
             os._exit(0)
         loop.call_soon_threadsafe(stop.set)
 
@@ -3450,185 +3446,75 @@ def interface_addresses() -> dict[str, str]:
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes), and none of it without passing `safe` or `shown`.
+# to a Screen (a person at a terminal) or to Lines (pipes). A frame type is a row of FRAMES, a command one of COMMANDS.
 
-RETRY_SECONDS = 10  # the longest pause between two tries; the first one is a tenth of it
+RETRY_SECONDS = 10  # the longest pause between two tries
 PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
 HOLD_SECONDS = 3  # to wait where a refusal names no time
 QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is told that it wasn't
+LOGOUT_SECONDS = 2  # for the name to be given back
 NAMES_IN_LINE = 10  # of more people only the number is told
 PENDING_ROWS = 3  # shown of what isn't sent yet
+QUOTED_CHARS = 60  # of what was not sent, or of what no tornchat would say
+TIMES = range(253_402_214_400_000)  # in ms, up to the year 9999: what datetime can show
 WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
 PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # keep the text: it may be said later
-UNREACHED = (OSError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)
+UNREACHED = (OSError, UnicodeError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)  # an odd host name
 NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
-PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}] *")  # between two of them a row may end
-# What reading an answer may raise that no tornchat gave.
-GIBBERISH = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
 
 
 class Ended(Exception):  # noqa: N818 - a fact, not an error
-    """The client can't go on; why, in one line for its user."""
+    """The client can't go on; why, for its user."""
 
 
-def safe(text: object) -> str:
+def safe(text: str) -> str:
     """What others wrote, for a terminal: of its controls only newlines are left."""
-    return STEERING.sub("", str(text).replace("\t", INDENT))
+    return STEERING.sub("", text.replace("\t", INDENT))
 
 
-def extends(char: str) -> bool:
-    """Whether it has no place of its own, but belongs to the character before."""
-    return unicodedata.category(char) in ("Mn", "Me", "Cf") or "\U0001f3fb" <= char <= "\U0001f3ff"
+def most_columns(text: str) -> int:
+    """What it takes at the most, whichever terminal draws it."""
+    return sum(1 if char.isascii() else 2 for char in text)
 
 
-def width(text: str) -> int:
-    """How many columns a terminal gives it; where terminals differ, the most."""
-    return sum(
-        2 if unicodedata.east_asian_width(char) in "WF" else char == "\ufe0f" or not extends(char) for char in text
-    )
+def wrap(text: str, columns: int, width: Callable[[str], int]) -> list[str]:
+    """The rows of a text. Only the first one begins at the margin: nobody can write a line of somebody else's.
 
-
-def cut(text: str, columns: int) -> str:
-    """As much of it as fits into one row."""
-    return text[: bisect.bisect_right([*itertools.accumulate(map(width, text))], columns)]
-
-
-def wrap(text: str, columns: int) -> list[str]:
-    """The rows of what was said. Only the first one begins at the margin: nobody can write a line of somebody else's.
-
-    A long URL stays whole, so that it can be copied; the terminal breaks it.
+    A URL that fits into a row stays whole, so that it can be copied.
     """
     rows: list[str] = []
     for line in text.split("\n"):
         row = INDENT if rows else ""
+        used = len(row)
         for piece in PIECE.findall(line):
-            if row.strip() and width(row + piece.rstrip()) > columns:
-                rows.append(row.rstrip())
-                row = INDENT
-            row += piece
-            while not piece.isascii() and width(row.rstrip()) > columns:
-                rows.append(cut(row, columns))
-                row = INDENT + row[len(rows[-1]) :]
+            whole = width(piece.rstrip()) <= columns - len(INDENT)
+            for part in [piece] if whole else piece:
+                if used + width(part.rstrip()) > columns:
+                    rows.append(row.rstrip())
+                    row, used = INDENT, len(INDENT)
+                row, used = row + part, used + width(part)
         rows.append(row.rstrip())
     return rows
 
 
-def fold(text: str, columns: int) -> list[str]:
-    """The rows of what is being typed: as much in each as fits."""
-    rows, used = [""], 0
-    for char in text:
-        used += width(char)
-        if char == "\n" or used > columns:
-            rows.append("")
-            used = width(char.strip("\n"))
-        rows[-1] += char.strip("\n")
-    return rows
+def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_columns) -> str:
+    """Text of others as it may be written there: a terminal is left nothing to wrap by itself."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:  # it is no terminal
+        return safe(text).replace("\n", f"\n{INDENT}")
+    return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
 
 
-class Editor:
-    """A message being typed: keys go in, what has been submitted comes out. It knows nothing of terminals."""
-
-    def __init__(self) -> None:
-        self.text, self.at = "", 0  # where the cursor stands
-        self.held = ""  # the beginning of a key or of a paste
-        self.lines = [""]  # what can be recalled, oldest first; the last one is what is being typed
-        self.recalled = 0  # which of them is shown
-
-    def feed(self, data: str) -> list[str]:
-        """Takes keys; the lines that they submit, and "\\x03" or "\\x1a" where such a key was hit."""
-        self.held += data
-        submitted, done = [], 0
-        while key := KEY.match(self.held, done):
-            done = key.end()
-            if line := self.press(SAME_KEYS.get(key[0], key[0]), key["paste"]):
-                submitted.append(line)
-        self.held = self.held[done:]
-        return submitted
-
-    def press(self, key: str, pasted: str | None) -> str:
-        """One key; what it submits."""
-        if pasted is not None:
-            self.insert(safe(re.sub("\r\n?", "\n", pasted)))
-        elif key == "\r":
-            return self.submit()
-        elif key in ("\x03", "\x1a"):
-            return key
-        elif key == "\x04" and not self.text:
-            return "/quit"
-        elif key in MOVES:
-            self.at = MOVES[key](self)
-        elif key in ERASERS:
-            start, end = sorted((self.at, MOVES[ERASERS[key]](self)))
-            self.text, self.at = self.text[:start] + self.text[end:], start
-        elif key in ("\x10", "\x0e"):
-            self.recall(self.recalled + (1 if key == "\x0e" else -1))
-        elif key == "\x1b\r":
-            self.insert("\n")
-        elif len(key) == 1:
-            self.insert(safe(key))
-        return ""
-
-    def insert(self, text: str) -> None:
-        """At the cursor."""
-        self.text = self.text[: self.at] + text + self.text[self.at :]
-        self.at += len(text)
-
-    def submit(self) -> str:
-        """The text, which is kept for recall; then an empty one."""
-        text, self.text, self.at = self.text, "", 0
-        self.lines[-1:] = [text, ""] if text.strip() and text not in self.lines[-2:-1] else [""]
-        self.recalled = len(self.lines) - 1
-        return text if text.strip() else ""
-
-    def recall(self, which: int) -> None:
-        """Shows an earlier or a later line; what was being typed waits at the end."""
-        if 0 <= which < len(self.lines):
-            if self.recalled == len(self.lines) - 1:
-                self.lines[-1] = self.text
-            self.recalled, self.text, self.at = which, self.lines[which], len(self.lines[which])
-
-    def begins(self, at: int) -> bool:
-        """Whether a character begins there, or only something that belongs to the one before."""
-        return not (extends(self.text[at]) or self.text[at - 1] == "\u200d")
-
-    def left(self) -> int:
-        """One character to the left, with all that belongs to it."""
-        return next(filter(self.begins, range(self.at - 1, 0, -1)), 0)
-
-    def right(self) -> int:
-        """One character to the right."""
-        return next(filter(self.begins, range(self.at + 1, len(self.text))), len(self.text))
-
-    def word_left(self) -> int:
-        """Where the word before the cursor begins."""
-        return len(re.sub(r"\S+\s*$|\s+$", "", self.text[: self.at]))
-
-    def word_right(self) -> int:
-        """Where the word behind the cursor ends."""
-        return len(self.text) - len(re.sub(r"^\s*\S*", "", self.text[self.at :]))
-
-
-KEY = re.compile(
-    r"""\x1b\[200~ (?P<paste> [^\x03]*?) \x1b\[201~  # Ctrl-C leads out of a paste that doesn't end
-      | \x1b\[ (?! 200~[^\x03]*\Z) [0-9;?]* [ -/]* [@-~]
-      | \x1bO.
-      | \x1b[\x7f\r\nbf]
-      | \x1b (?= [^[O] | \[ [0-9;?]*+ [ -/]*+ [^@-~])  # the Escape key: what follows is another one
-      | [^\x1b]""",
-    re.DOTALL | re.VERBOSE,
-)
-# Each key by the control character, or Alt and the letter, that does the same in a shell: what terminals send for it
-# (after Escape), where it leads the cursor, and with which of those an eraser erases all up to where it leads.
-SENT_FOR = {"\x01": "[H [1~ [7~ OH", "\x05": "[F [4~ [8~ OF", "\x02": "[D OD", "\x06": "[C OC", "\x10": "[A OA",
-            "\x0e": "[B OB", "\x17": "\x7f", "\x1bb": "[1;5D [1;3D", "\x1bf": "[1;5C [1;3C"}  # fmt: skip
-SAME_KEYS = {"\x1b" + sent: key for key, all_sent in SENT_FOR.items() for sent in all_sent.split()}
-SAME_KEYS |= {"\n": "\r", "\x1b\n": "\x1b\r", "\x08": "\x7f"}
-MOVES: dict[str, Callable[[Editor], int]] = {
-    "\x01": lambda editor: 0, "\x05": lambda editor: len(editor.text), "\x02": Editor.left, "\x06": Editor.right,
-    "\x1bb": Editor.word_left, "\x1bf": Editor.word_right}  # fmt: skip
-ERASERS = {"\x7f": "\x02", "\x04": "\x06", "\x1b[3~": "\x06", "\x17": "\x1bb", "\x15": "\x01", "\x0b": "\x05"}
+def parse_any(raw: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} for anything else."""
+    try:
+        return parse_object(raw)
+    except Refused:
+        return {}
 
 
 class Client:
@@ -3643,10 +3529,12 @@ class Client:
         self.headers = {"Accept": "application/json", "Accept-Language": language}
         self.let_in = False  # the room knows our session
         self.clock_ahead = 0.0  # the room's clock, of ours, in s
+        self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
-        self.connected = self.restarting = self.store_away = False
-        self.pause = 0.0  # before the next try to connect, in s, at the most; 0: no try has failed
-        self.epoch, self.after = "", 0  # of the newest message heard
+        self.connected: bool | None = None  # None: for the first time
+        self.restarting = self.store_away = False
+        self.backoff = Backoff(RETRY_SECONDS)
+        self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = 0  # up to this seq it is history
         self.skipped = 0  # and up to this one, older than what the user wants
         self.members: dict[str, None] = {}
@@ -3656,130 +3544,125 @@ class Client:
         self.hold_until = 0.0  # nothing is said before, in s of time.monotonic
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
-    # --- session ---
-
     async def log_in(self) -> None:
         """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
         answer = await self.post("login", nickname=self.name, password=self.password)
-        told: dict[str, Any] = {}
-        with contextlib.suppress(Refused):
-            told = parse_object(answer.body)
+        told = parse_any(answer.body)
         if answer.code >= 500:
             raise OSError(told.get("text", answer.reason))
-        if "name" not in told and "text" not in told:
-            raise Ended(self.words["term_no_room"].format(url=self.url, reason=f"{answer.code} {answer.reason}"))
-        if "name" not in told:
-            free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
-            raise Ended(shown(f"{told['text']} {free}"))
-        self.name = shown(told["name"])
+        match told:
+            case {"name": str(name)}:
+                self.name = shown(name)
+            case {"text": str(reason)}:
+                free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
+                raise Ended(f"{reason} {free}".rstrip())
+            case _:
+                raise self.no_room(f"{answer.code} {answer.reason}")
         self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
-        if date := answer.headers.get("Date"):  # to the second, until the room tells its time
-            self.clock_ahead = email.utils.parsedate_to_datetime(date).timestamp() + 0.5 - time.time()
+        with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
+            date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
+            self.clock_ahead = date.timestamp() + 0.5 - time.time()
 
     async def post(self, path: str, **form: str) -> tornado.httpclient.HTTPResponse:
-        """Sends a form. Raises UNREACHED."""
-        return await tornado.httpclient.AsyncHTTPClient().fetch(
-            self.url + path,
-            method="POST",
-            headers=self.headers,
-            body=urllib.parse.urlencode(form),
-            follow_redirects=False,
-            raise_error=False,
-        )
+        body = urllib.parse.urlencode(form)
+        request = tornado.httpclient.HTTPRequest(self.url + path, "POST", self.headers, body, follow_redirects=False)
+        return await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
 
     async def log_out(self) -> None:
         """Gives the name back, so that it is free for whoever comes next."""
+        if self.handshake:  # one that is still under way would bring the name back
+            await asyncio.wait([self.handshake], timeout=LOGOUT_SECONDS)
         with contextlib.suppress(*UNREACHED, TimeoutError):
-            await asyncio.wait_for(self.post("logout"), 2)
+            await asyncio.wait_for(self.post("logout"), LOGOUT_SECONDS)
 
     # --- connection ---
 
     async def stay(self) -> NoReturn:
         """Keeps connected. Raises Ended."""
         while True:
-            code, reason = None, ""
             try:
                 if self.epoch and not self.let_in:
                     await self.log_in()
-                code, reason = await self.converse()
+                await self.connect()
             except UNREACHED as error:
                 if not self.epoch:
                     raise self.unreachable(error) from None
-            except GIBBERISH as error:
-                raise self.not_ours(error) from None
+            else:
+                await self.converse()
             self.connected = False
-            delay = self.pause_after(code, reason)
             self.update()
-            await asyncio.sleep(delay)
+            await self.backoff()
 
-    def pause_after(self, code: int | None, reason: str) -> float:
-        """How many s to wait before the next try. Raises Ended if there is none."""
-        if closed := self.words.get(f"js_closed_{code}"):
-            raise Ended(closed.format(name=self.name))
+    async def connect(self) -> None:
+        """A new socket, which goes on after the newest message heard. Raises UNREACHED."""
+        self.in_flight = ""
+        self.update()
+        place = {"after": self.after, "epoch": self.epoch} | ({"at": self.at} if self.at else {})
+        url = f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place if self.epoch else {})}"
+        request = tornado.httpclient.HTTPRequest(url, headers=self.headers)
+        self.handshake = asyncio.ensure_future(tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS))
+        self.socket = await asyncio.shield(self.handshake)
+
+    async def converse(self) -> None:
+        """Hears what the room says until the connection ends. Raises Ended if there is no coming back."""
+        assert self.socket is not None
+        try:
+            while (raw := await self.socket.read_message()) is not None:
+                self.receive(raw)
+                self.update()
+        finally:
+            self.socket.close()
+        code, reason = self.socket.close_code, self.socket.close_reason or ""
+        if word := self.words.get(f"js_closed_{code}"):
+            raise Ended(word.format(name=self.name))
         if code == 4401:  # restarted without a lasting store
             if not self.let_in or reason == "logout":
-                raise Ended(self.words.get(f"login_why_{reason}", shown(reason)))
+                raise Ended(self.words.get(f"login_why_{reason}", reason))
             self.let_in = False
-        self.restarting = self.restarting or code == 1001
-        self.pause = min(RETRY_SECONDS, 2 * self.pause or RETRY_SECONDS / 10)
-        return random.uniform(self.pause / 2, self.pause)
+        if not self.epoch:
+            raise self.unreachable(ConnectionError(reason or "silence"))
+        self.restarting |= code == 1001
 
-    def not_ours(self, error: Exception) -> Ended:
-        """Whoever speaks like that is no tornchat."""
-        log.debug("it said something else", exc_info=error)
-        return Ended(self.words["term_no_room"].format(url=self.url, reason=type(error).__name__))
+    def no_room(self, reason: str) -> Ended:
+        return Ended(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
 
     def unreachable(self, error: Exception) -> Ended:
-        """Why there is nothing to come back to."""
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Ended(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
 
-    async def converse(self) -> tuple[int, str]:
-        """One connection, from the handshake to its close code and reason. Raises UNREACHED."""
-        self.in_flight = ""
-        self.update()
-        place = {"after": self.after, "epoch": self.epoch} if self.epoch else {}
-        url = f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place)}"
-        request = tornado.httpclient.HTTPRequest(url, headers=self.headers)
-        self.socket = await tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS)
-        try:
-            while (raw := await self.socket.read_message()) is not None:
-                self.receive(json.loads(raw))
-                self.update()
-            if self.socket.close_code is None:
-                raise ConnectionError("silence")
-            return self.socket.close_code, self.socket.close_reason or ""
-        finally:
-            self.socket.close()
-
     # --- frames ---
 
-    def receive(self, frame: Mapping[str, Any]) -> None:
-        """Everything that the server says comes through here."""
-        match frame["type"]:
-            case "welcome":
-                self.welcomed(frame)
-            case "message":
-                self.arrived(frame)
-            case "joined" | "left":
-                self.passed(frame)
-            case "refused":
-                self.refused(frame)
-            case "store":
-                self.store_away, self.hold_until = not frame["available"], 0
-            case "time":
-                self.clock_ahead = frame["ts"] / 1000 - time.time()
+    def receive(self, raw: str | bytes) -> None:
+        """Everything that the server says comes here; what only newer clients know is skipped. Raises Ended."""
+        match frame := parse_any(raw):
+            case {"type": "welcome", "name": str(), "title": str(), "members": [*_], "count": int(), "epoch": str(),
+                  "seq": int(), "recovered": bool(), "missed": int(), "reset": bool(),
+                  "limits": {"history": int()}}:  # fmt: skip
+                self.on_welcome(frame)
+            case {"type": "message", "seq": int(), "ts": int(ts), "name": str(), "text": str()} if ts in TIMES:
+                self.on_message(frame)
+            case {"type": "joined" | "left", "names": [*_], "count": int()}:
+                self.on_passage(frame)
+            case {"type": "refused", "code": str(), "text": str()}:
+                self.on_refused(frame)
+            case {"type": "store", "available": bool(available)}:
+                self.store_away, self.hold_until = not available, 0
+            case {"type": "time", "ts": int(ts)} if ts in TIMES:
+                self.clock_ahead = ts / 1000 - time.time()
+            case _ if not self.epoch:
+                raise self.no_room(str(raw))
 
-    def welcomed(self, frame: Mapping[str, Any]) -> None:
+    def on_welcome(self, frame: Mapping[str, Any]) -> None:
         """The beginning of a connection, or of a new history."""
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
-        self.members = dict.fromkeys(map(shown, frame["members"]))
+        self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
         self.connected = self.let_in = True
         self.restarting = self.store_away = False
-        self.pause = self.hold_until = 0
-        if not frame["recovered"]:
-            self.after = max(0, frame["seq"] - frame["limits"]["history"])  # what was before won't come
+        self.hold_until = 0
+        self.backoff.reset()
+        if not frame["recovered"]:  # what was before won't come
+            self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
         if first:
             self.skipped = frame["seq"] - self.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
@@ -3790,18 +3673,19 @@ class Client:
         if frame["missed"]:
             self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
 
-    def arrived(self, frame: Mapping[str, Any]) -> None:
-        """A message; if it is the one that we said, it is confirmed."""
-        self.after = max(self.after, frame["seq"])
+    def on_message(self, frame: Mapping[str, Any]) -> None:
+        """Somebody said something; if it is what we said, it is confirmed."""
+        if frame["seq"] > self.after:
+            self.after, self.at = frame["seq"], frame["ts"]
         if frame["seq"] > self.skipped:
             self.view.message(frame)
         if shown(frame["name"]) == self.name:
             self.settle(frame.get("cid"))
 
-    def passed(self, frame: Mapping[str, Any]) -> None:
+    def on_passage(self, frame: Mapping[str, Any]) -> None:
         """Somebody came or went."""
         self.count = frame["count"]
-        names = [shown(name) for name in frame["names"] if shown(name) != self.name]
+        names = [shown(str(name)) for name in frame["names"] if name != self.name]
         for name in names:
             self.members.pop(name, None)
         if frame["type"] == "joined":
@@ -3809,19 +3693,19 @@ class Client:
         if names:
             self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
-    def refused(self, frame: Mapping[str, Any]) -> None:
+    def on_refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never."""
         if frame["code"] not in PASSING_REFUSALS:
             self.unsent(self.settle(frame.get("cid")), shown(frame["text"]))
         elif self.in_flight and frame.get("cid") == self.in_flight:
-            wait = frame.get("retry_after", HOLD_SECONDS)
+            told = frame.get("retry_after")
+            wait = told if isinstance(told, int | float) else HOLD_SECONDS
             self.in_flight, self.hold_until = "", time.monotonic() + wait
             asyncio.get_running_loop().call_later(wait + 0.02, self.update)
 
     # --- outbox ---
 
     def say(self, text: str) -> None:
-        """Into the outbox, if it can be said at all."""
         try:
             self.outbox[secrets.token_hex(12)] = clean_text(text)
         except Refused as refused:
@@ -3842,38 +3726,37 @@ class Client:
             self.idle.clear()
         self.view.update()
 
-    def settle(self, cid: str | None) -> str:
+    def settle(self, cid: object) -> str:
         """Takes out of the outbox what is confirmed or given up; its text."""
         if cid == self.in_flight:
             self.in_flight = ""
-        return self.outbox.pop(cid or "", "")
+        return self.outbox.pop(str(cid), "")
 
     def unsent(self, text: str, reason: str) -> None:
-        """Tells that something won't be said."""
-        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {cut(shown(text), 40)}")
+        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
 
     # --- what the user asks ---
 
     def command(self, text: str) -> bool:
         """What was typed: something to say, or after a slash something to do. Whether the user wants to stay."""
         name, _, rest = text.strip().partition(" ")
-        match name:
-            case "/quit":
-                return False
-            case "/who":
-                self.view.notice(self.people(self.count))
-            case "/help":
-                self.view.notice(self.words["term_help"])
-            case "/time":
-                self.view.notice(self.room_time(rest.strip()))
-            case _ if re.match("/(?!/)", text):
-                self.view.notice(self.words["term_no_command"].format(command=shown(name)))
-            case _:
-                self.say(text.removeprefix("/"))
+        if name in COMMANDS:
+            self.view.notice(COMMANDS[name](self, rest.strip()))
+        elif name == "/quit":
+            return False
+        elif re.match("/(?!/)", name):
+            self.view.notice(self.words["term_no_command"].format(command=shown(name)))
+        elif name:
+            self.say(text.removeprefix("/"))
         return True
 
+    def who(self, rest: str) -> str:
+        return self.people(self.count)
+
+    def help(self, rest: str) -> str:
+        return self.words["term_help"]
+
     def people(self, most: int) -> str:
-        """Who is here."""
         names = [*self.members][:most]
         more = [self.words["js_more"].format(n=self.count - len(names))] if self.count > len(names) else []
         return self.words["term_here"].format(names=", ".join([*names, *more]))
@@ -3884,22 +3767,25 @@ class Client:
 
     def room_time(self, wish: str) -> str:
         """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
-        now, end = self.now(), "/" + wish.lower().replace(" ", "_")
-        if not wish:
-            return self.words["term_time"].format(time=f"{now:%F %T}", zone=f"{now:%Z}")
-        zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)]
+        end = "/" + wish.lower().replace(" ", "_")
+        zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)] if wish else [""]
         if not zones:
             return self.words["term_no_zone"].format(zone=shown(wish))
         zone = min(zones, key=lambda zone: (len(zone), zone))  # the one that was meant, where it was named in full
-        return self.words["term_time"].format(time=f"{now.astimezone(zoneinfo.ZoneInfo(zone)):%F %T}", zone=zone)
+        now = self.now().astimezone(zoneinfo.ZoneInfo(zone) if zone else None)
+        return self.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
 
     def state(self) -> str:
         """The word for how the connection is."""
         if self.connected:
             return "js_state_away" if self.store_away else "js_state_connected"
-        if not self.pause:
+        if self.connected is None:
             return "js_state_connecting"
         return "js_state_restarting" if self.restarting else "js_state_waiting"
+
+
+# What a user can ask for, and who answers.
+COMMANDS = {"/who": Client.who, "/help": Client.help, "/time": Client.room_time}
 
 
 class Lines:
@@ -3911,22 +3797,18 @@ class Lines:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def restore(self) -> None:
-        """Leaves the terminal as it was."""
-
     def message(self, frame: Mapping[str, Any]) -> None:
         """Somebody said something. Raises Ended, without a word when nobody reads any more."""
         try:
-            print(safe(line_of(frame)), flush=True)
+            print(lines_for(sys.stdout, f"{shown(frame['name'])}: {frame['text']}"), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
             raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        """Something that the user has to know, or may like to know."""
         if self.config.verbose or not minor:
             with contextlib.suppress(BrokenPipeError):
-                print(f"tornchat: {text}", file=sys.stderr, flush=True)
+                print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
     def update(self) -> None:
         """Tells when the connection is lost, and when it is back."""
@@ -3950,11 +3832,10 @@ class Lines:
 
     async def take(self, line: str) -> None:
         """One line: waits until it is confirmed, or does what a person asks for who types it."""
-        if not line.strip():
-            return
         if not sys.stdin.isatty():
-            self.client.say(line)
-            await self.client.idle.wait()
+            if line.strip():
+                self.client.say(line)
+                await self.client.idle.wait()
         elif not self.client.command(line):
             self.leaving.set()
 
@@ -3963,147 +3844,84 @@ def read_lines() -> Iterator[str]:
     """The lines of stdin, each as soon as it is there. Of one that is too long to be said, only its beginning."""
     if sys.stdin is None:
         return
-    with (
-        contextlib.suppress(OSError),
-        open(sys.stdin.fileno(), encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin,
-    ):
-        while line := stdin.readline(2 * TEXT_CHARS):
+    with contextlib.suppress(OSError), open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as pipe:
+        while line := pipe.readline(2 * TEXT_CHARS):
             yield line
             while line and not line.endswith("\n"):
-                line = stdin.readline(2 * TEXT_CHARS)
+                line = pipe.readline(2 * TEXT_CHARS)
 
 
 class Screen(Lines):
-    """A person at a terminal. What was said scrolls by; below stand what isn't sent yet, the state, and what is being
-    typed: rows that are drawn anew after whatever is printed, so that nothing that comes in tears them.
-    """
+    """A person at a terminal: prompt_toolkit edits what is typed, and keeps it below what is printed."""
 
     def __init__(self, client: Client, config: Config, *, colors: bool) -> None:
+        """Raises ModuleNotFoundError where prompt_toolkit isn't installed."""
+        import prompt_toolkit.patch_stdout  # type: ignore[import-not-found,unused-ignore]
+
         super().__init__(client, config)
-        self.colors = colors
-        self.editor = Editor()
-        self.decode = codecs.getincrementaldecoder("utf-8")("ignore").decode
-        self.day = client.now().date()
-        self.drawn: list[str] = []  # rows below what was printed, down to the cursor
-        self.looks = ""  # of all of them
-
-    def begin(self) -> None:
-        """Keys come one by one and aren't echoed; pasted text comes in brackets."""
-        self.modes = termios.tcgetattr(sys.stdin)
-        modes = termios.tcgetattr(sys.stdin)
-        modes[0] &= ~(termios.IXON | termios.ICRNL)
-        modes[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG | termios.IEXTEN)
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        self.write("\x1b[?2004h")
-
-    def restore(self) -> None:
-        """Leaves the terminal as it was, without the rows below."""
-        self.write(self.erasure() + "\x1b[?2004l")
-        self.drawn, self.looks = [], ""
-        with contextlib.suppress(termios.error):  # it has gone
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.modes)
-
-    def write(self, text: str) -> None:
-        """Straight to the terminal, in one piece."""
-        with contextlib.suppress(OSError):  # it has gone, as stdin will tell
-            print(text, end="", flush=True)
-
-    def size(self) -> tuple[int, int]:
-        """Columns and rows; so few columns that nothing fits are taken for 12."""
-        columns, rows = shutil.get_terminal_size()
-        return max(columns, 12), rows
-
-    # --- what is shown ---
+        self.colors, self.day = colors, client.now().date()
+        self.tools: Any = prompt_toolkit
+        keys = prompt_toolkit.key_binding.KeyBindings()
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        self.session: Any = prompt_toolkit.PromptSession(
+            lambda: f"{client.name}> ", key_bindings=keys, enable_suspend=True, erase_when_done=True
+        )
 
     def message(self, frame: Mapping[str, Any]) -> None:
         """With the time of the room's clock, in our zone."""
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
-            self.update(self.styled(f"~ {self.day}", "2"))
+            self.show([f"~ {self.day}"], "2")
         head, name = f"{when:%H:%M} ", shown(frame["name"])
-        rows = wrap(f"{head}{name}: {safe(frame['text'])}", self.size()[0] - 1)
-        colored = self.styled(name, f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}")
-        self.update(self.styled(head, "2") + rows[0][len(head) :].replace(name, colored, 1), *rows[1:])
+        first, *rows = self.rows(f"{head}{name}: {frame['text']}")
+        color = f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}"
+        colored = self.styled(head, "2") + first[len(head) :].replace(name, self.styled(name, color), 1)
+        self.show([colored, *rows])
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         """After a tilde, with which no name begins."""
-        rows = wrap(f"{self.client.now():%H:%M} ~ {text}", self.size()[0] - 1)
-        self.update(*[self.styled(row, "2") if minor else row for row in rows])
+        self.show(self.rows(f"{self.client.now():%H:%M} ~ {text}"), "2" if minor else "")
+
+    def rows(self, text: str) -> list[str]:
+        width = self.tools.utils.get_cwidth  # where terminals differ (marks, joiners), the most
+        return lines_for(sys.stdout, text, lambda part: sum(max(1, width(char)) for char in part)).split("\n")
+
+    def show(self, rows: Iterable[str], style: str = "") -> None:
+        """Above what is being typed. Where the terminal draws a row wider than we thought, it must not wrap it."""
+        print("\n".join(f"\x1b[?7l{self.styled(row, style)}\x1b[?7h" for row in rows))
 
     def styled(self, text: str, style: str) -> str:
-        """In a colour, if that is wanted."""
-        return f"\x1b[{style}m{text}\x1b[0m" if self.colors else text
+        return f"\x1b[{style}m{text}\x1b[0m" if self.colors and style else text
 
-    def update(self, *printed: str) -> None:
-        """Draws the rows below, after what is printed above them for good, or if they look different."""
-        columns, height = self.size()
-        above, before = self.pending(columns - 1), f"{cut(self.client.name, columns // 3)}> "
-        rows = fold(before + self.editor.text, columns - 1)
-        to_cursor = fold(before + self.editor.text[: self.editor.at], columns - 1)
-        most = max(1, height - len(above) - 1)
-        first = max(0, len(to_cursor) - most)
-        rows, to_cursor = rows[first : first + most], to_cursor[first:]
-        down = len(rows) - len(to_cursor)
-        looks = "\n".join([*(self.styled(row, "2") for row in above), *rows])
-        looks += (f"\x1b[{down}A" if down else "") + "\r" + to_cursor[-1]
-        if printed or looks != self.looks:
-            self.write(self.erasure() + "".join(f"{row}\n" for row in printed) + looks)
-            self.drawn, self.looks = [*above, *to_cursor], looks
-
-    def erasure(self) -> str:
-        """What takes the rows below away; since they were drawn the terminal may have become narrower."""
-        columns = self.size()[0]
-        up = sum(max(1, math.ceil(width(row) / columns)) for row in self.drawn) - 1
-        return (f"\x1b[{up}A" if up > 0 else "") + "\r\x1b[J"
-
-    def pending(self, columns: int) -> list[str]:
-        """What isn't sent yet, and what is wrong."""
+    def update(self) -> None:
+        """Below what is being typed: what is wrong, and what isn't sent yet."""
         texts, state = [*self.client.outbox.values()], self.client.state()
-        status = self.words[WAITS.get(state, "js_waiting")]
-        rows = [f"{cut(shown(text), columns - 24)} · {status}" for text in texts[:PENDING_ROWS]]
+        rows = [self.words[state]] if state != "js_state_connected" else []
+        rows += [f"{self.words[WAITS.get(state, 'js_waiting')]} · {shown(text)}" for text in texts[:PENDING_ROWS]]
         if len(texts) > PENDING_ROWS:
             rows.append(f"+ {len(texts) - PENDING_ROWS}")
-        if state != "js_state_connected":
-            rows.append(self.words[state])
-        return [cut(row, columns) for row in rows]
-
-    # --- what is typed ---
+        self.session.bottom_toolbar = "\n".join(rows) or None
+        self.session.app.invalidate()
 
     async def read(self) -> None:
         """Until the user leaves and has been heard."""
-        self.begin()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(sys.stdin.fileno(), self.on_keys)
-        loop.add_signal_handler(signal.SIGWINCH, self.update)
-        self.update()
-        await self.leaving.wait()
+        with self.tools.patch_stdout.patch_stdout(raw=True), contextlib.suppress(EOFError, KeyboardInterrupt):
+            while self.client.command(await self.session.prompt_async(handle_sigint=False)):
+                pass
         if self.client.outbox:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
 
-    def on_keys(self) -> None:
-        """Keys were hit, or the terminal is gone."""
-        data = b""
-        with contextlib.suppress(OSError):
-            data = os.read(sys.stdin.fileno(), 65536)
-        if not data:
-            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-            self.leaving.set()
-        for line in self.editor.feed(self.decode(data)):
-            if line == "\x1a":
-                self.suspend()
-            elif line == "\x03":
-                signal.raise_signal(signal.SIGINT)
-            elif not self.client.command(line):
-                self.leaving.set()
-        self.update()
 
-    def suspend(self) -> None:
-        """Ctrl-Z: gives the terminal to the shell until that calls us back."""
-        self.restore()
-        os.kill(0, signal.SIGTSTP)
-        self.begin()
+def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> Lines:
+    view = Lines(client, config)
+    if os.isatty(0) and os.isatty(1) and environ.get("TERM") != "dumb":
+        try:
+            return Screen(client, config, colors=not environ.get("NO_COLOR"))
+        except ModuleNotFoundError:
+            view.notice(client.words["term_plain"])
+    return view
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
@@ -4114,22 +3932,15 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
         await client.log_in()
     except UNREACHED as error:
         raise client.unreachable(error) from None
-    except GIBBERISH as error:
-        raise client.not_ours(error) from None
-    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-    if terminal and environ.get("TERM") != "dumb" and hasattr(signal, "SIGWINCH"):
-        client.view = Screen(client, config, colors=not environ.get("NO_COLOR"))
-    else:
-        client.view = Lines(client, config)
+    client.view = choose_view(client, config, environ)
     try:
-        stop = stop_on_signals(client.view.restore)
+        stop = stop_on_signals()
         tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     finally:
-        client.view.restore()
         await client.log_out()
     if client.outbox:
         print("tornchat:", client.words["term_unsent"].format(n=len(client.outbox)), file=sys.stderr)
@@ -4416,7 +4227,7 @@ def main() -> None:
         else:
             asyncio.run(serve(config))
     except (StartError, Ended) as error:
-        sys.exit(f"tornchat: {error}" if str(error) else 0)
+        sys.exit(lines_for(sys.stderr, f"tornchat: {error}") if str(error) else 0)
     on_stop_signals(signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
 
@@ -4540,9 +4351,9 @@ TEXTS = {
     "term_hint": ("/help tells what you can do", "输入 /help 查看帮助"),
     "term_help": (
         "/who: who is here\n/time Asia/Shanghai: the room’s clock, there\n/quit, Ctrl-C, Ctrl-D: leave\n"
-        "//text: says “/text”\nAlt-Enter: a new line\nUp, Down: what you said before",
+        "//text: says “/text”\nAlt-Enter: a new line\nUp, Down, Ctrl-R: what you said before",
         "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
-        "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键：调出说过的话",
+        "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
     ),
     "term_no_command": (
         "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
@@ -4553,6 +4364,7 @@ TEXTS = {
         "There is no time zone “{zone}”. They have names like Asia/Shanghai.",
         "没有“{zone}”这个时区，时区名如 Asia/Shanghai。",
     ),
+    "term_plain": ("Typing is nicer with: pip install prompt_toolkit", "安装后输入更方便：pip install prompt_toolkit"),
     "term_unsent": ("Messages that could not be sent: {n}", "有 {n} 条消息未能发送"),
     "kept_memory": (
         "Earlier messages that you will see: the last {history}. Stopping the room forgets them.",
