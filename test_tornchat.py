@@ -2510,6 +2510,7 @@ class TestLogin:
             ("zh-CN;q=0.3, en;q=0.5, zh;q=0.8", "zh"),
             ("zh;q=high, en;q=0.1", "en"),
             ("*", "en"),
+            ("zh-CN.UTF-8", "zh"),  # as the terminal client's LANG says it
         ],
     )
     def test_languages(self, header: str, language: str) -> None:

@@ -1621,7 +1621,7 @@ def choose_language(header: str) -> str:
     """The language of WORDS that an Accept-Language header likes best; else English."""
     qualities: dict[str, float] = {}
     for wish in header.lower().split(","):
-        if match := re.fullmatch(r"\s*([a-z]+)(?:-[a-z0-9-]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
+        if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
     ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
     return max(ours, key=lambda tag: qualities[tag], default="en")
