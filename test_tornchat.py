@@ -64,6 +64,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import types
@@ -9058,6 +9059,143 @@ class TestEveryWayIn:
                 await voice.hears("Ann")
                 assert await voice.lines() == order, voice.name
         assert {frame["name"] for frame in said} == {voice.name for voice in voices}
+
+
+# === Readme: what it gives to copy, as it stands there ================================================================
+
+
+def readme(beginning: str) -> str:
+    """The block of code in the README that begins with these words."""
+    path = PROGRAM.with_name("README.md")
+    if not path.exists():
+        pytest.skip("there is no README.md beside tornchat.py")
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return next(block for block in map(textwrap.dedent, blocks) if block.lstrip().startswith(beginning))
+
+
+@contextlib.asynccontextmanager
+async def nginx(folder: Path, server: str, port: int) -> AsyncIterator[None]:
+    """A real nginx with this block, which listens on that port."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        missing("nginx")
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    own = f"error_log stderr; pid {folder}/pid; daemon off; master_process off; events {{}}"
+    temporary = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
+    (folder / "nginx.conf").write_text(f"{own}\nhttp {{ access_log off; {temporary}\n{server} }}\n")
+    process = await asyncio.create_subprocess_exec(str(program), "-p", str(folder), "-c", str(folder / "nginx.conf"))
+
+    async def listens() -> bool:
+        assert process.returncode is None
+        with socket.socket() as visitor:
+            return visitor.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        await until(listens)
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+class TestReadme:
+    @transcript
+    async def test_proxy_and_service(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """The nginx block and the systemd unit, both as they stand there, fit each other."""
+        unit = re.search(r"^ExecStart=\S+/python \S+/tornchat.py (.+)$", readme("[Unit]"), re.MULTILINE)
+        assert unit is not None
+        program = await Program.start("-p", "0", *unit[1].split())
+        memory_lan.programs.append(program)
+        upstream = urllib.parse.urlsplit(await program.address()).port
+        port, (cert, key) = free_port(), certificate(tmp_path)
+        server = readme("server {").replace("127.0.0.1:8888", f"127.0.0.1:{upstream}")
+        server = server.replace("listen 443 ssl", f"listen 127.0.0.1:{port} ssl")
+        server = server.replace("/etc/ssl/chat.pem", cert).replace("/etc/ssl/chat.key", key)
+        async with nginx(tmp_path, server, port):
+            ann = memory_lan.browser(f"https://127.0.0.1:{port}")
+            ann.certificates = cert
+            room: dict[str, Any] = {"Host": "chat.example.org", "Origin": "https://chat.example.org"}
+            answer = await ann.fetch("/login", form={"nickname": "Ann"}, **room, X_Forwarded_Host="evil.example")
+            assert (answer.code, answer.headers["Location"]) == (303, "./")
+            assert "Secure" in answer.headers["Set-Cookie"]
+            assert (await ann.fetch("/", Host="evil.example", X_Forwarded_Host="chat.example.org")).code == 421
+            await ann.connect(headers=room)
+            await ann.expect("welcome", name="Ann")
+            await ann.quiet()
+
+    @slow
+    @transcript
+    async def test_a_path_of_a_proxy(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """Under /chat/ of another site the page logs in, talks by its socket and by polling, and logs out."""
+        daemon, port = await memory_lan.serve(trust_proxy=True), free_port()
+        server = readme("server {").replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+        server = re.sub("ssl_certificate.*", "", server).replace("location / {", "location /chat/ {")
+        server = server.replace("http://127.0.0.1:8888", f"http://127.0.0.1:{daemon.port}/")
+        url = f"http://127.0.0.1:{port}/chat/"
+        async with nginx(tmp_path, server, port), windows(memory_lan, 2, at=url) as (ann, bob):
+            await ann.login("Ann")
+            bob.url += "?transport=polling"
+            await bob.page.goto(url)
+            await bob.login("Bob")
+            for speaker, hearer in ((ann, bob), (bob, ann)):
+                await speaker.say(f"hello, {hearer.url}")
+                await hearer.shows("#log", f"hello, {hearer.url}")
+            await ann.page.goto(url + "no/such/page")
+            await ann.page.click("a")
+            await ann.state("connected")
+            await ann.page.evaluate("document.getElementById('logout').requestSubmit()")
+            await ann.page.wait_for_url(url + "login")
+            problems = [problem for problem in ann.problems + bob.problems if "404" not in problem]
+            assert (problems, {request for request in ann.requests if not request.startswith(url)}) == ([], set())
+
+    @slow
+    @transcript
+    async def test_lesson_in_javascript(self, memory_lan: Lan) -> None:
+        """Pupils paste it into the console of the login page: they hear each other, and who can't come in reads why."""
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        async with windows(memory_lan, 3) as pupils:
+            printed: list[list[str]] = []
+            for pupil, name in zip(pupils, ("小 明", "Bob & co", "ann"), strict=True):
+                printed.append(lines := [])
+                pupil.page.on("console", lambda message, lines=lines: lines.append(message.text))
+                await pupil.page.goto(pupil.url + "login")
+                lesson = readme("const who = ")
+                await pupil.page.evaluate(f"() => {{ window.prompt = () => '{name}'; {lesson}; window.say = say; }}")
+                if name != "ann":
+                    await ann.expect("joined", names=[name])
+            await pupils[0].page.evaluate("say('hi')")
+            told = ["1 小 明: hi", "1 小 明: hi", "closed with 4409: “ann” is taken, or looks like a name that is."]
+
+            async def heard() -> bool:
+                return [lines[-1:] for lines in printed] == [[line] for line in told]
+
+            await until(heard)
+
+    @transcript
+    async def test_lesson_in_python(self, memory_lan: Lan, tmp_path: Path) -> None:
+        """Two pupils run it: they hear each other; a third one with the same name reads why not."""
+        daemon = await memory_lan.serve()
+        lesson = tmp_path / "lesson.py"
+        lesson.write_text(readme("import asyncio").replace("localhost:8888", f"127.0.0.1:{daemon.port}"), "utf-8")
+        ann = await memory_lan.join("Ann")
+        for name, told in [
+            ("小 明", "Ann: welcome"),
+            ("bob & co", "Ann: welcome"),
+            ("Ann", "received 4409 (private use) "),
+        ]:
+            pupil = await Program.spawn(["-u", str(lesson)], {"PYTHONUTF8": "1"}, stdin=subprocess.PIPE)
+            memory_lan.programs.append(pupil)
+            assert pupil.process.stdin is not None
+            assert pupil.process.stdout is not None
+            pupil.process.stdin.write(f"{name}\n".encode())
+            if name != "Ann":
+                await ann.expect("message", name=name, text="hello from Python")
+                await ann.say("welcome")
+                await ann.expect("message", text="welcome")
+            async with asyncio.timeout(PATIENCE):
+                while told not in (line := (await pupil.process.stdout.readline()).decode()):
+                    assert line
 
 
 # === Benchmark ========================================================================================================
