@@ -25,7 +25,7 @@
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
 that are about the room run twice: over the fakeredis inside the daemon, and over a real redis-server. A machine that
-has no redis-server, Chromium, axe-core or wscat skips what needs it, and says so; where CI is set that is a failure.
+has no redis-server, Chromium, nginx, axe-core or wscat skips what needs it, and says so; where CI is set that fails.
 
 No test sleeps to let something happen. "Nothing came" is proven by a barrier: what must come next comes next.
 """
@@ -3946,9 +3946,9 @@ class TestMessages:
         await ann.login("Ann")
         await ann.poll()
         before, tasks = len(os.listdir("/dev/fd")), len(asyncio.all_tasks())
-        for _ in range(200):
-            connections = [await hanging_poll(ann, daemon) for _ in range(5)]
-            await waits(daemon, 5)
+        for _ in range(100):
+            connections = [await hanging_poll(ann, daemon) for _ in range(10)]
+            await waits(daemon, 10)
             for connection in connections:
                 connection.transport.abort()
             await waits(daemon, 0)
@@ -4864,6 +4864,24 @@ class TestAttacks:
         assert (await asyncio.wait_for(reader.read(), PATIENCE)).endswith(b"\x88\x0a\x03\xeaunmasked")
         writer.close()
         assert daemon.room.seq == 0
+
+    @slow
+    @transcript
+    async def test_echo(self, memory_lan: Lan) -> None:
+        """What Autobahn is let loose on answers however many cases there are."""
+        program = await Program.spawn([__file__, "echo", str(port := free_port())], {})
+        memory_lan.programs.append(program)
+        fuzzer = memory_lan.browser(f"http://127.0.0.1:{port}")
+
+        async def listens() -> bool:
+            with socket.socket() as visitor:
+                return visitor.connect_ex(("127.0.0.1", port)) == 0
+
+        await until(listens)
+        for number in range(tornchat.LOGINS_AT_ONCE + 50):
+            await fuzzer.connect()
+            await fuzzer.send(str(number))
+            assert await fuzzer.read() == str(number)
 
     @transcript
     async def test_G7_no_field_of_a_form_changes_the_speaker(self, lan: Lan) -> None:
