@@ -25,9 +25,9 @@ seen) and gets what it missed; the same cid sent again is stored once. Log in fi
 like.
 
 Without a socket, GET /messages?after=SEQ&epoch=EPOCH&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L} as
-soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests. Give back
-`last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers with the stored message, or with what is refused.
-GET /healthz says how the daemon is.
+soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests. Give
+back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers with
+the stored message, or with what is refused. GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Terminal client, Command line,
