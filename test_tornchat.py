@@ -4419,13 +4419,14 @@ class TestSecurity:
         refused = json.loads(answer.body)
         assert (answer.code, refused["code"]) == (421, 421)
         assert "--allow-host" in refused["text"]
-        for code, method, headers in [
+        refusals: list[tuple[int, str, dict[str, Any]]] = [
             (403, "POST", {"Origin": "http://evil.example"}),
             (403, "POST", {"Sec_Fetch_Site": "cross-site"}),
             (421, "POST", {"Host": "evil.example"}),
             (405, "PUT", {}),
             (401, "GET", {}),
-        ]:
+        ]
+        for code, method, headers in refusals:
             answer = await browser.fetch("/messages", method, body=None if method == "GET" else "", **headers)
             assert answer.code == code
             assert answer.headers["Content-Type"].startswith("application/json")
@@ -9116,6 +9117,13 @@ async def nginx(folder: Path, server: str, port: int) -> AsyncIterator[None]:
         await process.wait()
 
 
+def console(page: WebPage) -> list[str]:
+    """What a page prints, from now on."""
+    lines: list[str] = []
+    page.on("console", lambda message: lines.append(message.text))
+    return lines
+
+
 class TestReadme:
     @transcript
     async def test_proxy_and_service(self, memory_lan: Lan, tmp_path: Path) -> None:
@@ -9173,10 +9181,8 @@ class TestReadme:
         await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         async with windows(memory_lan, 3) as pupils:
-            printed: list[list[str]] = []
+            printed = [console(pupil.page) for pupil in pupils]
             for pupil, name in zip(pupils, ("小 明", "Bob & co", "ann"), strict=True):
-                printed.append(lines := [])
-                pupil.page.on("console", lambda message, lines=lines: lines.append(message.text))
                 await pupil.page.goto(pupil.url + "login")
                 lesson = readme("const who = ")
                 await pupil.page.evaluate(f"() => {{ window.prompt = () => '{name}'; {lesson}; window.say = say; }}")
