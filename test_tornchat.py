@@ -5283,6 +5283,18 @@ class TestHealth:
         there = await ann.tab().connect(after=5, epoch=daemon.room.epoch)
         await there.closed(1013)
 
+    @transcript
+    async def test_G8_logging_in_again(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """Who logs in once more while the store is away keeps the session that still is good, and the name."""
+        await own_lan.serve()
+        ann = await own_lan.join("Ann")
+        own_redis.kill()
+        await ann.expect("store", available=False)
+        await ann.tab().login("Ann")
+        own_redis.start()
+        await ann.expect("store", available=True)
+        await ann.quiet()
+
     @slow
     @transcript
     async def test_G1_a_silent_store(self, own_redis: RedisServer, own_lan: Lan) -> None:

@@ -1849,7 +1849,7 @@ class Admission:
             await self.check_password(password, address)
         name = clean_name(nickname) if nickname.strip() else ""
         same = session if session and name and name_key(session.name) == name_key(name) else None
-        if same and not renew:
+        if same and not (renew and self.room.available):  # or the name would be given back, and not taken again
             await self.feed.enter(same.sid, same.name)
             return same
         self.check_pace(address)
