@@ -1793,10 +1793,10 @@ class BaseHandler(tornado.web.RequestHandler):
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
-            self.page("error.html", root="../" * (self.request.path.count("/") - 1) or "./", text=text)
+            self.page("error.html", text=text)
 
-    def page(self, template: str, root: str = "", **values: object) -> None:
-        """Answers with one of the HTML templates, in the reader's language; `root` leads from its URL to the room's."""
+    def page(self, template: str, **values: object) -> None:
+        """Answers with one of the HTML templates, in the reader's language."""
         self.finish(
             self.render_string(
                 template,
@@ -1804,7 +1804,7 @@ class BaseHandler(tornado.web.RequestHandler):
                 w=WORDS[self.language],
                 title=self.daemon.config.title,
                 asset=asset_url,
-                root=root,
+                root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
                 **values,
             )
         )
@@ -1864,6 +1864,8 @@ class Admission:
         """Takes a session's name off the roster, and closes its connections."""
         if member := self.room.sessions.get(session.sid):
             await self.feed.exit(member)
+            for listener in tuple(member.listeners):
+                listener.shut(4401, "logout")
 
     async def check_password(self, password: str, address: str) -> None:
         """Raises Refused if the room has another one, but not at once: so from one address guessing goes slowly."""
@@ -1957,11 +1959,8 @@ class LogoutHandler(BaseHandler):
 
     async def post(self) -> None:
         """Gives the name back and forgets the session."""
-        session = self.current_user
-        if session and (member := self.daemon.room.sessions.get(session.sid)):
-            await self.daemon.feed.exit(member)
-            for listener in tuple(member.listeners):
-                listener.shut(4401, "logout")
+        if self.current_user:
+            await self.daemon.admission.give_back(self.current_user)
         self.clear_cookie(self.daemon.cookie, secure=self.request.protocol == "https")
         self.redirect("login", status=303)
 
