@@ -27,9 +27,9 @@ seen) and gets what it missed; the same cid sent again is stored once. Log in fi
 like.
 
 Without a socket, GET /messages?after=SEQ&epoch=EPOCH&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L} as
-soon as there are events after SEQ, or when 25 s are over; give back `last` too, and no joined or left is missed between
-two requests. POST /messages (text=hi, cid=...) answers with the stored message, or with what is refused.
-GET /healthz says how the daemon is.
+soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests. Give
+back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers with
+the stored message, or with what is refused. GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings, Messages and names, Store, Room, Feed, Presence, Handlers, Application, Terminal client,
@@ -133,7 +133,8 @@ web_log = logging.getLogger("tornchat.web")  # what visitors can cause: one line
 # a timer is a field without a flag, so that tests can run it faster.
 
 TEXT_CHARS = 4000  # of one message: a long paragraph, or a page of code
-FRAME_BYTES = 16 * 1024  # of one frame or form from a client; 4,000 characters of 4 bytes each fit
+FRAME_BYTES = 48 * 1024  # of one frame or body from a client: 4,000 characters that JSON or a form escapes to 12 bytes
+HEADER_BYTES = 16 * 1024  # of one request, with the cookies of others
 NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on top, up to
 NAME_CODEPOINTS = 64
 RAW_NAME_CODEPOINTS = 256  # looked at, before they are normalized
@@ -160,8 +161,7 @@ CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socke
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
-POLL_BYTES = 192 * 1024  # in one answer: more than 1,000 short messages; the next one goes on from there
-UNTAKEN_BYTES = 512 * 1024  # of answers that a session hasn't taken; one more, and it is below 1 MB (G5)
+POLL_BYTES = 64 * 1024  # in one answer, which the kernel takes at once; the next one goes on from there
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
 PACES = 10_000  # sessions, and addresses, whose pace is remembered
 LOGINS_AT_ONCE = 100  # from one address, which may be that of a whole school; then
@@ -1006,7 +1006,6 @@ class Member:
     renewed: float = 0  # when this daemon last renewed the lease, in s
     refusals: int = 0  # in a row
     rejoining: bool = False
-    untaken: int = 0  # bytes of answers to its polls that are on their way
     told: str = ""  # where its last poll here ended, a Cursor
 
 
@@ -2121,22 +2120,6 @@ class Session(NamedTuple):
     name: str
 
 
-class Services(NamedTuple):
-    """What handlers work with."""
-
-    config: Config
-    room: Room
-    feed: Feed
-    presence: Presence
-    cookie: str  # its name
-    hosts: frozenset[str]  # names under which the room may be opened
-    addresses: Callable[[], list[str]]  # URLs for others on the network, the best first
-    started: float  # in s of time.monotonic
-    sockets: set[ChatSocket]  # all that are open, joined or not
-    logins: Paces  # by address
-    wrong_passwords: collections.Counter[str]  # by address: those that wait for their refusal
-
-
 def host_name(header: str) -> str:
     """The name or address in a Host header, without port and final dot; "" if there is none."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
@@ -2156,13 +2139,13 @@ def whole_number(text: str) -> int | None:
 
 
 def choose_language(header: str) -> str:
-    """The first language of an Accept-Language header that WORDS has; else English."""
-    wishes = []
-    for wish in header.split(","):
-        tag, _, quality = wish.strip().lower().partition(";q=")
-        with contextlib.suppress(ValueError):
-            wishes.append((-float(quality or 1), tag.split("-")[0]))
-    return next((tag for _, tag in sorted(wishes, key=lambda wish: wish[0]) if tag in WORDS), "en")
+    """The language of WORDS that an Accept-Language header likes best; else English."""
+    qualities: dict[str, float] = {}
+    for wish in header.lower().split(","):
+        if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
+            qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
+    ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
+    return max(ours, key=lambda tag: qualities[tag], default="en")
 
 
 def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
@@ -2183,11 +2166,11 @@ class BaseHandler(tornado.web.RequestHandler):
 
     current_user: Session | None
 
-    def initialize(self, services: Services) -> None:
+    def initialize(self, daemon: Daemon) -> None:
         """Called by Tornado with what the route was given, before any check."""
-        self.services = services
+        self.daemon = daemon
         self.language = choose_language(self.request.headers.get("Accept-Language", ""))
-        if services.config.trust_proxy:
+        if daemon.config.trust_proxy:
             believe_proxy(self.request)
         try:
             urllib.parse.urlsplit(self.request.headers.get("Origin", ""))
@@ -2201,9 +2184,13 @@ class BaseHandler(tornado.web.RequestHandler):
         self.set_header("Server", "tornchat")
 
     def prepare(self) -> None:
+        """Called by Tornado before the method, and after its own checks of Origin."""
+        self.check_host()
+
+    def check_host(self) -> None:
         """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
-        if not is_our_host(name, self.services.hosts):
+        if not is_our_host(name, self.daemon.hosts):
             web_log.warning(
                 "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
                 name[:100] or "(none)",
@@ -2213,6 +2200,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def check_trusted_origin(self, origin: str) -> bool:
         """Called by Tornado for a page that doesn't seem to be ours, which is not trusted, whatever it is."""
+        self.check_host()
         web_log.warning(
             "a page of %s was refused at %s: if it is the room's own, a proxy between them has to pass the Host"
             " (nginx: proxy_set_header Host $http_host;)",
@@ -2222,18 +2210,28 @@ class BaseHandler(tornado.web.RequestHandler):
         return False
 
     def get_current_user(self) -> Session | None:
-        """The session of the cookie; None if it has none, or one that we didn't sign."""
-        value = self.get_signed_cookie(self.services.cookie, max_age_days=COOKIE_DAYS, min_version=2)
-        sid, _, name = (value or b"").decode(errors="replace").partition(" ")
-        return Session(sid, name) if name else None
+        """The session of the cookie; None if there is none that we signed.
+
+        Of several cookies with our name the last valid one counts: whoever has another port of this host can plant one
+        for a path, and browsers send those first.
+        """
+        name, key = self.daemon.cookie, self.daemon.cookie_key
+        for cookie in reversed(self.request.headers.get("Cookie", "").split(";")):
+            value = tornado.httputil.parse_cookie(cookie).get(name, "")
+            signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
+            sid, _, nickname = (signed or b"").decode(errors="replace").partition(" ")
+            if nickname:
+                return Session(sid, nickname)
+        return None
 
     def set_session(self, session: Session) -> None:
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
         what a foreign page could do with it is stopped by the checks of Origin.
         """
-        self.set_signed_cookie(
-            self.services.cookie,
-            f"{session.sid} {session.name}",
+        name, value = self.daemon.cookie, f"{session.sid} {session.name}"
+        self.set_cookie(
+            name,
+            tornado.web.create_signed_value(self.daemon.cookie_key, name, value),
             expires_days=COOKIE_DAYS,
             httponly=True,
             samesite="Lax",
@@ -2260,10 +2258,10 @@ class BaseHandler(tornado.web.RequestHandler):
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
         if session is None:
             raise Refused("no-session")
-        if self.services.feed.stopping:
+        if self.daemon.feed.stopping:
             raise Refused("unavailable", retry_after=1)
         try:
-            return await self.services.feed.enter(session.sid, session.name)
+            return await self.daemon.feed.enter(session.sid, session.name)
         except Taken:
             raise Refused("name-lost", name=session.name) from None
 
@@ -2272,7 +2270,7 @@ class BaseHandler(tornado.web.RequestHandler):
         taken = super().finish(chunk)
         if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
             connection: Any = self.request.connection
-            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
+            cut = asyncio.get_running_loop().call_later(self.daemon.config.answer_seconds, connection.stream.close)
             taken.add_done_callback(lambda _: cut.cancel())
         return taken
 
@@ -2307,18 +2305,18 @@ class BaseHandler(tornado.web.RequestHandler):
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
-            self.page("error.html", root="/", text=text)
+            self.page("error.html", text=text)
 
-    def page(self, template: str, root: str = "", **values: object) -> None:
-        """Answers with one of the HTML templates, in the reader's language; `root` leads from its URL to the room's."""
+    def page(self, template: str, **values: object) -> None:
+        """Answers with one of the HTML templates, in the reader's language."""
         self.finish(
             self.render_string(
                 template,
                 lang=LANGUAGES[self.language],
                 w=WORDS[self.language],
-                title=self.services.config.title,
+                title=self.daemon.config.title,
                 asset=asset_url,
-                root=root,
+                root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
                 **values,
             )
         )
@@ -2330,7 +2328,7 @@ class PageHandler(BaseHandler):
     def get(self) -> None:
         """Whoever has no session logs in first."""
         if self.current_user is None:
-            self.redirect("/login" + self.page_path())
+            self.redirect("login" + self.page_path())
             return
         self.page(
             "chat.html",
@@ -2339,6 +2337,84 @@ class PageHandler(BaseHandler):
             now=round(1000 * time.time()),
             words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
+
+    head = get
+
+
+class Admission:
+    """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed, self.room, self.config = feed, feed.room, feed.config
+        self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # by address
+        self.wrong_passwords: collections.Counter[str] = collections.Counter()  # by address: those waiting for refusal
+
+    async def log_in(
+        self, nickname: str, password: str, address: str, session: Session | None = None, *, renew: bool = False
+    ) -> Session:
+        """A session under that name; "" = a guest. Raises Refused.
+
+        `session` is what the browser has: who has one gives no password. Under the same name it is kept, or renewed;
+        another name is given back: it can't talk under it any more.
+        """
+        if session is None:
+            await self.check_password(password, address)
+        name = clean_name(nickname) if nickname.strip() else ""
+        same = session if session and name and name_key(session.name) == name_key(name) else None
+        if same and not (renew and self.room.available):  # or the name would be given back, and not taken again
+            await self.feed.enter(same.sid, same.name)
+            return same
+        self.check_pace(address)
+        if same:
+            await self.give_back(same)
+        new = await (self.enter_as(name) if name else self.enter_as_guest(address))
+        if session:
+            await self.give_back(session)
+        return new
+
+    async def give_back(self, session: Session) -> None:
+        """Takes a session's name off the roster, and closes its connections."""
+        if member := self.room.sessions.get(session.sid):
+            await self.feed.exit(member)
+            for listener in tuple(member.listeners):
+                listener.shut(4401, "logout")
+
+    async def check_password(self, password: str, address: str) -> None:
+        """Raises Refused if the room has another one, but not at once: so from one address guessing goes slowly."""
+        wrong, wait = self.wrong_passwords, self.config.guess_seconds
+        if not self.config.password:
+            return
+        if wrong[address] >= GUESSES_AT_ONCE:
+            raise Refused("password", "guesses", retry_after=wait)
+        if hmac.compare_digest(password.encode(), self.config.password.encode()):
+            return
+        wrong[address] += 1
+        await asyncio.sleep(wait)
+        wrong[address] -= 1
+        if not wrong[address]:
+            del wrong[address]
+        raise Refused("password")
+
+    def check_pace(self, address: str) -> None:
+        """Raises Refused if too many names come from there; not from this machine, where proxies and tests are."""
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(address).is_loopback:
+                return
+        if wait := self.logins.take(address, asyncio.get_running_loop().time()):
+            raise Refused("too-fast", retry_after=wait)
+
+    async def enter_as(self, name: str) -> Session:
+        """A new session under that name. Raises Refused."""
+        session = Session(secrets.token_hex(16), name)
+        await self.feed.enter(session.sid, session.name)
+        return session
+
+    async def enter_as_guest(self, address: str) -> Session:
+        """A new session under a free name that is made from the address. Raises Refused."""
+        for _ in range(5):  # others may take the same one meanwhile
+            with contextlib.suppress(Taken):
+                return await self.enter_as(self.room.guest(address))
+        raise Refused("unavailable", retry_after=1)
 
 
 class LoginHandler(BaseHandler):
@@ -2349,20 +2425,26 @@ class LoginHandler(BaseHandler):
         why = WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), "")
         self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS], error=why)
 
+    head = get
+
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
         nickname, password = self.field("nickname") or "", self.field("password") or ""
-        session = await log_in(self.services, nickname, password, self.request.remote_ip or "", self.current_user)
+        address, known = self.request.remote_ip or "", self.current_user
+        # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
+        # comes back by itself keeps it, for it may do so in several tabs at once.
+        renew = not self.wants_json()
+        session = await self.daemon.admission.log_in(nickname, password, address, known, renew=renew)
         self.set_session(session)
         if self.wants_json():
             self.finish({"name": session.name})
         else:
-            self.redirect("/" + self.page_path(), status=303)
+            self.redirect("./" + self.page_path(), status=303)
 
     def refuse(self, refused: Refused) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
         nickname, text = self.field("nickname") or "", refused.sentence(self.language)
-        suggestion = self.services.room.free_variant(nickname) if isinstance(refused, Taken) else ""
+        suggestion = self.daemon.room.free_variant(nickname) if isinstance(refused, Taken) else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
@@ -2370,7 +2452,7 @@ class LoginHandler(BaseHandler):
 
     def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
         """The login page."""
-        config, words = self.services.config, WORDS[self.language]
+        config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
             "login.html",
@@ -2384,79 +2466,15 @@ class LoginHandler(BaseHandler):
         )
 
 
-async def check_password(services: Services, password: str, address: str) -> None:
-    """Raises Refused if the room has another one, but not at once: so from one address guessing goes slowly."""
-    config, wrong = services.config, services.wrong_passwords
-    if not config.password:
-        return
-    if wrong[address] >= GUESSES_AT_ONCE:
-        raise Refused("password", "guesses", retry_after=config.guess_seconds)
-    if hmac.compare_digest(password.encode(), config.password.encode()):
-        return
-    wrong[address] += 1
-    await asyncio.sleep(config.guess_seconds)
-    wrong[address] -= 1
-    if not wrong[address]:
-        del wrong[address]
-    raise Refused("password")
-
-
-async def log_in(
-    services: Services, nickname: str, password: str, address: str, session: Session | None = None
-) -> Session:
-    """A session under that name, the same one if this browser has it already; "" = a guest. Raises Refused.
-
-    Another name that the browser had is given back: it can't talk under it any more.
-    """
-    if session is None:  # else it has known the password
-        await check_password(services, password, address)
-    name = clean_name(nickname) if nickname.strip() else ""
-    if session and name and name_key(session.name) == name_key(name):
-        await services.feed.enter(session.sid, session.name)
-        return session
-    check_pace(services, address)
-    new = await (enter_as(services, name) if name else enter_as_guest(services, address))
-    if session and (member := services.room.sessions.get(session.sid)):
-        await services.feed.exit(member)
-    return new
-
-
-def check_pace(services: Services, address: str) -> None:
-    """Raises Refused if too many names come from there; not from this machine, where proxies and tests are."""
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(address).is_loopback:
-            return
-    if wait := services.logins.take(address, asyncio.get_running_loop().time()):
-        raise Refused("too-fast", retry_after=wait)
-
-
-async def enter_as(services: Services, name: str) -> Session:
-    """A new session under that name. Raises Refused."""
-    session = Session(secrets.token_hex(16), name)
-    await services.feed.enter(session.sid, session.name)
-    return session
-
-
-async def enter_as_guest(services: Services, address: str) -> Session:
-    """A new session under a free name that is made from the address. Raises Refused."""
-    for _ in range(5):  # others may take the same one meanwhile
-        with contextlib.suppress(Taken):
-            return await enter_as(services, services.room.guest(address))
-    raise Refused("unavailable", retry_after=1)
-
-
 class LogoutHandler(BaseHandler):
     """POST /logout."""
 
     async def post(self) -> None:
         """Gives the name back and forgets the session."""
-        session = self.current_user
-        if session and (member := self.services.room.sessions.get(session.sid)):
-            await self.services.feed.exit(member)
-            for listener in tuple(member.listeners):
-                listener.shut(4401, "logout")
-        self.clear_cookie(self.services.cookie)
-        self.redirect("/login", status=303)
+        if self.current_user:
+            await self.daemon.admission.give_back(self.current_user)
+        self.clear_cookie(self.daemon.cookie, secure=self.request.protocol == "https")
+        self.redirect("login", status=303)
 
 
 class MessagesHandler(BaseHandler):
@@ -2468,19 +2486,21 @@ class MessagesHandler(BaseHandler):
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
 
-    def prepare(self) -> None:
+    def set_default_headers(self) -> None:
         """Every answer is JSON here, errors too."""
+        super().set_default_headers()
         self.set_header("Content-Type", "application/json; charset=UTF-8")
-        self.hung_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.request.headers["Accept"] = "application/json"
-        super().prepare()
+
+    def wants_json(self) -> bool:
+        """Only programs ask here."""
+        return True
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
         wait = self.wait()
         member = await self.admit(self.current_user)
         try:
-            await self.tell(member, await self.news(member, wait))
+            self.tell(member, await self.news(member, wait))
         finally:
             self.release(member)
 
@@ -2496,8 +2516,8 @@ class MessagesHandler(BaseHandler):
 
     async def news(self, member: Member, wait: float) -> News:
         """What this poll is told. Raises Refused."""
-        room, seen = self.services.room, self.seen()
-        await self.services.feed.catch_up(seen)
+        room, seen = self.daemon.room, self.seen()
+        await self.daemon.feed.catch_up(seen)
         cursor = room.cursor_of(member, self.get_query_argument("last", None))
         if wait and not (self.gone or room.news(member, seen, cursor).events):
             await self.listen(member, wait)
@@ -2509,14 +2529,14 @@ class MessagesHandler(BaseHandler):
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
         self.listener = PollListener(member)
-        self.services.room.register(self.listener)
+        self.daemon.room.register(self.listener)
         try:
             async with asyncio.timeout(wait):
                 await self.listener.news.wait()
         except TimeoutError:
             pass
         finally:
-            self.services.room.leave(self.listener)
+            self.daemon.room.leave(self.listener)
         if self.listener.refused:
             raise self.listener.refused
 
@@ -2524,47 +2544,22 @@ class MessagesHandler(BaseHandler):
         """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
         self.gone = True
-        if not self.hung_up.done():
-            self.hung_up.set_result(None)
         if self.listener:
             self.listener.news.set()
 
-    async def tell(self, member: Member, news: News) -> None:
-        """Answers, and waits until the client has taken it or is gone. Raises Refused."""
+    def tell(self, member: Member, news: News) -> None:
+        """Answers, unless nobody is there any more."""
         if self.gone:
             return
-        if member.untaken > UNTAKEN_BYTES:
-            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.services.room.epoch, "last": member.told}).encode()
-        body = b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:])
-        member.untaken += len(body)
-        try:
-            await self.hand_over(body)
-        finally:
-            member.untaken -= len(body)
-
-    async def hand_over(self, body: bytes) -> None:
-        """Answers, a piece when the one before is out: what lies in a stream that is cut off is kept for long."""
-        connection: Any = self.request.connection
-        while len(body) > CHUNK_BYTES:
-            self.write(body[:CHUNK_BYTES])
-            body = body[CHUNK_BYTES:]
-            out = asyncio.ensure_future(self.flush())
-            out.add_done_callback(asyncio.Future.exception)  # asked for, so that nobody logs it
-            await asyncio.wait(
-                {out, self.hung_up}, timeout=self.services.config.answer_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if self.gone or not out.done():
-                connection.stream.close()
-                return
-        self.finish(body)
+        place = to_json({"seq": news.seq, "epoch": self.daemon.room.epoch, "last": member.told}).encode()
+        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
         member = await self.admit(self.current_user)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
+        self.daemon.feed.say(member, parse_say(self.fields()), outcome.set_result)
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
@@ -2581,9 +2576,9 @@ class MessagesHandler(BaseHandler):
 
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.services.config
+        config = self.daemon.config
         rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.services.presence.release(member, max(config.grace_seconds, rest))
+        self.daemon.presence.release(member, max(config.grace_seconds, rest))
 
     def refuse(self, refused: Refused) -> None:
         """A refusal is an event here too."""
@@ -2623,12 +2618,20 @@ class PollListener:
         self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
 
 
-class Wish(NamedTuple):
-    """The query of a handshake."""
+class MaskedProtocol(tornado.websocket.WebSocketProtocol13):
+    """Tornado's, but frames of a client that aren't masked close the connection (RFC 6455, 5.1)."""
 
-    seen: Seen
-    nickname: str | None
-    password: str
+    async def _receive_frame(self) -> None:
+        """Called by Tornado for one frame after the other."""
+        self._frame_mask = None
+        await super()._receive_frame()
+        if self._frame_mask is None and not self.client_terminated:
+            self.close(1002, "unmasked")
+            self._abort()
+
+    def _handle_message(self, opcode: int, data: bytes) -> asyncio.Future[None] | None:
+        """Called by Tornado with a message that is complete."""
+        return super()._handle_message(opcode, data) if self._frame_mask else None
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -2640,13 +2643,18 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
         super().prepare()
-        self.wish: Wish | None = Wish(
-            self.seen(), self.get_query_argument("nickname", None), self.get_query_argument("password", "")
-        )
+        self.resume_point = self.seen()
+        self.nickname = self.get_query_argument("nickname", None)
+        self.password = self.get_query_argument("password", "")
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         """`text`: lines instead of JSON."""
         return "text" if "text" in subprotocols else None
+
+    def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
+        """Called by Tornado in the handshake; None for a version that it doesn't speak."""
+        protocol: Any = super().get_websocket_protocol()
+        return protocol and MaskedProtocol(self, False, protocol.params)
 
     def detach(self) -> tornado.iostream.IOStream:
         """Tornado hands the stream over to the WebSocket here; the listener writes to it too."""
@@ -2655,40 +2663,38 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
-        wish, self.wish = self.wish, None
-        assert wish
         self.set_nodelay(True)
-        self.services.sockets.add(self)
+        self.daemon.sockets.add(self)
         try:
-            await self.enter(await self.session(wish), wish.seen)
+            await self.enter(await self.session(), self.resume_point)
         except Refused as refused:
             if refused.code == "name-lost":
-                await self.write_message(to_json(refused.event(self.language)))
+                with contextlib.suppress(tornado.websocket.WebSocketClosedError):
+                    await self.write_message(to_json(refused.event(self.language)))
             sentence = refused.sentence(self.language).encode()[:123].decode(errors="ignore")  # all that a frame takes
             self.close(CLOSE_CODES[refused.code], sentence)
         self.forget_handshake()
 
-    async def session(self, wish: Wish) -> Session | None:
+    async def session(self) -> Session | None:
         """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
-        known = self.current_user
-        if wish.nickname is None or (known and name_key(wish.nickname) == name_key(known.name)):
+        known, nickname, password = self.current_user, self.nickname, self.password
+        if nickname is None or (known and name_key(nickname) == name_key(known.name)):
             return known
-        return await log_in(self.services, wish.nickname, wish.password, self.request.remote_ip or "")
+        return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: Seen) -> None:
         """Joins the room. Raises Refused."""
         member = await self.admit(session)
-        await self.services.feed.catch_up(seen)
+        await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if self.ws_connection is not None:  # it may have gone while we waited
             self.listener = SocketListener(self, member)
-            self.services.room.join(self.listener, seen)
+            self.daemon.room.join(self.listener, seen)
 
     def forget_handshake(self) -> None:
         """Drops what only the handshake needed: a fifth of what an idle connection would keep."""
         self.request.headers.clear()
-        self.request.cookies.clear()
         for name in SECURITY_HEADERS:
             self.clear_header(name)
 
@@ -2700,7 +2706,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         listener.heard = asyncio.get_running_loop().time()
         try:
             say = clean_say(message, "") if listener.plain else parse_frame(message)
-            self.services.feed.say(listener.member, say, listener.settled)
+            self.daemon.feed.say(listener.member, say, listener.settled)
             listener.member.refusals = 0
         except Refused as refused:
             listener.refuse(refused)
@@ -2724,19 +2730,19 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
         self.leave()
         self.close(code, reason)
-        asyncio.get_running_loop().call_later(self.services.config.goodbye_seconds, self.stream.close)
+        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
 
     def on_close(self) -> None:
         """The connection is gone, for whatever reason."""
-        self.services.sockets.discard(self)
+        self.daemon.sockets.discard(self)
         self.leave()
 
     def leave(self) -> None:
         """From now on nothing that comes in is heard, and nothing goes out."""
         listener, self.listener = self.listener, None
         if listener:
-            self.services.room.leave(listener)
-            self.services.presence.release(listener.member, self.services.config.grace_seconds)
+            self.daemon.room.leave(listener)
+            self.daemon.presence.release(listener.member, self.daemon.config.grace_seconds)
 
 
 class SocketListener:
@@ -2847,7 +2853,7 @@ class SocketListener:
 
     def beat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
-        config = self.handler.services.config
+        config = self.handler.daemon.config
         self.pings = 0
         if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
@@ -2879,19 +2885,20 @@ class HealthHandler(BaseHandler):
 
     def get(self) -> None:
         """200 while messages can be stored, else 503."""
-        services = self.services
-        room = services.room
+        room = self.daemon.room
         self.set_status(200 if room.available else 503)
         self.finish(
             {
                 "status": "ok" if room.available else "unavailable",
                 "version": __version__,
-                "uptime": round(time.monotonic() - services.started, 1),
-                "connections": len(services.sockets),
+                "uptime": round(time.monotonic() - self.daemon.started, 1),
+                "connections": len(self.daemon.sockets),
                 "members": len(room.roster),
-                "store": "redis" if services.config.redis_url else "memory",
+                "store": "redis" if self.daemon.config.redis_url else "memory",
             }
         )
+
+    head = get
 
 
 def qr_symbol(url: str) -> Any:
@@ -2920,7 +2927,7 @@ class JoinHandler(BaseHandler):
         if self.current_user is None:
             raise tornado.web.HTTPError(401)
         if what == "join.json":
-            self.finish({"addresses": self.services.addresses(), "qr": qr_symbol("/") is not None})
+            self.finish({"addresses": self.daemon.addresses(), "qr": qr_symbol("/") is not None})
             return
         url = self.get_query_argument("url", "")
         picture = await asyncio.to_thread(qr_picture, url) if self.is_ours(url) else b""  # it takes some 50 ms
@@ -2929,10 +2936,12 @@ class JoinHandler(BaseHandler):
         self.set_header("Content-Type", "image/svg+xml")
         self.finish(picture)
 
+    head = get
+
     def is_ours(self, url: str) -> bool:
         """Whether it is one of the room's addresses, or leads to where this page was opened: we advertise no other."""
         here = re.escape(self.request.headers["Host"])
-        ours = url in self.services.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
+        ours = url in self.daemon.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
         return bool(ours) and len(url) <= URL_CHARS
 
 
@@ -2946,6 +2955,8 @@ class AssetHandler(BaseHandler):
         fresh = self.get_query_argument("v", "") == asset_hash(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
         self.finish(text)
+
+    head = get
 
 
 @functools.cache
@@ -2967,9 +2978,9 @@ class StartError(Exception):
     """Why the daemon can't start, in one line for the operator."""
 
 
-def make_app(services: Services) -> tornado.web.Application:
+def make_app(daemon: Daemon) -> tornado.web.Application:
     """All routes and settings of the web side."""
-    context = {"services": services}
+    context = {"daemon": daemon}
     return tornado.web.Application(
         [
             (r"/", PageHandler, context),
@@ -2984,7 +2995,6 @@ def make_app(services: Services) -> tornado.web.Application:
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
         template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
-        cookie_secret=services.feed.secret,
         cross_origin_protection=True,
         websocket_max_message_size=FRAME_BYTES,
         log_function=log_request,
@@ -3099,11 +3109,14 @@ class Daemon:
     def __init__(self, config: Config, ports: list[socket.socket], tls: ssl.SSLContext | None) -> None:
         self.config, self.ports, self.tls = config, ports, tls
         self.port = int(ports[0].getsockname()[1])
-        self.sockets: set[ChatSocket] = set()
+        self.started = time.monotonic()
+        self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
+        self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
         self.store = Store(connect(config), config)
         self.room = Room(config)
         self.feed = Feed(self.store, self.room, config)
         self.presence = Presence(self.feed)
+        self.admission = Admission(self.feed)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
@@ -3121,27 +3134,11 @@ class Daemon:
 
     def listen(self) -> None:
         """Lets people in."""
-        # Browsers send a cookie to every port of a host. So the names of two rooms' cookies must differ, or each room
-        # would log out the people of the other; and they must outlast a restart, or each would leave a cookie behind.
-        lasting = self.feed.secret if self.config.redis_url or self.config.secret else str(self.port)
-        services = Services(
-            self.config,
-            self.room,
-            self.feed,
-            self.presence,
-            cookie="tornchat-" + hashlib.sha256(lasting.encode()).hexdigest()[:8],
-            hosts=frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *self.config.allow_host)),
-            addresses=functools.partial(lan_urls, self.config, self.port),
-            started=time.monotonic(),
-            sockets=self.sockets,
-            logins=Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE),
-            wrong_passwords=collections.Counter(),
-        )
         self.server = tornado.httpserver.HTTPServer(
-            make_app(services),
+            make_app(self),
             ssl_options=self.tls,
-            max_header_size=FRAME_BYTES,
-            max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
+            max_header_size=HEADER_BYTES,
+            max_body_size=FRAME_BYTES,
             idle_connection_timeout=self.config.header_seconds,
             body_timeout=self.config.body_seconds,
         )
@@ -3153,6 +3150,26 @@ class Daemon:
     def url(self) -> str:
         """The room's address on this machine."""
         return local_url(self.config, self.port)
+
+    def addresses(self) -> list[str]:
+        """URLs for others on the network, the best first."""
+        return lan_urls(self.config, self.port)
+
+    @property
+    def cookie(self) -> str:
+        """The name of the session's cookie: all daemons of a room have the same, for they have the secret in common.
+
+        Browsers send a cookie to every port of a host, so two rooms there must not have one name, or each would log out
+        the people of the other. `__Host-` is a promise that browsers keep: set over TLS, by this very host.
+        """
+        place = f"{self.feed.secret} {self.config.room}" if self.config.redis_url else str(self.port)
+        return ("__Host-" if self.tls else "") + "tornchat-" + hashlib.sha256(place.encode()).hexdigest()[:8]
+
+    @property
+    def cookie_key(self) -> str:
+        """What signs the cookies: none of another room is valid, nor one from before the password was changed."""
+        made_of = to_json([self.config.room, self.config.password])
+        return hmac.new(self.feed.secret.encode(), made_of.encode(), "sha256").hexdigest()
 
     async def stop(self) -> None:
         """Nobody new, nothing lost: what was said is stored, everybody is told, the leases stay for their return."""
@@ -3717,7 +3734,7 @@ class Client:
         ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
         if ready and self.outbox and not self.in_flight and self.socket:
             self.in_flight, text = next(iter(self.outbox.items()))
-            with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
+            with contextlib.suppress(KeyError):  # the reader will tell
                 written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
                 written.add_done_callback(lambda done: done.cancelled() or done.exception())
         if self.connected and not self.outbox and self.after >= self.replay_end:
@@ -4476,7 +4493,7 @@ ERROR_HTML = r"""{% extends "plain.html" %}{% block main %}
   <main>
     <h1 dir="auto">{{ title }}</h1>
     <p class="error" role="alert">{{ text }}</p>
-    <p><a href="/">{{ w["error_back"] }}</a></p>
+    <p><a href="{{ root }}">{{ w["error_back"] }}</a></p>
   </main>
 {% end %}
 """
