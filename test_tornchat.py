@@ -5227,7 +5227,7 @@ async def echo(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
         "PINGS_A_TICK": 2**30,
     }.items():
         monkeypatch.setattr(tornchat, name, value)
-    monkeypatch.setattr(tornchat.Room, "tell", lambda self, listener, seen: setattr(listener, "base", 0))
+    monkeypatch.setattr(tornchat.Room, "replay", lambda self, listener, seen: setattr(listener, "base", 0))
     monkeypatch.setattr(tornchat.Room, "notice", lambda self, kind, events: [])
     await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", rate=0, ping_seconds=1e9))
     await asyncio.Event().wait()
@@ -8642,7 +8642,7 @@ class TestManyDaemons:
                 client.replicaof("127.0.0.1", str(snapshot_redis.port))
 
                 async def copied() -> bool:
-                    return client.xlen(snapshot_lan.store.key("feed")) >= 5
+                    return bool(client.xlen(snapshot_lan.store.key("feed")) >= 5)
 
                 await until(copied)
                 client.replicaof("NO", "ONE")
@@ -8669,7 +8669,7 @@ class TestManyDaemons:
             with own_redis.client as client:
                 secret = client.get(key("secret"))
                 for seq in (20, 300):
-                    await until(lambda seq=seq: heard_from(people, seq))
+                    await until(functools.partial(heard_from, people, seq))
                     client.flushall()
                 await talking
                 await all_heard(people, 800)
@@ -9425,7 +9425,7 @@ class TestTerminal:
             await ann.shows("Ann: once")
             ann.keys("next\r")
             await ann.shows("Ann: next")
-            assert [event.text for event, _ in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [json.loads(message.json)["text"] for _, message in daemon.room.ring.kept] == ["hi", "once", "next"]
             assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
             ann.keys("\x03")
             assert await ann.leaves() == 0
@@ -9446,7 +9446,9 @@ class TestTerminal:
         await memory_lan.serve(port=port)
         await ann.shows("The room has lost its history")
         await ann.shows("Ann: still there?")
-        assert [event.text for event, _ in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
+        assert [json.loads(message.json)["text"] for _, message in memory_lan.daemons[-1].room.ring.kept] == [
+            "still there?"
+        ]
 
     @slow
     @pytest.mark.parametrize("lasting", [False, True])
@@ -10236,7 +10238,7 @@ async def bench_polls(members: int = 500, messages: int = 30) -> None:
 async def write_messages(url: str, room: str, name: str, count: int) -> None:
     """One daemon without its web side, that writes as fast as the store takes it; prints when it began and ended."""
     config = tornchat.Config(redis_url=url, room=room, rate=0.0)
-    feed = tornchat.Feed(tornchat.Store(tornchat.connect(config), config), tornchat.Room("bench", 100), config)
+    feed = tornchat.Feed(tornchat.Store(tornchat.connect(config), config), tornchat.Room(config), config)
     await feed.open()
     feed.start()
     member = await feed.enter(name, name)
