@@ -726,7 +726,7 @@ class Store:
         self.shared = bool(config.redis_url)  # others may write as well
         self.redis = client()
         self.reading = client(single_connection_client=True)  # blocks most of the time
-        self.appending = client(single_connection_client=True)  # see `append`
+        self.line = self.redis.connection_pool.make_connection()  # for `append` alone
         prefix = f"tornchat:{{{config.room}}}:"  # the braces keep all keys in one slot of a Cluster
         self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
         self.leases, self.state, self.secret = prefix + "leases", prefix + "state", prefix + "secret"
@@ -741,32 +741,35 @@ class Store:
         Only on the connection of the last `newest`: behind a new one the feed may have gone back to an older state,
         which would take the entry all the same.
         """
-        connection = self.appending.connection
-        if connection is None or not connection.is_connected:
+        if not self.line.is_connected:
             raise redis.exceptions.ConnectionError("the connection was lost")
         trim = ("MINID", "~", id_text(keep_from)) if keep_from else ()
+        await self.line.send_command("XADD", self.feed, "NOMKSTREAM", *trim, id_text(entry.id), "events", entry.raw)
         try:
-            done = await self.appending.execute_command(
-                "XADD", self.feed, "NOMKSTREAM", *trim, id_text(entry.id), "events", entry.raw
-            )
+            return await self.line.read_response() is not None
         except ResponseError as error:
             if OVERTAKEN in str(error):
                 return False
             raise
-        return done is not None
 
     @bounded
     async def newest(self) -> Entry | None:
         """The newest entry of the feed, None if there is no feed. `raw` is b"" where it has been deleted since."""
+        if not self.line.is_connected:
+            await self.line.connect()
+        await self.line.send_command("XINFO", "STREAM", self.feed)
         try:
-            about = await self.appending.xinfo_stream(self.feed)
+            reply = await self.line.read_response()
         except ResponseError as error:
             if "no such key" in str(error):
                 return None
             raise
-        newest = parse_id(about["last-generated-id"])
-        last = parse_entries([about["last-entry"]] if about["last-entry"] else [])
-        return last[0] if last and last[0].id == newest else Entry(newest, b"")
+        about = dict(zip(reply[::2], reply[1::2], strict=True))
+        newest, last = parse_id(about[b"last-generated-id"]), about[b"last-entry"]
+        if last and parse_id(last[0]) == newest:
+            fields = dict(zip(last[1][::2], last[1][1::2], strict=True))
+            return Entry(newest, fields.get(b"events", b""))
+        return Entry(newest, b"")
 
     @bounded
     async def read(self, since: Id) -> list[Entry]:
@@ -941,7 +944,8 @@ class Store:
 
     async def close(self) -> None:
         """Gives the connections back."""
-        for client in (self.redis, self.reading, self.appending):
+        await self.line.disconnect()
+        for client in (self.redis, self.reading):
             await client.aclose()
 
 
@@ -1437,6 +1441,8 @@ class Feed:
         self.secret = config.secret
         self.paces = Paces(config.rate, max(1, config.rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.outbox: dict[tuple[str, str], Proposal] = {}  # in order of arrival
+        # A cid of the daemon's own is none for the client, but tells a second try from a second message.
+        self.cids, self.counter = f"~{secrets.token_hex(8)}-", itertools.count()
         self.idle = asyncio.Event()  # the outbox is empty
         self.idle.set()
         self.bell = asyncio.Event()  # there is something to do for `run`
@@ -1466,8 +1472,7 @@ class Feed:
             return
         if len(self.outbox) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
-        # A cid of the daemon's own is no cid for the client, but tells a second try from a second message.
-        self.propose("message", member, done, cid=say.cid or "~" + secrets.token_hex(8), text=say.text)
+        self.propose("message", member, done, cid=say.cid, text=say.text)
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
         """A message that was stored before, as it was stored; where that has been forgotten, as it is said now."""
@@ -1523,7 +1528,8 @@ class Feed:
     ) -> None:
         """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
-        proposal = Proposal(type, member.sid, member.name, cid or "~" + secrets.token_hex(8), text, expires, member)
+        cid = cid or f"{self.cids}{next(self.counter)}"
+        proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
         waiting = self.outbox.setdefault(proposal.id, proposal).done
         if done and done not in waiting:
             waiting.append(done)
