@@ -8637,12 +8637,14 @@ class TestManyDaemons:
             daemon = await snapshot_lan.serve(redis_url=proxy.url)
             ann = await snapshot_lan.join("Ann")
             await ann.say_many(5)
+            key = snapshot_lan.store.key("feed")
             with replica.client as client:
                 snapshot_redis.client.config_set("repl-diskless-sync-delay", 0)
                 client.replicaof("127.0.0.1", str(snapshot_redis.port))
 
                 async def copied() -> bool:
-                    return bool(client.xlen(snapshot_lan.store.key("feed")) >= 5)
+                    newest = [each.xrevrange(key, count=1) for each in (client, snapshot_redis.client)]
+                    return newest[0] != [] and newest[0] == newest[1]
 
                 await until(copied)
                 client.replicaof("NO", "ONE")
