@@ -70,6 +70,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import weakref
 import zoneinfo
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar
@@ -118,27 +119,40 @@ FEED_NOTICES = 1000  # joined, left, opened in the store: they must never push a
 INDEX_MESSAGES = 10_000  # (sid, cid) remembered against doubles (G4)
 OUTBOX_PROPOSALS = 1000  # waiting for the store; more are refused at once
 GROUP_PROPOSALS = 256  # committed in one transaction: about 10 ms of fakeredis
-BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener (G5) ...
-BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come back when it can
+BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener ...
+BACKLOG_EVENTS = 512  # ... or this many: it is closed with 4008, to come back when it can, once it has lagged for
+LAG_SECONDS = 0.5  # (who reads takes the largest batch within that), or at once with
+BACKLOG_MOST_BYTES = 768 * 1024  # so that it costs less than 1 MB (G5)
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, which would hold 3 MB for a client that doesn't read
 CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
-GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
+GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal; more are refused at once
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
 POLL_BYTES = 192 * 1024  # in one answer: more than 1,000 short messages; the next one goes on from there
 UNTAKEN_BYTES = 512 * 1024  # of answers that a session hasn't taken; one more, and it is below 1 MB (G5)
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
 PACES = 10_000  # sessions, and addresses, whose pace is remembered
-LOGINS_AT_ONCE = 100  # from one address, which may be that of a whole school; then
+LOGINS_AT_ONCE = 200  # from one address, which may be that of a whole school; then
 LOGINS_A_SECOND = 2
+REJOINS_AT_ONCE = 10  # of one session whose name had left the list; a phone that sleeps needs one a minute; then
+REJOINS_A_SECOND = 0.2
+CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
+MESSAGE_CHARS = 250  # so long ones, or their like in shorter and longer ones, fit into the ring
+REQUESTS_AT_ONCE = 2000  # from one address: 200 people who open the room in two tabs; more wait for their turn, then
+REQUESTS_A_SECOND = 300  # a third of a core
+POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
+VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
-PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
+FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
+DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
+DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
 LOG_KINDS = 1000  # of lines in the log that are told apart
 FULL_LOG_SECONDS = 60  # between two lines that say it is full
@@ -873,11 +887,11 @@ class Paces:
         self.rate, self.burst = rate, burst
         self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
 
-    def take(self, name: str, now: float) -> float:
-        """Takes a token; how many s to wait for one, if there is none."""
+    def take(self, name: str, now: float, cost: float = 1) -> float:
+        """Takes tokens, if there is one; else how many s to wait for it. What costs more leaves a debt."""
         tokens, then = self.buckets.pop(name, (self.burst, now))
         tokens = min(self.burst, tokens + (now - then) * self.rate)
-        self.buckets[name] = tokens - (tokens >= 1), now
+        self.buckets[name] = tokens - (cost if tokens >= 1 else 0), now
         if len(self.buckets) > PACES:
             self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
@@ -1604,6 +1618,160 @@ class Session(NamedTuple):
     name: str
 
 
+@functools.lru_cache(PACES)
+def network(address: str) -> str:
+    """Whose limits an address shares: with IPv6 those of its /64, because one machine has all of that."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped or parsed.is_loopback:
+        return str(parsed.ipv4_mapped or parsed)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether proxies and tests come from there: a crowd of people may stand behind it."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return False
+
+
+class Limits:
+    """What all who come from one address may do together. An address is what `network` makes of it."""
+
+    def __init__(self, rate: float) -> None:
+        free = 0 if rate else math.inf
+        self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)
+        self.rejoins = Paces(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.messages = Paces(CROWD * rate, free or RING_MESSAGES)
+        self.requests = Paces(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
+        self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+        self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
+        self.polls = collections.Counter[str]()  # those that wait for news
+        self.drawings = Paces(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)
+        self.drawn = collections.deque[str](maxlen=50)  # addresses that aren't announced
+        self.proxy_seen = False
+
+    async def turn(self, address: str, cost: float = 1) -> None:
+        """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
+        turn = self.turns.setdefault(address, asyncio.Lock())
+        loop = asyncio.get_running_loop()
+        await turn.acquire()
+        try:
+            if wait := self.requests.take(address, loop.time(), cost):
+                await asyncio.sleep(wait)
+                self.requests.take(address, loop.time(), cost)
+        finally:
+            loop.call_soon(turn.release)
+
+    def log_in(self, address: str) -> None:
+        """Somebody new. Raises Refused if too many come from there."""
+        if not is_this_machine(address):
+            self.pace(self.logins, address)
+
+    def rejoin(self, sid: str, address: str) -> None:
+        """A session whose name had left the list. Raises Refused."""
+        self.pace(self.rejoins, sid)
+        self.log_in(address)
+
+    @staticmethod
+    def pace(paces: Paces, name: str, cid: str = "", cost: float = 1) -> None:
+        """Takes from a bucket. Raises Refused if it is empty."""
+        if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
+            raise Refused("too-fast", cid=cid, retry_after=wait)
+
+    def warn_of_proxy(self, address: str) -> None:
+        """Tells the operator, once, of a proxy on this machine that isn't trusted."""
+        if not self.proxy_seen and is_this_machine(address):
+            self.proxy_seen = True
+            log.warning(
+                "a proxy on this machine sends X-Forwarded-For, which is not believed: to all limits its visitors are"
+                " one address; --trust-proxy tells them apart"
+            )
+
+    @contextlib.contextmanager
+    def poll(self, address: str) -> Iterator[None]:
+        """While a poll waits. Raises Refused."""
+        if self.polls[address] >= POLLS_AN_ADDRESS and not is_this_machine(address):
+            raise Refused("too-fast", retry_after=1)
+        with counted(self.polls, address):
+            yield
+
+    async def refuse_guess(self, address: str, seconds: float) -> NoReturn:
+        """Lets a wrong password wait. Raises Refused."""
+        if self.wrong_passwords[address] >= GUESSES_AT_ONCE:
+            raise Refused("password", "guesses", retry_after=seconds)
+        with counted(self.wrong_passwords, address):
+            await asyncio.sleep(seconds)
+        raise Refused("password")
+
+
+@contextlib.contextmanager
+def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
+    """One more of that name, for a while."""
+    counter[name] += 1
+    try:
+        yield
+    finally:
+        counter[name] -= 1
+        if not counter[name]:
+            del counter[name]
+
+
+class Visitors:
+    """The connections on which nobody has joined or waits for news, by address, in the order of their last requests.
+
+    Everybody gets in as long as that can be had by closing one of these: the one that has been quiet for longest, of
+    too many from one address, or of the address with most of them when the daemon is full. A browser opens another.
+    """
+
+    def __init__(self) -> None:
+        self.open: dict[tornado.iostream.IOStream, str] = {}  # all connections, of members too
+        self.quiet: dict[str, collections.OrderedDict[tornado.iostream.IOStream, None]] = {}
+
+    def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
+        """A new connection."""
+        self.open[stream] = address
+        self.wait(stream)
+        if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
+            self.close_one(address)
+
+    def wait(self, stream: tornado.iostream.IOStream) -> None:
+        """A request has come, or a poll has ended."""
+        if address := self.open.get(stream):
+            self.quiet.setdefault(address, collections.OrderedDict())[stream] = None
+            self.quiet[address].move_to_end(stream)
+
+    def join(self, stream: tornado.iostream.IOStream) -> None:
+        """From now on it is a member's."""
+        address = self.open.get(stream, "")
+        if quiet := self.quiet.get(address):
+            quiet.pop(stream, None)
+            if not quiet:
+                del self.quiet[address]
+
+    def leave(self, stream: tornado.iostream.IOStream) -> None:
+        """The connection is closed."""
+        self.join(stream)
+        self.open.pop(stream, None)
+
+    def make_room(self) -> bool:
+        """Closes a visitor's connection, if there is one."""
+        if self.quiet:
+            self.close_one(max(self.quiet, key=lambda address: len(self.quiet[address])))
+            return True
+        return False
+
+    def close_one(self, address: str) -> None:
+        """The one that has been quiet for longest."""
+        stream = next(iter(self.quiet[address]))
+        self.leave(stream)
+        stream.close()
+
+
 class Services(NamedTuple):
     """What handlers work with."""
 
@@ -1615,8 +1783,8 @@ class Services(NamedTuple):
     addresses: Callable[[], list[str]]  # URLs for others on the network, the best first
     started: float  # in s of time.monotonic
     sockets: set[ChatSocket]  # all that are open, joined or not
-    logins: Paces  # by address
-    wrong_passwords: collections.Counter[str]  # by address: those that wait for their refusal
+    limits: Limits
+    visitors: Visitors
 
 
 def host_name(header: str) -> str:
@@ -1660,13 +1828,18 @@ class BaseHandler(tornado.web.RequestHandler):
     """What all routes have in common: Host check, security headers, session, language."""
 
     current_user: Session | None
+    stream: tornado.iostream.IOStream
 
     def initialize(self, services: Services) -> None:
         """Called by Tornado with what the route was given, before any check."""
         self.services = services
+        self.stream = self.request.connection.stream  # type: ignore[union-attr]
         self.language = choose_language(self.request.headers.get("Accept-Language", ""))
         if services.config.trust_proxy:
             believe_proxy(self.request)
+        elif "X-Forwarded-For" in self.request.headers:
+            services.limits.warn_of_proxy(self.request.remote_ip or "")
+        self.address = network(self.request.remote_ip or "")
         try:
             urllib.parse.urlsplit(self.request.headers.get("Origin", ""))
         except ValueError:  # where Tornado compares it, that would be an error of ours
@@ -1678,8 +1851,10 @@ class BaseHandler(tornado.web.RequestHandler):
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
 
-    def prepare(self) -> None:
-        """Refuses a Host that isn't ours."""
+    async def prepare(self) -> None:
+        """Lets an address that asks for too much wait, and refuses a Host that isn't ours."""
+        self.services.visitors.wait(self.stream)
+        await self.services.limits.turn(self.address)
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.services.hosts):
             log.warning(
@@ -1735,6 +1910,13 @@ class BaseHandler(tornado.web.RequestHandler):
         known = re.fullmatch(r"[0-9]{1,15}", after)
         return Seen(int(after) if known else None, self.get_query_argument("epoch", ""))
 
+    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+        """Takes a message, at the pace of its session and of its address. Raises Refused."""
+        limits = self.services.limits
+        limits.pace(limits.messages, self.address, say.cid, cost=0)
+        self.services.feed.say(member, say, done)  # only what that takes counts
+        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
+
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
         if session is None:
@@ -1742,7 +1924,7 @@ class BaseHandler(tornado.web.RequestHandler):
         if self.services.feed.stopping:
             raise Refused("unavailable", retry_after=1)
         try:
-            return await self.services.feed.enter(session.sid, session.name)
+            return await rejoin(self.services, session, self.address)
         except Taken:
             raise Refused("name-lost", name=session.name) from None
 
@@ -1758,8 +1940,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """The answer is complete. Tornado would hold it for ever for a client that doesn't take it."""
         taken = super().finish(chunk)
         if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
-            connection: Any = self.request.connection
-            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, connection.stream.close)
+            cut = asyncio.get_running_loop().call_later(self.services.config.answer_seconds, self.stream.close)
             taken.add_done_callback(lambda _: cut.cancel())
         return taken
 
@@ -1872,20 +2053,10 @@ class LoginHandler(BaseHandler):
 
 
 async def check_password(services: Services, password: str, address: str) -> None:
-    """Raises Refused if the room has another one, but not at once: so from one address guessing goes slowly."""
-    config, wrong = services.config, services.wrong_passwords
-    if not config.password:
-        return
-    if wrong[address] >= GUESSES_AT_ONCE:
-        raise Refused("password", "guesses", retry_after=config.guess_seconds)
-    if hmac.compare_digest(password.encode(), config.password.encode()):
-        return
-    wrong[address] += 1
-    await asyncio.sleep(config.guess_seconds)
-    wrong[address] -= 1
-    if not wrong[address]:
-        del wrong[address]
-    raise Refused("password")
+    """Raises Refused if the room has another one, but not at once. The right one never waits, whoever guesses."""
+    config = services.config
+    if config.password and not hmac.compare_digest(password.encode(), config.password.encode()):
+        await services.limits.refuse_guess(address, config.guess_seconds)
 
 
 async def log_in(
@@ -1896,25 +2067,23 @@ async def log_in(
     Another name that the browser had is given back: it can't talk under it any more.
     """
     if session is None:  # else it has known the password
-        await check_password(services, password, address)
+        await check_password(services, password, network(address))
     name = clean_name(nickname) if nickname.strip() else ""
     if session and name and name_key(session.name) == name_key(name):
-        await services.feed.enter(session.sid, session.name)
+        await rejoin(services, session, address)
         return session
-    check_pace(services, address)
+    services.limits.log_in(network(address))
     new = await (enter_as(services, name) if name else enter_as_guest(services, address))
     if session and (member := services.room.sessions.get(session.sid)):
         await services.feed.exit(member)
     return new
 
 
-def check_pace(services: Services, address: str) -> None:
-    """Raises Refused if too many names come from there; not from this machine, where proxies and tests are."""
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(address).is_loopback:
-            return
-    if wait := services.logins.take(address, asyncio.get_running_loop().time()):
-        raise Refused("too-fast", retry_after=wait)
+async def rejoin(services: Services, session: Session, address: str) -> Member:
+    """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
+    if session.sid not in services.room.sessions:
+        services.limits.rejoin(session.sid, network(address))
+    return await services.feed.enter(session.sid, session.name)
 
 
 async def enter_as(services: Services, name: str) -> Session:
@@ -1955,12 +2124,12 @@ class MessagesHandler(BaseHandler):
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Every answer is JSON here, errors too."""
         self.set_header("Content-Type", "application/json; charset=UTF-8")
         self.hung_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.request.headers["Accept"] = "application/json"
-        super().prepare()
+        await super().prepare()
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
@@ -1996,16 +2165,21 @@ class MessagesHandler(BaseHandler):
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
         self.listener = PollListener(member)
-        self.services.room.register(self.listener)
-        try:
-            async with asyncio.timeout(wait):
-                await self.listener.news.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self.services.room.leave(self.listener)
+        limits, visitors = self.services.limits, self.services.visitors
+        with limits.poll(self.address):
+            self.services.room.register(self.listener)
+            visitors.join(self.stream)
+            try:
+                async with asyncio.timeout(wait):
+                    await self.listener.news.wait()
+            except TimeoutError:
+                pass
+            finally:
+                self.services.room.leave(self.listener)
+                visitors.wait(self.stream)
         if self.listener.refused:
             raise self.listener.refused
+        await limits.turn(self.address, cost=0)
 
     def on_connection_close(self) -> None:
         """The client has hung up: nothing is kept for it."""
@@ -2033,7 +2207,6 @@ class MessagesHandler(BaseHandler):
 
     async def hand_over(self, body: bytes) -> None:
         """Answers, a piece when the one before is out: what lies in a stream that is cut off is kept for long."""
-        connection: Any = self.request.connection
         while len(body) > CHUNK_BYTES:
             self.write(body[:CHUNK_BYTES])
             body = body[CHUNK_BYTES:]
@@ -2043,7 +2216,7 @@ class MessagesHandler(BaseHandler):
                 {out, self.hung_up}, timeout=self.services.config.answer_seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if self.gone or not out.done():
-                connection.stream.close()
+                self.stream.close()
                 return
         self.finish(body)
 
@@ -2051,7 +2224,7 @@ class MessagesHandler(BaseHandler):
         """Says something: 201 when the store has it."""
         member = await self.admit(self.current_user)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.services.feed.say(member, parse_say(self.fields()), outcome.set_result)
+        self.say(member, parse_say(self.fields()), outcome.set_result)
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
@@ -2118,15 +2291,29 @@ class Wish(NamedTuple):
     password: str
 
 
+class CountedFrames(tornado.websocket.WebSocketProtocol13):
+    """How Tornado reads a client's frames; pongs and fragments it tells nobody, so that they are counted here."""
+
+    handler: ChatSocket
+
+    async def _receive_frame(self) -> None:
+        """Called by Tornado for one frame after the other."""
+        before = self._wire_bytes_in
+        await super()._receive_frame()
+        if self.handler.count(self._wire_bytes_in - before):  # it has been told, and no more of it is read
+            await asyncio.sleep(self.handler.services.config.goodbye_seconds)
+
+
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
 
     listener: SocketListener | None = None
-    stream: tornado.iostream.IOStream
+    frames = 0  # since the last beat, that weren't messages, each KB counted as one
+    taken = False  # the last frame was a message
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
-        super().prepare()
+        await super().prepare()
         self.wish: Wish | None = Wish(
             self.seen(), self.get_query_argument("nickname", None), self.get_query_argument("password", "")
         )
@@ -2135,10 +2322,10 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         """`text`: lines instead of JSON."""
         return "text" if "text" in subprotocols else None
 
-    def detach(self) -> tornado.iostream.IOStream:
-        """Tornado hands the stream over to the WebSocket here; the listener writes to it too."""
-        self.stream = super().detach()
-        return self.stream
+    def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
+        """Called by Tornado, which knows this version alone."""
+        protocol = super().get_websocket_protocol()
+        return protocol and CountedFrames(self, False, protocol.params)  # type: ignore[attr-defined]
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
@@ -2170,6 +2357,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if self.ws_connection is not None:  # it may have gone while we waited
             self.listener = SocketListener(self, member)
+            self.services.visitors.join(self.stream)
             self.services.room.join(self.listener, seen)
 
     def forget_handshake(self) -> None:
@@ -2187,20 +2375,22 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         listener.heard = asyncio.get_running_loop().time()
         try:
             say = clean_say(message, "") if listener.plain else parse_frame(message)
-            self.services.feed.say(listener.member, say, listener.settled)
+            self.say(listener.member, say, listener.settled)
             listener.member.refusals = 0
+            self.taken = True
         except Refused as refused:
             listener.refuse(refused)
             listener.member.refusals += 1
             if listener.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
-    def on_ping(self, data: bytes) -> None:
-        """Tornado has answered; but nobody needs as many signs of life as that costs."""
-        if self.listener:
-            self.listener.pings += 1
-            if self.listener.pings > PINGS_A_TICK:
-                self.shut(4429, "too many pings")
+    def count(self, size: int) -> bool:
+        """Counts a frame that has been read; whether there were too many, and the socket is closed."""
+        self.frames += 0 if self.taken else 1 + size // 1024
+        self.taken = False
+        if self.frames > FRAMES_A_TICK and self.listener:
+            self.shut(4429, "too many frames")
+        return self.frames > FRAMES_A_TICK
 
     def on_pong(self, data: bytes) -> None:
         """The client lives."""
@@ -2216,6 +2406,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def on_close(self) -> None:
         """The connection is gone, for whatever reason."""
         self.services.sockets.discard(self)
+        self.services.visitors.leave(self.stream)
         self.leave()
 
     def leave(self) -> None:
@@ -2234,7 +2425,7 @@ class SocketListener:
     gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
     """
 
-    __slots__ = ("backlog", "base", "draining", "handler", "heard", "member", "pinged", "pings", "plain", "stream",
+    __slots__ = ("backlog", "base", "draining", "handler", "heard", "lagging", "member", "pinged", "plain", "stream",
                  "timed", "waiting_bytes", "waiting_events")  # fmt: skip
 
     def __init__(self, handler: ChatSocket, member: Member) -> None:
@@ -2244,8 +2435,7 @@ class SocketListener:
         self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
         self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
         self.draining = False  # the stream will call drain
-        self.pings = 0  # of the client, since the last beat
-        self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
+        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
@@ -2256,8 +2446,15 @@ class SocketListener:
         self.wait([(data, len(batch.events))])
         self.waiting_bytes += len(data)
         self.waiting_events += len(batch.events)
-        if self.waiting_bytes > BACKLOG_BYTES or self.waiting_events > BACKLOG_EVENTS:
+        if self.too_slow():
             self.shut(4008, "too slow")
+
+    def too_slow(self) -> bool:
+        """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
+        if self.waiting_bytes <= BACKLOG_BYTES and self.waiting_events <= BACKLOG_EVENTS:
+            return False
+        lag = asyncio.get_running_loop().time() - self.lagging
+        return lag > LAG_SECONDS or self.waiting_bytes > BACKLOG_MOST_BYTES
 
     def transmit(self, data: memoryview) -> None:
         """Straight to the socket; what that doesn't take goes through the stream."""
@@ -2281,6 +2478,7 @@ class SocketListener:
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
         """Into the backlog, and out again as soon as the stream can take it."""
         if self.backlog is None:
+            self.lagging = asyncio.get_running_loop().time()  # since when something waits
             self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
         self.backlog.extend(pieces)
         if self.stream.writing():
@@ -2335,7 +2533,7 @@ class SocketListener:
     def beat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
         config = self.handler.services.config
-        self.pings = 0
+        self.handler.frames = 0
         if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
@@ -2355,9 +2553,9 @@ class SocketListener:
 class NotFoundHandler(BaseHandler):
     """Everything else."""
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """404, with the checks and headers of every route."""
-        super().prepare()
+        await super().prepare()
         raise tornado.web.HTTPError(404)
 
 
@@ -2410,17 +2608,22 @@ class JoinHandler(BaseHandler):
             self.finish({"addresses": self.services.addresses(), "qr": qr_symbol("/") is not None})
             return
         url = self.get_query_argument("url", "")
-        picture = await asyncio.to_thread(qr_picture, url) if self.is_ours(url) else b""  # it takes some 50 ms
+        picture = await asyncio.to_thread(qr_picture, url) if self.may_draw(url) else b""  # it takes some 50 ms
         if not picture:
             raise tornado.web.HTTPError(404)
         self.set_header("Content-Type", "image/svg+xml")
         self.finish(picture)
 
-    def is_ours(self, url: str) -> bool:
-        """Whether it is one of the room's addresses, or leads to where this page was opened: we advertise no other."""
-        here = re.escape(self.request.headers["Host"])
-        ours = url in self.services.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
-        return bool(ours) and len(url) <= URL_CHARS
+    def may_draw(self, url: str) -> bool:
+        """Whether the room announces it, or it leads to where this page was opened: of these now and then a new one."""
+        limits, here = self.services.limits, re.escape(self.request.headers["Host"])
+        if url in limits.drawn or url in self.services.addresses():
+            return True
+        if len(url) > URL_CHARS or not re.fullmatch(rf"https?://{here}/[\w./~-]*", url):
+            return False
+        limits.pace(limits.drawings, "")
+        limits.drawn.append(url)
+        return True
 
 
 class AssetHandler(BaseHandler):
@@ -2493,12 +2696,15 @@ class Door(socket.socket):
     waits outside, unheard, and is let in as others leave.
     """
 
+    visitors: Visitors | None = None
     told = -math.inf  # when the log was last told, in s of time.monotonic
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Called by Tornado until it raises BlockingIOError."""
         try:
-            if self.full():
+            while self.full():
+                if self.visitors and self.visitors.make_room():
+                    continue
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
         except OSError as error:
@@ -2510,7 +2716,7 @@ class Door(socket.socket):
     def full(self) -> bool:
         """Whether only the spare descriptors are left: the system gives the lowest free number first."""
         if resource is None:
-            return False
+            return self.visitors is not None and len(self.visitors.open) >= SELECT_SOCKETS - SPARE_FILES
         lowest_free = os.dup(self.fileno())
         os.close(lowest_free)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -2529,6 +2735,23 @@ class Door(socket.socket):
         """Looks again, unless the door has been closed for good."""
         if self.fileno() >= 0:
             tornado.ioloop.IOLoop.current().update_handler(self.fileno(), tornado.ioloop.IOLoop.READ)
+
+
+class Server(tornado.httpserver.HTTPServer):
+    """Tornado's, that tells who is there."""
+
+    visitors: Visitors
+
+    def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[Any, ...]) -> None:
+        """Called by Tornado with a new connection."""
+        self.visitors.come(stream, network(address[0]))
+        super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: Any) -> None:
+        """Called by Tornado when a connection is closed, or has become a WebSocket's."""
+        super().on_close(server_conn)
+        if server_conn.stream.closed():
+            self.visitors.leave(server_conn.stream)
 
 
 def bind(config: Config) -> list[socket.socket]:
@@ -2571,6 +2794,10 @@ class Daemon:
         self.config, self.ports, self.tls = config, ports, tls
         self.port = int(ports[0].getsockname()[1])
         self.sockets: set[ChatSocket] = set()
+        self.visitors = Visitors()
+        for bound in ports:
+            if isinstance(bound, Door):
+                bound.visitors = self.visitors
         self.store = Store(connect(config), config)
         self.room = Room(config.title, config.history)
         self.feed = Feed(self.store, self.room, config)
@@ -2606,10 +2833,10 @@ class Daemon:
             addresses=functools.partial(lan_urls, self.config, self.port),
             started=time.monotonic(),
             sockets=self.sockets,
-            logins=Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE),
-            wrong_passwords=collections.Counter(),
+            limits=Limits(self.config.rate),
+            visitors=self.visitors,
         )
-        self.server = tornado.httpserver.HTTPServer(
+        self.server = Server(
             make_app(services),
             ssl_options=self.tls,
             max_header_size=FRAME_BYTES,
@@ -2617,6 +2844,7 @@ class Daemon:
             idle_connection_timeout=self.config.header_seconds,
             body_timeout=self.config.body_seconds,
         )
+        self.server.visitors = self.visitors
         self.server.add_sockets(self.ports)
         self.feed.start()
 
