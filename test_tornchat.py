@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
-import concurrent.futures
 import contextlib
 import datetime
 import errno
@@ -64,7 +63,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 import time
 import types
 import urllib.parse
@@ -8940,7 +8938,8 @@ asyncio.run(main())
 class Load:
     """Some members of a chat on raw sockets, and when each message came to each of them."""
 
-    def __init__(self, port: int, members: int, name: str = "member") -> None:
+    def __init__(self, port: int, members: int, name: str = "member", password: str = "") -> None:
+        self.password = password
         self.selector = selectors.DefaultSelector()
         self.sockets = [self.join(port, f"{name}{number}") for number in range(members)]
         self.delays: list[float] = []  # of every delivery, in s
@@ -8950,7 +8949,7 @@ class Load:
         """One more member."""
         sock = socket.create_connection(("127.0.0.1", port), 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        head = f"GET /chat?nickname={name} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\n"
+        head = f"GET /chat?nickname={name}&password={self.password} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\n"
         key = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         sock.sendall((head + key).encode())
         answer = b""
@@ -9058,12 +9057,12 @@ def measure(command: list[str], members: int) -> Figures:
         chat.wait(10)
 
 
-def wait_for_chat(port: int) -> Load:
+def wait_for_chat(port: int, password: str = "") -> Load:
     """A few members who have seen the chat come up, so that what it allocates once is allocated."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         with contextlib.suppress(ConnectionRefusedError):
-            early = Load(port, 10, "early")
+            early = Load(port, 10, "early", password)
             early.settle()
             return early
         time.sleep(0.05)
@@ -9279,7 +9278,7 @@ class Target:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=log, env=os.environ | {"REDIS_URL": redis_url}
             )
-        wait_for_chat(self.port).close()
+        wait_for_chat(self.port, "open").close()
         self.health = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
 
     def __enter__(self) -> Self:
@@ -9346,52 +9345,119 @@ def bench_stalled(folder: Path, redis_url: str, count: int = 10_000, rate: float
         load.close()
 
 
-FLOODS = {
-    "messages": b'\x81\x99\0\0\0\0{"type":"say","text":"x"}',
-    "nonsense": b"\x81\x81\0\0\0\0x",
-    "pings": b"\x89\x80\0\0\0\0",
-    "fragments": b"\x01\x81\0\0\0\0x" + b"\x00\x81\0\0\0\0x" * 998 + b"\x80\x81\0\0\0\0x",
+class Attack(NamedTuple):
+    """What somebody does over and over again, on so many connections from one address under so many names."""
+
+    send: Callable[[int], bytes]  # the n-th time
+    sockets: bool = True  # else requests, each when the one before is answered
+    connections: int = 10
+    names: int = 1
+    times: float = math.inf
+
+
+def request(line: str, body: bytes = b"", size: int = 0) -> bytes:
+    """Of HTTP, with a place for the cookie; a body may be shorter than it says."""
+    kind = f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {size or len(body)}\r\n"
+    return f"{line} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 192.0.2.66\r\n{kind}COOKIE\r\n\r\n".encode() + body
+
+
+FORM = request("POST /login", b"nickname=x&password=y")
+LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
+ATTACKS = {
+    "messages": Attack(lambda n: masked(0x81, b'{"type":"say","text":"x"}') * 1000, connections=1),
+    "nonsense": Attack(lambda n: masked(0x81, b"x") * 1000, connections=1),
+    "pings": Attack(lambda n: masked(0x89) * 1000),
+    "pongs": Attack(lambda n: masked(0x8A) * 1000),
+    "fragments": Attack(lambda n: masked(0x01) * (n == 0) + masked(0x00) * 1000),
+    "16 KB x 10 by 100 names": Attack(lambda n: masked(0x81, LONG) * 10, connections=100, names=100, times=1),
+    "codes of made-up addresses": Attack(
+        lambda n: request(f"GET /qr.svg?url=http://localhost/{random.random()}"), sockets=False
+    ),
+    "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
+    "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
+    "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 65_000, 65_500), False, 500),
+    "requests": Attack(lambda n: request("GET /"), False, 200),
+    "handshakes": Attack(lambda n: masked(0x88), connections=50),
+    "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
+    "wrong passwords": Attack(lambda n: FORM.replace(b"COOKIE\r\n", b""), False, 50),
 }
 
 
-def bench_flooder(folder: Path, redis_url: str, what: str, count: int = 100_000) -> None:
-    """Prints what one member costs the others who sends as fast as it can."""
-    frames = FLOODS[what] * (count // (1000 if what == "fragments" else 1))
-    with Target(folder, redis_url=redis_url) as target:
-        flooder = Load(target.port, 1, "flooder").sockets[0]
-        flooder.settimeout(10)
-        idle = [target.ask()[1] for _ in range(200)]
-        spent, lines, began = cpu_seconds(target.process.pid), target.lines(), time.perf_counter()
-        threading.Thread(target=send_all, args=(flooder, frames), daemon=True).start()
-        moments, lags = list[float](), list[float]()
-        with concurrent.futures.ThreadPoolExecutor() as listener:
-            closed = listener.submit(closing_code, flooder)
-            closed.add_done_callback(lambda _: moments.append(time.perf_counter() - began))
-            while not closed.done() or time.perf_counter() < began + 3:  # what comes after the end is read too
-                lags.append(target.ask()[1])
-                time.sleep(0.005)
+async def attack(port: int, attack: Attack) -> None:
+    """Does it until it is killed; who is closed comes again."""
+
+    async def login(number: int) -> bytes:
+        answer = await exchange(port, request("POST /login", b"nickname=eve%d&password=open" % number), b"\r\n\r\n")
+        cookie = re.search(rb"(?i)set-cookie: ([^;]+)", answer)
+        return b"Cookie: " + cookie[1] if cookie else b"X: y"
+
+    async def swallow(reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(OSError):
+            while await reader.read(1 << 20):
+                pass
+
+    async def act(cookie: bytes) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        try:
+            if attack.sockets:
+                upgrade = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items()).encode()
+                writer.write(request("GET /chat").replace(b"COOKIE\r\n", cookie + b"\r\n" + upgrade))
+                await reader.readuntil(b"\r\n\r\n")
+                closed = asyncio.create_task(swallow(reader))
+            for n in itertools.count():
+                writer.write(attack.send(n).replace(b"COOKIE", cookie))
+                await writer.drain()
+                if attack.sockets:
+                    done, _ = await asyncio.wait([closed], timeout=0 if n + 1 < attack.times else 1e9)
+                    if done:
+                        return
+                else:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)|$", head)[1] or 0))
+        finally:
+            writer.transport.abort()
+
+    async def act_again(cookie: bytes) -> None:
+        while True:
+            with contextlib.suppress(OSError, EOFError):
+                await act(cookie)
+
+    cookies = [await login(number) for number in range(attack.names)]
+    await asyncio.gather(*(act_again(cookies[number % attack.names]) for number in range(attack.connections)))
+
+
+def bench_attack(folder: Path, what: str, seconds: float = 4) -> None:
+    """Prints what twenty members and a newcomer notice of an attack from another address."""
+    with Target(folder, "--trust-proxy", "--password", "open") as target:
+        load = Load(target.port, 20, password="open")
+        load.settle()
+        load.steady(20, seconds)
+        calm, memory_before, lines = load.delays, memory(target.process.pid), target.lines()
+        load.delays = []
+        attacker = subprocess.Popen([sys.executable, __file__, "attack", str(target.port), what])
+        time.sleep(1)
+        spent = cpu_seconds(target.process.pid)
+        load.steady(20, seconds)
         spent = cpu_seconds(target.process.pid) - spent
-        print(f"{count} frames at once ({what}): {closed.result()} after {moments[0]:.2f} s, {spent:.2f} s of CPU;")
-        print(f"  others wait {max(lags, default=0):.1f} ms at most ({max(idle):.1f} before);", end=" ")
-        print(f"{target.lines() - lines} lines in the log")
-        flooder.close()
+        newcomer = asyncio.run(newcomer_waits(target.port))
+        attacker.kill()
+        p50, p99 = (1000 * statistics.quantiles(load.delays, n=100)[at] for at in (49, 98))
+        quiet = 1000 * statistics.median(calm)
+        print(
+            f"{what:28} p50 {p50:6.1f} ms ({quiet:.1f} before), p99 {p99:6.1f}; login {newcomer:6.0f} ms;"
+            f" {100 * spent / seconds:3.0f} % CPU; +{(memory(target.process.pid) - memory_before) / 1e6:.1f} MB;"
+            f" {target.lines() - lines} lines in the log"
+        )
+        load.close()
 
 
-def closing_code(sock: socket.socket) -> str:
-    """With which code the other side closes."""
-    heard = b""
-    with contextlib.suppress(OSError):
-        while piece := sock.recv(65536):
-            heard += piece
-            if code := re.search(rb"\x88[\x02-\x7d]([\x03\x0f-\x13].)", heard, re.DOTALL):
-                return f"closed with {int.from_bytes(code[1], 'big')}"
-    return f"cut off ({len(heard)} bytes heard)" if heard else "cut off"
-
-
-def send_all(sock: socket.socket, data: bytes) -> None:
-    """As much as the other side takes."""
-    with contextlib.suppress(OSError):
-        sock.sendall(data)
+async def newcomer_waits(port: int) -> float:
+    """How many ms until somebody from elsewhere is logged in, with the right password."""
+    began = time.perf_counter()
+    wish = request("POST /login", b"nickname=newcomer&password=open").replace(b".66", b".7")
+    answer = await exchange(port, wish.replace(b"COOKIE\r\n", b""), b"\r\n\r\n")
+    assert b" 303 " in answer, answer
+    return 1000 * (time.perf_counter() - began)
 
 
 def bench_crowd(folder: Path, visitors: int = 300, files: int = 128) -> None:
@@ -9481,8 +9547,8 @@ def bench_floods() -> None:
         server = RedisServer(Path(name)) if shutil.which("redis-server") else None
         url = server.url if server else ""
         bench_stalled(Path(name), url)
-        for what in FLOODS:
-            bench_flooder(Path(name), url, what)
+        for what in ATTACKS:
+            bench_attack(Path(name), what)
         bench_crowd(Path(name))
         asyncio.run(bench_slow_requests(Path(name)))
         if server:
@@ -9537,6 +9603,11 @@ def main(*arguments: str) -> int:
             asyncio.run(bench_polls())
         case ["bench", "floods"]:
             bench_floods()
+        case ["bench", "floods", what]:
+            with tempfile.TemporaryDirectory() as folder:
+                bench_attack(Path(folder), what)
+        case ["attack", port, what]:
+            asyncio.run(attack(int(port), ATTACKS[what]))
         case ["echo", port]:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 asyncio.run(echo(int(port), monkeypatch))

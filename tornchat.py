@@ -152,6 +152,7 @@ DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd at the door
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
 LOG_KINDS = 1000  # of lines in the log that are told apart
@@ -1655,13 +1656,13 @@ class Limits:
         self.drawn = collections.deque[str](maxlen=50)  # addresses that aren't announced
         self.proxy_seen = False
 
-    async def turn(self, address: str, cost: float = 1) -> None:
+    async def turn(self, address: str, stream: tornado.iostream.IOStream, cost: float = 1) -> None:
         """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
         turn = self.turns.setdefault(address, asyncio.Lock())
         loop = asyncio.get_running_loop()
         await turn.acquire()
         try:
-            if wait := self.requests.take(address, loop.time(), cost):
+            if not stream.closed() and (wait := self.requests.take(address, loop.time(), cost)):
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
@@ -1854,7 +1855,7 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Lets an address that asks for too much wait, and refuses a Host that isn't ours."""
         self.services.visitors.wait(self.stream)
-        await self.services.limits.turn(self.address)
+        await self.services.limits.turn(self.address, self.stream)
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.services.hosts):
             log.warning(
@@ -2179,7 +2180,7 @@ class MessagesHandler(BaseHandler):
                 visitors.wait(self.stream)
         if self.listener.refused:
             raise self.listener.refused
-        await limits.turn(self.address, cost=0)
+        await limits.turn(self.address, self.stream, cost=0)
 
     def on_connection_close(self) -> None:
         """The client has hung up: nothing is kept for it."""
@@ -2697,10 +2698,14 @@ class Door(socket.socket):
     """
 
     visitors: Visitors | None = None
+    accepted = 0
     told = -math.inf  # when the log was last told, in s of time.monotonic
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Called by Tornado until it raises BlockingIOError."""
+        self.accepted += 1
+        if not self.accepted % ACCEPTS_A_TURN:
+            raise BlockingIOError  # the rest in the next turn
         try:
             while self.full():
                 if self.visitors and self.visitors.make_room():
