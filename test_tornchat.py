@@ -4417,6 +4417,15 @@ class TestSecurity:
         assert "203" not in json.loads(answer.body)["name"]
         assert "secure" not in answer.headers["Set-Cookie"].lower()
 
+    @transcript
+    async def test_a_proxy_that_is_not_trusted(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """The operator is told, once, which option makes a proxy's visitors more than one address."""
+        await memory_lan.serve()
+        for _ in range(3):
+            await memory_lan.browser().fetch("/login", X_Forwarded_For="192.0.2.7")
+        (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert "--trust-proxy" in told
+
     def test_a_proxy_on_another_machine(self) -> None:
         """Even with --trust-proxy, only a proxy on this machine is believed."""
         request: Any = types.SimpleNamespace(
@@ -4905,6 +4914,157 @@ class TestAttacks:
         page = await ann.fetch("/messages")
         assert 180_000 < len(page.body) < 200_000
         assert sent < 3 * len(page.body)  # of ten answers
+
+    @pytest.mark.parametrize(
+        ("address", "whose"),
+        [
+            ("192.0.2.7", "192.0.2.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+            ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+            ("fe80::1%eth0", "fe80::/64"),
+            ("::ffff:192.0.2.7", "192.0.2.7"),
+            ("::1", "::1"),
+            ("nonsense", "nonsense"),
+        ],
+    )
+    def test_whose_limits(self, address: str, whose: str) -> None:
+        """An IPv4 address has its own limits, an IPv6 address shares those of its /64."""
+        assert tornchat.network(address) == whose
+
+    @transcript
+    async def test_G5_a_pace_of_an_address(self, memory_lan: Lan) -> None:
+        """Many long messages of many names from one address are slowed down together; elsewhere nobody is."""
+        await memory_lan.serve(rate=2, trust_proxy=True)
+        refused: list[Frame] = []
+        for number in range(12):
+            crowd = memory_lan.browser()
+            await crowd.login(f"Crowd {number}")
+            await crowd.connect(headers={"X-Forwarded-For": f"2001:db8::{number}"})
+            cids = {await crowd.say("x" * 4000) for _ in range(10)}
+            while cids:
+                frame = await crowd.frame()
+                assert frame
+                cids.discard(frame.get("cid"))
+            refused += crowd.seen("refused")
+        assert 40 <= len(refused) <= 70  # of 120 with 17 tokens each, where there are 1,000
+        assert {frame["code"] for frame in refused} == {"too-fast"}
+        assert 0 < refused[0]["retry_after"] < 1
+        bob = await memory_lan.join("Bob")
+        assert (await bob.post("hi"))[0] == 201
+
+    @transcript
+    async def test_G5_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Requests of one address wait for each other and for its pace; those of another don't wait for them."""
+        monkeypatch.setattr(tornchat, "REQUESTS_AT_ONCE", 10)
+        limits, order = tornchat.Limits(rate=2), list[str]()
+        stream: Any = types.SimpleNamespace(closed=lambda: False)
+
+        async def request(address: str) -> None:
+            await limits.turn(address, stream)
+            order.append(address)
+
+        began = time.monotonic()
+        await asyncio.gather(*(request(address) for address in ["192.0.2.66"] * 30 + ["192.0.2.7"]))
+        assert order.index("192.0.2.7") <= 1
+        assert time.monotonic() - began >= 19 / tornchat.REQUESTS_A_SECOND
+
+    @transcript
+    async def test_G5_polls_of_an_address(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So many polls of one address may wait; more are told to come back later."""
+        monkeypatch.setattr(tornchat, "POLLS_AN_ADDRESS", 3)
+        daemon = await memory_lan.serve(trust_proxy=True)
+        ann = memory_lan.browser()
+        await ann.login("Ann")
+        await ann.poll()
+        path = f"/messages?after={ann.after}&epoch={ann.epoch}&last={ann.last}&wait=20"
+        waiting = [asyncio.create_task(ann.fetch(path, X_Forwarded_For="192.0.2.66")) for _ in range(3)]
+        await waits(daemon, 3)
+        assert (await ann.fetch(path, X_Forwarded_For="192.0.2.66")).code == 429
+        waiting.append(asyncio.create_task(ann.fetch(path, X_Forwarded_For="192.0.2.7")))
+        await waits(daemon, 4)
+        assert (await ann.post("hi"))[0] == 201
+        assert [(await answer).code for answer in waiting] == [200] * 4
+
+    @transcript
+    async def test_G5_leaving_and_coming(self, memory_lan: Lan) -> None:
+        """Who logs out and comes back with the old cookie, over and over again, is soon slowed down."""
+        await memory_lan.serve()
+        bob, eve = await memory_lan.join("Bob"), memory_lan.browser()
+        await eve.login("Eve")
+        cookies, codes = dict(eve.cookies), []
+        for _ in range(2 * tornchat.REJOINS_AT_ONCE):
+            await eve.fetch("/logout", form={})
+            eve.cookies = dict(cookies)
+            codes.append((await eve.messages())[0])
+        assert codes[: tornchat.REJOINS_AT_ONCE] == [200] * tornchat.REJOINS_AT_ONCE
+        assert codes[-1] == 429
+        assert (await eve.ask("Eve"))[0] == 429  # nor by the form
+        await bob.quiet()
+        assert len(bob.seen("joined")) <= tornchat.REJOINS_AT_ONCE + 3
+
+    @pytest.mark.parametrize("files", ["Windows", "one address"])
+    @transcript
+    async def test_G5_a_full_door(self, files: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Connections that ask for nothing are closed for those that come; nobody inside is, and nobody waits."""
+        if files == "Windows":  # where a process can't have more than so many
+            monkeypatch.setattr(tornchat, "resource", None)
+            monkeypatch.setattr(tornchat, "SELECT_SOCKETS", tornchat.SPARE_FILES + 20)
+        else:
+            monkeypatch.setattr(tornchat, "is_this_machine", lambda address: False)
+            monkeypatch.setattr(tornchat, "VISITORS_AN_ADDRESS", 20)
+        daemon = await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        poller = memory_lan.browser()
+        await poller.login("Poller")
+        await poller.poll()
+        poll = asyncio.create_task(poller.poll(20))
+        await waits(daemon)
+        crowd = [await asyncio.open_connection("127.0.0.1", daemon.port) for _ in range(50)]
+        for _, writer in crowd:
+            writer.write(b"G")
+        bob = await memory_lan.join("Bob")
+        await bob.quiet()
+        await ann.expect("message", name="Bob")
+        await ann.quiet()
+        assert [frame["names"] for frame in await poll] == [["Bob"]]
+        assert await asyncio.wait_for(crowd[0][0].read(), PATIENCE) == b""
+        assert len(daemon.visitors.open) <= 24
+        for _, writer in crowd:
+            writer.transport.abort()
+
+    @slow
+    @transcript
+    async def test_a_school(self, memory_lan: Lan) -> None:
+        """Two hundred people behind one address, each with two tabs, who all say something: nobody is refused."""
+        await memory_lan.serve(rate=2, trust_proxy=True)
+        people, sockets = 200, list[asyncio.StreamWriter]()
+        school: dict[str, Any] = {"X_Forwarded_For": "192.0.2.66"}
+
+        async def listen(reader: asyncio.StreamReader) -> None:
+            heard = 0
+            while heard < 3 * people:
+                await asyncio.wait_for(reader.readuntil(b'"type":"'), 4 * PATIENCE)
+                kind = await reader.readexactly(7)
+                assert kind != b"refused"
+                heard += kind == b"message"
+
+        tasks = []
+        for number in range(people):
+            pupil = memory_lan.browser()
+            answer = await pupil.fetch("/login", form={"nickname": f"Pupil {number}"}, **school)
+            assert answer.code == 303
+            cookie = pupil.headers()["Cookie"] + "\r\nX-Forwarded-For: 192.0.2.66"
+            for _ in range(2):
+                reader, writer = await handshake(pupil.url, cookie)
+                tasks.append(asyncio.create_task(listen(reader)))
+                sockets.append(writer)
+        for _ in range(3):
+            for writer in sockets[::2]:
+                writer.write(masked(0x81, b'{"type":"say","text":"here"}'))
+            await asyncio.sleep(1)
+        await asyncio.gather(*tasks)
+        for writer in sockets:
+            writer.transport.abort()
 
     @transcript
     async def test_G10_no_redirect_leads_away(self, memory_lan: Lan) -> None:
@@ -6628,6 +6788,13 @@ class TestJoiningIn:
             answer = await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))
             assert answer.code == (200 if url in ours and told["qr"] else 404), url
             assert (answer.headers["Content-Type"] == "image/svg+xml") == (answer.code == 200)
+        if told["qr"]:
+            made_up = [ann.url + f"/{number}" for number in range(2 * tornchat.DRAWINGS_AT_ONCE)]
+            codes = [(await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))).code for url in made_up]
+            assert codes[0] == 200
+            assert codes[-1] == 429
+            for url in ours:
+                assert (await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))).code == 200
         long = "x" * 8000
         answer = await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": f"http://{long}/"}), Host=long)
         assert answer.code == 404
@@ -8949,8 +9116,9 @@ class Load:
         """One more member."""
         sock = socket.create_connection(("127.0.0.1", port), 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        head = f"GET /chat?nickname={name}&password={self.password} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\n"
-        key = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        head = f"GET /chat?nickname={name}&password={self.password} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        key = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        key += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         sock.sendall((head + key).encode())
         answer = b""
         while b"\r\n\r\n" not in answer:
@@ -9355,10 +9523,11 @@ class Attack(NamedTuple):
     times: float = math.inf
 
 
-def request(line: str, body: bytes = b"", size: int = 0) -> bytes:
-    """Of HTTP, with a place for the cookie; a body may be shorter than it says."""
+def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> bytes:
+    """Of HTTP, with a place for a cookie; a body may be shorter than it says."""
     kind = f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {size or len(body)}\r\n"
-    return f"{line} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 192.0.2.66\r\n{kind}COOKIE\r\n\r\n".encode() + body
+    head = f"{line} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 192.0.2.66\r\nCookie: {{}}\r\n{kind}"
+    return head.encode() + more + b"\r\n" + body
 
 
 FORM = request("POST /login", b"nickname=x&password=y")
@@ -9379,51 +9548,51 @@ ATTACKS = {
     "requests": Attack(lambda n: request("GET /"), False, 200),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
     "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
-    "wrong passwords": Attack(lambda n: FORM.replace(b"COOKIE\r\n", b""), False, 50),
+    "wrong passwords": Attack(lambda n: FORM, False, 50),
 }
 
 
 async def attack(port: int, attack: Attack) -> None:
     """Does it until it is killed; who is closed comes again."""
+    upgrade = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items()).encode()
 
     async def login(number: int) -> bytes:
         answer = await exchange(port, request("POST /login", b"nickname=eve%d&password=open" % number), b"\r\n\r\n")
         cookie = re.search(rb"(?i)set-cookie: ([^;]+)", answer)
-        return b"Cookie: " + cookie[1] if cookie else b"X: y"
+        assert cookie, answer
+        return cookie[1]
 
-    async def swallow(reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(OSError):
-            while await reader.read(1 << 20):
-                pass
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard = asyncio.create_task(reader.read())
+        heard.add_done_callback(asyncio.Task.exception)  # asked for, so that nobody logs it
+        for n in itertools.count():
+            writer.write(attack.send(n))
+            await writer.drain()
+            await asyncio.wait([heard], timeout=0 if n + 1 < attack.times else 1e9)
+            if heard.done():
+                return
+
+    async def ask(cookie: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for n in itertools.count():
+            writer.write(attack.send(n).replace(b"{}", cookie, 1))
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = re.search(rb"(?i)content-length: (\d+)", head)
+            await reader.readexactly(int(size[1]) if size else 0)
 
     async def act(cookie: bytes) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-        try:
-            if attack.sockets:
-                upgrade = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items()).encode()
-                writer.write(request("GET /chat").replace(b"COOKIE\r\n", cookie + b"\r\n" + upgrade))
-                await reader.readuntil(b"\r\n\r\n")
-                closed = asyncio.create_task(swallow(reader))
-            for n in itertools.count():
-                writer.write(attack.send(n).replace(b"COOKIE", cookie))
-                await writer.drain()
-                if attack.sockets:
-                    done, _ = await asyncio.wait([closed], timeout=0 if n + 1 < attack.times else 1e9)
-                    if done:
-                        return
-                else:
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)|$", head)[1] or 0))
-        finally:
-            writer.transport.abort()
-
-    async def act_again(cookie: bytes) -> None:
         while True:
             with contextlib.suppress(OSError, EOFError):
-                await act(cookie)
+                reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+                if attack.sockets:
+                    writer.write(request("GET /chat", more=upgrade).replace(b"{}", cookie))
+                    assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+                    await flood(reader, writer)
+                else:
+                    await ask(cookie, reader, writer)
+            writer.transport.abort()
 
     cookies = [await login(number) for number in range(attack.names)]
-    await asyncio.gather(*(act_again(cookies[number % attack.names]) for number in range(attack.connections)))
+    await asyncio.gather(*(act(cookies[number % attack.names]) for number in range(attack.connections)))
 
 
 def bench_attack(folder: Path, what: str, seconds: float = 4) -> None:
@@ -9455,7 +9624,7 @@ async def newcomer_waits(port: int) -> float:
     """How many ms until somebody from elsewhere is logged in, with the right password."""
     began = time.perf_counter()
     wish = request("POST /login", b"nickname=newcomer&password=open").replace(b".66", b".7")
-    answer = await exchange(port, wish.replace(b"COOKIE\r\n", b""), b"\r\n\r\n")
+    answer = await exchange(port, wish, b"\r\n\r\n")
     assert b" 303 " in answer, answer
     return 1000 * (time.perf_counter() - began)
 

@@ -138,8 +138,8 @@ REJOINS_AT_ONCE = 10  # of one session whose name had left the list; a phone tha
 REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
 MESSAGE_CHARS = 250  # so long ones, or their like in shorter and longer ones, fit into the ring
-REQUESTS_AT_ONCE = 2000  # from one address: 200 people who open the room in two tabs; more wait for their turn, then
-REQUESTS_A_SECOND = 300  # a third of a core
+REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
+REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -2844,6 +2844,7 @@ class Daemon:
         self.server = Server(
             make_app(services),
             ssl_options=self.tls,
+            chunk_size=FRAME_BYTES,  # of what is read at a time: with more, an unfinished body would keep it twice
             max_header_size=FRAME_BYTES,
             max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
             idle_connection_timeout=self.config.header_seconds,
