@@ -2844,7 +2844,6 @@ class Daemon:
         self.server = Server(
             make_app(services),
             ssl_options=self.tls,
-            chunk_size=FRAME_BYTES,  # of what is read at a time: with more, an unfinished body would keep it twice
             max_header_size=FRAME_BYTES,
             max_body_size=4 * FRAME_BYTES,  # a text of 16 KB may need more in a form's encoding
             idle_connection_timeout=self.config.header_seconds,
