@@ -5030,6 +5030,13 @@ class TestAttacks:
         assert len(daemon.visitors.open) <= 24
         for _, writer in crowd:
             writer.transport.abort()
+        ann.drop()
+        bob.drop()
+
+        async def forgotten() -> bool:
+            return not (daemon.visitors.open or daemon.visitors.quiet)
+
+        await until(forgotten)
 
     @slow
     @transcript
