@@ -30,8 +30,8 @@ back `last` too, and no joined or left is missed between two of them. POST /mess
 the stored message, or with what is refused. GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Store, Room, Feed, Handlers, Application, Terminal client, Command line,
-  Pages
+  Limits and settings, Messages and names, Store, Room, Feed, Web, Login, Sockets, Polling, Application,
+  Terminal client, Command line, Pages
 """
 
 from __future__ import annotations
@@ -1578,9 +1578,9 @@ class Backoff:
         await asyncio.sleep(self.pause * random.uniform(0.5, 1))
 
 
-# === Handlers =========================================================================================================
-# Thin: parse, ask the room or the feed, answer. Who somebody is comes from the signed cookie alone; which pages may
-# ask comes from Host and Origin.
+# === Web ==============================================================================================================
+# What all routes have in common: which Host and Origin may ask, whose session a cookie is, in which language the answer
+# is; and the pages with their parts. Handlers are thin: they parse, ask the room or the feed, and answer.
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -1589,8 +1589,6 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
-               "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 STATUSES = {"no-session": 401, "logout": 401, "password": 403, "taken": 409, "name-lost": 409, "too-long": 413,
             "too-fast": 429, "too-many-tabs": 429, "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
@@ -1829,6 +1827,110 @@ class PageHandler(BaseHandler):
     head = get
 
 
+class NotFoundHandler(BaseHandler):
+    """Everything else."""
+
+    def prepare(self) -> None:
+        """404, with the checks and headers of every route."""
+        super().prepare()
+        raise tornado.web.HTTPError(404)
+
+
+class HealthHandler(BaseHandler):
+    """GET /healthz: for load balancers and for the curious."""
+
+    def get(self) -> None:
+        """200 while messages can be stored, else 503."""
+        room = self.daemon.room
+        self.set_status(200 if room.available else 503)
+        self.finish(
+            {
+                "status": "ok" if room.available else "unavailable",
+                "version": __version__,
+                "uptime": round(time.monotonic() - self.daemon.started, 1),
+                "connections": len(self.daemon.sockets),
+                "members": len(room.roster),
+                "store": "redis" if self.daemon.config.redis_url else "memory",
+            }
+        )
+
+    head = get
+
+
+def qr_symbol(url: str) -> Any:
+    """The URL for a phone's camera, if the package segno is installed; else None."""
+    try:
+        import segno  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError:
+        return None
+    return segno.make(url, micro=False)
+
+
+@functools.lru_cache(maxsize=100)
+def qr_picture(url: str) -> bytes:
+    """The URL as a picture (SVG); b"" without segno."""
+    picture = io.BytesIO()
+    if symbol := qr_symbol(url):
+        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
+    return picture.getvalue()
+
+
+class JoinHandler(BaseHandler):
+    """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
+
+    async def get(self, what: str) -> None:
+        """The addresses, or one of them to point a camera at."""
+        if self.current_user is None:
+            raise tornado.web.HTTPError(401)
+        if what == "join.json":
+            self.finish({"addresses": self.daemon.addresses(), "qr": qr_symbol("/") is not None})
+            return
+        url = self.get_query_argument("url", "")
+        picture = await asyncio.to_thread(qr_picture, url) if self.is_ours(url) else b""  # it takes some 50 ms
+        if not picture:
+            raise tornado.web.HTTPError(404)
+        self.set_header("Content-Type", "image/svg+xml")
+        self.finish(picture)
+
+    head = get
+
+    def is_ours(self, url: str) -> bool:
+        """Whether it is one of the room's addresses, or leads to where this page was opened: we advertise no other."""
+        here = re.escape(self.request.headers["Host"])
+        ours = url in self.daemon.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
+        return bool(ours) and len(url) <= URL_CHARS
+
+
+class AssetHandler(BaseHandler):
+    """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
+
+    def get(self, name: str) -> None:
+        """The part, and for how long."""
+        type, text = ASSETS[name]
+        self.set_header("Content-Type", type)
+        fresh = self.get_query_argument("v", "") == asset_hash(name)
+        self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
+        self.finish(text)
+
+    head = get
+
+
+@functools.cache
+def asset_hash(name: str) -> str:
+    """What changes with the content."""
+    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
+
+
+def asset_url(name: str) -> str:
+    """Relative, so that a proxy may serve the room under a path of its own."""
+    return f"{name}?v={asset_hash(name)}"
+
+
+# === Login ============================================================================================================
+# Who gets in, and under which name: an Admission checks password, pace and name, and makes the session. The login page
+# asks it, and so does a socket that comes with ?nickname=.
+
+
 class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
@@ -1965,145 +2067,12 @@ class LogoutHandler(BaseHandler):
         self.redirect("login", status=303)
 
 
-class MessagesHandler(BaseHandler):
-    """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
+# === Sockets ==========================================================================================================
+# GET /chat. A ChatSocket is a member's way in, frame by frame; its SocketListener is the way out: bytes that were made
+# once for everybody go straight to the socket, and what a slow client can't take waits in a bounded backlog.
 
-    listener: PollListener | None = None
-    gone = False
-
-    def compute_etag(self) -> None:
-        """None: hashing answers that are never the same costs more than the rest of them."""
-
-    def set_default_headers(self) -> None:
-        """Every answer is JSON here, errors too."""
-        super().set_default_headers()
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-
-    def wants_json(self) -> bool:
-        """Only programs ask here."""
-        return True
-
-    async def get(self) -> None:
-        """The events after `after`; if there are none, those that come within `wait` seconds."""
-        wait = self.wait()
-        member = await self.admit(self.current_user)
-        try:
-            self.tell(member, await self.news(member, wait))
-        finally:
-            self.release(member)
-
-    def wait(self) -> float:
-        """How long the client is ready to wait, in s. Raises Refused."""
-        try:
-            wait = float(self.get_query_argument("wait", "0"))
-        except ValueError:
-            wait = math.nan
-        if not wait >= 0:
-            raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
-        return min(wait, POLL_SECONDS)
-
-    async def news(self, member: Member, wait: float) -> News:
-        """What this poll is told. Raises Refused."""
-        room, seen = self.daemon.room, self.seen()
-        await self.catch_up(seen)
-        cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not (self.gone or room.news(member, seen, cursor).events):
-            await self.listen(member, wait)
-        return room.news(member, seen, cursor)
-
-    async def listen(self, member: Member, wait: float) -> None:
-        """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
-        if len(member.listeners) >= SOCKETS_A_SESSION:
-            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-        self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
-        self.listener = PollListener(member)
-        self.daemon.room.register(self.listener)
-        try:
-            async with asyncio.timeout(wait):
-                await self.listener.news.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self.daemon.room.leave(self.listener)
-        if self.listener.refused:
-            raise self.listener.refused
-
-    def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
-        super().on_connection_close()
-        self.gone = True
-        if self.listener:
-            self.listener.news.set()
-
-    def tell(self, member: Member, news: News) -> None:
-        """Answers, unless nobody is there any more."""
-        if self.gone:
-            return
-        member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.daemon.room.epoch, "last": member.told}).encode()
-        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
-
-    async def post(self) -> None:
-        """Says something: 201 when the store has it."""
-        member = await self.admit(self.current_user)
-        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.daemon.feed.say(member, parse_say(self.fields()), outcome.set_result)
-        stored = await outcome
-        if isinstance(stored, Refused):
-            raise stored
-        self.set_status(201)
-        self.finish(encode_message(stored).json)
-        self.release(member)
-
-    def fields(self) -> Mapping[str, Any]:
-        """Those of the body, JSON or form. Raises Refused."""
-        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
-            return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid")}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def release(self, member: Member) -> None:
-        """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.daemon.feed.release(member, max(config.grace_seconds, rest))
-
-    def refuse(self, refused: Refused) -> None:
-        """A refusal is an event here too."""
-        if refused.retry_after:
-            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
-        self.finish(refused.event(self.language))
-
-
-class PollListener:
-    """A request that waits: whatever comes ends the waiting, and the answer is what the room says then."""
-
-    __slots__ = ("base", "member", "news", "refused")
-
-    def __init__(self, member: Member) -> None:
-        self.member, self.base = member, 0
-        self.news = asyncio.Event()
-        self.refused: Refused | None = None
-
-    def send(self, batch: Batch) -> None:
-        """There is news."""
-        self.news.set()
-
-    def replay(self, events: list[Encoded]) -> None:
-        """There is another history."""
-        self.news.set()
-
-    def beat(self, now: float, time: Encoded) -> None:
-        """A request needs no sign of life: its end is near."""
-
-    def refuse(self, refused: Refused) -> None:
-        """The answer will say so."""
-        self.refused = refused
-        self.news.set()
-
-    def shut(self, code: int, reason: str) -> None:
-        """The end of the session, or of the daemon."""
-        self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
+CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
+               "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 
 
 class MaskedProtocol(tornado.websocket.WebSocketProtocol13):
@@ -2359,103 +2328,150 @@ class SocketListener:
         self.handler.shut(code, reason)
 
 
-class NotFoundHandler(BaseHandler):
-    """Everything else."""
-
-    def prepare(self) -> None:
-        """404, with the checks and headers of every route."""
-        super().prepare()
-        raise tornado.web.HTTPError(404)
+# === Polling ==========================================================================================================
+# GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket; whatever
+# comes ends the waiting, and the answer is what the room says then.
 
 
-class HealthHandler(BaseHandler):
-    """GET /healthz: for load balancers and for the curious."""
+class MessagesHandler(BaseHandler):
+    """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
 
-    def get(self) -> None:
-        """200 while messages can be stored, else 503."""
-        room = self.daemon.room
-        self.set_status(200 if room.available else 503)
-        self.finish(
-            {
-                "status": "ok" if room.available else "unavailable",
-                "version": __version__,
-                "uptime": round(time.monotonic() - self.daemon.started, 1),
-                "connections": len(self.daemon.sockets),
-                "members": len(room.roster),
-                "store": "redis" if self.daemon.config.redis_url else "memory",
-            }
-        )
+    listener: PollListener | None = None
+    gone = False
 
-    head = get
+    def compute_etag(self) -> None:
+        """None: hashing answers that are never the same costs more than the rest of them."""
 
+    def set_default_headers(self) -> None:
+        """Every answer is JSON here, errors too."""
+        super().set_default_headers()
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
 
-def qr_symbol(url: str) -> Any:
-    """The URL for a phone's camera, if the package segno is installed; else None."""
-    try:
-        import segno  # type: ignore[import-not-found,unused-ignore]
-    except ModuleNotFoundError:
-        return None
-    return segno.make(url, micro=False)
+    def wants_json(self) -> bool:
+        """Only programs ask here."""
+        return True
 
+    async def get(self) -> None:
+        """The events after `after`; if there are none, those that come within `wait` seconds."""
+        wait = self.wait()
+        member = await self.admit(self.current_user)
+        try:
+            self.tell(member, await self.news(member, wait))
+        finally:
+            self.release(member)
 
-@functools.lru_cache(maxsize=100)
-def qr_picture(url: str) -> bytes:
-    """The URL as a picture (SVG); b"" without segno."""
-    picture = io.BytesIO()
-    if symbol := qr_symbol(url):
-        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
-    return picture.getvalue()
+    def wait(self) -> float:
+        """How long the client is ready to wait, in s. Raises Refused."""
+        try:
+            wait = float(self.get_query_argument("wait", "0"))
+        except ValueError:
+            wait = math.nan
+        if not wait >= 0:
+            raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
+        return min(wait, POLL_SECONDS)
 
+    async def news(self, member: Member, wait: float) -> News:
+        """What this poll is told. Raises Refused."""
+        room, seen = self.daemon.room, self.seen()
+        await self.catch_up(seen)
+        cursor = room.cursor_of(member, self.get_query_argument("last", None))
+        if wait and not (self.gone or room.news(member, seen, cursor).events):
+            await self.listen(member, wait)
+        return room.news(member, seen, cursor)
 
-class JoinHandler(BaseHandler):
-    """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
+    async def listen(self, member: Member, wait: float) -> None:
+        """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
+        if len(member.listeners) >= SOCKETS_A_SESSION:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
+        self.listener = PollListener(member)
+        self.daemon.room.register(self.listener)
+        try:
+            async with asyncio.timeout(wait):
+                await self.listener.news.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.daemon.room.leave(self.listener)
+        if self.listener.refused:
+            raise self.listener.refused
 
-    async def get(self, what: str) -> None:
-        """The addresses, or one of them to point a camera at."""
-        if self.current_user is None:
-            raise tornado.web.HTTPError(401)
-        if what == "join.json":
-            self.finish({"addresses": self.daemon.addresses(), "qr": qr_symbol("/") is not None})
+    def on_connection_close(self) -> None:
+        """The client has hung up: nothing is kept for it."""
+        super().on_connection_close()
+        self.gone = True
+        if self.listener:
+            self.listener.news.set()
+
+    def tell(self, member: Member, news: News) -> None:
+        """Answers, unless nobody is there any more."""
+        if self.gone:
             return
-        url = self.get_query_argument("url", "")
-        picture = await asyncio.to_thread(qr_picture, url) if self.is_ours(url) else b""  # it takes some 50 ms
-        if not picture:
-            raise tornado.web.HTTPError(404)
-        self.set_header("Content-Type", "image/svg+xml")
-        self.finish(picture)
+        member.told = str(news.cursor)
+        place = to_json({"seq": news.seq, "epoch": self.daemon.room.epoch, "last": member.told}).encode()
+        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
 
-    head = get
+    async def post(self) -> None:
+        """Says something: 201 when the store has it."""
+        member = await self.admit(self.current_user)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.daemon.feed.say(member, parse_say(self.fields()), outcome.set_result)
+        stored = await outcome
+        if isinstance(stored, Refused):
+            raise stored
+        self.set_status(201)
+        self.finish(encode_message(stored).json)
+        self.release(member)
 
-    def is_ours(self, url: str) -> bool:
-        """Whether it is one of the room's addresses, or leads to where this page was opened: we advertise no other."""
-        here = re.escape(self.request.headers["Host"])
-        ours = url in self.daemon.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
-        return bool(ours) and len(url) <= URL_CHARS
+    def fields(self) -> Mapping[str, Any]:
+        """Those of the body, JSON or form. Raises Refused."""
+        if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
+            return parse_object(self.request.body)
+        values = {name: self.field(name) for name in ("text", "cid")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.daemon.config
+        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        self.daemon.feed.release(member, max(config.grace_seconds, rest))
+
+    def refuse(self, refused: Refused) -> None:
+        """A refusal is an event here too."""
+        if refused.retry_after:
+            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
+        self.finish(refused.event(self.language))
 
 
-class AssetHandler(BaseHandler):
-    """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
+class PollListener:
+    """A request that waits: whatever comes ends the waiting, and the answer is what the room says then."""
 
-    def get(self, name: str) -> None:
-        """The part, and for how long."""
-        type, text = ASSETS[name]
-        self.set_header("Content-Type", type)
-        fresh = self.get_query_argument("v", "") == asset_hash(name)
-        self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
-        self.finish(text)
+    __slots__ = ("base", "member", "news", "refused")
 
-    head = get
+    def __init__(self, member: Member) -> None:
+        self.member, self.base = member, 0
+        self.news = asyncio.Event()
+        self.refused: Refused | None = None
 
+    def send(self, batch: Batch) -> None:
+        """There is news."""
+        self.news.set()
 
-@functools.cache
-def asset_hash(name: str) -> str:
-    """What changes with the content."""
-    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
+    def replay(self, events: list[Encoded]) -> None:
+        """There is another history."""
+        self.news.set()
 
+    def beat(self, now: float, time: Encoded) -> None:
+        """A request needs no sign of life: its end is near."""
 
-def asset_url(name: str) -> str:
-    """Relative, so that a proxy may serve the room under a path of its own."""
-    return f"{name}?v={asset_hash(name)}"
+    def refuse(self, refused: Refused) -> None:
+        """The answer will say so."""
+        self.refused = refused
+        self.news.set()
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end of the session, or of the daemon."""
+        self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
 
 
 # === Application ======================================================================================================
