@@ -9142,7 +9142,7 @@ class TestReadme:
         """The nginx block and the systemd unit, both as they stand there, fit each other."""
         unit = re.search(r"^ExecStart=\S+/python \S+/tornchat.py (.+)$", readme("[Unit]"), re.MULTILINE)
         assert unit is not None
-        program = await Program.start("-p", "0", *unit[1].split())
+        program = await Program.start(*unit[1].split(), "-p", "0")
         memory_lan.programs.append(program)
         upstream = urllib.parse.urlsplit(await program.address()).port
         port, (cert, key) = free_port(), certificate(tmp_path)
