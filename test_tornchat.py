@@ -10590,7 +10590,7 @@ FLOODS = {
     ),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
-    "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 65_000, 65_500), False, 500),
+    "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
     "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
     "requests": Attack(lambda n: request("GET /"), False, 200),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
