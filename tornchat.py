@@ -32,8 +32,8 @@ back `last` too, and no joined or left is missed between two of them. POST /mess
 the stored message, or with what is refused. GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Store, Room, Feed, Presence, Handlers, Application, Terminal client,
-  Command line, Pages
+  Limits and settings, Messages and names, Store, Room, Feed, Presence, Limits by address, Web, Login, Sockets,
+  Polling, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
+import weakref
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -154,20 +155,32 @@ READ_ENTRIES = 256  # at a time
 PAGE_BYTES = 128 * 1024  # of the feed, read at a time: 0.3 s over 4 Mbit/s
 WISHES = 1000  # entries of the stream in which daemons help each other
 YOUNG_SECONDS = 3  # a Redis that has been up for less may not have seen all daemons back
-BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener (G5) ...
-BACKLOG_EVENTS = 512  # ... or this many, before it is closed with 4008 to come back when it can
+BACKLOG_BYTES = 256 * 1024  # waiting for one slow listener ...
+BACKLOG_EVENTS = 512  # ... or this many: it is closed with 4008, to come back when it can, once it has lagged for
+LAG_SECONDS = 0.5  # (who reads takes the largest batch within that), or at once with
+BACKLOG_MOST_BYTES = 768 * 1024  # so that it costs less than 1 MB (G5)
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, which would hold 3 MB for a client that doesn't read
 CHUNK_BYTES = 64 * 1024  # handed to a slow stream at a time: about what a socket's buffer takes
 ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
-GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal
+GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal; more are refused at once
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
 POLL_BYTES = 64 * 1024  # in one answer, which the kernel takes at once; the next one goes on from there
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
 PACES = 10_000  # sessions, and addresses, whose pace is remembered
-LOGINS_AT_ONCE = 100  # from one address, which may be that of a whole school; then
+LOGINS_AT_ONCE = 200  # from one address, which may be that of a whole school; then
 LOGINS_A_SECOND = 2
+REJOINS_AT_ONCE = 10  # of one session whose name had left the list; a phone that sleeps needs one a minute; then
+REJOINS_A_SECOND = 0.2
+CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
+MESSAGE_CHARS = 250  # so long ones, or their like in shorter and longer ones, fit into the ring
+REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
+REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
+POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
+VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
-PINGS_A_TICK = 50  # of a client, before it is closed; a kind one sends one in seconds
+FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
+DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
+DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
@@ -175,6 +188,8 @@ PORTS_TRIED = 20  # upwards from the default one
 BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd at the door
+SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
 FULL_LOG_SECONDS = 60  # between two lines that say it is full
 WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
@@ -1103,11 +1118,11 @@ class Paces:
         self.rate, self.burst = rate, burst
         self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
 
-    def take(self, name: str, now: float) -> float:
-        """Takes a token; how many s to wait for one, if there is none."""
+    def take(self, name: str, now: float, cost: float = 1) -> float:
+        """Takes tokens, if there is one; else how many s to wait for it. What costs more leaves a debt."""
         tokens, then = self.buckets.pop(name, (self.burst, now))
         tokens = min(self.burst, tokens + (now - then) * self.rate)
-        self.buckets[name] = tokens - (tokens >= 1), now
+        self.buckets[name] = tokens - (cost if tokens >= 1 else 0), now
         if len(self.buckets) > PACES:
             self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
@@ -2101,9 +2116,153 @@ class Presence:
         await end_tasks(self.tasks)
 
 
-# === Handlers =========================================================================================================
-# Thin: parse, ask the room or the feed, answer. Who somebody is comes from the signed cookie alone; which pages may
-# ask comes from Host and Origin.
+# === Limits by address ================================================================================================
+# What all who come from one address may do together, and whose connection is closed when too many want to come in. A
+# whole school may be behind one address: 200 people with two tabs each notice nothing.
+
+
+@functools.lru_cache(PACES)
+def network(address: str) -> str:
+    """Whose limits an address shares: with IPv6 those of its /64, because one machine has all of that."""
+    with contextlib.suppress(ValueError):  # of IPv4
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
+        if parsed.ipv4_mapped:
+            return str(parsed.ipv4_mapped)
+        if not parsed.is_loopback:
+            return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether proxies and tests come from there: a crowd of people may stand behind it."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return False
+
+
+@contextlib.contextmanager
+def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
+    """One more of that name, for a while."""
+    counter[name] += 1
+    try:
+        yield
+    finally:
+        counter[name] -= 1
+        if not counter[name]:
+            del counter[name]
+
+
+class Limits:
+    """The paces of those who ask. An address is what `network` makes of it."""
+
+    def __init__(self, rate: float) -> None:
+        free = 0 if rate else math.inf
+        self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)
+        self.rejoins = Paces(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.messages = Paces(CROWD * rate, free or RING_MESSAGES)
+        self.requests = Paces(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
+        self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+        self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
+        self.polls = collections.Counter[str]()  # those that wait for news
+        self.drawings = Paces(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
+        self.drawn = collections.deque[str](maxlen=50)  # addresses of the room that aren't announced
+        self.proxy_seen = False
+
+    async def turn(self, address: str, stream: tornado.iostream.IOStream, cost: float = 1) -> None:
+        """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
+        turn = self.turns.setdefault(address, asyncio.Lock())
+        loop = asyncio.get_running_loop()
+        await turn.acquire()
+        try:
+            if not stream.closed() and (wait := self.requests.take(address, loop.time(), cost)):
+                await asyncio.sleep(wait)
+                self.requests.take(address, loop.time(), cost)
+        finally:
+            loop.call_soon(turn.release)
+
+    @staticmethod
+    def pace(paces: Paces, name: str, cid: str = "", cost: float = 1) -> None:
+        """Takes from a bucket. Raises Refused if it is empty."""
+        if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
+            raise Refused("too-fast", cid=cid, retry_after=wait)
+
+    def log_in(self, address: str) -> None:
+        """Somebody new. Raises Refused if too many come from there."""
+        if not is_this_machine(address):
+            self.pace(self.logins, address)
+
+    @contextlib.contextmanager
+    def poll(self, address: str) -> Iterator[None]:
+        """While a poll waits. Raises Refused if too many do."""
+        if self.polls[address] >= POLLS_AN_ADDRESS and not is_this_machine(address):
+            raise Refused("too-fast", retry_after=1)
+        with counted(self.polls, address):
+            yield
+
+    def warn_of_proxy(self, address: str) -> None:
+        """Tells the operator, once, of a proxy on this machine that isn't trusted."""
+        if not self.proxy_seen and is_this_machine(address):
+            self.proxy_seen = True
+            web_log.warning(
+                "a proxy on this machine sends X-Forwarded-For, which is not believed: to all limits its visitors are"
+                " one address; --trust-proxy tells them apart"
+            )
+
+
+class Visitors:
+    """The connections on which nobody has joined or waits for news, by address, in the order of their last requests.
+
+    Everybody gets in as long as that can be had by closing one of these: the one that has been quiet for longest, of
+    too many from one address, or of the address with most of them when the daemon is full. A browser opens another.
+    """
+
+    def __init__(self) -> None:
+        self.open: dict[tornado.iostream.IOStream, str] = {}  # all connections, of members too
+        self.quiet: dict[str, collections.OrderedDict[tornado.iostream.IOStream, None]] = {}
+
+    def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
+        """A new connection."""
+        self.open[stream] = address
+        self.wait(stream)
+        if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
+            self.close_one(address)
+
+    def wait(self, stream: tornado.iostream.IOStream) -> None:
+        """A request has come, or a poll has ended."""
+        if address := self.open.get(stream):
+            self.quiet.setdefault(address, collections.OrderedDict())[stream] = None
+            self.quiet[address].move_to_end(stream)
+
+    def join(self, stream: tornado.iostream.IOStream) -> None:
+        """From now on it is a member's."""
+        address = self.open.get(stream, "")
+        if quiet := self.quiet.get(address):
+            quiet.pop(stream, None)
+            if not quiet:
+                del self.quiet[address]
+
+    def leave(self, stream: tornado.iostream.IOStream) -> None:
+        """The connection is closed."""
+        self.join(stream)
+        self.open.pop(stream, None)
+
+    def make_room(self) -> bool:
+        """Closes a visitor's connection, if there is one."""
+        if self.quiet:
+            self.close_one(max(self.quiet, key=lambda address: len(self.quiet[address])))
+            return True
+        return False
+
+    def close_one(self, address: str) -> None:
+        """The one that has been quiet for longest."""
+        stream = next(iter(self.quiet[address]))
+        self.leave(stream)
+        stream.close()
+
+
+# === Web ==============================================================================================================
+# What all routes have in common: which Host and Origin may ask, whose session a cookie is, in which language the answer
+# is; and the pages with their parts. Handlers are thin: they parse, ask the room or the feed, and answer.
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -2112,8 +2271,6 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
-               "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 STATUSES = {"no-session": 401, "logout": 401, "password": 403, "taken": 409, "name-lost": 409, "too-long": 413,
             "too-fast": 429, "too-many-tabs": 429, "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
@@ -2156,9 +2313,9 @@ def choose_language(header: str) -> str:
 
 def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
     """Takes the browser's address, scheme and Host from a proxy on this machine, and from nobody else."""
+    if not is_this_machine(request.remote_ip or ""):
+        return
     with contextlib.suppress(ValueError):
-        if not ipaddress.ip_address(request.remote_ip or "").is_loopback:
-            return
         forwarded = request.headers.get("X-Forwarded-For", "").split(",")[-1].strip()  # the one our proxy has seen
         request.remote_ip = str(ipaddress.ip_address(forwarded))
     if (scheme := request.headers.get("X-Forwarded-Proto", "").lower()) in ("http", "https"):
@@ -2171,13 +2328,18 @@ class BaseHandler(tornado.web.RequestHandler):
     """What all routes have in common: Host check, security headers, session, language."""
 
     current_user: Session | None
+    stream: tornado.iostream.IOStream
 
     def initialize(self, daemon: Daemon) -> None:
         """Called by Tornado with what the route was given, before any check."""
         self.daemon = daemon
+        self.stream = self.request.connection.stream  # type: ignore[union-attr]
         self.language = choose_language(self.request.headers.get("Accept-Language", ""))
         if daemon.config.trust_proxy:
             believe_proxy(self.request)
+        elif "X-Forwarded-For" in self.request.headers:
+            daemon.limits.warn_of_proxy(self.request.remote_ip or "")
+        self.address = network(self.request.remote_ip or "")
         try:
             urllib.parse.urlsplit(self.request.headers.get("Origin", ""))
         except ValueError:  # where Tornado compares it, that would be an error of ours
@@ -2189,8 +2351,10 @@ class BaseHandler(tornado.web.RequestHandler):
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
 
-    def prepare(self) -> None:
-        """Called by Tornado before the method, and after its own checks of Origin."""
+    async def prepare(self) -> None:
+        """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
+        self.daemon.visitors.wait(self.stream)
+        await self.daemon.limits.turn(self.address, self.stream)
         self.check_host()
 
     def check_host(self) -> None:
@@ -2260,6 +2424,13 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return Seen(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
+    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+        """Takes a message, at the pace of its session and of its address. Raises Refused."""
+        limits = self.daemon.limits
+        limits.pace(limits.messages, self.address, say.cid, cost=0)
+        self.daemon.feed.say(member, say, done)  # only what that takes counts
+        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
+
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
         if session is None:
@@ -2267,7 +2438,7 @@ class BaseHandler(tornado.web.RequestHandler):
         if self.daemon.feed.stopping:
             raise Refused("unavailable", retry_after=1)
         try:
-            return await self.daemon.feed.enter(session.sid, session.name)
+            return await self.daemon.admission.rejoin(session, self.address)
         except Taken:
             raise Refused("name-lost", name=session.name) from None
 
@@ -2275,8 +2446,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """The answer is complete. Tornado would hold it for ever for a client that doesn't take it."""
         taken = super().finish(chunk)
         if not taken.done() and self.get_status() != 101:  # after which the connection is a socket's
-            connection: Any = self.request.connection
-            cut = asyncio.get_running_loop().call_later(self.daemon.config.answer_seconds, connection.stream.close)
+            cut = asyncio.get_running_loop().call_later(self.daemon.config.answer_seconds, self.stream.close)
             taken.add_done_callback(lambda _: cut.cancel())
         return taken
 
@@ -2347,13 +2517,120 @@ class PageHandler(BaseHandler):
     head = get
 
 
+class NotFoundHandler(BaseHandler):
+    """Everything else."""
+
+    async def prepare(self) -> None:
+        """404, with the checks and headers of every route."""
+        await super().prepare()
+        raise tornado.web.HTTPError(404)
+
+
+class HealthHandler(BaseHandler):
+    """GET /healthz: for load balancers and for the curious."""
+
+    def get(self) -> None:
+        """200 while messages can be stored, else 503."""
+        room = self.daemon.room
+        self.set_status(200 if room.available else 503)
+        self.finish(
+            {
+                "status": "ok" if room.available else "unavailable",
+                "version": __version__,
+                "uptime": round(time.monotonic() - self.daemon.started, 1),
+                "connections": len(self.daemon.sockets),
+                "members": len(room.roster),
+                "store": "redis" if self.daemon.config.redis_url else "memory",
+            }
+        )
+
+    head = get
+
+
+def qr_symbol(url: str) -> Any:
+    """The URL for a phone's camera, if the package segno is installed; else None."""
+    try:
+        import segno  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError:
+        return None
+    return segno.make(url, micro=False)
+
+
+@functools.lru_cache(maxsize=100)
+def qr_picture(url: str) -> bytes:
+    """The URL as a picture (SVG); b"" without segno."""
+    picture = io.BytesIO()
+    if symbol := qr_symbol(url):
+        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
+    return picture.getvalue()
+
+
+class JoinHandler(BaseHandler):
+    """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
+
+    async def get(self, what: str) -> None:
+        """The addresses, or one of them to point a camera at."""
+        if self.current_user is None:
+            raise tornado.web.HTTPError(401)
+        if what == "join.json":
+            self.finish({"addresses": self.daemon.addresses(), "qr": qr_symbol("/") is not None})
+            return
+        url = self.get_query_argument("url", "")
+        picture = await asyncio.to_thread(qr_picture, url) if self.may_draw(url) else b""  # it takes some 50 ms
+        if not picture:
+            raise tornado.web.HTTPError(404)
+        self.set_header("Content-Type", "image/svg+xml")
+        self.finish(picture)
+
+    head = get
+
+    def may_draw(self, url: str) -> bool:
+        """Whether the room announces it, or it leads to where this page was opened: of these now and then a new one."""
+        limits, here = self.daemon.limits, re.escape(self.request.headers["Host"])
+        if url in limits.drawn or url in self.daemon.addresses():
+            return True
+        if len(url) > URL_CHARS or not re.fullmatch(rf"https?://{here}/[\w./~-]*", url):
+            return False
+        limits.pace(limits.drawings, "")
+        limits.drawn.append(url)
+        return True
+
+
+class AssetHandler(BaseHandler):
+    """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
+
+    def get(self, name: str) -> None:
+        """The part, and for how long."""
+        type, text = ASSETS[name]
+        self.set_header("Content-Type", type)
+        fresh = self.get_query_argument("v", "") == asset_hash(name)
+        self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
+        self.finish(text)
+
+    head = get
+
+
+@functools.cache
+def asset_hash(name: str) -> str:
+    """What changes with the content."""
+    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
+
+
+def asset_url(name: str) -> str:
+    """Relative, so that a proxy may serve the room under a path of its own."""
+    return f"{name}?v={asset_hash(name)}"
+
+
+# === Login ============================================================================================================
+# Who gets in, and under which name: an Admission checks password, pace and name, and makes the session. The login page
+# asks it, and so does a socket that comes with ?nickname=.
+
+
 class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
-    def __init__(self, feed: Feed) -> None:
-        self.feed, self.room, self.config = feed, feed.room, feed.config
-        self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # by address
-        self.wrong_passwords: collections.Counter[str] = collections.Counter()  # by address: those waiting for refusal
+    def __init__(self, feed: Feed, limits: Limits) -> None:
+        self.feed, self.room, self.config, self.limits = feed, feed.room, feed.config, limits
 
     async def log_in(
         self, nickname: str, password: str, address: str, session: Session | None = None, *, renew: bool = False
@@ -2364,13 +2641,13 @@ class Admission:
         another name is given back: it can't talk under it any more.
         """
         if session is None:
-            await self.check_password(password, address)
+            await self.check_password(password, network(address))
         name = clean_name(nickname) if nickname.strip() else ""
         same = session if session and name and name_key(session.name) == name_key(name) else None
         if same and not (renew and self.room.available):  # or the name would be given back, and not taken again
-            await self.feed.enter(same.sid, same.name)
+            await self.rejoin(same, address)
             return same
-        self.check_pace(address)
+        self.limits.log_in(network(address))
         if same:
             await self.give_back(same)
         new = await (self.enter_as(name) if name else self.enter_as_guest(address))
@@ -2386,28 +2663,22 @@ class Admission:
                 listener.shut(4401, "logout")
 
     async def check_password(self, password: str, address: str) -> None:
-        """Raises Refused if the room has another one, but not at once: so from one address guessing goes slowly."""
-        wrong, wait = self.wrong_passwords, self.config.guess_seconds
-        if not self.config.password:
+        """Raises Refused if the room has another one, but not at once. The right one never waits, whoever guesses."""
+        wait, wrong = self.config.guess_seconds, self.limits.wrong_passwords
+        if not self.config.password or hmac.compare_digest(password.encode(), self.config.password.encode()):
             return
         if wrong[address] >= GUESSES_AT_ONCE:
             raise Refused("password", "guesses", retry_after=wait)
-        if hmac.compare_digest(password.encode(), self.config.password.encode()):
-            return
-        wrong[address] += 1
-        await asyncio.sleep(wait)
-        wrong[address] -= 1
-        if not wrong[address]:
-            del wrong[address]
+        with counted(wrong, address):
+            await asyncio.sleep(wait)
         raise Refused("password")
 
-    def check_pace(self, address: str) -> None:
-        """Raises Refused if too many names come from there; not from this machine, where proxies and tests are."""
-        with contextlib.suppress(ValueError):
-            if ipaddress.ip_address(address).is_loopback:
-                return
-        if wait := self.logins.take(address, asyncio.get_running_loop().time()):
-            raise Refused("too-fast", retry_after=wait)
+    async def rejoin(self, session: Session, address: str) -> Member:
+        """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
+        if session.sid not in self.room.sessions:
+            self.limits.pace(self.limits.rejoins, session.sid)
+            self.limits.log_in(network(address))
+        return await self.feed.enter(session.sid, session.name)
 
     async def enter_as(self, name: str) -> Session:
         """A new session under that name. Raises Refused."""
@@ -2483,6 +2754,285 @@ class LogoutHandler(BaseHandler):
         self.redirect("login", status=303)
 
 
+# === Sockets ==========================================================================================================
+# GET /chat. A ChatSocket is a member's way in, frame by frame; its SocketListener is the way out: bytes that were made
+# once for everybody go straight to the socket, and what a slow client can't take waits in a bounded backlog.
+
+CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
+               "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
+
+
+class StrictProtocol(tornado.websocket.WebSocketProtocol13):
+    """How Tornado reads a client's frames, but each is counted: of pongs and fragments it tells nobody. One that isn't
+    masked closes the connection (RFC 6455, 5.1).
+    """
+
+    handler: ChatSocket
+
+    async def _receive_frame(self) -> None:
+        """Called by Tornado for one frame after the other."""
+        self._frame_mask, before = None, self._wire_bytes_in
+        await super()._receive_frame()
+        if self._frame_mask is None and not self.client_terminated:
+            self.close(1002, "unmasked")
+            self._abort()
+        elif self.handler.count(self._wire_bytes_in - before):  # it has been told, and no more of it is read
+            await asyncio.sleep(self.handler.daemon.config.goodbye_seconds)
+
+    def _handle_message(self, opcode: int, data: bytes) -> asyncio.Future[None] | None:
+        """Called by Tornado with a message that is complete."""
+        return super()._handle_message(opcode, data) if self._frame_mask else None
+
+
+class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
+    """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
+
+    listener: SocketListener | None = None
+    frames = 0  # since the last beat, that weren't messages, each KB counted as one
+    taken = False  # the last frame was a message
+
+    async def prepare(self) -> None:
+        """Reads the query while an error can still be an answer of HTTP."""
+        await super().prepare()
+        self.resume_point = self.seen()
+        self.nickname = self.get_query_argument("nickname", None)
+        self.password = self.get_query_argument("password", "")
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        """`text`: lines instead of JSON."""
+        return "text" if "text" in subprotocols else None
+
+    def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
+        """Called by Tornado in the handshake; None for a version that it doesn't speak."""
+        protocol: Any = super().get_websocket_protocol()
+        return protocol and StrictProtocol(self, False, protocol.params)
+
+    async def open(self, *args: str, **kwargs: str) -> None:
+        """From the handshake to the first event, or to the close code that says why not."""
+        self.set_nodelay(True)
+        self.daemon.sockets.add(self)
+        try:
+            await self.enter(await self.session(), self.resume_point)
+        except Refused as refused:
+            if refused.code == "name-lost":
+                with contextlib.suppress(tornado.websocket.WebSocketClosedError):
+                    await self.write_message(to_json(refused.event(self.language)))
+            sentence = refused.sentence(self.language).encode()[:123].decode(errors="ignore")  # all that a frame takes
+            self.close(CLOSE_CODES[refused.code], sentence)
+        self.forget_handshake()
+
+    async def session(self) -> Session | None:
+        """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
+        known, nickname, password = self.current_user, self.nickname, self.password
+        if nickname is None or (known and name_key(nickname) == name_key(known.name)):
+            return known
+        return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
+
+    async def enter(self, session: Session | None, seen: Seen) -> None:
+        """Joins the room. Raises Refused."""
+        member = await self.admit(session)
+        await self.daemon.feed.catch_up(seen)
+        if len(member.listeners) >= SOCKETS_A_SESSION:
+            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
+        if self.ws_connection is not None:  # it may have gone while we waited
+            self.listener = SocketListener(self, member)
+            self.daemon.visitors.join(self.stream)
+            self.daemon.room.join(self.listener, seen)
+
+    def forget_handshake(self) -> None:
+        """Drops what only the handshake needed: a fifth of what an idle connection would keep."""
+        self.request.headers.clear()
+        for name in SECURITY_HEADERS:
+            self.clear_header(name)
+
+    def on_message(self, message: str | bytes) -> None:
+        """One frame of the client."""
+        listener = self.listener
+        if listener is None:
+            return  # it has been turned away
+        listener.heard = asyncio.get_running_loop().time()
+        try:
+            say = clean_say(message, "") if listener.plain else parse_frame(message)
+            self.say(listener.member, say, listener.settled)
+            listener.member.refusals = 0
+            self.taken = True
+        except Refused as refused:
+            listener.refuse(refused)
+            listener.member.refusals += 1
+            if listener.member.refusals > IGNORED_REFUSALS:
+                self.shut(4429, "too fast")
+
+    def count(self, size: int) -> bool:
+        """Counts a frame that has been read; whether there were too many, and the socket is closed."""
+        self.frames += 0 if self.taken else 1 + size // 1024
+        self.taken = False
+        if self.frames > FRAMES_A_TICK and self.listener:
+            self.shut(4429, "too many frames")
+        return self.frames > FRAMES_A_TICK
+
+    def on_pong(self, data: bytes) -> None:
+        """The client lives."""
+        if self.listener:
+            self.listener.heard = asyncio.get_running_loop().time()
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
+        self.leave()
+        self.close(code, reason)
+        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+
+    def on_close(self) -> None:
+        """The connection is gone, for whatever reason."""
+        self.daemon.sockets.discard(self)
+        self.daemon.visitors.leave(self.stream)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on nothing that comes in is heard, and nothing goes out."""
+        listener, self.listener = self.listener, None
+        if listener:
+            self.daemon.room.leave(listener)
+            self.daemon.presence.release(listener.member, self.daemon.config.grace_seconds)
+
+
+class SocketListener:
+    """The way out to one socket, and the reason why tornchat is fast.
+
+    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
+    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
+    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
+    """
+
+    __slots__ = ("backlog", "base", "draining", "handler", "heard", "lagging", "member", "pinged", "plain", "stream",
+                 "timed", "waiting_bytes", "waiting_events")  # fmt: skip
+
+    def __init__(self, handler: ChatSocket, member: Member) -> None:
+        self.handler, self.member, self.stream = handler, member, handler.stream
+        self.plain = handler.selected_subprotocol == "text"
+        self.base = 0
+        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
+        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
+        self.draining = False  # the stream will call drain
+        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+
+    def send(self, batch: Batch) -> None:
+        """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
+        data = batch.lines if self.plain else batch.frames
+        if not (self.draining or self.stream.writing()):
+            self.transmit(data)
+            return
+        self.wait([(data, len(batch.events))])
+        self.waiting_bytes += len(data)
+        self.waiting_events += len(batch.events)
+        if self.too_slow():
+            self.shut(4008, "too slow")
+
+    def too_slow(self) -> bool:
+        """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
+        if self.waiting_bytes <= BACKLOG_BYTES and self.waiting_events <= BACKLOG_EVENTS:
+            return False
+        lag = asyncio.get_running_loop().time() - self.lagging
+        return lag > LAG_SECONDS or self.waiting_bytes > BACKLOG_MOST_BYTES
+
+    def transmit(self, data: memoryview) -> None:
+        """Straight to the socket; what that doesn't take goes through the stream."""
+        if self.stream.closed():
+            return  # on_close is on its way
+        try:
+            sent = self.stream.write_to_fd(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.stream.close()
+            return
+        if sent < len(data):
+            self.stream.write(data[sent:])
+            self.drain_later()
+
+    def replay(self, events: list[Encoded]) -> None:
+        """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
+        self.wait([(memoryview(event.line if self.plain else event.frame), 0) for event in events])
+
+    def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
+        """Into the backlog, and out again as soon as the stream can take it."""
+        if self.backlog is None:
+            self.lagging = asyncio.get_running_loop().time()  # since when something waits
+            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
+        self.backlog.extend(pieces)
+        if self.stream.writing():
+            self.drain_later()
+        elif not self.draining:
+            self.drain()
+
+    def drain_later(self) -> None:
+        """Goes on with the backlog when the stream has written all that it has."""
+        if not (self.draining or self.stream.closed()):
+            self.draining = True
+            self.stream.write(b"").add_done_callback(self.drain)
+
+    def drain(self, written: asyncio.Future[None] | None = None) -> None:
+        """Hands over the backlog, a chunk at a time."""
+        self.draining = False
+        while self.backlog and not self.stream.closed():
+            if self.stream.writing():
+                self.drain_later()
+                return
+            self.transmit(self.next_chunk(self.backlog))
+        self.backlog = None
+
+    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
+        """The oldest of the backlog, as much as goes out well in one piece."""
+        chunk: list[memoryview] = []
+        size = 0
+        while backlog and size < CHUNK_BYTES:
+            data, events = backlog.popleft()
+            chunk.append(data)
+            size += len(data)
+            self.waiting_bytes -= len(data) if events else 0
+            self.waiting_events -= events
+        return memoryview(b"".join(chunk))
+
+    def settled(self, outcome: Outcome) -> None:
+        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        if isinstance(outcome, Refused):
+            self.refuse(outcome)
+        elif outcome.seq <= self.base:
+            self.tell(encode_message(outcome))
+
+    def refuse(self, refused: Refused) -> None:
+        """Tells this client why not."""
+        self.tell(encode(refused.event(self.handler.language)))
+
+    def tell(self, event: Encoded) -> None:
+        """Something for this client alone, if it is still there."""
+        if self.handler.listener is self:
+            self.send(Batch(event))
+
+    def beat(self, now: float, time: Encoded) -> None:
+        """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
+        config = self.handler.daemon.config
+        self.handler.frames = 0
+        if now - self.heard > 2 * config.ping_seconds:
+            self.stream.close()
+        elif now - self.pinged >= config.ping_seconds:
+            self.pinged = now
+            events = [Encoded(PING, PING)]
+            if now - self.timed >= config.time_seconds:
+                self.timed = now
+                events.append(time)
+            self.send(Batch(*events))
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end, with a close code."""
+        self.backlog = None
+        self.handler.shut(code, reason)
+
+
+# === Polling ==========================================================================================================
+# GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket; whatever
+# comes ends the waiting, and the answer is what the room says then.
+
+
 class MessagesHandler(BaseHandler):
     """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
 
@@ -2535,16 +3085,21 @@ class MessagesHandler(BaseHandler):
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
         self.listener = PollListener(member)
-        self.daemon.room.register(self.listener)
-        try:
-            async with asyncio.timeout(wait):
-                await self.listener.news.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self.daemon.room.leave(self.listener)
+        daemon = self.daemon
+        with daemon.limits.poll(self.address):
+            daemon.room.register(self.listener)
+            daemon.visitors.join(self.stream)
+            try:
+                async with asyncio.timeout(wait):
+                    await self.listener.news.wait()
+            except TimeoutError:
+                pass
+            finally:
+                daemon.room.leave(self.listener)
+                daemon.visitors.wait(self.stream)
         if self.listener.refused:
             raise self.listener.refused
+        await daemon.limits.turn(self.address, self.stream, cost=0)
 
     def on_connection_close(self) -> None:
         """The client has hung up: nothing is kept for it."""
@@ -2565,7 +3120,7 @@ class MessagesHandler(BaseHandler):
         """Says something: 201 when the store has it."""
         member = await self.admit(self.current_user)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.daemon.feed.say(member, parse_say(self.fields()), outcome.set_result)
+        self.say(member, parse_say(self.fields()), outcome.set_result)
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
@@ -2624,356 +3179,114 @@ class PollListener:
         self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
 
 
-class MaskedProtocol(tornado.websocket.WebSocketProtocol13):
-    """Tornado's, but frames of a client that aren't masked close the connection (RFC 6455, 5.1)."""
+# === Addresses and banner =============================================================================================
+# Under which URLs the room can be opened, on this machine and by others on the network, and how the operator is told.
 
-    async def _receive_frame(self) -> None:
-        """Called by Tornado for one frame after the other."""
-        self._frame_mask = None
-        await super()._receive_frame()
-        if self._frame_mask is None and not self.client_terminated:
-            self.close(1002, "unmasked")
-            self._abort()
-
-    def _handle_message(self, opcode: int, data: bytes) -> asyncio.Future[None] | None:
-        """Called by Tornado with a message that is complete."""
-        return super()._handle_message(opcode, data) if self._frame_mask else None
+ALL_ADDRESSES = ("", "0.0.0.0", "::")  # of --host: every address of this machine
 
 
-class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
-    """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
-
-    listener: SocketListener | None = None
-    stream: tornado.iostream.IOStream
-
-    def prepare(self) -> None:
-        """Reads the query while an error can still be an answer of HTTP."""
-        super().prepare()
-        self.resume_point = self.seen()
-        self.nickname = self.get_query_argument("nickname", None)
-        self.password = self.get_query_argument("password", "")
-
-    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
-        """`text`: lines instead of JSON."""
-        return "text" if "text" in subprotocols else None
-
-    def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
-        """Called by Tornado in the handshake; None for a version that it doesn't speak."""
-        protocol: Any = super().get_websocket_protocol()
-        return protocol and MaskedProtocol(self, False, protocol.params)
-
-    def detach(self) -> tornado.iostream.IOStream:
-        """Tornado hands the stream over to the WebSocket here; the listener writes to it too."""
-        self.stream = super().detach()
-        return self.stream
-
-    async def open(self, *args: str, **kwargs: str) -> None:
-        """From the handshake to the first event, or to the close code that says why not."""
-        self.set_nodelay(True)
-        self.daemon.sockets.add(self)
-        try:
-            await self.enter(await self.session(), self.resume_point)
-        except Refused as refused:
-            if refused.code == "name-lost":
-                with contextlib.suppress(tornado.websocket.WebSocketClosedError):
-                    await self.write_message(to_json(refused.event(self.language)))
-            sentence = refused.sentence(self.language).encode()[:123].decode(errors="ignore")  # all that a frame takes
-            self.close(CLOSE_CODES[refused.code], sentence)
-        self.forget_handshake()
-
-    async def session(self) -> Session | None:
-        """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
-        known, nickname, password = self.current_user, self.nickname, self.password
-        if nickname is None or (known and name_key(nickname) == name_key(known.name)):
-            return known
-        return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
-
-    async def enter(self, session: Session | None, seen: Seen) -> None:
-        """Joins the room. Raises Refused."""
-        member = await self.admit(session)
-        await self.daemon.feed.catch_up(seen)
-        if len(member.listeners) >= SOCKETS_A_SESSION:
-            raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-        if self.ws_connection is not None:  # it may have gone while we waited
-            self.listener = SocketListener(self, member)
-            self.daemon.room.join(self.listener, seen)
-
-    def forget_handshake(self) -> None:
-        """Drops what only the handshake needed: a fifth of what an idle connection would keep."""
-        self.request.headers.clear()
-        for name in SECURITY_HEADERS:
-            self.clear_header(name)
-
-    def on_message(self, message: str | bytes) -> None:
-        """One frame of the client."""
-        listener = self.listener
-        if listener is None:
-            return  # it has been turned away
-        listener.heard = asyncio.get_running_loop().time()
-        try:
-            say = clean_say(message, "") if listener.plain else parse_frame(message)
-            self.daemon.feed.say(listener.member, say, listener.settled)
-            listener.member.refusals = 0
-        except Refused as refused:
-            listener.refuse(refused)
-            listener.member.refusals += 1
-            if listener.member.refusals > IGNORED_REFUSALS:
-                self.shut(4429, "too fast")
-
-    def on_ping(self, data: bytes) -> None:
-        """Tornado has answered; but nobody needs as many signs of life as that costs."""
-        if self.listener:
-            self.listener.pings += 1
-            if self.listener.pings > PINGS_A_TICK:
-                self.shut(4429, "too many pings")
-
-    def on_pong(self, data: bytes) -> None:
-        """The client lives."""
-        if self.listener:
-            self.listener.heard = asyncio.get_running_loop().time()
-
-    def shut(self, code: int, reason: str) -> None:
-        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
-        self.leave()
-        self.close(code, reason)
-        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
-
-    def on_close(self) -> None:
-        """The connection is gone, for whatever reason."""
-        self.daemon.sockets.discard(self)
-        self.leave()
-
-    def leave(self) -> None:
-        """From now on nothing that comes in is heard, and nothing goes out."""
-        listener, self.listener = self.listener, None
-        if listener:
-            self.daemon.room.leave(listener)
-            self.daemon.presence.release(listener.member, self.daemon.config.grace_seconds)
+def local_url(config: Config, port: int, host: str = "") -> str:
+    """The room's address under that name, or on this machine."""
+    host = host or (config.host if config.host not in ALL_ADDRESSES else "localhost")
+    scheme, default_port = ("https", 443) if config.certfile else ("http", 80)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port != default_port else ''}/"
 
 
-class SocketListener:
-    """The way out to one socket, and the reason why tornchat is fast.
+def lan_urls(config: Config, port: int) -> list[str]:
+    """The room's addresses for everybody else on the network, the best first: a certificate is for a name."""
+    names = config.allow_host if config.certfile else ()
+    addresses = lan_addresses() if config.host in ALL_ADDRESSES else []
+    return [local_url(config, port, host) for host in (*names, *addresses)]
 
-    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
-    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
-    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
+
+def lan_addresses() -> list[str]:
+    """This machine's IPv4 addresses that others may reach, the likeliest first.
+
+    That is the private address of real hardware, even where a tunnel has the default route, and before the bridges of
+    containers; of several, that of the default route.
     """
+    routed = default_address()
+    found = {routed: ""} | interface_addresses()
 
-    __slots__ = ("backlog", "base", "draining", "handler", "heard", "member", "pinged", "pings", "plain", "stream",
-                 "timed", "waiting_bytes", "waiting_events")  # fmt: skip
+    def unlikely(address: str) -> tuple[bool, ...]:
+        """What speaks against it, the worst first."""
+        ip = ipaddress.ip_address(address)
+        return ip.is_link_local, not is_hardware(found[address]), not ip.is_private, address != routed
 
-    def __init__(self, handler: ChatSocket, member: Member) -> None:
-        self.handler, self.member, self.stream = handler, member, handler.stream
-        self.plain = handler.selected_subprotocol == "text"
-        self.base = 0
-        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
-        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining = False  # the stream will call drain
-        self.pings = 0  # of the client, since the last beat
-        self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
-
-    def send(self, batch: Batch) -> None:
-        """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
-        data = batch.lines if self.plain else batch.frames
-        if not (self.draining or self.stream.writing()):
-            self.transmit(data)
-            return
-        self.wait([(data, len(batch.events))])
-        self.waiting_bytes += len(data)
-        self.waiting_events += len(batch.events)
-        if self.waiting_bytes > BACKLOG_BYTES or self.waiting_events > BACKLOG_EVENTS:
-            self.shut(4008, "too slow")
-
-    def transmit(self, data: memoryview) -> None:
-        """Straight to the socket; what that doesn't take goes through the stream."""
-        if self.stream.closed():
-            return  # on_close is on its way
-        try:
-            sent = self.stream.write_to_fd(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.stream.close()
-            return
-        if sent < len(data):
-            self.stream.write(data[sent:])
-            self.drain_later()
-
-    def replay(self, events: list[Encoded]) -> None:
-        """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
-        self.wait([(memoryview(event.line if self.plain else event.frame), 0) for event in events])
-
-    def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
-        """Into the backlog, and out again as soon as the stream can take it."""
-        if self.backlog is None:
-            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
-        self.backlog.extend(pieces)
-        if self.stream.writing():
-            self.drain_later()
-        elif not self.draining:
-            self.drain()
-
-    def drain_later(self) -> None:
-        """Goes on with the backlog when the stream has written all that it has."""
-        if not (self.draining or self.stream.closed()):
-            self.draining = True
-            self.stream.write(b"").add_done_callback(self.drain)
-
-    def drain(self, written: asyncio.Future[None] | None = None) -> None:
-        """Hands over the backlog, a chunk at a time."""
-        self.draining = False
-        while self.backlog and not self.stream.closed():
-            if self.stream.writing():
-                self.drain_later()
-                return
-            self.transmit(self.next_chunk(self.backlog))
-        self.backlog = None
-
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
-        """The oldest of the backlog, as much as goes out well in one piece."""
-        chunk: list[memoryview] = []
-        size = 0
-        while backlog and size < CHUNK_BYTES:
-            data, events = backlog.popleft()
-            chunk.append(data)
-            size += len(data)
-            self.waiting_bytes -= len(data) if events else 0
-            self.waiting_events -= events
-        return memoryview(b"".join(chunk))
-
-    def settled(self, outcome: Outcome) -> None:
-        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
-        if isinstance(outcome, Refused):
-            self.refuse(outcome)
-        elif outcome.seq <= self.base:
-            self.tell(encode_message(outcome))
-
-    def refuse(self, refused: Refused) -> None:
-        """Tells this client why not."""
-        self.tell(encode(refused.event(self.handler.language)))
-
-    def tell(self, event: Encoded) -> None:
-        """Something for this client alone, if it is still there."""
-        if self.handler.listener is self:
-            self.send(Batch(event))
-
-    def beat(self, now: float, time: Encoded) -> None:
-        """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
-        config = self.handler.daemon.config
-        self.pings = 0
-        if now - self.heard > 2 * config.ping_seconds:
-            self.stream.close()
-        elif now - self.pinged >= config.ping_seconds:
-            self.pinged = now
-            events = [Encoded(PING, PING)]
-            if now - self.timed >= config.time_seconds:
-                self.timed = now
-                events.append(time)
-            self.send(Batch(*events))
-
-    def shut(self, code: int, reason: str) -> None:
-        """The end, with a close code."""
-        self.backlog = None
-        self.handler.shut(code, reason)
+    return sorted((a for a in found if a and not ipaddress.ip_address(a).is_loopback), key=unlikely)
 
 
-class NotFoundHandler(BaseHandler):
-    """Everything else."""
-
-    def prepare(self) -> None:
-        """404, with the checks and headers of every route."""
-        super().prepare()
-        raise tornado.web.HTTPError(404)
-
-
-class HealthHandler(BaseHandler):
-    """GET /healthz: for load balancers and for the curious."""
-
-    def get(self) -> None:
-        """200 while messages can be stored, else 503."""
-        room = self.daemon.room
-        self.set_status(200 if room.available else 503)
-        self.finish(
-            {
-                "status": "ok" if room.available else "unavailable",
-                "version": __version__,
-                "uptime": round(time.monotonic() - self.daemon.started, 1),
-                "connections": len(self.daemon.sockets),
-                "members": len(room.roster),
-                "store": "redis" if self.daemon.config.redis_url else "memory",
-            }
-        )
-
-    head = get
+def default_address() -> str:
+    """From which address this machine would reach the outside; "" if it can't. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("203.0.113.1", 9))  # an address reserved for documentation
+        return str(probe.getsockname()[0])
+    return ""
 
 
-def qr_symbol(url: str) -> Any:
-    """The URL for a phone's camera, if the package segno is installed; else None."""
+def is_hardware(interface: str) -> bool:
+    """Whether that is no tunnel, bridge or the like, where the system tells."""
+    if sys.platform == "darwin":
+        return interface.startswith("en")
+    return Path(f"/sys/class/net/{interface}/device").exists()
+
+
+def interface_addresses() -> dict[str, str]:
+    """The address of each interface, and the interface's name where the system tells (not Windows)."""
+    found = {}
     try:
-        import segno  # type: ignore[import-not-found,unused-ignore]
+        import fcntl
     except ModuleNotFoundError:
-        return None
-    return segno.make(url, micro=False)
+        with contextlib.suppress(OSError):
+            return dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
+        return {}
+    command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no IPv4 address
+                answer = fcntl.ioctl(sock, command, name.encode()[:15].ljust(40, b"\0"))
+                found[socket.inet_ntoa(answer[20:24])] = name
+    return found
 
 
-@functools.lru_cache(maxsize=100)
-def qr_picture(url: str) -> bytes:
-    """The URL as a picture (SVG); b"" without segno."""
-    picture = io.BytesIO()
-    if symbol := qr_symbol(url):
-        symbol.save(picture, kind="svg", border=2, light="#fff", omitsize=True)
-    return picture.getvalue()
+def store_name(config: Config) -> str:
+    """Where messages are kept, without a password."""
+    if not config.redis_url:
+        return "memory"
+    parts = urllib.parse.urlsplit(config.redis_url)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-class JoinHandler(BaseHandler):
-    """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
-
-    async def get(self, what: str) -> None:
-        """The addresses, or one of them to point a camera at."""
-        if self.current_user is None:
-            raise tornado.web.HTTPError(401)
-        if what == "join.json":
-            self.finish({"addresses": self.daemon.addresses(), "qr": qr_symbol("/") is not None})
-            return
-        url = self.get_query_argument("url", "")
-        picture = await asyncio.to_thread(qr_picture, url) if self.is_ours(url) else b""  # it takes some 50 ms
-        if not picture:
-            raise tornado.web.HTTPError(404)
-        self.set_header("Content-Type", "image/svg+xml")
-        self.finish(picture)
-
-    head = get
-
-    def is_ours(self, url: str) -> bool:
-        """Whether it is one of the room's addresses, or leads to where this page was opened: we advertise no other."""
-        here = re.escape(self.request.headers["Host"])
-        ours = url in self.daemon.addresses() or re.fullmatch(rf"https?://{here}/[\w./~-]*", url)
-        return bool(ours) and len(url) <= URL_CHARS
+def banner(config: Config, port: int) -> str:
+    """What the operator sees: where to open the room, and what to know."""
+    urls = lan_urls(config, port)
+    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
+    lines = [
+        f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
+        f"  on this machine  {local_url(config, port)}{moved}",
+        *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
+        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
+        f"  messages         {kept}",
+    ]
+    if config.workers > 1:
+        lines.append(f"  workers          {config.workers} processes")
+    if urls:
+        lines += [
+            "  Phones cannot connect? They need the same Wi-Fi,",
+            "  and this machine's firewall must let Python in.",
+        ]
+    lines.append("  Ctrl+C stops.")
+    return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
 
 
-class AssetHandler(BaseHandler):
-    """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
-
-    def get(self, name: str) -> None:
-        """The part, and for how long."""
-        type, text = ASSETS[name]
-        self.set_header("Content-Type", type)
-        fresh = self.get_query_argument("v", "") == asset_hash(name)
-        self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
-        self.finish(text)
-
-    head = get
-
-
-@functools.cache
-def asset_hash(name: str) -> str:
-    """What changes with the content."""
-    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
-
-
-def asset_url(name: str) -> str:
-    """Relative, so that a proxy may serve the room under a path of its own."""
-    return f"{name}?v={asset_hash(name)}"
+def qr_code(url: str) -> str:
+    """The URL for a phone's camera, as it can be drawn in a terminal; "" without segno."""
+    symbol = qr_symbol(url)
+    out = io.StringIO()
+    if symbol is not None:
+        symbol.terminal(out, border=2, compact=True)
+    return "\n" + out.getvalue() if symbol is not None else ""
 
 
 # === Application ======================================================================================================
@@ -3022,13 +3335,19 @@ class Door(socket.socket):
     waits outside, unheard, and is let in as others leave.
     """
 
+    visitors: Visitors  # set by the daemon; a supervisor accepts nobody
+    accepted = 0
     told = -math.inf  # when the log was last told, in s of time.monotonic
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Called by Tornado until it raises BlockingIOError."""
+        self.accepted += 1
+        if not self.accepted % ACCEPTS_A_TURN:
+            raise BlockingIOError  # the rest in the next turn
         try:
-            if self.full():
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            while self.full():
+                if not self.visitors.make_room():
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -3039,7 +3358,7 @@ class Door(socket.socket):
     def full(self) -> bool:
         """Whether only the spare descriptors are left: the system gives the lowest free number first."""
         if resource is None:
-            return False
+            return len(self.visitors.open) >= SELECT_SOCKETS - SPARE_FILES
         lowest_free = os.dup(self.fileno())
         os.close(lowest_free)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -3060,7 +3379,24 @@ class Door(socket.socket):
             tornado.ioloop.IOLoop.current().update_handler(self.fileno(), tornado.ioloop.IOLoop.READ)
 
 
-def bind(config: Config) -> list[socket.socket]:
+class Server(tornado.httpserver.HTTPServer):
+    """Tornado's, that tells who is there."""
+
+    visitors: Visitors
+
+    def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[Any, ...]) -> None:
+        """Called by Tornado with a new connection."""
+        self.visitors.come(stream, network(address[0]))
+        super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: Any) -> None:
+        """Called by Tornado when a connection is closed, or has become a WebSocket's."""
+        super().on_close(server_conn)
+        if server_conn.stream.closed():
+            self.visitors.leave(server_conn.stream)
+
+
+def bind(config: Config) -> list[Door]:
     """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
     if config.inherited:
         return [Door(fileno=descriptor) for descriptor in config.inherited]
@@ -3112,17 +3448,20 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 class Daemon:
     """A running room: what `python tornchat.py` starts, and what tests start in their own loop."""
 
-    def __init__(self, config: Config, ports: list[socket.socket], tls: ssl.SSLContext | None) -> None:
+    def __init__(self, config: Config, ports: list[Door], tls: ssl.SSLContext | None) -> None:
         self.config, self.ports, self.tls = config, ports, tls
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
         self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
+        self.limits, self.visitors = Limits(config.rate), Visitors()
+        for bound in ports:
+            bound.visitors = self.visitors
         self.store = Store(connect(config), config)
         self.room = Room(config)
         self.feed = Feed(self.store, self.room, config)
         self.presence = Presence(self.feed)
-        self.admission = Admission(self.feed)
+        self.admission = Admission(self.feed, self.limits)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
@@ -3140,7 +3479,7 @@ class Daemon:
 
     def listen(self) -> None:
         """Lets people in."""
-        self.server = tornado.httpserver.HTTPServer(
+        self.server = Server(
             make_app(self),
             ssl_options=self.tls,
             max_header_size=HEADER_BYTES,
@@ -3148,6 +3487,7 @@ class Daemon:
             idle_connection_timeout=self.config.header_seconds,
             body_timeout=self.config.body_seconds,
         )
+        self.server.visitors = self.visitors
         self.server.add_sockets(self.ports)
         self.feed.start()
         self.presence.start()
@@ -3358,113 +3698,6 @@ def tell(config: Config, text: str) -> None:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor spoil the exit code
-
-
-def store_name(config: Config) -> str:
-    """Where messages are kept, without a password."""
-    if not config.redis_url:
-        return "memory"
-    parts = urllib.parse.urlsplit(config.redis_url)
-    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
-
-
-ALL_ADDRESSES = ("", "0.0.0.0", "::")  # of --host: every address of this machine
-
-
-def local_url(config: Config, port: int, host: str = "") -> str:
-    """The room's address under that name, or on this machine."""
-    host = host or (config.host if config.host not in ALL_ADDRESSES else "localhost")
-    scheme, default_port = ("https", 443) if config.certfile else ("http", 80)
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port != default_port else ''}/"
-
-
-def banner(config: Config, port: int) -> str:
-    """What the operator sees: where to open the room, and what to know."""
-    urls = lan_urls(config, port)
-    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
-    moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
-    lines = [
-        f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
-        f"  on this machine  {local_url(config, port)}{moved}",
-        *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
-        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
-        f"  messages         {kept}",
-    ]
-    if config.workers > 1:
-        lines.append(f"  workers          {config.workers} processes")
-    if urls:
-        lines += [
-            "  Phones cannot connect? They need the same Wi-Fi,",
-            "  and this machine's firewall must let Python in.",
-        ]
-    lines.append("  Ctrl+C stops.")
-    return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
-
-
-def qr_code(url: str) -> str:
-    """The URL for a phone's camera, as it can be drawn in a terminal; "" without segno."""
-    symbol = qr_symbol(url)
-    out = io.StringIO()
-    if symbol is not None:
-        symbol.terminal(out, border=2, compact=True)
-    return "\n" + out.getvalue() if symbol is not None else ""
-
-
-def lan_urls(config: Config, port: int) -> list[str]:
-    """The room's addresses for everybody else on the network, the best first: a certificate is for a name."""
-    names = config.allow_host if config.certfile else ()
-    addresses = lan_addresses() if config.host in ALL_ADDRESSES else []
-    return [local_url(config, port, host) for host in (*names, *addresses)]
-
-
-def lan_addresses() -> list[str]:
-    """This machine's IPv4 addresses that others may reach, the likeliest first.
-
-    That is the private address of real hardware, even where a tunnel has the default route, and before the bridges of
-    containers; of several, that of the default route.
-    """
-    routed = default_address()
-    found = {routed: ""} | interface_addresses()
-
-    def unlikely(address: str) -> tuple[bool, ...]:
-        """What speaks against it, the worst first."""
-        ip = ipaddress.ip_address(address)
-        return ip.is_link_local, not is_hardware(found[address]), not ip.is_private, address != routed
-
-    return sorted((a for a in found if a and not ipaddress.ip_address(a).is_loopback), key=unlikely)
-
-
-def default_address() -> str:
-    """From which address this machine would reach the outside; "" if it can't. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("203.0.113.1", 9))  # an address reserved for documentation
-        return str(probe.getsockname()[0])
-    return ""
-
-
-def is_hardware(interface: str) -> bool:
-    """Whether that is no tunnel, bridge or the like, where the system tells."""
-    if sys.platform == "darwin":
-        return interface.startswith("en")
-    return Path(f"/sys/class/net/{interface}/device").exists()
-
-
-def interface_addresses() -> dict[str, str]:
-    """The address of each interface, and the interface's name where the system tells (not Windows)."""
-    found = {}
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        with contextlib.suppress(OSError):
-            return dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
-        return {}
-    command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has no IPv4 address
-                answer = fcntl.ioctl(sock, command, name.encode()[:15].ljust(40, b"\0"))
-                found[socket.inet_ntoa(answer[20:24])] = name
-    return found
 
 
 # === Terminal client ==================================================================================================
@@ -3809,6 +4042,10 @@ class Client:
 
 # What a user can ask for, and who answers.
 COMMANDS = {"/who": Client.who, "/help": Client.help, "/time": Client.room_time}
+
+
+# === Terminal views ===================================================================================================
+# How a Client is seen and fed: a Screen is for a person at a terminal, Lines are for pipes.
 
 
 class Lines:
