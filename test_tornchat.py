@@ -1431,7 +1431,7 @@ class Feeds:
 
     async def enter(self, feed: tornchat.Feed, name: str) -> Recorder:
         """A member of this feed's room, with a listener."""
-        recorder = Recorder(await feed.enter(f"sid-{name}", name))
+        recorder = Recorder(await feed.outbox.enter(f"sid-{name}", name))
         feed.room.join(recorder)
         return recorder
 
@@ -1470,7 +1470,7 @@ async def open_feed(kind: type[tornchat.Store], connect: Callable[..., Any], con
     """A daemon's feed at work, over a store that others may use as well."""
     store = kind(connect, config)
     store.shared = True
-    feed = tornchat.Feed(store, tornchat.Room(config), config)
+    feed = tornchat.Feed(store, tornchat.Outbox(tornchat.Room(config), config))
     await feed.open()
     feed.start()
     return feed
@@ -1495,7 +1495,7 @@ def redis_feeds(redis_server: RedisServer) -> Feeds:
 def say(feed: tornchat.Feed, who: Recorder, text: str, cid: str = "") -> list[object]:
     """Say something at this feed; the list fills with what is heard of it."""
     outcomes: list[object] = []
-    feed.say(who.member, tornchat.Say(text, cid), outcomes.append)
+    feed.outbox.say(who.member, tornchat.Say(text, cid), outcomes.append)
     return outcomes
 
 
@@ -1553,7 +1553,7 @@ class TestFeed:
                 await asyncio.sleep(0.001)
         await feeds.settled(300)
         assert [frame["text"] for frame in ann.of("message")] == [str(n) for n in range(1, 301)]
-        assert not feed.outbox
+        assert not feed.outbox.waiting
 
     @transcript
     async def test_what_is_in_the_store(self, feeds: Feeds) -> None:
@@ -1814,8 +1814,8 @@ class TestFeed:
         assert all(isinstance(outcome, tornchat.Event) for (outcome,) in said)
         assert ann.of("message") == bob.of("message")
         assert sorted(frame["text"] for frame in ann.of("message") if frame["name"] == "Bob") == [*map(str, range(10))]
-        assert not near.outbox
-        assert not far.outbox
+        assert not near.outbox.waiting
+        assert not far.outbox.waiting
 
     @transcript
     async def test_a_long_history_is_read_in_pages(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1893,12 +1893,12 @@ class TestFeed:
         for n in range(60):
             bob = await feeds.enter(feed, f"B{n}")
             feed.room.leave(bob)
-            await feed.exit(bob.member)
+            await feed.outbox.exit(bob.member.sid, bob.member.name)
         say(feed, ann, "on")
         await feeds.settled(501)
         assert await feeds.redis.xlen(feeds.key) < 210 + 21 + 100  # Redis trims by whole nodes of 100 entries
-        assert len(feed.stored) == 100
-        assert 200 <= feed.feed.messages <= 210
+        assert len(feed.outbox.stored) == 100
+        assert 200 <= feed.extent.messages <= 210
         assert 20 <= len(feed.notices) <= 21
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
@@ -1915,7 +1915,7 @@ class TestFeed:
             say(feed, ann, f"{n}" + "x" * 3000)
         await feeds.settled(400)
         assert len(feed.room.ring.kept) == 100
-        assert feed.entries.size <= 50_000
+        assert feed.kept.size <= 50_000
         assert await feeds.redis.xlen(feeds.key) < 220 + 100
         bob = await feeds.enter(await feeds.start(), "Bob")
         assert bob.seqs == list(range(301, 401))
@@ -1947,7 +1947,9 @@ class TestFeed:
     async def test_a_name_is_someone_elses(self, feeds: Feeds) -> None:
         """Of two sessions that enter under one name at two daemons at once, one is refused."""
         first, second = await feeds.start(), await feeds.start()
-        results = await asyncio.gather(first.enter("s1", "Ann"), second.enter("s2", "ANN"), return_exceptions=True)
+        results = await asyncio.gather(
+            first.outbox.enter("s1", "Ann"), second.outbox.enter("s2", "ANN"), return_exceptions=True
+        )
         refused = [result for result in results if isinstance(result, tornchat.Refused)]
         assert [result.code for result in refused] == ["taken"]
 
@@ -1956,7 +1958,7 @@ class TestFeed:
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
-        began = feed.newest.id[0] + 1
+        began = feed.last[0] + 1
         thief = tornchat.Event("joined", 0, began, "sid-thief", "~1", "Ann")
         async with feeds.redis.pipeline() as pipe:
             pipe.hset(feeds.place.key("state"), "epoch", began).delete(feeds.key, feeds.place.key("names"))
@@ -1987,7 +1989,7 @@ class TestFeed:
         monkeypatch.setattr(feed.store, "read_state", failing)
         async with feeds.redis.pipeline() as pipe:
             pipe.delete(feeds.key).hset(feeds.place.key("state"), "epoch", "another")
-            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.newest.id[0] + 1}-1")
+            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.last[0] + 1}-1")
             await pipe.execute()
 
         async def told() -> bool:
@@ -2005,19 +2007,19 @@ class TestFeed:
         async def nothing(*args: object, **kwargs: object) -> None:
             """The notice is in the feed, and another one already behind it."""
 
-        monkeypatch.setattr(feed, "committed", nothing)
+        monkeypatch.setattr(feed.outbox, "committed", nothing)
         with pytest.raises(tornchat.Taken):
-            await feed.enter("sid-Ann", "Ann")
+            await feed.outbox.enter("sid-Ann", "Ann")
 
     @transcript
     async def test_one_return_at_a_time(self, feeds: Feeds) -> None:
         """Who is on the way back to the list does not set out a second time."""
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
-        await feed.exit(bob.member)
+        await feed.outbox.exit(bob.member.sid, bob.member.name)
         for _ in range(3):
             feeds.presences[0].rejoin_missing()
-        assert len(feed.outbox) == 1
+        assert len(feed.outbox.waiting) == 1
         say(feed, ann, "on")
         await feeds.settled(1)
         assert [frame["names"] for frame in ann.of("joined")] == [["Bob"], ["Bob"]]
@@ -2055,7 +2057,7 @@ class TestFeed:
         """After an outage, or when the store's clock has jumped, leases that are over are spared for a while."""
         feed = await feeds.start(renew_seconds=0.1, lease_seconds=0.3)
         await feeds.enter(feed, "Ann")
-        absent = await feed.enter("sid-Carl", "Carl")
+        absent = await feed.outbox.enter("sid-Carl", "Carl")
         feed.store.clock_ahead -= 3_600_000  # as if the last reading had been an hour behind
 
         async def spared() -> bool:
@@ -2072,7 +2074,7 @@ class TestFeed:
     async def test_a_name_without_a_lease(self, feeds: Feeds) -> None:
         """A name whose lease was lost gets another one, and so can leave."""
         feed = await feeds.start(renew_seconds=0.1, lease_seconds=0.3)
-        carl = await feed.enter("sid-Carl", "Carl")
+        carl = await feed.outbox.enter("sid-Carl", "Carl")
         await feeds.redis.delete(feeds.place.key("leases"))
 
         async def gone() -> bool:
@@ -2086,14 +2088,14 @@ class TestFeed:
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         old = ann.member
-        await feed.exit(old)
-        new = await feed.enter("sid-new", "Ann")
+        await feed.outbox.exit(old.sid, old.name)
+        new = await feed.outbox.enter("sid-new", "Ann")
         left: list[object] = []
-        feed.propose("left", old, left.append, text="logout")
+        feed.outbox.propose("left", old, left.append, text="logout")
         said: list[object] = []
-        feed.propose("message", old, said.append, cid="c1", text="I am Ann")
+        feed.outbox.propose("message", old, said.append, cid="c1", text="I am Ann")
         await feeds.settled(0)
-        await feed.enter("sid-Bob", "Bob")  # the two before are decided by now
+        await feed.outbox.enter("sid-Bob", "Bob")  # the two before are decided by now
         assert len(left) == len(said) == 1
         assert isinstance(said[0], tornchat.Refused)
         assert said[0].code == "name-lost"
@@ -6108,7 +6110,7 @@ class TestStopping:
         cid = await ann.say("wait for me")
 
         async def waits() -> bool:
-            return bool(daemon.feed.outbox)
+            return bool(daemon.outbox.waiting)
 
         await until(waits)
         stopping = asyncio.create_task(daemon.stop())
@@ -6128,7 +6130,7 @@ class TestStopping:
         cid = await ann.say("too late")
 
         async def waits() -> bool:
-            return bool(daemon.feed.outbox)
+            return bool(daemon.outbox.waiting)
 
         await until(waits)
         stopping = asyncio.create_task(daemon.stop())
@@ -8351,7 +8353,7 @@ class Witness(Recorder):
     async def join(self, feed: tornchat.Feed) -> None:
         """Come to this daemon, for the first time or with what one has seen, and say again what isn't confirmed."""
         self.feed, welcomes = feed, self.of("welcome")
-        self.member = await feed.enter(f"sid-{self.name}", self.name)
+        self.member = await feed.outbox.enter(f"sid-{self.name}", self.name)
         if not welcomes:
             feed.room.join(self)
         else:
@@ -8362,7 +8364,9 @@ class Witness(Recorder):
             self.say(cid)
 
     def say(self, cid: str) -> None:
-        self.feed.say(self.member, tornchat.Say(self.said[cid], cid), functools.partial(self.told.__setitem__, cid))
+        self.feed.outbox.say(
+            self.member, tornchat.Say(self.said[cid], cid), functools.partial(self.told.__setitem__, cid)
+        )
 
     def say_refused(self) -> None:
         """As the page does, what was refused for want of a store."""
@@ -8438,9 +8442,9 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
 
         async def act() -> None:
             person, feed = self.people[who], self.feeds[at]
-            here = await feed.enter(f"sid-{person.name}", person.name)
+            here = await feed.outbox.enter(f"sid-{person.name}", person.name)
             for cid in list(person.said)[-last:]:
-                feed.say(here, tornchat.Say(person.said[cid], cid), lambda outcome: None)
+                feed.outbox.say(here, tornchat.Say(person.said[cid], cid), lambda outcome: None)
 
         self.runner.run(act())
 
@@ -8468,7 +8472,7 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def act() -> None:
             old = self.feeds[at]
             if in_order:
-                await old.drain()
+                await old.outbox.drain()
             await old.stop()
             await old.store.close()
             self.feeds[at] = await self.open_feed()
@@ -8493,7 +8497,7 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def same() -> bool:
             for person in self.people:
                 person.say_refused()
-            rooms = {(feed.room.epoch, feed.room.seq, feed.newest.id, len(feed.outbox)) for feed in self.feeds}
+            rooms = {(feed.room.epoch, feed.room.seq, feed.last, len(feed.outbox.waiting)) for feed in self.feeds}
             length = await self.feeds[0].store.redis.xlen(self.feeds[0].store.feed)
             return len(rooms) == 1 and bool(length) and not any(person.unconfirmed() for person in self.people)
 
@@ -9668,7 +9672,7 @@ class TestTerminal:
             line.disappear()
             await ann.shows("Connection lost.")
             if lasting:
-                await asyncio.wait_for(daemon.feed.exit(daemon.room.roster["ann"]), PATIENCE)
+                await asyncio.wait_for(daemon.outbox.exit(daemon.room.roster["ann"].sid, "Ann"), PATIENCE)
                 await lan.join("Ann")
             else:
                 line.target = (await lan.restart(port=0)).port
@@ -10442,16 +10446,18 @@ async def bench_polls(members: int = 500, messages: int = 30) -> None:
 async def write_messages(url: str, room: str, name: str, count: int) -> None:
     """One daemon without its web side, that writes as fast as the store takes it; prints when it began and ended."""
     config = tornchat.Config(redis_url=url, room=room, rate=0.0)
-    feed = tornchat.Feed(tornchat.Store(tornchat.connect(config), config), tornchat.Room(config), config)
+    feed = tornchat.Feed(
+        tornchat.Store(tornchat.connect(config), config), tornchat.Outbox(tornchat.Room(config), config)
+    )
     await feed.open()
     feed.start()
-    member = await feed.enter(name, name)
+    member = await feed.outbox.enter(name, name)
     began = time.time()
     for number in range(count):
-        if len(feed.outbox) >= 500:
-            await feed.idle.wait()
-        feed.say(member, tornchat.Say("x" * 100, f"c{number}"), lambda outcome: None)
-    await feed.idle.wait()
+        if len(feed.outbox.waiting) >= 500:
+            await feed.outbox.empty.wait()
+        feed.outbox.say(member, tornchat.Say("x" * 100, f"c{number}"), lambda outcome: None)
+    await feed.outbox.empty.wait()
     print(began, time.time())
     await feed.stop()
     await feed.store.close()

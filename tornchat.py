@@ -32,7 +32,7 @@ back `last` too, and no joined or left is missed between two of them. POST /mess
 the stored message, or with what is refused. GET /healthz says how the daemon is.
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Store, Room, Feed, Presence, Limits by address, Web, Login, Sockets,
+  Limits and settings, Messages and names, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login, Sockets,
   Polling, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
 """
 
@@ -166,6 +166,7 @@ GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refu
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
 POLL_BYTES = 64 * 1024  # in one answer, which the kernel takes at once; the next one goes on from there
 POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
+NAMES_KEPT = 20  # of one address, for people who have left
 PACES = 10_000  # sessions, and addresses, whose pace is remembered
 LOGINS_AT_ONCE = 200  # from one address, which may be that of a whole school; then
 LOGINS_A_SECOND = 2
@@ -664,6 +665,7 @@ def encode_store(available: bool) -> Encoded:
 P = ParamSpec("P")
 T = TypeVar("T")
 Id = tuple[int, int]  # "<ms>-<n>": n counts the commits, ms is the store's clock when the history began
+NO_ENTRY: Id = (0, 0)
 
 STORE_ERRORS = (RedisError, OSError)  # away, silent, full, read-only, or holding something that isn't ours
 OVERTAKEN = "equal or smaller"  # in the words of Redis, for an id that isn't above its newest
@@ -1353,8 +1355,10 @@ class Room:
 
     def exit(self, left: Event) -> bool:
         """Takes a session off the roster; whether it was there. Its name is kept for it, unless it was given back."""
-        member = self.roster.get(name_key(left.name))
+        member = self.roster.get(key := name_key(left.name))
         if member is None or member.sid != left.sid:
+            if left.text == LOGOUT and self.owner(key) == left.sid:
+                del self.kept_names[key]
             return False
         del self.roster[member.key]
         if not member.listeners:
@@ -1387,15 +1391,11 @@ class Room:
         return name
 
 
-# === Feed =============================================================================================================
-# One direction: say -> outbox -> commit -> the store's feed -> absorb -> the room and its listeners. The order is
-# decided once, by the store. One task, `run`, owns what is absorbed; the reader hands over to it, others only ring.
+# === Outbox ===========================================================================================================
+# What members want to be stored waits here until the feed has it. What becomes of it is decided by what the feed says
+# then: who has the name, and whether the same cid has been stored before.
 
 Outcome = Event | Refused
-
-
-class Gap(Exception):  # noqa: N818 - a fact about the feed
-    """What follows in the feed isn't what follows what was absorbed so far."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1423,61 +1423,19 @@ class Proposal:
         return "" if self.cid.startswith("~") else self.cid
 
 
-class Window:
-    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+class Outbox:
+    """The proposals of members here, in order of arrival, and those that other daemons wish for."""
 
-    def __init__(self, messages: int, size: int) -> None:
-        self.limits = messages, size
-        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
-        self.messages = self.size = 0
-
-    def add(self, entry: Entry, messages: int, size: int) -> None:
-        self.entries.append((entry, messages, size))
-        self.messages += messages
-        self.size += size
-
-    def shrink(self, slack: float = 0) -> bool:
-        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        dropped = False
-        if any(now > (1 + slack) * limit for now, limit in zip((self.messages, self.size), self.limits, strict=True)):
-            while self.messages > self.limits[0] or self.size > self.limits[1]:
-                _, messages, size = self.entries.popleft()
-                self.messages -= messages
-                self.size -= size
-                dropped = True
-        return dropped
-
-
-class Feed:
-    """Keeps the room the sum of the feed, and commits to the feed what members propose."""
-
-    def __init__(self, store: Store, room: Room, config: Config) -> None:
-        self.store, self.room, self.config = store, room, config
-        self.secret = config.secret
+    def __init__(self, room: Room, config: Config) -> None:
+        self.room, self.config = room, config
         self.paces = Paces(config.rate, max(1, config.rate * 5))  # by sid: a new tab or a logout fills no bucket
-        self.outbox: dict[tuple[str, str], Proposal] = {}  # in order of arrival
+        self.waiting: dict[tuple[str, str], Proposal] = {}
+        self.stored: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # (sid, cid) -> seq
         # A cid of the daemon's own is none for the client, but tells a second try from a second message.
         self.cids, self.counter = f"~{secrets.token_hex(8)}-", itertools.count()
-        self.idle = asyncio.Event()  # the outbox is empty
-        self.idle.set()
-        self.bell = asyncio.Event()  # there is something to do for `run`
-        self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
-        self.newest = Entry((0, 0), b"")  # absorbed
-        self.read_to: Id = 0, 0  # by the reader
-        self.forget()
-        self.names: dict[str, str | None] = {}  # to be written beside the feed
-        self.unsure = True  # the store may hold something else than was absorbed: look
-        self.confirmed = False  # it was seen to hold that, since the last tick
-        self.asked: list[asyncio.Future[None]] = []  # who waits for the next look
-        self.run_id = ""  # of the Redis that was looked at last
-        self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
-        self.losses = self.gathered = 0  # commits lost in a row; events in the last one
-        self.stranded = asyncio.Event()  # somebody who is connected here is not on the roster
-        self.readable = self.writable = True
-        self.stopping = False
-        self.tasks: list[asyncio.Task[NoReturn]] = []
-
-    # --- what members want ---
+        self.bell = asyncio.Event()  # there is something to do for the Feed
+        self.empty = asyncio.Event()
+        self.empty.set()
 
     def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
         """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
@@ -1485,7 +1443,7 @@ class Feed:
         if seq := self.stored.get((member.sid, say.cid)):
             done(self.message(seq, member, say))
             return
-        if len(self.outbox) >= OUTBOX_PROPOSALS:
+        if len(self.waiting) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
         self.propose("message", member, done, cid=say.cid, text=say.text)
 
@@ -1515,9 +1473,10 @@ class Feed:
             raise Taken(name)
         return entered
 
-    async def exit(self, member: Member) -> None:
+    async def exit(self, sid: str, name: str) -> None:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
-        if self.room.owner(member.key) == member.sid:
+        if self.room.owner(name_key(name)) == sid:
+            member = self.room.sessions.get(sid) or Member(sid, name, name_key(name))
             written = asyncio.Event()
             self.propose("left", member, lambda _: written.set(), cid="~logout", text=LOGOUT, patience=math.inf)
             with contextlib.suppress(TimeoutError):
@@ -1545,23 +1504,23 @@ class Feed:
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
         proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
-        waiting = self.outbox.setdefault(proposal.id, proposal).done
-        if done and done not in waiting:
-            waiting.append(done)
-        self.idle.clear()
+        told = self.waiting.setdefault(proposal.id, proposal).done
+        if done and done not in told:
+            told.append(done)
+        self.empty.clear()
         self.bell.set()
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
-        if proposal := self.outbox.pop(id, None):
+        if proposal := self.waiting.pop(id, None):
             for done in proposal.done:
                 done(outcome)
-            if not self.outbox:
-                self.idle.set()
+            if not self.waiting:
+                self.empty.set()
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
-        for proposal in [proposal for proposal in self.outbox.values() if proposal.expires <= now]:
+        for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
             self.refuse(proposal)
 
     def refuse(self, proposal: Proposal) -> None:
@@ -1569,19 +1528,138 @@ class Feed:
         retry_after = self.config.retry_seconds
         self.settle(proposal.id, Refused("unavailable", cid=proposal.cid_of_client, retry_after=retry_after))
 
-    async def catch_up(self, seen: Seen) -> None:
-        """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
-        if not self.room.is_ahead(seen):
-            return
-        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.asked.append(looked)
-        self.ring_for_look()
-        try:
-            await asyncio.wait_for(looked, self.config.silence_seconds)
-        except TimeoutError:
-            raise Refused("unavailable", retry_after=self.config.retry_seconds) from None
+    async def drain(self) -> None:
+        """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_seconds):
+                await self.empty.wait()
+        for proposal in list(self.waiting.values()):
+            self.refuse(proposal)
 
-    # --- the one task that changes what is absorbed ---
+    # --- for the Feed ---
+
+    def group(self, id: Id, now: int) -> list[Event]:
+        """The events of the entry with that id: what is to be committed, given what was absorbed. The rest is answered.
+
+        Who talks, is connected here, and isn't on the roster any more (a lease was lost) joins first.
+        """
+        events: list[Event] = []
+        seq, ts, size = self.room.seq, max(self.room.ts, now), 0
+        owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
+        for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
+            key = name_key(proposal.name)
+            owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
+            if verdict := self.verdict(proposal, owner, present):
+                self.settle(proposal.id, verdict)
+                continue
+            returning = ["joined"] if proposal.type == "message" and not present else []
+            for type in (*returning, proposal.type):
+                seq += type == "message"
+                cid, text = (proposal.cid, proposal.text) if type == proposal.type else ("", "")
+                events.append(Event(type, seq, ts, proposal.sid, cid, proposal.name, text, (*id, len(events))))
+            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
+            size += len(proposal.text)
+            if size > ENTRY_CHARS:
+                break
+        return events
+
+    def verdict(self, proposal: Proposal, owner: str, present: bool) -> Outcome | None:
+        """What a proposal gets that is not to be committed, else None. `owner` has its name, and is on the roster or
+        was until a short while ago.
+        """
+        sid, type = proposal.sid, proposal.type
+        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
+        if type == "message" and not (owner == sid and present) and not here:
+            return Refused("name-lost", cid=proposal.cid_of_client, name=proposal.name)
+        if type == "joined" and owner not in ("", sid):
+            return Taken(proposal.name)
+        leaves = owner == sid and (present or proposal.text == LOGOUT)
+        if (type == "joined" and owner == sid and present) or (type == "left" and not leaves):
+            return Event(type, self.room.seq, self.room.ts, *proposal.id, proposal.name)  # it is so already
+        return None
+
+    def absorbed(self, events: Iterable[Event]) -> None:
+        """The feed has these: whoever waits for one is told, and remembers it against doubles."""
+        for event in events:
+            if event.cid:
+                self.stored[event.sid, event.cid] = event.seq
+                self.settle((event.sid, event.cid), event)
+        while len(self.stored) > INDEX_EVENTS:
+            self.stored.popitem(last=False)
+
+    def wishes(self) -> list[Event]:
+        """What other daemons have not been asked yet to commit for us."""
+        ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
+        for proposal in ours:
+            proposal.wished = True
+        return [Event(each.type, 0, 0, *each.id, each.name, each.text) for each in ours]
+
+    def take_wishes(self, events: Iterable[Event]) -> None:
+        """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
+        expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
+        for event in events:
+            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires)
+            if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
+                self.waiting.setdefault(proposal.id, proposal)
+                self.empty.clear()
+                self.bell.set()
+
+
+# === Feed =============================================================================================================
+# The room is the sum of the feed. One task, `run`, owns what is absorbed: it commits what waits in the outbox, takes
+# what the reader brings from other daemons, and mends what the store has forgotten. All others only ring.
+
+
+class Gap(Exception):  # noqa: N818 - a fact about the feed
+    """The store doesn't hold what would follow what was absorbed so far."""
+
+
+class Window:
+    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+
+    def __init__(self, messages: int, size: int) -> None:
+        self.limits = messages, size
+        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
+        self.messages = self.size = 0
+
+    def add(self, entry: Entry, messages: int, size: int) -> None:
+        self.entries.append((entry, messages, size))
+        self.messages += messages
+        self.size += size
+
+    def shrink(self, slack: float = 0) -> bool:
+        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
+        dropped = False
+        if any(now > (1 + slack) * limit for now, limit in zip((self.messages, self.size), self.limits, strict=True)):
+            while self.messages > self.limits[0] or self.size > self.limits[1]:
+                _, messages, size = self.entries.popleft()
+                self.messages -= messages
+                self.size -= size
+                dropped = True
+        return dropped
+
+
+class Feed:
+    """Keeps the room the sum of the feed, and commits to the feed what waits in the outbox."""
+
+    def __init__(self, store: Store, outbox: Outbox) -> None:
+        self.store, self.outbox, self.room, self.config = store, outbox, outbox.room, outbox.config
+        self.bell = outbox.bell
+        self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
+        self.read_to = self.last = NO_ENTRY  # ids of the newest entry that the reader brought, and that was absorbed
+        self.forget()
+        self.names: dict[str, str | None] = {}  # to be written beside the feed
+        self.secret = self.config.secret
+        self.unsure = True  # the store may hold something else than was absorbed: look
+        self.confirmed = False  # it was seen to hold that, since the last tick
+        self.asked: list[asyncio.Future[None]] = []  # who waits for the next look
+        self.run_id = ""  # of the Redis that was looked at last
+        self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
+        self.losses = self.gathered = 0  # commits lost in a row; events in the last one
+        self.stranded = asyncio.Event()  # somebody who is connected here is not on the roster
+        self.readable = self.writable = True
+        self.stopping = False
+        self.tasks: list[asyncio.Task[NoReturn]] = []
 
     async def run(self) -> NoReturn:
         """Absorbs what the reader brings and commits what waits in the outbox, for ever."""
@@ -1615,17 +1693,19 @@ class Feed:
             surplus = [self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)]
             await self.store.delete(surplus)
 
+    # --- committing ---
+
     async def commit(self) -> None:
         """One entry with what waits in the outbox. Raises Gap and STORE_ERRORS; then nobody knows what was stored."""
-        if (not self.outbox and self.writable) or asyncio.get_running_loop().time() < self.quiet_until:
+        if (not self.outbox.waiting and self.writable) or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
-        id = self.newest.id[0], self.newest.id[1] + 1
-        events = self.group(id)
+        id = self.last[0], self.last[1] + 1
+        events = self.outbox.group(id, self.store.now())
         if not events and self.writable:
             return  # else an empty entry tries a store that took nothing
         entry = Entry(id, encode_events(events))
-        keep_from = self.feed.entries[0][0].id if self.feed.shrink(FEED_SLACK) else None
+        keep_from = self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
         if not await self.store.append(entry, keep_from):
             await self.lose()
             return
@@ -1636,99 +1716,41 @@ class Feed:
         self.mark(writable=True)
         self.take(entry, events)
         self.tell(events)
-        if self.outbox:
+        if self.outbox.waiting:
             self.bell.set()
 
     async def gather(self) -> None:
         """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
         Who talks alone never waits for that.
         """
-        waiting = -1
-        while self.gathered > 1 and waiting < len(self.outbox) < GROUP_EVENTS:
-            waiting = len(self.outbox)
+        before = -1
+        while self.gathered > 1 and before < len(self.outbox.waiting) < GROUP_EVENTS:
+            before = len(self.outbox.waiting)
             for _ in range(GATHER_TURNS):
                 await asyncio.sleep(0)
 
-    def group(self, id: Id) -> list[Event]:
-        """The entry of that id: what of the outbox is to be committed, given what was absorbed. The rest is answered.
-
-        Who talks, is connected here, and isn't on the roster any more (a lease was lost) joins first.
-        """
-        events: list[Event] = []
-        seq, ts, size = self.room.seq, max(self.room.ts, self.store.now()), 0
-        owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
-        for proposal in list(itertools.islice(self.outbox.values(), GROUP_EVENTS)):
-            key = name_key(proposal.name)
-            owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
-            if verdict := self.verdict(proposal, owner, present):
-                self.settle(proposal.id, verdict)
-                continue
-            returning = ["joined"] if proposal.type == "message" and not present else []
-            for type in (*returning, proposal.type):
-                seq += type == "message"
-                cid, text = (proposal.cid, proposal.text) if type == proposal.type else ("", "")
-                events.append(Event(type, seq, ts, proposal.sid, cid, proposal.name, text, (*id, len(events))))
-            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
-            size += len(proposal.text)
-            if size > ENTRY_CHARS:
-                break
-        return events
-
-    def verdict(self, proposal: Proposal, owner: str, present: bool) -> Outcome | None:
-        """What a proposal gets that is not to be committed, else None. `owner` has its name, and is on the roster or
-        was until a short while ago.
-        """
-        sid, type = proposal.sid, proposal.type
-        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
-        if type == "message" and not (owner == sid and present) and not here:
-            return Refused("name-lost", cid=proposal.cid_of_client, name=proposal.name)
-        if type == "joined" and owner not in ("", sid):
-            return Taken(proposal.name)
-        if (type == "joined" and owner == sid and present) or (type == "left" and owner != sid):
-            return Event(type, self.room.seq, self.room.ts, *proposal.id, proposal.name)  # it is so already
-        return None
-
     async def lose(self) -> None:
         """Another daemon was first: reads what it committed. One that is far from the store would lose for ever: after
-        the second time it asks the others to commit its own.
+        the second time it asks the others to commit its own; (sid, cid) prevents doubles.
         """
         self.losses += 1
-        if self.losses > 1:
+        if self.losses > 1 and (wishes := self.outbox.wishes()):
             self.losses = 0
-            await self.wish()
-        before = self.newest.id
+            await self.store.wish(encode_events(wishes))
+        before = self.last
         await self.read_on()
-        if self.newest.id == before:
+        if self.last == before:
             self.ring_for_look()
         self.bell.set()
 
-    async def wish(self) -> None:
-        """Asks the other daemons to commit what waits here; (sid, cid) prevents doubles."""
-        ours = [proposal for proposal in self.outbox.values() if proposal.member and not proposal.wished]
-        if ours := ours[:GROUP_EVENTS]:
-            events = [Event(each.type, 0, 0, *each.id, each.name, each.text) for each in ours]
-            await self.store.wish(encode_events(events))
-            for proposal in ours:
-                proposal.wished = True
-
-    def take_wish(self, raw: bytes) -> None:
-        """Another daemon asks to commit its proposals. It judges by itself what it finds in the feed."""
-        expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
-        for event in decode_events(raw):
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires)
-            if proposal.id not in self.stored and len(self.outbox) < OUTBOX_PROPOSALS:
-                self.outbox.setdefault(proposal.id, proposal)
-                self.idle.clear()
-                self.bell.set()
-
-    # --- what the feed brings ---
+    # --- absorbing ---
 
     async def follow(self) -> NoReturn:
         """The reader: hands over what other daemons commit, for ever, and notices when the store is gone."""
         pause, wish = Backoff(self.config.retry_seconds), b"%d-0" % self.store.now()
         while True:
             try:
-                self.read_to = max(self.read_to, self.newest.id)
+                self.read_to = max(self.read_to, self.last)
                 entries, wishes = await self.store.follow(self.read_to, wish)
                 self.mark(readable=True)
                 pause.reset()
@@ -1739,7 +1761,7 @@ class Feed:
                 continue
             for id, raw in wishes:
                 wish = id
-                self.take_wish(raw)
+                self.outbox.take_wishes(decode_events(raw))
             if entries:
                 self.read_to = entries[-1].id
                 await self.arrived.put(entries)
@@ -1749,8 +1771,8 @@ class Feed:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
         more = True
         while more:
-            entries = await self.store.read(self.newest.id)
-            if entries and entries[0].id == self.newest.id and self.newest.raw not in (b"", entries[0].raw):
+            entries = await self.store.read(self.last)
+            if entries and self.is_another(entries[0]):
                 raise Gap
             self.absorb(entries)
             more = len(entries) == READ_ENTRIES
@@ -1761,12 +1783,12 @@ class Feed:
         absorbed: list[Event] = []
         try:
             for entry in entries:
-                if entry.id <= self.newest.id:
+                if entry.id <= self.last:
                     continue
                 events = decode_events(entry.raw, entry.id)
                 seqs = [event.seq for event in events if event.type == "message"]
                 first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
-                if entry.id != (self.newest.id[0], self.newest.id[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                if entry.id != (self.last[0], self.last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
                     raise Gap
                 self.take(entry, events)
                 absorbed += events
@@ -1774,35 +1796,27 @@ class Feed:
             self.tell(absorbed)
 
     def take(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
-        """Remembers an entry: what is stored, and what the store would need to be put back. Where only its index is
-        needed it comes without its bytes, but with their number.
-        """
-        self.newest = entry
+        """Remembers an entry. Where only its index is needed it comes without its bytes, but with their number."""
+        self.last = entry.id
         messages = sum(event.type == "message" for event in events)
-        self.feed.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
         if entry.raw:
-            self.entries.add(entry, messages, len(entry.raw))
-            self.entries.shrink()
+            self.kept.add(entry, messages, len(entry.raw))
+            self.kept.shrink()
         if not messages:
             self.notices.append(entry.id)
-        for event in events:
-            if event.cid:
-                self.stored[event.sid, event.cid] = event.seq
-        while len(self.stored) > INDEX_EVENTS:
-            self.stored.popitem(last=False)
 
     def forget(self) -> None:
         """Nothing is known of the feed."""
-        self.entries = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
-        self.feed = Window(FEED_MESSAGES, FEED_BYTES)  # their ids and sizes
+        self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
+        self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of all
         self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
-        self.stored: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # (sid, cid) -> seq
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
+        self.outbox.absorbed(events)
         for event in events:
-            self.settle((event.sid, event.cid), event)
             if event.type == "left" and (member := self.room.sessions.get(event.sid)):
                 if event.text == LOGOUT:
                     for listener in tuple(member.listeners):
@@ -1817,24 +1831,41 @@ class Feed:
         self.unsure = True
         self.bell.set()
 
+    async def catch_up(self, seen: Seen) -> None:
+        """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
+        if not self.room.is_ahead(seen):
+            return
+        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.asked.append(looked)
+        self.ring_for_look()
+        try:
+            await asyncio.wait_for(looked, self.config.silence_seconds)
+        except TimeoutError:
+            raise Refused("unavailable", retry_after=self.config.retry_seconds) from None
+
     async def look(self) -> None:
         """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
         asked, self.unsure = len(self.asked), False
         if not (self.readable and self.writable):
             await self.greet()
         newest = await self.store.newest()
-        if newest is None or newest.id < self.newest.id:
-            await self.put_back(newest)
-        elif newest.id > self.newest.id:
-            await self.read_on()
-            if self.newest.id < newest.id:
-                raise Gap
-        elif newest.raw and self.newest.raw not in (b"", newest.raw):
+        if newest and self.is_another(newest):
             raise Gap
+        if newest is None or newest.id < self.last:
+            await self.put_back(newest.id if newest else NO_ENTRY)
+        elif newest.id > self.last:
+            await self.read_on()
+            if self.last < newest.id:
+                raise Gap
         for looked in self.asked[:asked]:
             if not looked.done():
                 looked.set_result(None)
         del self.asked[:asked]
+
+    def is_another(self, entry: Entry) -> bool:
+        """Whether this is not what was absorbed under its id: the store holds another history."""
+        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
+        return ours.id == entry.id and ours.raw != entry.raw != b""
 
     async def greet(self) -> None:
         """Behind a lost connection there may be a Redis that was started anew and has forgotten: nothing is committed
@@ -1855,18 +1886,11 @@ class Feed:
         if not self.config.secret:
             self.secret = await self.store.keep_secret(self.secret or secrets.token_hex(32))
 
-    async def put_back(self, newest: Entry | None) -> None:
-        """Gives back to the store what it has forgotten, as it was. Raises Gap where it holds another history."""
-        since = newest.id if newest else (0, 0)
-        if (
-            newest
-            and newest.raw
-            and any(ours.id == since and ours.raw != newest.raw for ours, *_ in self.entries.entries)
-        ):
-            raise Gap
+    async def put_back(self, since: Id) -> None:
+        """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
         names = {member.key: f"{member.sid} {member.name}" for member in self.room.roster.values()}
         await self.store.put_back_state(self.room.epoch, "" if self.config.secret else self.secret, names)
-        forgotten = [entry for entry, *_ in self.entries.entries if entry.id > since]
+        forgotten = [entry for entry, *_ in self.kept.entries if entry.id > since]
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
         log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
@@ -1878,40 +1902,29 @@ class Feed:
         if newest is None:
             return  # the next look deals with that
         epoch, roster = await self.store.read_state()
-        read: list[tuple[Entry, list[Event], int]] = []  # newest first
+        read: list[tuple[Entry, list[Event], int]] = []  # with sizes, newest first
         messages = 0
         async for page in self.store.pages():
             for entry in page:
                 size, events = len(entry.raw), decode_events(entry.raw, entry.id)
-                if messages > max(RING_MESSAGES, self.config.history):  # of what is older only the index is needed
+                if messages > self.room.ring.size:  # of what is older only the index is needed
                     entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
                 messages += sum(event.type == "message" for event in events)
                 read.append((entry, events, size))
-        self.adopt(
-            epoch or str(newest.id[0]), max([newest.id, *(entry.id for entry, *_ in read[:1])]), roster, read[::-1]
-        )
+        self.forget()
+        for entry, events, size in reversed(read):
+            self.take(entry, events, size)
+        self.read_to = self.last = max(self.last, newest.id)  # where the newest entries have been deleted
+        self.adopt(epoch or str(newest.id[0]), roster, [event for _, events, _ in reversed(read) for event in events])
 
-    def adopt(
-        self,
-        epoch: str,
-        last: Id,
-        roster: Mapping[str, tuple[str, str]],
-        read: Sequence[tuple[Entry, list[Event], int]],
-    ) -> None:
+    def adopt(self, epoch: str, roster: Mapping[str, tuple[str, str]], events: list[Event]) -> None:
         """Takes what was read for the truth. Whoever is connected here and not on its roster joins again."""
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        self.forget()
-        for entry, events, size in read:
-            self.take(entry, events, size)
-        if self.newest.id != last:  # its newest entries were deleted
-            self.newest = Entry(last, b"")
-        self.read_to = last
-        events = [event for _, events, _ in read for event in events]
         seq = next((event.seq for event in reversed(events) if event.type == "message"), 0)
-        self.room.adopt(History(epoch, last, seq, events, roster))
-        for event in events:
-            self.settle((event.sid, event.cid), event)  # what another try has stored meanwhile
+        self.room.adopt(History(epoch, self.last, seq, events, roster))
+        self.outbox.stored.clear()
+        self.outbox.absorbed(events)  # another try may have stored what waits here
         self.stranded.set()
 
     def mark(
@@ -1959,19 +1972,13 @@ class Feed:
         """Everything that must go on while the store is silent, and a look into it now and then."""
         while True:
             await asyncio.sleep(self.config.tick_seconds)
-            self.expire(asyncio.get_running_loop().time())
+            self.outbox.expire(asyncio.get_running_loop().time())
             if not self.confirmed:
                 self.ring_for_look()
             self.confirmed = False
 
     async def stop(self) -> None:
         await end_tasks(self.tasks)
-
-    async def drain(self) -> None:
-        """Waits until all that was said is stored or refused, for a while."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_seconds):
-                await self.idle.wait()
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -2067,7 +2074,7 @@ class Presence:
                     listener.refuse(Refused("name-lost", name=member.name))
                     listener.shut(4409, "name taken")
 
-        self.feed.propose("joined", member, done)
+        self.feed.outbox.propose("joined", member, done)
 
     async def renew(self) -> None:
         """The leases that are due. A name without a connection keeps its own for the grace."""
@@ -2107,7 +2114,7 @@ class Presence:
             await self.store.drop_leases(strays)
         for member in [self.room.roster[key] for key in lapsed.difference(strays)]:
             if not member.listeners:
-                self.feed.propose("left", member, cid=f"~lapsed-{self.room.ts}")
+                self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
 
     def start(self) -> None:
         self.tasks = [asyncio.create_task(task()) for task in (self.beat, self.keep_leases)]
@@ -2282,6 +2289,10 @@ class Session(NamedTuple):
     sid: str
     name: str
 
+    @property
+    def key(self) -> str:
+        return name_key(self.name)
+
 
 def host_name(header: str) -> str:
     """The name or address in a Host header, without port and final dot; "" if there is none."""
@@ -2428,7 +2439,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """Takes a message, at the pace of its session and of its address. Raises Refused."""
         limits = self.daemon.limits
         limits.pace(limits.messages, self.address, say.cid, cost=0)
-        self.daemon.feed.say(member, say, done)  # only what that takes counts
+        self.daemon.outbox.say(member, say, done)  # only what that takes counts
         limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
 
     async def admit(self, session: Session | None) -> Member:
@@ -2629,8 +2640,9 @@ def asset_url(name: str) -> str:
 class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
-    def __init__(self, feed: Feed, limits: Limits) -> None:
-        self.feed, self.room, self.config, self.limits = feed, feed.room, feed.config, limits
+    def __init__(self, outbox: Outbox, limits: Limits) -> None:
+        self.outbox, self.room, self.config, self.limits = outbox, outbox.room, outbox.config, limits
+        self.given: dict[str, list[Session]] = {}  # by address: names that are still their sessions', oldest first
 
     async def log_in(
         self, nickname: str, password: str, address: str, session: Session | None = None, *, renew: bool = False
@@ -2653,14 +2665,25 @@ class Admission:
         new = await (self.enter_as(name) if name else self.enter_as_guest(address))
         if session:
             await self.give_back(session)
+        await self.keep_few(new, network(address))
         return new
 
     async def give_back(self, session: Session) -> None:
-        """Takes a session's name off the roster, and closes its connections."""
+        """Frees a session's name at once, and closes its connections."""
+        await self.outbox.exit(session.sid, session.name)
         if member := self.room.sessions.get(session.sid):
-            await self.feed.exit(member)
             for listener in tuple(member.listeners):
-                listener.shut(4401, "logout")
+                listener.shut(4401, LOGOUT)
+
+    async def keep_few(self, new: Session, address: str) -> None:
+        """An address may have so many names kept for people who have left: else one pupil takes all. The oldest go."""
+        names = [session for session in self.given.pop(address, []) if self.room.owner(session.key) == session.sid]
+        self.given[address] = [*names, new]
+        while len(self.given) > PACES:
+            del self.given[next(iter(self.given))]
+        away = [session for session in names if session.key not in self.room.roster]
+        for session in away[: max(0, len(away) - NAMES_KEPT)]:
+            await self.give_back(session)
 
     async def check_password(self, password: str, address: str) -> None:
         """Raises Refused if the room has another one, but not at once. The right one never waits, whoever guesses."""
@@ -2678,12 +2701,12 @@ class Admission:
         if session.sid not in self.room.sessions:
             self.limits.pace(self.limits.rejoins, session.sid)
             self.limits.log_in(network(address))
-        return await self.feed.enter(session.sid, session.name)
+        return await self.outbox.enter(session.sid, session.name)
 
     async def enter_as(self, name: str) -> Session:
         """A new session under that name. Raises Refused."""
         session = Session(secrets.token_hex(16), name)
-        await self.feed.enter(session.sid, session.name)
+        await self.outbox.enter(session.sid, session.name)
         return session
 
     async def enter_as_guest(self, address: str) -> Session:
@@ -3459,9 +3482,10 @@ class Daemon:
             bound.visitors = self.visitors
         self.store = Store(connect(config), config)
         self.room = Room(config)
-        self.feed = Feed(self.store, self.room, config)
+        self.outbox = Outbox(self.room, config)
+        self.feed = Feed(self.store, self.outbox)
         self.presence = Presence(self.feed)
-        self.admission = Admission(self.feed, self.limits)
+        self.admission = Admission(self.outbox, self.limits)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
@@ -3523,9 +3547,7 @@ class Daemon:
             return
         self.feed.stopping = True
         self.server.stop()
-        await self.feed.drain()
-        for proposal in list(self.feed.outbox.values()):
-            self.feed.refuse(proposal)
+        await self.outbox.drain()
         await self.say_goodbye()
         await self.presence.stop()
         await self.feed.stop()
