@@ -1601,6 +1601,7 @@ class TestFeed:
             {b"events": b"17"},
             {b"events": b'[{"type":"message","seq":"two"}]'},
             {b"events": b'[{"type":"message","seq":2,"ts":0,"sid":"s","cid":"c","name":"Eve","text":7}]'},
+            {b"events": b'[{"type":"message","seq":2,"ts":0,"sid":"s","cid":"c","name":"Eve","text":"\\ud800"}]'},
             {b"text": b"x" * 1_000_000},
         ],
     )
@@ -1900,6 +1901,10 @@ class TestFeed:
         assert len(feed.outbox.stored) == 100
         assert 200 <= feed.extent.messages <= 210
         assert 20 <= len(feed.notices) <= 21
+        for n in range(200):  # of which each is off and on again, and nobody talks
+            await feed.outbox.exit("sid-Eve", "Eve")
+            await feed.outbox.enter("sid-Eve", "Eve")
+        assert len(feed.kept.entries) + len(feed.extent.entries) < 500 + 2 * 210
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 
@@ -2105,6 +2110,71 @@ class TestFeed:
             return (await feed.store.read_state())[1].get(new.key) == ("sid-new", "Ann")
 
         await until(written)
+
+    @transcript
+    async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who joined and talked in one entry long ago, and whose leaving has been deleted, is not back after a start."""
+        monkeypatch.setattr(tornchat, "FEED_NOTICES", 4)
+        feed = await feeds.start()
+        bob = member("Bob")
+        feed.outbox.propose("joined", bob)
+        feed.outbox.propose("message", bob, text="hi")
+        await feeds.settled(1)
+        await feed.outbox.exit(bob.sid, bob.name)
+        for n in range(9):
+            await feed.outbox.enter(f"sid-{n}", f"Carl{n}")
+        later = await feeds.start()
+        assert set(later.room.roster) == set(feed.room.roster)
+
+    @transcript
+    async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
+        feed = await feeds.start(lease_seconds=60.0)
+        bob = await feed.outbox.enter("sid-Bob", "Bob")
+        drop_leases, dropped = feed.store.drop_leases, asyncio.Event()
+
+        async def drop_late(keys: Iterable[str]) -> None:
+            await feed.outbox.exit(bob.sid, bob.name)
+            await drop_leases(keys)
+            dropped.set()
+
+        monkeypatch.setattr(feed.store, "drop_leases", drop_late)
+        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
+        await asyncio.wait_for(dropped.wait(), PATIENCE)
+        await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
+
+    @transcript
+    async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A group in which all are refused isn't the end of the work: the next in the outbox is committed at once."""
+        monkeypatch.setattr(tornchat, "GROUP_EVENTS", 3)
+        feed = await feeds.start(tick_seconds=60.0)
+        ann, eve = await feeds.enter(feed, "Ann"), Recorder(tornchat.Member("sid-Eve", "Ann", "ann"))
+        for n in range(4):
+            say(feed, eve, f"{n}")
+        say(feed, ann, "hi")
+        await feeds.settled(1)
+
+    @transcript
+    async def test_wishes_of_a_slow_line(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What others are asked to commit is as small as an entry; a wish that was lost on the way is wished again."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        await tornchat.end_tasks(feed.tasks)
+        for n in range(20):
+            say(feed, ann, f"{n}" + "x" * 4000)
+        wished: list[list[tornchat.Event]] = []
+
+        async def lost(raw: bytes) -> None:
+            wished.append(tornchat.decode_events(raw))
+            raise redis.ConnectionError("cut")
+
+        monkeypatch.setattr(feed.store, "wish", lost)
+        for _ in range(2):
+            feed.losses = 1
+            with pytest.raises(redis.ConnectionError):
+                await feed.lose()
+        assert [event.text[:2] for event in wished[0]] == [event.text[:2] for event in wished[1]]
+        assert len(wished[0]) == 17
 
     @transcript
     async def test_stray_leases(self, feeds: Feeds) -> None:

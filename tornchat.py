@@ -80,7 +80,17 @@ import unicodedata
 import urllib.parse
 import weakref
 import zoneinfo
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TextIO, TypeVar
 
@@ -562,16 +572,17 @@ def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
     """The events of the entry with that id; none for one that no tornchat wrote."""
     try:
         events = [Event(**fields, place=(*id, n)) for n, fields in enumerate(json.loads(raw))]
+        return events if all(map(is_event, events)) else []
     except (ValueError, TypeError, RecursionError):
         return []
-    return events if all(map(is_event, events)) else []
 
 
 def is_event(event: Event) -> bool:
-    """Whether what was read is one."""
+    """Whether what was read is one. Raises TypeError or ValueError where a field is no text that can be sent."""
     type, seq, ts, *texts, _ = event
+    "".join(texts).encode()  # JSON may spell half a character
     numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
-    return type in ("message", "joined", "left") and numbers and all(isinstance(text, str) for text in texts)
+    return type in ("message", "joined", "left") and numbers
 
 
 def shown(text: str) -> str:
@@ -831,7 +842,7 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def delete(self, ids: Sequence[Id]) -> None:
+    async def delete(self, ids: Iterable[Id]) -> None:
         """Takes entries out of the feed."""
         await self.redis.xdel(self.feed, *map(id_text, ids))
 
@@ -1418,6 +1429,11 @@ class Proposal:
         return self.sid, self.cid
 
     @property
+    def event(self) -> Event:
+        """As other daemons are asked to commit it."""
+        return Event(self.type, 0, 0, *self.id, self.name, self.text)
+
+    @property
     def cid_of_client(self) -> str:
         """The cid that its author knows; "" for one that the daemon made."""
         return "" if self.cid.startswith("~") else self.cid
@@ -1587,12 +1603,11 @@ class Outbox:
         while len(self.stored) > INDEX_EVENTS:
             self.stored.popitem(last=False)
 
-    def wishes(self) -> list[Event]:
-        """What other daemons have not been asked yet to commit for us."""
+    def wishes(self) -> list[Proposal]:
+        """What other daemons have not been asked yet to commit for us, as much as one entry takes."""
         ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
-        for proposal in ours:
-            proposal.wished = True
-        return [Event(each.type, 0, 0, *each.id, each.name, each.text) for each in ours]
+        sizes = itertools.accumulate((len(each.text) for each in ours), initial=0)
+        return [each for each, before in zip(ours, sizes, strict=False) if before <= ENTRY_CHARS]
 
     def take_wishes(self, events: Iterable[Event]) -> None:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
@@ -1637,6 +1652,11 @@ class Window:
                 self.size -= size
                 dropped = True
         return dropped
+
+    def drop(self, ids: Collection[Id]) -> None:
+        """Drops these entries, which hold no message."""
+        self.size -= sum(size for entry, _, size in self.entries if entry.id in ids)
+        self.entries = collections.deque(each for each in self.entries if each[0].id not in ids)
 
 
 class Feed:
@@ -1690,7 +1710,9 @@ class Feed:
             await self.store.write_names(self.names)
             self.names.clear()
         if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
-            surplus = [self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)]
+            surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
+            self.kept.drop(surplus)
+            self.extent.drop(surplus)
             await self.store.delete(surplus)
 
     # --- committing ---
@@ -1702,9 +1724,13 @@ class Feed:
         await self.gather()
         id = self.last[0], self.last[1] + 1
         events = self.outbox.group(id, self.store.now())
-        if not events and self.writable:
-            return  # else an empty entry tries a store that took nothing
-        entry = Entry(id, encode_events(events))
+        if events or not self.writable:  # an empty entry tries a store that took nothing
+            await self.append(Entry(id, encode_events(events)), events)
+        if self.outbox.waiting:
+            self.bell.set()
+
+    async def append(self, entry: Entry, events: Sequence[Event]) -> None:
+        """Stores an entry and absorbs it, unless another daemon was first. Raises Gap and STORE_ERRORS."""
         keep_from = self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
         if not await self.store.append(entry, keep_from):
             await self.lose()
@@ -1716,8 +1742,6 @@ class Feed:
         self.mark(writable=True)
         self.take(entry, events)
         self.tell(events)
-        if self.outbox.waiting:
-            self.bell.set()
 
     async def gather(self) -> None:
         """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
@@ -1735,13 +1759,14 @@ class Feed:
         """
         self.losses += 1
         if self.losses > 1 and (wishes := self.outbox.wishes()):
+            await self.store.wish(encode_events([proposal.event for proposal in wishes]))
             self.losses = 0
-            await self.store.wish(encode_events(wishes))
+            for proposal in wishes:
+                proposal.wished = True
         before = self.last
         await self.read_on()
         if self.last == before:
             self.ring_for_look()
-        self.bell.set()
 
     # --- absorbing ---
 
@@ -1903,10 +1928,14 @@ class Feed:
             return  # the next look deals with that
         epoch, roster = await self.store.read_state()
         read: list[tuple[Entry, list[Event], int]] = []  # with sizes, newest first
-        messages = 0
+        messages, complete = 0, True
         async for page in self.store.pages():
             for entry in page:
                 size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+                if read and entry.id[0] == read[-1][0].id[0]:
+                    complete &= entry.id[1] + 1 == read[-1][0].id[1]
+                if not complete:  # notices have been deleted since: the roster knows better
+                    events = [event for event in events if event.type == "message"]
                 if messages > self.room.ring.size:  # of what is older only the index is needed
                     entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
                 messages += sum(event.type == "message" for event in events)
@@ -2109,12 +2138,11 @@ class Presence:
         self.room.forget_names(self.store.now())
         if time.monotonic() <= self.spared_until or not (lapsed := await self.store.lapsed()):
             return
-        strays = [key for key in lapsed if key not in self.room.roster]
-        if strays:
-            await self.store.drop_leases(strays)
-        for member in [self.room.roster[key] for key in lapsed.difference(strays)]:
-            if not member.listeners:
+        for key in lapsed & self.room.roster.keys():
+            if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
+        if strays := lapsed - self.room.roster.keys():
+            await self.store.drop_leases(strays)
 
     def start(self) -> None:
         self.tasks = [asyncio.create_task(task()) for task in (self.beat, self.keep_leases)]
