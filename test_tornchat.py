@@ -1901,7 +1901,7 @@ class TestFeed:
         assert len(feed.outbox.stored) == 100
         assert 200 <= feed.extent.messages <= 210
         assert 20 <= len(feed.notices) <= 21
-        for n in range(200):  # of which each is off and on again, and nobody talks
+        for _ in range(200):  # of which each is off and on again, and nobody talks
             await feed.outbox.exit("sid-Eve", "Eve")
             await feed.outbox.enter("sid-Eve", "Eve")
         assert len(feed.kept.entries) + len(feed.extent.entries) < 500 + 2 * 210
@@ -2113,7 +2113,7 @@ class TestFeed:
 
     @transcript
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Who joined and talked in one entry long ago, and whose leaving has been deleted, is not back after a start."""
+        """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start."""
         monkeypatch.setattr(tornchat, "FEED_NOTICES", 4)
         feed = await feeds.start()
         bob = member("Bob")

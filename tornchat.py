@@ -80,17 +80,7 @@ import unicodedata
 import urllib.parse
 import weakref
 import zoneinfo
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, Self, TextIO, TypeVar
 
@@ -843,7 +833,6 @@ class Store:
 
     @bounded
     async def delete(self, ids: Iterable[Id]) -> None:
-        """Takes entries out of the feed."""
         await self.redis.xdel(self.feed, *map(id_text, ids))
 
     # --- beginning, and putting back what was forgotten ---
@@ -853,9 +842,9 @@ class Store:
         """The epoch, "" if there is none, and the roster: key -> (sid, name)."""
         async with self.redis.pipeline() as pipe:
             epoch, names = await pipe.hget(self.state, "epoch").hgetall(self.names).execute()
-        return (epoch or b"").decode(), {
-            key.decode(errors="replace"): split_name(value) for key, value in names.items()
-        }
+        decoded = ((key.decode(errors="replace"), value.decode(errors="replace")) for key, value in names.items())
+        roster = {key: value.partition(" ") for key, value in decoded}
+        return (epoch or b"").decode(), {key: (sid, name) for key, (sid, _, name) in roster.items()}
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -943,7 +932,6 @@ class Store:
 
     @bounded
     async def lapsed(self) -> set[str]:
-        """The keys of the leases that are over."""
         return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
 
     @bounded
@@ -964,23 +952,15 @@ class Store:
         return (self.clock_ahead - before) / 1000
 
     def now(self) -> int:
-        """The store's clock, in ms."""
         return int(self.clock_ahead + time.monotonic() * 1000)
 
     def lapses_in(self, seconds: float) -> int:
         return self.now() + int(seconds * 1000)
 
     async def close(self) -> None:
-        """Gives the connections back."""
         await self.line.disconnect()
         for client in (self.redis, self.reading):
             await client.aclose()
-
-
-def split_name(value: bytes) -> tuple[str, str]:
-    """A value of the hash `names`: its sid and its name."""
-    sid, _, name = value.decode(errors="replace").partition(" ")
-    return sid, name
 
 
 # === Room =============================================================================================================
@@ -996,12 +976,10 @@ class Batch:
 
     @functools.cached_property
     def frames(self) -> memoryview:
-        """For listeners of JSON."""
         return memoryview(b"".join([event.frame for event in self.events]))
 
     @functools.cached_property
     def lines(self) -> memoryview:
-        """For listeners of plain text."""
         return memoryview(b"".join([event.line for event in self.events]))
 
 
@@ -1099,58 +1077,6 @@ class Seen(NamedTuple):
 NEWCOMER = Seen()
 
 
-class Cursor(NamedTuple):
-    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
-
-    place: Place  # of an event in the feed: any daemon understands it
-    available: bool
-
-    def __str__(self) -> str:
-        """As a client keeps it."""
-        return "-".join(map(str, self.place)) + ("" if self.available else "!")
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor | None:
-        """What a client gives back; None if it is none of ours."""
-        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
-        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
-
-
-class News(NamedTuple):
-    """What a poller is told, and from where it goes on."""
-
-    events: list[Encoded]
-    seq: int
-    cursor: Cursor
-
-
-class Paces:
-    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
-        self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
-
-    def take(self, name: str, now: float, cost: float = 1) -> float:
-        """Takes tokens, if there is one; else how many s to wait for it. What costs more leaves a debt."""
-        tokens, then = self.buckets.pop(name, (self.burst, now))
-        tokens = min(self.burst, tokens + (now - then) * self.rate)
-        self.buckets[name] = tokens - (cost if tokens >= 1 else 0), now
-        if len(self.buckets) > PACES:
-            self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
-        return 0 if tokens >= 1 else (1 - tokens) / self.rate
-
-
-class History(NamedTuple):
-    """All that a daemon starts from: the feed's end, its newest events, and the roster as it was before them."""
-
-    epoch: str
-    last: Id
-    seq: int
-    events: list[Event]  # oldest first
-    roster: Mapping[str, tuple[str, str]]  # key -> (sid, name)
-
-
 class Room:
     """The sum of the feed: ring, roster, and the listeners of this daemon."""
 
@@ -1162,9 +1088,7 @@ class Room:
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
-        self.kept_names: dict[
-            str, tuple[str, int]
-        ] = {}  # key -> sid of who left it, and till when, in ms; in this order
+        self.kept_names: dict[str, tuple[str, int]] = {}  # key -> sid, and till when, in ms; in the order of leaving
         self.listeners: set[Listener] = set()
         self.available = True
 
@@ -1176,7 +1100,6 @@ class Room:
         self.register(listener)
 
     def register(self, listener: Listener) -> None:
-        """From now on this listener gets all that comes."""
         self.listeners.add(listener)
         listener.member.listeners.append(listener)
         self.sessions[listener.member.sid] = listener.member
@@ -1193,7 +1116,6 @@ class Room:
         return [self.welcome(member, owed), *away]
 
     def leave(self, listener: Listener) -> None:
-        """Forgets a listener."""
         self.listeners.discard(listener)
         member = listener.member
         if listener in member.listeners:
@@ -1238,42 +1160,6 @@ class Room:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
         return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
 
-    def news(self, member: Member, seen: Seen, cursor: Cursor | None) -> News:
-        """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-        owed = self.owed(seen)
-        events: list[Encoded] = []
-        if not owed.recovered or cursor is None or cursor.place < self.notices_after:
-            events, cursor = self.greeting(member, owed), self.cursor
-        first = self.seq - len(owed.events) + 1
-        messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, first)]
-        notices = [(event.seq, event.place, encoded) for event, encoded in self.notices_since(cursor.place)]
-        size = 0
-        for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
-            if size and size + len(encoded.frame) > POLL_BYTES:
-                return News(events, seq - (place == NOWHERE), cursor)
-            size += len(encoded.frame)
-            events.append(encoded)
-            cursor = cursor._replace(place=max(place, cursor.place))
-        if cursor.available != self.available:
-            events.append(encode_store(self.available))
-        return News(events, self.seq, self.cursor)
-
-    def notices_since(self, place: Place) -> list[tuple[Event, Encoded]]:
-        newer = itertools.takewhile(lambda notice: notice[0].place > place, reversed(self.notices))
-        return [*newer][::-1]
-
-    @property
-    def cursor(self) -> Cursor:
-        """For somebody who has been told everything."""
-        return Cursor(self.place, self.available)
-
-    def cursor_of(self, member: Member, given: str | None) -> Cursor | None:
-        """From where a poller goes on: as it says, or else where its last poll here ended."""
-        if given is not None:
-            return Cursor.parse(given)
-        told = Cursor.parse(member.told)
-        return told if told and told.place >= self.notices_after else self.cursor
-
     def welcome(self, member: Member, owed: Owed) -> Encoded:
         """The first event of a connection, and of a new beginning."""
         others = itertools.islice((other.name for key, other in self.roster.items() if key != member.key), ROSTER_NAMES)
@@ -1295,8 +1181,10 @@ class Room:
 
     # --- what the feed brings ---
 
-    def adopt(self, history: History) -> None:
-        """Takes what the store holds for the truth. Who listens already is told as if just back: recovered or reset."""
+    def adopt(self, epoch: str, last: Id, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> sid, name) as it was
+        before `events`, and these, oldest first. Who listens already is told as if just back: recovered or reset.
+        """
         seq, known = self.seq, self.ring.find(self.seq)
         seen = Seen(seq, self.epoch)
         self.ring.clear()
@@ -1304,9 +1192,9 @@ class Room:
         self.roster.clear()
         self.kept_names.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in history.roster.values():
+        for sid, name in roster.values():
             self.enter(sid, name)
-        for event in history.events:
+        for event in events:
             match event.type:
                 case "message":
                     self.ring.append(event)
@@ -1314,9 +1202,8 @@ class Room:
                     self.enter(event.sid, event.name)
                 case "left":
                     self.exit(event)
-        self.epoch, self.seq = history.epoch, history.seq
-        self.ts = history.events[-1].ts if history.events else 0
-        self.place = self.notices_after = (*history.last, END_OF_ENTRY)
+        self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
+        self.place = self.notices_after = (*last, END_OF_ENTRY)
         if known and (found := self.ring.find(seq)) and found[1].frame != known[1].frame:
             seen = seen._replace(epoch="another")
         for listener in tuple(self.listeners):
@@ -1444,10 +1331,9 @@ class Outbox:
 
     def __init__(self, room: Room, config: Config) -> None:
         self.room, self.config = room, config
-        self.paces = Paces(config.rate, max(1, config.rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.waiting: dict[tuple[str, str], Proposal] = {}
         self.stored: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # (sid, cid) -> seq
-        # A cid of the daemon's own is none for the client, but tells a second try from a second message.
+        # A cid of the daemon's own: none for the client, but it tells a second try from a second message.
         self.cids, self.counter = f"~{secrets.token_hex(8)}-", itertools.count()
         self.bell = asyncio.Event()  # there is something to do for the Feed
         self.empty = asyncio.Event()
@@ -1455,7 +1341,6 @@ class Outbox:
 
     def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
         """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
-        self.pace(member, say.cid)
         if seq := self.stored.get((member.sid, say.cid)):
             done(self.message(seq, member, say))
             return
@@ -1464,18 +1349,11 @@ class Outbox:
         self.propose("message", member, done, cid=say.cid, text=say.text)
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
-        """A message that was stored before, as it was stored; where that has been forgotten, as it is said now."""
+        """As it was stored; where that has been forgotten, as it is said now."""
         ts, text = self.room.ts, say.text
         if found := self.room.ring.find(seq):
             ts, text = found[0], json.loads(found[1].json)["text"]
         return Event("message", seq, ts, member.sid, say.cid, member.name, text)
-
-    def pace(self, member: Member, cid: str) -> None:
-        """Takes a token out of the session's bucket. Raises Refused if there is none."""
-        if not self.config.rate:
-            return
-        if wait := self.paces.take(member.sid, asyncio.get_running_loop().time()):
-            raise Refused("too-fast", cid=cid, retry_after=wait)
 
     async def enter(self, sid: str, name: str) -> Member:
         """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
@@ -1483,7 +1361,10 @@ class Outbox:
         if member is None or member.key != name_key(name):
             member = Member(sid, name, name_key(name))
         if self.room.roster.get(member.key) is not member:
-            await self.committed("joined", member)
+            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            self.propose("joined", member, future.set_result)
+            if isinstance(outcome := await future, Refused):
+                raise outcome
         entered = self.room.roster.get(member.key)
         if entered is None or entered.sid != sid:  # it has left again meanwhile
             raise Taken(name)
@@ -1497,14 +1378,6 @@ class Outbox:
             self.propose("left", member, lambda _: written.set(), cid="~logout", text=LOGOUT, patience=math.inf)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
-
-    async def committed(self, type: str, member: Member) -> None:
-        """Waits until the feed has a notice. Raises Refused."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.propose(type, member, future.set_result)
-        outcome = await future
-        if isinstance(outcome, Refused):
-            raise outcome
 
     def propose(
         self,
@@ -1520,11 +1393,15 @@ class Outbox:
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
         proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
-        told = self.waiting.setdefault(proposal.id, proposal).done
-        if done and done not in told:
-            told.append(done)
+        waiting = self.put(proposal)
+        if done and done not in waiting.done:
+            waiting.done.append(done)
+
+    def put(self, proposal: Proposal) -> Proposal:
+        """Lets it wait, and wakes the Feed. Returns the one of that id that waits already, if there is one."""
         self.empty.clear()
         self.bell.set()
+        return self.waiting.setdefault(proposal.id, proposal)
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
@@ -1540,9 +1417,8 @@ class Outbox:
             self.refuse(proposal)
 
     def refuse(self, proposal: Proposal) -> None:
-        """The store didn't answer in time."""
-        retry_after = self.config.retry_seconds
-        self.settle(proposal.id, Refused("unavailable", cid=proposal.cid_of_client, retry_after=retry_after))
+        refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
+        self.settle(proposal.id, refused)
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
@@ -1615,9 +1491,7 @@ class Outbox:
         for event in events:
             proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires)
             if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
-                self.waiting.setdefault(proposal.id, proposal)
-                self.empty.clear()
-                self.bell.set()
+                self.put(proposal)
 
 
 # === Feed =============================================================================================================
@@ -1653,7 +1527,7 @@ class Window:
                 dropped = True
         return dropped
 
-    def drop(self, ids: Collection[Id]) -> None:
+    def drop(self, ids: set[Id]) -> None:
         """Drops these entries, which hold no message."""
         self.size -= sum(size for entry, _, size in self.entries if entry.id in ids)
         self.entries = collections.deque(each for each in self.entries if each[0].id not in ids)
@@ -1672,7 +1546,7 @@ class Feed:
         self.secret = self.config.secret
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
-        self.asked: list[asyncio.Future[None]] = []  # who waits for the next look
+        self.asked: set[asyncio.Event] = set()  # who waits for the next look
         self.run_id = ""  # of the Redis that was looked at last
         self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
         self.losses = self.gathered = 0  # commits lost in a row; events in the last one
@@ -1832,7 +1706,6 @@ class Feed:
             self.notices.append(entry.id)
 
     def forget(self) -> None:
-        """Nothing is known of the feed."""
         self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of all
         self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
@@ -1852,7 +1725,6 @@ class Feed:
     # --- where the store holds something else ---
 
     def ring_for_look(self) -> None:
-        """The store may hold something else than was absorbed."""
         self.unsure = True
         self.bell.set()
 
@@ -1860,17 +1732,19 @@ class Feed:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
         if not self.room.is_ahead(seen):
             return
-        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.asked.append(looked)
+        looked = asyncio.Event()
+        self.asked.add(looked)
         self.ring_for_look()
         try:
-            await asyncio.wait_for(looked, self.config.silence_seconds)
+            await asyncio.wait_for(looked.wait(), self.config.silence_seconds)
         except TimeoutError:
             raise Refused("unavailable", retry_after=self.config.retry_seconds) from None
+        finally:
+            self.asked.remove(looked)
 
     async def look(self) -> None:
         """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
-        asked, self.unsure = len(self.asked), False
+        asked, self.unsure = list(self.asked), False
         if not (self.readable and self.writable):
             await self.greet()
         newest = await self.store.newest()
@@ -1882,10 +1756,8 @@ class Feed:
             await self.read_on()
             if self.last < newest.id:
                 raise Gap
-        for looked in self.asked[:asked]:
-            if not looked.done():
-                looked.set_result(None)
-        del self.asked[:asked]
+        for looked in asked:
+            looked.set()
 
     def is_another(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
@@ -1950,8 +1822,7 @@ class Feed:
         """Takes what was read for the truth. Whoever is connected here and not on its roster joins again."""
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        seq = next((event.seq for event in reversed(events) if event.type == "message"), 0)
-        self.room.adopt(History(epoch, self.last, seq, events, roster))
+        self.room.adopt(epoch, self.last, roster, events)
         self.outbox.stored.clear()
         self.outbox.absorbed(events)  # another try may have stored what waits here
         self.stranded.set()
@@ -2026,7 +1897,6 @@ class Backoff:
         self.longest, self.pause = longest, 0.0
 
     def reset(self) -> None:
-        """The next pause is a short one again."""
         self.pause = 0.0
 
     async def __call__(self) -> None:
@@ -2187,6 +2057,23 @@ def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
             del counter[name]
 
 
+class Paces:
+    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst = rate, burst
+        self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
+
+    def take(self, name: str, now: float, cost: float = 1) -> float:
+        """Takes tokens, if there is one; else how many s to wait for it. What costs more leaves a debt."""
+        tokens, then = self.buckets.pop(name, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * self.rate)
+        self.buckets[name] = tokens - (cost if tokens >= 1 else 0), now
+        if len(self.buckets) > PACES:
+            self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
+        return 0 if tokens >= 1 else (1 - tokens) / self.rate
+
+
 class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
 
@@ -2194,6 +2081,7 @@ class Limits:
         free = 0 if rate else math.inf
         self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)
         self.rejoins = Paces(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.says = Paces(rate, free or max(1, rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.messages = Paces(CROWD * rate, free or RING_MESSAGES)
         self.requests = Paces(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
@@ -2467,6 +2355,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """Takes a message, at the pace of its session and of its address. Raises Refused."""
         limits = self.daemon.limits
         limits.pace(limits.messages, self.address, say.cid, cost=0)
+        limits.pace(limits.says, member.sid, say.cid)
         self.daemon.outbox.say(member, say, done)  # only what that takes counts
         limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
 
@@ -3084,6 +2973,64 @@ class SocketListener:
 # comes ends the waiting, and the answer is what the room says then.
 
 
+class Cursor(NamedTuple):
+    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
+
+    place: Place  # of an event in the feed: any daemon understands it
+    available: bool
+
+    def __str__(self) -> str:
+        """As a client keeps it."""
+        return "-".join(map(str, self.place)) + ("" if self.available else "!")
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor | None:
+        """What a client gives back; None if it is none of ours."""
+        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
+        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
+
+
+class News(NamedTuple):
+    """What a poller is told, and from where it goes on."""
+
+    events: list[Encoded]
+    seq: int
+    cursor: Cursor
+
+
+def news_since(room: Room, member: Member, seen: Seen, cursor: Cursor | None) -> News:
+    """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
+    owed = room.owed(seen)
+    events: list[Encoded] = []
+    if not owed.recovered or cursor is None or cursor.place < room.notices_after:
+        events, cursor = room.greeting(member, owed), newest_cursor(room)
+    messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, room.seq - len(owed.events) + 1)]
+    notices = [(event.seq, event.place, encoded) for event, encoded in room.notices if event.place > cursor.place]
+    size = 0
+    for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
+        if size and size + len(encoded.frame) > POLL_BYTES:
+            return News(events, seq - (place == NOWHERE), cursor)
+        size += len(encoded.frame)
+        events.append(encoded)
+        cursor = cursor._replace(place=max(place, cursor.place))
+    if cursor.available != room.available:
+        events.append(encode_store(room.available))
+    return News(events, room.seq, newest_cursor(room))
+
+
+def newest_cursor(room: Room) -> Cursor:
+    """For somebody who has been told everything."""
+    return Cursor(room.place, room.available)
+
+
+def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
+    """From where a poller goes on: as it says, or else where its last poll here ended."""
+    if given is not None:
+        return Cursor.parse(given)
+    told = Cursor.parse(member.told)
+    return told if told and told.place >= room.notices_after else newest_cursor(room)
+
+
 class MessagesHandler(BaseHandler):
     """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
 
@@ -3125,10 +3072,10 @@ class MessagesHandler(BaseHandler):
         """What this poll is told. Raises Refused."""
         room, seen = self.daemon.room, self.seen()
         await self.daemon.feed.catch_up(seen)
-        cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not (self.gone or room.news(member, seen, cursor).events):
+        cursor = cursor_of(room, member, self.get_query_argument("last", None))
+        if wait and not (self.gone or news_since(room, member, seen, cursor).events):
             await self.listen(member, wait)
-        return room.news(member, seen, cursor)
+        return news_since(room, member, seen, cursor)
 
     async def listen(self, member: Member, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
