@@ -2949,7 +2949,7 @@ class TestLogin:
         """When others take every guest name first, the guest is told to try again."""
         daemon = await memory_lan.serve()
         await memory_lan.join("Ann")
-        monkeypatch.setattr(daemon.room, "guest", lambda address: "Ann")
+        monkeypatch.setattr(daemon.admission, "guest", lambda address: "Ann")
         code, said = await memory_lan.browser().ask("")
         assert (code, said["code"]) == (503, "unavailable")
 

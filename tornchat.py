@@ -693,9 +693,7 @@ def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Ent
 
 
 def connect(config: Config) -> Callable[..., Any]:
-    """What makes clients of the Redis that was asked for, or of one in this process. Raises ValueError for a malformed
-    URL.
-    """
+    """Makes clients of the Redis asked for, or of one in this process. Raises ValueError for a malformed URL."""
     if not config.redis_url:
         return functools.partial(
             fakeredis.FakeAsyncRedis, server=fakeredis.FakeServer(), protocol=2, socket_timeout=None
@@ -942,10 +940,7 @@ class Store:
 
     @bounded
     async def read_clock(self) -> float:
-        """Learns the store's time; by how many s it has jumped ahead.
-
-        Between two readings the time is carried on by a clock that nobody can set.
-        """
+        """Learns the store's time, which a clock that nobody can set carries on; by how many s it has jumped ahead."""
         before = self.clock_ahead
         seconds, microseconds = await self.redis.time()
         self.clock_ahead = (seconds + microseconds / 1e6 - time.monotonic()) * 1000
@@ -989,20 +984,11 @@ class Listener(Protocol):
     member: Member
     base: int  # messages with a higher seq were or will be sent to this listener
 
-    def send(self, batch: Batch) -> None:
-        """Live events."""
-
-    def replay(self, events: list[Encoded]) -> None:
-        """What is owed from before; as much as it takes."""
-
-    def beat(self, now: float, time: Encoded) -> None:
-        """Time to show a sign of life and to ask for one; `now` in s of the loop's clock."""
-
-    def refuse(self, refused: Refused) -> None:
-        """For this one only: why its request was rejected."""
-
-    def shut(self, code: int, reason: str) -> None:
-        """Close this connection, with a WebSocket close code and a reason."""
+    def send(self, batch: Batch) -> None: ...  # live events
+    def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
+    def beat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
+    def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
+    def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1139,10 +1125,8 @@ class Room:
 
     def owed(self, seen: Seen) -> Owed:
         """What somebody has to be told who has seen that."""
-        if seen.after is None:
-            return Owed(self.ring.newest(self.history))
-        if not self.is_ours(seen):
-            return Owed(self.ring.newest(self.history), reset=True)
+        if seen.after is None or not self.is_ours(seen):
+            return Owed(self.ring.newest(self.history), reset=seen.after is not None)
         events = self.ring.after(seen.after)
         if events is None or len(events) > RING_MESSAGES:
             events = self.ring.newest(self.history)
@@ -1253,17 +1237,17 @@ class Room:
 
     def exit(self, left: Event) -> bool:
         """Takes a session off the roster; whether it was there. Its name is kept for it, unless it was given back."""
-        member = self.roster.get(key := name_key(left.name))
-        if member is None or member.sid != left.sid:
-            if left.text == LOGOUT and self.owner(key) == left.sid:
-                del self.kept_names[key]
+        key = name_key(left.name)
+        if self.owner(key) != left.sid:
             return False
-        del self.roster[member.key]
-        if not member.listeners:
+        member = self.roster.pop(key, None)
+        if member and not member.listeners:
             self.sessions.pop(member.sid, None)
-        if left.text != LOGOUT and self.config.name_seconds:
-            self.kept_names[member.key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
-        return True
+        if left.text == LOGOUT:
+            self.kept_names.pop(key, None)
+        elif member and self.config.name_seconds:
+            self.kept_names[key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
+        return member is not None
 
     def forget_names(self, now: int) -> None:
         """Frees the names whose owners have been away for too long; `now` in ms of the store's clock."""
@@ -1281,19 +1265,13 @@ class Room:
         name = member.name if member else name
         return next((new for new in variants(name) if not self.owner(name_key(new))), "")
 
-    def guest(self, address: str) -> str:
-        """A free name for whoever gives none."""
-        name = guest_name(address)
-        if self.owner(name_key(name)):
-            name = self.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-        return name
-
 
 # === Outbox ===========================================================================================================
 # What members want to be stored waits here until the feed has it. What becomes of it is decided by what the feed says
 # then: who has the name, and whether the same cid has been stored before.
 
 Outcome = Event | Refused
+Done = Callable[[Outcome], None]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1307,18 +1285,13 @@ class Proposal:
     text: str
     expires: float  # in s of the loop's clock
     member: Member | None = None  # None: another daemon's, see `wishes`
-    done: list[Callable[[Outcome], None]] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
     wished: bool = False  # others have been asked to commit it
 
     @property
     def id(self) -> tuple[str, str]:
         """Under which the feed knows it: this is stored once, however often and by whomever it is tried."""
         return self.sid, self.cid
-
-    @property
-    def event(self) -> Event:
-        """As other daemons are asked to commit it."""
-        return Event(self.type, 0, 0, *self.id, self.name, self.text)
 
     @property
     def cid_of_client(self) -> str:
@@ -1339,7 +1312,7 @@ class Outbox:
         self.empty = asyncio.Event()
         self.empty.set()
 
-    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+    def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
         if seq := self.stored.get((member.sid, say.cid)):
             done(self.message(seq, member, say))
@@ -1380,16 +1353,9 @@ class Outbox:
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
     def propose(
-        self,
-        type: str,
-        member: Member,
-        done: Callable[[Outcome], None] | None = None,
-        *,
-        cid: str = "",
-        text: str = "",
-        patience: float | None = None,
+        self, type: str, member: Member, done: Done | None = None, *, cid: str = "", text: str = "", patience: float = 0
     ) -> None:
-        """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
+        """Into the outbox, for so many seconds, else `confirm_seconds`. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
         proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
@@ -1414,19 +1380,15 @@ class Outbox:
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
         for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
-            self.refuse(proposal)
-
-    def refuse(self, proposal: Proposal) -> None:
-        refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
-        self.settle(proposal.id, refused)
+            refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
+            self.settle(proposal.id, refused)
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_seconds):
                 await self.empty.wait()
-        for proposal in list(self.waiting.values()):
-            self.refuse(proposal)
+        self.expire(math.inf)
 
     # --- for the Feed ---
 
@@ -1456,9 +1418,7 @@ class Outbox:
         return events
 
     def verdict(self, proposal: Proposal, owner: str, present: bool) -> Outcome | None:
-        """What a proposal gets that is not to be committed, else None. `owner` has its name, and is on the roster or
-        was until a short while ago.
-        """
+        """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
         sid, type = proposal.sid, proposal.type
         here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
         if type == "message" and not (owner == sid and present) and not here:
@@ -1518,19 +1478,18 @@ class Window:
 
     def shrink(self, slack: float = 0) -> bool:
         """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        dropped = False
-        if any(now > (1 + slack) * limit for now, limit in zip((self.messages, self.size), self.limits, strict=True)):
-            while self.messages > self.limits[0] or self.size > self.limits[1]:
-                _, messages, size = self.entries.popleft()
-                self.messages -= messages
-                self.size -= size
-                dropped = True
-        return dropped
+        if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
+            return False
+        while self.messages > self.limits[0] or self.size > self.limits[1]:
+            _, messages, size = self.entries.popleft()
+            self.messages -= messages
+            self.size -= size
+        return True
 
     def drop(self, ids: set[Id]) -> None:
         """Drops these entries, which hold no message."""
-        self.size -= sum(size for entry, _, size in self.entries if entry.id in ids)
         self.entries = collections.deque(each for each in self.entries if each[0].id not in ids)
+        self.size = sum(size for _, _, size in self.entries)
 
 
 class Feed:
@@ -1628,12 +1587,14 @@ class Feed:
                 await asyncio.sleep(0)
 
     async def lose(self) -> None:
-        """Another daemon was first: reads what it committed. One that is far from the store would lose for ever: after
-        the second time it asks the others to commit its own; (sid, cid) prevents doubles.
+        """Reads what another daemon has committed first. Who is far from the store would lose for ever: after the
+        second time it asks the others to commit its own; (sid, cid) prevents doubles.
         """
         self.losses += 1
         if self.losses > 1 and (wishes := self.outbox.wishes()):
-            await self.store.wish(encode_events([proposal.event for proposal in wishes]))
+            await self.store.wish(
+                encode_events(Event(each.type, 0, 0, *each.id, each.name, each.text) for each in wishes)
+            )
             self.losses = 0
             for proposal in wishes:
                 proposal.wished = True
@@ -1668,13 +1629,12 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        more = True
-        while more:
-            entries = await self.store.read(self.last)
-            if entries and self.is_another(entries[0]):
+        while entries := await self.store.read(self.last):
+            if self.is_another(entries[0]):
                 raise Gap
             self.absorb(entries)
-            more = len(entries) == READ_ENTRIES
+            if len(entries) < READ_ENTRIES:
+                break
         self.confirmed = True
 
     def absorb(self, entries: Iterable[Entry]) -> None:
@@ -1765,12 +1725,9 @@ class Feed:
         return ours.id == entry.id and ours.raw != entry.raw != b""
 
     async def greet(self) -> None:
-        """Behind a lost connection there may be a Redis that was started anew and has forgotten: nothing is committed
-        until the daemon that has seen most could put that back.
-        """
-        run_id, _ = await self.store.server()
-        if run_id != self.run_id:
-            self.run_id = run_id
+        """A Redis that was started anew may have forgotten: who has seen most can put that back, before any commit."""
+        before, (self.run_id, _) = self.run_id, await self.store.server()
+        if self.run_id != before:
             self.keep_quiet()
 
     def keep_quiet(self) -> None:
@@ -1816,16 +1773,13 @@ class Feed:
         for entry, events, size in reversed(read):
             self.take(entry, events, size)
         self.read_to = self.last = max(self.last, newest.id)  # where the newest entries have been deleted
-        self.adopt(epoch or str(newest.id[0]), roster, [event for _, events, _ in reversed(read) for event in events])
-
-    def adopt(self, epoch: str, roster: Mapping[str, tuple[str, str]], events: list[Event]) -> None:
-        """Takes what was read for the truth. Whoever is connected here and not on its roster joins again."""
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        self.room.adopt(epoch, self.last, roster, events)
+        history = [event for _, events, _ in reversed(read) for event in events]
+        self.room.adopt(epoch or str(newest.id[0]), self.last, roster, history)
         self.outbox.stored.clear()
-        self.outbox.absorbed(events)  # another try may have stored what waits here
-        self.stranded.set()
+        self.outbox.absorbed(history)  # another try may have stored what waits here
+        self.stranded.set()  # whoever is connected here and not on the roster joins again
 
     def mark(
         self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None
@@ -2351,7 +2305,7 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return Seen(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+    def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message, at the pace of its session and of its address. Raises Refused."""
         limits = self.daemon.limits
         limits.pace(limits.messages, self.address, say.cid, cost=0)
@@ -2630,8 +2584,15 @@ class Admission:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
             with contextlib.suppress(Taken):
-                return await self.enter_as(self.room.guest(address))
+                return await self.enter_as(self.guest(address))
         raise Refused("unavailable", retry_after=1)
+
+    def guest(self, address: str) -> str:
+        """A free name for whoever gives none."""
+        name = guest_name(address)
+        if self.room.owner(name_key(name)):
+            name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
+        return name
 
 
 class LoginHandler(BaseHandler):
@@ -3032,7 +2993,7 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
 
 
 class MessagesHandler(BaseHandler):
-    """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
+    """GET and POST /messages."""
 
     listener: PollListener | None = None
     gone = False
