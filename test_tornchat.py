@@ -1726,7 +1726,7 @@ class TestFeed:
         await tornchat.end_tasks(feed.tasks)
         await feeds.roll_back(1)
         later = await feeds.start()
-        for point in (tornchat.Seen(3, feed.room.epoch, seen["ts"]), tornchat.Seen(3, feed.room.epoch)):
+        for point in (tornchat.ResumePoint(3, feed.room.epoch, seen["ts"]), tornchat.ResumePoint(3, feed.room.epoch)):
             await later.catch_up(point)  # which is ahead of all that is known
             assert later.room.owed(point).reset
         carl = await feeds.enter(later, "Carl")
@@ -1734,9 +1734,9 @@ class TestFeed:
             say(later, carl, text)
         await until(lambda: has_seq(later, 4))
         bob = Recorder(member("Bob"))
-        later.room.join(bob, tornchat.Seen(3, feed.room.epoch, seen["ts"]))
+        later.room.join(bob, tornchat.ResumePoint(3, feed.room.epoch, seen["ts"]))
         assert (bob.of("welcome")[0]["reset"], bob.seqs) == (True, [1, 2, 3, 4])
-        known = tornchat.Seen(2, feed.room.epoch, ann.of("message")[1]["ts"])
+        known = tornchat.ResumePoint(2, feed.room.epoch, ann.of("message")[1]["ts"])
         assert (later.room.owed(known).recovered, len(later.room.owed(known).events)) == (True, 2)
 
     @transcript
@@ -1747,7 +1747,7 @@ class TestFeed:
         await tornchat.end_tasks(second.tasks)
         say(first, ann, "hi")
         await until(lambda: has_seq(first, 1))
-        point = tornchat.Seen(1, first.room.epoch, first.room.ts)
+        point = tornchat.ResumePoint(1, first.room.epoch, first.room.ts)
         with pytest.raises(tornchat.Refused) as refused:
             await second.catch_up(point)
         assert refused.value.code == "unavailable"
@@ -1767,7 +1767,7 @@ class TestFeed:
             return await newest()
 
         monkeypatch.setattr(feed.store, "newest", counted)
-        point = tornchat.Seen(999_999, feed.room.epoch)
+        point = tornchat.ResumePoint(999_999, feed.room.epoch)
         await asyncio.gather(*(feed.catch_up(point) for _ in range(300)))
         assert next(looks) <= 2
 
@@ -2245,7 +2245,7 @@ class TestRoom:
         """Who comes is owed exactly what it has not seen; or the newest 100, and is told how many it missed."""
         ann = Recorder(member("Ann"))
         epoch, _, at = epoch.partition("at ")
-        filled_room(count).join(ann, tornchat.Seen(after, epoch, int(at) if at else None))
+        filled_room(count).join(ann, tornchat.ResumePoint(after, epoch, int(at) if at else None))
         welcome = ann.frames[0]
         assert (welcome["recovered"], welcome["missed"], welcome["reset"]) == (recovered, missed, reset)
         assert welcome["seq"] == count
@@ -2256,7 +2256,7 @@ class TestRoom:
         room = filled_room(50, history=0)
         ann, bob = Recorder(member("Ann")), Recorder(member("Bob"))
         room.join(ann)
-        room.join(bob, tornchat.Seen(40, "e"))
+        room.join(bob, tornchat.ResumePoint(40, "e"))
         assert (ann.seqs, bob.seqs) == ([], list(range(41, 51)))
 
     @hypothesis.given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 20), st.integers(0, 90))
@@ -2289,7 +2289,7 @@ class TestRoom:
                 listener = listeners[who]
                 if listener is None:
                     listener = listeners[who] = Recorder(member(f"P{who}"))
-                    room.join(listener, tornchat.Seen(seen[who], "e"))
+                    room.join(listener, tornchat.ResumePoint(seen[who], "e"))
                 elif count % 3 == 0:
                     room.leave(listener)
                     welcome, seqs = listener.frames[0], listener.seqs
@@ -3006,7 +3006,7 @@ class TestLogin:
 
     def test_paces_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tornchat, "PACES", 10)
-        paces = tornchat.Paces(1, 1)
+        paces = tornchat.TokenBuckets(1, 1)
         assert [paces.take(f"address {number}", number) for number in range(100)] == [0] * 100
         assert len(paces.buckets) == 10
         assert paces.take("address 99", 99.5) == 0.5
@@ -8429,7 +8429,7 @@ class Witness(Recorder):
         else:
             seen = self.seqs_of_history()
             after = seen[-1] if seen else welcomes[-1]["seq"]
-            feed.room.join(self, tornchat.Seen(after, welcomes[-1]["epoch"]))
+            feed.room.join(self, tornchat.ResumePoint(after, welcomes[-1]["epoch"]))
         for cid in self.unconfirmed():
             self.say(cid)
 

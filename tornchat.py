@@ -1052,7 +1052,7 @@ class Owed(NamedTuple):
     reset: bool = False
 
 
-class Seen(NamedTuple):
+class ResumePoint(NamedTuple):
     """The resume point of a client: all up to the message `after` of that epoch. None: a newcomer."""
 
     after: int | None = None
@@ -1060,7 +1060,7 @@ class Seen(NamedTuple):
     at: int | None = None  # ts of that message: another one of the same number is another history
 
 
-NEWCOMER = Seen()
+NEWCOMER = ResumePoint()
 
 
 class Room:
@@ -1080,7 +1080,7 @@ class Room:
 
     # --- listeners ---
 
-    def join(self, listener: Listener, seen: Seen = NEWCOMER) -> None:
+    def join(self, listener: Listener, seen: ResumePoint = NEWCOMER) -> None:
         """Replays to a listener what it is owed, and registers it: no event falls between the two."""
         self.replay(listener, seen)
         self.register(listener)
@@ -1090,7 +1090,7 @@ class Room:
         listener.member.listeners.append(listener)
         self.sessions[listener.member.sid] = listener.member
 
-    def replay(self, listener: Listener, seen: Seen) -> None:
+    def replay(self, listener: Listener, seen: ResumePoint) -> None:
         """The welcome, and the messages that came after the resume point."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
@@ -1123,7 +1123,7 @@ class Room:
 
     # --- what somebody is owed who comes, or comes back ---
 
-    def owed(self, seen: Seen) -> Owed:
+    def owed(self, seen: ResumePoint) -> Owed:
         """What somebody has to be told who has seen that."""
         if seen.after is None or not self.is_ours(seen):
             return Owed(self.ring.newest(self.history), reset=seen.after is not None)
@@ -1133,14 +1133,14 @@ class Room:
         missed = self.seq - seen.after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
 
-    def is_ours(self, seen: Seen) -> bool:
+    def is_ours(self, seen: ResumePoint) -> bool:
         """Whether a resume point belongs to this history, as far as can be told."""
         if seen.after is None or self.is_ahead(seen):
             return False
         found = self.ring.find(seen.after)
         return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found[0] == seen.at)
 
-    def is_ahead(self, seen: Seen) -> bool:
+    def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
         return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
 
@@ -1170,7 +1170,7 @@ class Room:
         before `events`, and these, oldest first. Who listens already is told as if just back: recovered or reset.
         """
         seq, known = self.seq, self.ring.find(self.seq)
-        seen = Seen(seq, self.epoch)
+        seen = ResumePoint(seq, self.epoch)
         self.ring.clear()
         self.notices.clear()
         self.roster.clear()
@@ -1355,7 +1355,7 @@ class Outbox:
     def propose(
         self, type: str, member: Member, done: Done | None = None, *, cid: str = "", text: str = "", patience: float = 0
     ) -> None:
-        """Into the outbox, for so many seconds, else `confirm_seconds`. The same proposal once more only adds to who is told."""
+        """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
         proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
@@ -1688,7 +1688,7 @@ class Feed:
         self.unsure = True
         self.bell.set()
 
-    async def catch_up(self, seen: Seen) -> None:
+    async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
         if not self.room.is_ahead(seen):
             return
@@ -2011,7 +2011,7 @@ def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
             del counter[name]
 
 
-class Paces:
+class TokenBuckets:
     """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
 
     def __init__(self, rate: float, burst: float) -> None:
@@ -2033,15 +2033,15 @@ class Limits:
 
     def __init__(self, rate: float) -> None:
         free = 0 if rate else math.inf
-        self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)
-        self.rejoins = Paces(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
-        self.says = Paces(rate, free or max(1, rate * 5))  # by sid: a new tab or a logout fills no bucket
-        self.messages = Paces(CROWD * rate, free or RING_MESSAGES)
-        self.requests = Paces(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
+        self.logins = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)
+        self.rejoins = TokenBuckets(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by sid: a new tab or a logout fills no bucket
+        self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
+        self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
-        self.drawings = Paces(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
+        self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
         self.drawn = collections.deque[str](maxlen=50)  # addresses of the room that aren't announced
         self.proxy_seen = False
 
@@ -2058,7 +2058,7 @@ class Limits:
             loop.call_soon(turn.release)
 
     @staticmethod
-    def pace(paces: Paces, name: str, cid: str = "", cost: float = 1) -> None:
+    def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
         """Takes from a bucket. Raises Refused if it is empty."""
         if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
             raise Refused("too-fast", cid=cid, retry_after=wait)
@@ -2300,10 +2300,10 @@ class BaseHandler(tornado.web.RequestHandler):
         except UnicodeDecodeError:
             raise tornado.web.HTTPError(400) from None
 
-    def seen(self) -> Seen:
+    def seen(self) -> ResumePoint:
         """Where the client says it has been; a nonsense number is none."""
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
-        return Seen(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
+        return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
     def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message, at the pace of its session and of its address. Raises Refused."""
@@ -2729,7 +2729,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return known
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
-    async def enter(self, session: Session | None, seen: Seen) -> None:
+    async def enter(self, session: Session | None, seen: ResumePoint) -> None:
         """Joins the room. Raises Refused."""
         member = await self.admit(session)
         await self.daemon.feed.catch_up(seen)
@@ -2959,7 +2959,7 @@ class News(NamedTuple):
     cursor: Cursor
 
 
-def news_since(room: Room, member: Member, seen: Seen, cursor: Cursor | None) -> News:
+def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
     """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
     owed = room.owed(seen)
     events: list[Encoded] = []
