@@ -1381,7 +1381,7 @@ class Recorder:
     def replay(self, events: Sequence[tornchat.Encoded]) -> None:
         self.frames += map(decoded, events)
 
-    def beat(self, now: float, time: tornchat.Encoded) -> None:
+    def heartbeat(self, now: float, time: tornchat.Encoded) -> None:
         pass
 
     def refuse(self, refused: tornchat.Refused) -> None:

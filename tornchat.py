@@ -986,7 +986,7 @@ class Listener(Protocol):
 
     def send(self, batch: Batch) -> None: ...  # live events
     def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
-    def beat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
+    def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
     def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
     def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
@@ -1880,14 +1880,14 @@ class Presence:
         if not self.feed.stopping:
             self.released[member.key] = member, seconds
 
-    async def beat(self) -> NoReturn:
+    async def heartbeat(self) -> NoReturn:
         """Sends everybody pings and the time."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.config.tick_seconds)
             now = encode({"type": "time", "ts": self.store.now()})
             for listener in tuple(self.room.listeners):
-                listener.beat(loop.time(), now)
+                listener.heartbeat(loop.time(), now)
 
     async def keep_leases(self) -> NoReturn:
         """Renews, shortens and sweeps leases, for ever, and at once when somebody has to join again."""
@@ -1969,7 +1969,7 @@ class Presence:
             await self.store.drop_leases(strays)
 
     def start(self) -> None:
-        self.tasks = [asyncio.create_task(task()) for task in (self.beat, self.keep_leases)]
+        self.tasks = [asyncio.create_task(task()) for task in (self.heartbeat, self.keep_leases)]
 
     async def stop(self) -> None:
         await end_tasks(self.tasks)
@@ -2689,7 +2689,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
 
     listener: SocketListener | None = None
-    frames = 0  # since the last beat, that weren't messages, each KB counted as one
+    frames = 0  # since the last heartbeat, that weren't messages, each KB counted as one
     taken = False  # the last frame was a message
 
     async def prepare(self) -> None:
@@ -2909,7 +2909,7 @@ class SocketListener:
         if self.handler.listener is self:
             self.send(Batch(event))
 
-    def beat(self, now: float, time: Encoded) -> None:
+    def heartbeat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
         config = self.handler.daemon.config
         self.handler.frames = 0
@@ -3125,7 +3125,7 @@ class PollListener:
         """There is another history."""
         self.news.set()
 
-    def beat(self, now: float, time: Encoded) -> None:
+    def heartbeat(self, now: float, time: Encoded) -> None:
         """A request needs no sign of life: its end is near."""
 
     def refuse(self, refused: Refused) -> None:
