@@ -1602,6 +1602,7 @@ class Feed:
         await self.read_on()
         if self.last == before:
             self.ring_for_look()
+        self.bell.set()
 
     # --- absorbing ---
 
