@@ -1939,13 +1939,12 @@ class TestFeed:
         await feeds.settled(11)
 
     @transcript
-    async def test_slow_rates(self, feeds: Feeds) -> None:
+    async def test_slow_rates(self) -> None:
         """A rate so slow that five times it is no message lets one through all the same."""
-        feed = await feeds.start(rate=0.1)
-        ann = await feeds.enter(feed, "Ann")
-        say(feed, ann, "one")
+        limits = tornchat.Limits(0.1)
+        limits.pace(limits.says, "sid-Ann")
         with pytest.raises(tornchat.Refused) as refused:
-            say(feed, ann, "two")
+            limits.pace(limits.says, "sid-Ann")
         assert 9 < refused.value.retry_after <= 10
 
     @transcript
@@ -2009,10 +2008,11 @@ class TestFeed:
         """Who has left again before it is known that they came is told that the name is not theirs."""
         feed = await feeds.start()
 
-        async def nothing(*args: object, **kwargs: object) -> None:
+        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done) -> None:
             """The notice is in the feed, and another one already behind it."""
+            done(tornchat.Event(type, 0, 7, who.sid, "", who.name))
 
-        monkeypatch.setattr(feed.outbox, "committed", nothing)
+        monkeypatch.setattr(feed.outbox, "propose", come_and_go)
         with pytest.raises(tornchat.Taken):
             await feed.outbox.enter("sid-Ann", "Ann")
 
