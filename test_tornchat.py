@@ -1381,7 +1381,7 @@ class Recorder:
     def replay(self, events: Sequence[tornchat.Encoded]) -> None:
         self.frames += map(decoded, events)
 
-    def beat(self, now: float, time: tornchat.Encoded) -> None:
+    def heartbeat(self, now: float, time: tornchat.Encoded) -> None:
         pass
 
     def refuse(self, refused: tornchat.Refused) -> None:
@@ -1601,6 +1601,7 @@ class TestFeed:
             {b"events": b"17"},
             {b"events": b'[{"type":"message","seq":"two"}]'},
             {b"events": b'[{"type":"message","seq":2,"ts":0,"sid":"s","cid":"c","name":"Eve","text":7}]'},
+            {b"events": b'[{"type":"message","seq":2,"ts":0,"sid":"s","cid":"c","name":"Eve","text":"\\ud800"}]'},
             {b"text": b"x" * 1_000_000},
         ],
     )
@@ -1725,7 +1726,7 @@ class TestFeed:
         await tornchat.end_tasks(feed.tasks)
         await feeds.roll_back(1)
         later = await feeds.start()
-        for point in (tornchat.Seen(3, feed.room.epoch, seen["ts"]), tornchat.Seen(3, feed.room.epoch)):
+        for point in (tornchat.ResumePoint(3, feed.room.epoch, seen["ts"]), tornchat.ResumePoint(3, feed.room.epoch)):
             await later.catch_up(point)  # which is ahead of all that is known
             assert later.room.owed(point).reset
         carl = await feeds.enter(later, "Carl")
@@ -1733,9 +1734,9 @@ class TestFeed:
             say(later, carl, text)
         await until(lambda: has_seq(later, 4))
         bob = Recorder(member("Bob"))
-        later.room.join(bob, tornchat.Seen(3, feed.room.epoch, seen["ts"]))
+        later.room.join(bob, tornchat.ResumePoint(3, feed.room.epoch, seen["ts"]))
         assert (bob.of("welcome")[0]["reset"], bob.seqs) == (True, [1, 2, 3, 4])
-        known = tornchat.Seen(2, feed.room.epoch, ann.of("message")[1]["ts"])
+        known = tornchat.ResumePoint(2, feed.room.epoch, ann.of("message")[1]["ts"])
         assert (later.room.owed(known).recovered, len(later.room.owed(known).events)) == (True, 2)
 
     @transcript
@@ -1746,7 +1747,7 @@ class TestFeed:
         await tornchat.end_tasks(second.tasks)
         say(first, ann, "hi")
         await until(lambda: has_seq(first, 1))
-        point = tornchat.Seen(1, first.room.epoch, first.room.ts)
+        point = tornchat.ResumePoint(1, first.room.epoch, first.room.ts)
         with pytest.raises(tornchat.Refused) as refused:
             await second.catch_up(point)
         assert refused.value.code == "unavailable"
@@ -1766,7 +1767,7 @@ class TestFeed:
             return await newest()
 
         monkeypatch.setattr(feed.store, "newest", counted)
-        point = tornchat.Seen(999_999, feed.room.epoch)
+        point = tornchat.ResumePoint(999_999, feed.room.epoch)
         await asyncio.gather(*(feed.catch_up(point) for _ in range(300)))
         assert next(looks) <= 2
 
@@ -1900,6 +1901,10 @@ class TestFeed:
         assert len(feed.outbox.stored) == 100
         assert 200 <= feed.extent.messages <= 210
         assert 20 <= len(feed.notices) <= 21
+        for _ in range(200):  # of which each is off and on again, and nobody talks
+            await feed.outbox.exit("sid-Eve", "Eve")
+            await feed.outbox.enter("sid-Eve", "Eve")
+        assert len(feed.kept.entries) + len(feed.extent.entries) < 500 + 2 * 210
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 
@@ -1934,13 +1939,12 @@ class TestFeed:
         await feeds.settled(11)
 
     @transcript
-    async def test_slow_rates(self, feeds: Feeds) -> None:
+    async def test_slow_rates(self) -> None:
         """A rate so slow that five times it is no message lets one through all the same."""
-        feed = await feeds.start(rate=0.1)
-        ann = await feeds.enter(feed, "Ann")
-        say(feed, ann, "one")
+        limits = tornchat.Limits(0.1)
+        limits.pace(limits.says, "sid-Ann")
         with pytest.raises(tornchat.Refused) as refused:
-            say(feed, ann, "two")
+            limits.pace(limits.says, "sid-Ann")
         assert 9 < refused.value.retry_after <= 10
 
     @transcript
@@ -2004,10 +2008,11 @@ class TestFeed:
         """Who has left again before it is known that they came is told that the name is not theirs."""
         feed = await feeds.start()
 
-        async def nothing(*args: object, **kwargs: object) -> None:
+        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done) -> None:
             """The notice is in the feed, and another one already behind it."""
+            done(tornchat.Event(type, 0, 7, who.sid, "", who.name))
 
-        monkeypatch.setattr(feed.outbox, "committed", nothing)
+        monkeypatch.setattr(feed.outbox, "propose", come_and_go)
         with pytest.raises(tornchat.Taken):
             await feed.outbox.enter("sid-Ann", "Ann")
 
@@ -2107,6 +2112,71 @@ class TestFeed:
         await until(written)
 
     @transcript
+    async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start."""
+        monkeypatch.setattr(tornchat, "FEED_NOTICES", 4)
+        feed = await feeds.start()
+        bob = member("Bob")
+        feed.outbox.propose("joined", bob)
+        feed.outbox.propose("message", bob, text="hi")
+        await feeds.settled(1)
+        await feed.outbox.exit(bob.sid, bob.name)
+        for n in range(9):
+            await feed.outbox.enter(f"sid-{n}", f"Carl{n}")
+        later = await feeds.start()
+        assert set(later.room.roster) == set(feed.room.roster)
+
+    @transcript
+    async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
+        feed = await feeds.start(lease_seconds=60.0)
+        bob = await feed.outbox.enter("sid-Bob", "Bob")
+        drop_leases, dropped = feed.store.drop_leases, asyncio.Event()
+
+        async def drop_late(keys: Iterable[str]) -> None:
+            await feed.outbox.exit(bob.sid, bob.name)
+            await drop_leases(keys)
+            dropped.set()
+
+        monkeypatch.setattr(feed.store, "drop_leases", drop_late)
+        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
+        await asyncio.wait_for(dropped.wait(), PATIENCE)
+        await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
+
+    @transcript
+    async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A group in which all are refused isn't the end of the work: the next in the outbox is committed at once."""
+        monkeypatch.setattr(tornchat, "GROUP_EVENTS", 3)
+        feed = await feeds.start(tick_seconds=60.0)
+        ann, eve = await feeds.enter(feed, "Ann"), Recorder(tornchat.Member("sid-Eve", "Ann", "ann"))
+        for n in range(4):
+            say(feed, eve, f"{n}")
+        say(feed, ann, "hi")
+        await feeds.settled(1)
+
+    @transcript
+    async def test_wishes_of_a_slow_line(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What others are asked to commit is as small as an entry; a wish that was lost on the way is wished again."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        await tornchat.end_tasks(feed.tasks)
+        for n in range(20):
+            say(feed, ann, f"{n}" + "x" * 4000)
+        wished: list[list[tornchat.Event]] = []
+
+        async def lost(raw: bytes) -> None:
+            wished.append(tornchat.decode_events(raw))
+            raise redis.ConnectionError("cut")
+
+        monkeypatch.setattr(feed.store, "wish", lost)
+        for _ in range(2):
+            feed.losses = 1
+            with pytest.raises(redis.ConnectionError):
+                await feed.lose()
+        assert [event.text[:2] for event in wished[0]] == [event.text[:2] for event in wished[1]]
+        assert len(wished[0]) == 17
+
+    @transcript
     async def test_stray_leases(self, feeds: Feeds) -> None:
         """A lease that belongs to nobody is dropped when it is over."""
         feed = await feeds.start()
@@ -2175,7 +2245,7 @@ class TestRoom:
         """Who comes is owed exactly what it has not seen; or the newest 100, and is told how many it missed."""
         ann = Recorder(member("Ann"))
         epoch, _, at = epoch.partition("at ")
-        filled_room(count).join(ann, tornchat.Seen(after, epoch, int(at) if at else None))
+        filled_room(count).join(ann, tornchat.ResumePoint(after, epoch, int(at) if at else None))
         welcome = ann.frames[0]
         assert (welcome["recovered"], welcome["missed"], welcome["reset"]) == (recovered, missed, reset)
         assert welcome["seq"] == count
@@ -2186,7 +2256,7 @@ class TestRoom:
         room = filled_room(50, history=0)
         ann, bob = Recorder(member("Ann")), Recorder(member("Bob"))
         room.join(ann)
-        room.join(bob, tornchat.Seen(40, "e"))
+        room.join(bob, tornchat.ResumePoint(40, "e"))
         assert (ann.seqs, bob.seqs) == ([], list(range(41, 51)))
 
     @hypothesis.given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 20), st.integers(0, 90))
@@ -2219,7 +2289,7 @@ class TestRoom:
                 listener = listeners[who]
                 if listener is None:
                     listener = listeners[who] = Recorder(member(f"P{who}"))
-                    room.join(listener, tornchat.Seen(seen[who], "e"))
+                    room.join(listener, tornchat.ResumePoint(seen[who], "e"))
                 elif count % 3 == 0:
                     room.leave(listener)
                     welcome, seqs = listener.frames[0], listener.seqs
@@ -2879,7 +2949,7 @@ class TestLogin:
         """When others take every guest name first, the guest is told to try again."""
         daemon = await memory_lan.serve()
         await memory_lan.join("Ann")
-        monkeypatch.setattr(daemon.room, "guest", lambda address: "Ann")
+        monkeypatch.setattr(daemon.admission, "guest", lambda address: "Ann")
         code, said = await memory_lan.browser().ask("")
         assert (code, said["code"]) == (503, "unavailable")
 
@@ -2936,7 +3006,7 @@ class TestLogin:
 
     def test_paces_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tornchat, "PACES", 10)
-        paces = tornchat.Paces(1, 1)
+        paces = tornchat.TokenBuckets(1, 1)
         assert [paces.take(f"address {number}", number) for number in range(100)] == [0] * 100
         assert len(paces.buckets) == 10
         assert paces.take("address 99", 99.5) == 0.5
@@ -8359,7 +8429,7 @@ class Witness(Recorder):
         else:
             seen = self.seqs_of_history()
             after = seen[-1] if seen else welcomes[-1]["seq"]
-            feed.room.join(self, tornchat.Seen(after, welcomes[-1]["epoch"]))
+            feed.room.join(self, tornchat.ResumePoint(after, welcomes[-1]["epoch"]))
         for cid in self.unconfirmed():
             self.say(cid)
 

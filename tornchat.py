@@ -562,16 +562,17 @@ def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
     """The events of the entry with that id; none for one that no tornchat wrote."""
     try:
         events = [Event(**fields, place=(*id, n)) for n, fields in enumerate(json.loads(raw))]
+        return events if all(map(is_event, events)) else []
     except (ValueError, TypeError, RecursionError):
         return []
-    return events if all(map(is_event, events)) else []
 
 
 def is_event(event: Event) -> bool:
-    """Whether what was read is one."""
+    """Whether what was read is one. Raises TypeError or ValueError where a field is no text that can be sent."""
     type, seq, ts, *texts, _ = event
+    "".join(texts).encode()  # JSON may spell half a character
     numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
-    return type in ("message", "joined", "left") and numbers and all(isinstance(text, str) for text in texts)
+    return type in ("message", "joined", "left") and numbers
 
 
 def shown(text: str) -> str:
@@ -692,9 +693,7 @@ def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Ent
 
 
 def connect(config: Config) -> Callable[..., Any]:
-    """What makes clients of the Redis that was asked for, or of one in this process. Raises ValueError for a malformed
-    URL.
-    """
+    """Makes clients of the Redis asked for, or of one in this process. Raises ValueError for a malformed URL."""
     if not config.redis_url:
         return functools.partial(
             fakeredis.FakeAsyncRedis, server=fakeredis.FakeServer(), protocol=2, socket_timeout=None
@@ -831,8 +830,7 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def delete(self, ids: Sequence[Id]) -> None:
-        """Takes entries out of the feed."""
+    async def delete(self, ids: Iterable[Id]) -> None:
         await self.redis.xdel(self.feed, *map(id_text, ids))
 
     # --- beginning, and putting back what was forgotten ---
@@ -842,9 +840,9 @@ class Store:
         """The epoch, "" if there is none, and the roster: key -> (sid, name)."""
         async with self.redis.pipeline() as pipe:
             epoch, names = await pipe.hget(self.state, "epoch").hgetall(self.names).execute()
-        return (epoch or b"").decode(), {
-            key.decode(errors="replace"): split_name(value) for key, value in names.items()
-        }
+        decoded = ((key.decode(errors="replace"), value.decode(errors="replace")) for key, value in names.items())
+        roster = {key: value.partition(" ") for key, value in decoded}
+        return (epoch or b"").decode(), {key: (sid, name) for key, (sid, _, name) in roster.items()}
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -932,7 +930,6 @@ class Store:
 
     @bounded
     async def lapsed(self) -> set[str]:
-        """The keys of the leases that are over."""
         return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
 
     @bounded
@@ -943,33 +940,22 @@ class Store:
 
     @bounded
     async def read_clock(self) -> float:
-        """Learns the store's time; by how many s it has jumped ahead.
-
-        Between two readings the time is carried on by a clock that nobody can set.
-        """
+        """Learns the store's time, which a clock that nobody can set carries on; by how many s it has jumped ahead."""
         before = self.clock_ahead
         seconds, microseconds = await self.redis.time()
         self.clock_ahead = (seconds + microseconds / 1e6 - time.monotonic()) * 1000
         return (self.clock_ahead - before) / 1000
 
     def now(self) -> int:
-        """The store's clock, in ms."""
         return int(self.clock_ahead + time.monotonic() * 1000)
 
     def lapses_in(self, seconds: float) -> int:
         return self.now() + int(seconds * 1000)
 
     async def close(self) -> None:
-        """Gives the connections back."""
         await self.line.disconnect()
         for client in (self.redis, self.reading):
             await client.aclose()
-
-
-def split_name(value: bytes) -> tuple[str, str]:
-    """A value of the hash `names`: its sid and its name."""
-    sid, _, name = value.decode(errors="replace").partition(" ")
-    return sid, name
 
 
 # === Room =============================================================================================================
@@ -985,12 +971,10 @@ class Batch:
 
     @functools.cached_property
     def frames(self) -> memoryview:
-        """For listeners of JSON."""
         return memoryview(b"".join([event.frame for event in self.events]))
 
     @functools.cached_property
     def lines(self) -> memoryview:
-        """For listeners of plain text."""
         return memoryview(b"".join([event.line for event in self.events]))
 
 
@@ -1000,20 +984,11 @@ class Listener(Protocol):
     member: Member
     base: int  # messages with a higher seq were or will be sent to this listener
 
-    def send(self, batch: Batch) -> None:
-        """Live events."""
-
-    def replay(self, events: list[Encoded]) -> None:
-        """What is owed from before; as much as it takes."""
-
-    def beat(self, now: float, time: Encoded) -> None:
-        """Time to show a sign of life and to ask for one; `now` in s of the loop's clock."""
-
-    def refuse(self, refused: Refused) -> None:
-        """For this one only: why its request was rejected."""
-
-    def shut(self, code: int, reason: str) -> None:
-        """Close this connection, with a WebSocket close code and a reason."""
+    def send(self, batch: Batch) -> None: ...  # live events
+    def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
+    def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
+    def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
+    def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1077,7 +1052,7 @@ class Owed(NamedTuple):
     reset: bool = False
 
 
-class Seen(NamedTuple):
+class ResumePoint(NamedTuple):
     """The resume point of a client: all up to the message `after` of that epoch. None: a newcomer."""
 
     after: int | None = None
@@ -1085,59 +1060,7 @@ class Seen(NamedTuple):
     at: int | None = None  # ts of that message: another one of the same number is another history
 
 
-NEWCOMER = Seen()
-
-
-class Cursor(NamedTuple):
-    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
-
-    place: Place  # of an event in the feed: any daemon understands it
-    available: bool
-
-    def __str__(self) -> str:
-        """As a client keeps it."""
-        return "-".join(map(str, self.place)) + ("" if self.available else "!")
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor | None:
-        """What a client gives back; None if it is none of ours."""
-        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
-        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
-
-
-class News(NamedTuple):
-    """What a poller is told, and from where it goes on."""
-
-    events: list[Encoded]
-    seq: int
-    cursor: Cursor
-
-
-class Paces:
-    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
-        self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
-
-    def take(self, name: str, now: float, cost: float = 1) -> float:
-        """Takes tokens, if there is one; else how many s to wait for it. What costs more leaves a debt."""
-        tokens, then = self.buckets.pop(name, (self.burst, now))
-        tokens = min(self.burst, tokens + (now - then) * self.rate)
-        self.buckets[name] = tokens - (cost if tokens >= 1 else 0), now
-        if len(self.buckets) > PACES:
-            self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
-        return 0 if tokens >= 1 else (1 - tokens) / self.rate
-
-
-class History(NamedTuple):
-    """All that a daemon starts from: the feed's end, its newest events, and the roster as it was before them."""
-
-    epoch: str
-    last: Id
-    seq: int
-    events: list[Event]  # oldest first
-    roster: Mapping[str, tuple[str, str]]  # key -> (sid, name)
+NEWCOMER = ResumePoint()
 
 
 class Room:
@@ -1151,26 +1074,23 @@ class Room:
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
-        self.kept_names: dict[
-            str, tuple[str, int]
-        ] = {}  # key -> sid of who left it, and till when, in ms; in this order
+        self.kept_names: dict[str, tuple[str, int]] = {}  # key -> sid, and till when, in ms; in the order of leaving
         self.listeners: set[Listener] = set()
         self.available = True
 
     # --- listeners ---
 
-    def join(self, listener: Listener, seen: Seen = NEWCOMER) -> None:
+    def join(self, listener: Listener, seen: ResumePoint = NEWCOMER) -> None:
         """Replays to a listener what it is owed, and registers it: no event falls between the two."""
         self.replay(listener, seen)
         self.register(listener)
 
     def register(self, listener: Listener) -> None:
-        """From now on this listener gets all that comes."""
         self.listeners.add(listener)
         listener.member.listeners.append(listener)
         self.sessions[listener.member.sid] = listener.member
 
-    def replay(self, listener: Listener, seen: Seen) -> None:
+    def replay(self, listener: Listener, seen: ResumePoint) -> None:
         """The welcome, and the messages that came after the resume point."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
@@ -1182,7 +1102,6 @@ class Room:
         return [self.welcome(member, owed), *away]
 
     def leave(self, listener: Listener) -> None:
-        """Forgets a listener."""
         self.listeners.discard(listener)
         member = listener.member
         if listener in member.listeners:
@@ -1204,64 +1123,26 @@ class Room:
 
     # --- what somebody is owed who comes, or comes back ---
 
-    def owed(self, seen: Seen) -> Owed:
+    def owed(self, seen: ResumePoint) -> Owed:
         """What somebody has to be told who has seen that."""
-        if seen.after is None:
-            return Owed(self.ring.newest(self.history))
-        if not self.is_ours(seen):
-            return Owed(self.ring.newest(self.history), reset=True)
+        if seen.after is None or not self.is_ours(seen):
+            return Owed(self.ring.newest(self.history), reset=seen.after is not None)
         events = self.ring.after(seen.after)
         if events is None or len(events) > RING_MESSAGES:
             events = self.ring.newest(self.history)
         missed = self.seq - seen.after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
 
-    def is_ours(self, seen: Seen) -> bool:
+    def is_ours(self, seen: ResumePoint) -> bool:
         """Whether a resume point belongs to this history, as far as can be told."""
         if seen.after is None or self.is_ahead(seen):
             return False
         found = self.ring.find(seen.after)
         return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found[0] == seen.at)
 
-    def is_ahead(self, seen: Seen) -> bool:
+    def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
         return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
-
-    def news(self, member: Member, seen: Seen, cursor: Cursor | None) -> News:
-        """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-        owed = self.owed(seen)
-        events: list[Encoded] = []
-        if not owed.recovered or cursor is None or cursor.place < self.notices_after:
-            events, cursor = self.greeting(member, owed), self.cursor
-        first = self.seq - len(owed.events) + 1
-        messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, first)]
-        notices = [(event.seq, event.place, encoded) for event, encoded in self.notices_since(cursor.place)]
-        size = 0
-        for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
-            if size and size + len(encoded.frame) > POLL_BYTES:
-                return News(events, seq - (place == NOWHERE), cursor)
-            size += len(encoded.frame)
-            events.append(encoded)
-            cursor = cursor._replace(place=max(place, cursor.place))
-        if cursor.available != self.available:
-            events.append(encode_store(self.available))
-        return News(events, self.seq, self.cursor)
-
-    def notices_since(self, place: Place) -> list[tuple[Event, Encoded]]:
-        newer = itertools.takewhile(lambda notice: notice[0].place > place, reversed(self.notices))
-        return [*newer][::-1]
-
-    @property
-    def cursor(self) -> Cursor:
-        """For somebody who has been told everything."""
-        return Cursor(self.place, self.available)
-
-    def cursor_of(self, member: Member, given: str | None) -> Cursor | None:
-        """From where a poller goes on: as it says, or else where its last poll here ended."""
-        if given is not None:
-            return Cursor.parse(given)
-        told = Cursor.parse(member.told)
-        return told if told and told.place >= self.notices_after else self.cursor
 
     def welcome(self, member: Member, owed: Owed) -> Encoded:
         """The first event of a connection, and of a new beginning."""
@@ -1284,18 +1165,20 @@ class Room:
 
     # --- what the feed brings ---
 
-    def adopt(self, history: History) -> None:
-        """Takes what the store holds for the truth. Who listens already is told as if just back: recovered or reset."""
+    def adopt(self, epoch: str, last: Id, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> sid, name) as it was
+        before `events`, and these, oldest first. Who listens already is told as if just back: recovered or reset.
+        """
         seq, known = self.seq, self.ring.find(self.seq)
-        seen = Seen(seq, self.epoch)
+        seen = ResumePoint(seq, self.epoch)
         self.ring.clear()
         self.notices.clear()
         self.roster.clear()
         self.kept_names.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in history.roster.values():
+        for sid, name in roster.values():
             self.enter(sid, name)
-        for event in history.events:
+        for event in events:
             match event.type:
                 case "message":
                     self.ring.append(event)
@@ -1303,9 +1186,8 @@ class Room:
                     self.enter(event.sid, event.name)
                 case "left":
                     self.exit(event)
-        self.epoch, self.seq = history.epoch, history.seq
-        self.ts = history.events[-1].ts if history.events else 0
-        self.place = self.notices_after = (*history.last, END_OF_ENTRY)
+        self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
+        self.place = self.notices_after = (*last, END_OF_ENTRY)
         if known and (found := self.ring.find(seq)) and found[1].frame != known[1].frame:
             seen = seen._replace(epoch="another")
         for listener in tuple(self.listeners):
@@ -1355,17 +1237,17 @@ class Room:
 
     def exit(self, left: Event) -> bool:
         """Takes a session off the roster; whether it was there. Its name is kept for it, unless it was given back."""
-        member = self.roster.get(key := name_key(left.name))
-        if member is None or member.sid != left.sid:
-            if left.text == LOGOUT and self.owner(key) == left.sid:
-                del self.kept_names[key]
+        key = name_key(left.name)
+        if self.owner(key) != left.sid:
             return False
-        del self.roster[member.key]
-        if not member.listeners:
+        member = self.roster.pop(key, None)
+        if member and not member.listeners:
             self.sessions.pop(member.sid, None)
-        if left.text != LOGOUT and self.config.name_seconds:
-            self.kept_names[member.key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
-        return True
+        if left.text == LOGOUT:
+            self.kept_names.pop(key, None)
+        elif member and self.config.name_seconds:
+            self.kept_names[key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
+        return member is not None
 
     def forget_names(self, now: int) -> None:
         """Frees the names whose owners have been away for too long; `now` in ms of the store's clock."""
@@ -1383,19 +1265,13 @@ class Room:
         name = member.name if member else name
         return next((new for new in variants(name) if not self.owner(name_key(new))), "")
 
-    def guest(self, address: str) -> str:
-        """A free name for whoever gives none."""
-        name = guest_name(address)
-        if self.owner(name_key(name)):
-            name = self.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-        return name
-
 
 # === Outbox ===========================================================================================================
 # What members want to be stored waits here until the feed has it. What becomes of it is decided by what the feed says
 # then: who has the name, and whether the same cid has been stored before.
 
 Outcome = Event | Refused
+Done = Callable[[Outcome], None]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1409,7 +1285,7 @@ class Proposal:
     text: str
     expires: float  # in s of the loop's clock
     member: Member | None = None  # None: another daemon's, see `wishes`
-    done: list[Callable[[Outcome], None]] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
     wished: bool = False  # others have been asked to commit it
 
     @property
@@ -1428,18 +1304,16 @@ class Outbox:
 
     def __init__(self, room: Room, config: Config) -> None:
         self.room, self.config = room, config
-        self.paces = Paces(config.rate, max(1, config.rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.waiting: dict[tuple[str, str], Proposal] = {}
         self.stored: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # (sid, cid) -> seq
-        # A cid of the daemon's own is none for the client, but tells a second try from a second message.
+        # A cid of the daemon's own: none for the client, but it tells a second try from a second message.
         self.cids, self.counter = f"~{secrets.token_hex(8)}-", itertools.count()
         self.bell = asyncio.Event()  # there is something to do for the Feed
         self.empty = asyncio.Event()
         self.empty.set()
 
-    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+    def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
-        self.pace(member, say.cid)
         if seq := self.stored.get((member.sid, say.cid)):
             done(self.message(seq, member, say))
             return
@@ -1448,18 +1322,11 @@ class Outbox:
         self.propose("message", member, done, cid=say.cid, text=say.text)
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
-        """A message that was stored before, as it was stored; where that has been forgotten, as it is said now."""
+        """As it was stored; where that has been forgotten, as it is said now."""
         ts, text = self.room.ts, say.text
         if found := self.room.ring.find(seq):
             ts, text = found[0], json.loads(found[1].json)["text"]
         return Event("message", seq, ts, member.sid, say.cid, member.name, text)
-
-    def pace(self, member: Member, cid: str) -> None:
-        """Takes a token out of the session's bucket. Raises Refused if there is none."""
-        if not self.config.rate:
-            return
-        if wait := self.paces.take(member.sid, asyncio.get_running_loop().time()):
-            raise Refused("too-fast", cid=cid, retry_after=wait)
 
     async def enter(self, sid: str, name: str) -> Member:
         """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
@@ -1467,7 +1334,10 @@ class Outbox:
         if member is None or member.key != name_key(name):
             member = Member(sid, name, name_key(name))
         if self.room.roster.get(member.key) is not member:
-            await self.committed("joined", member)
+            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            self.propose("joined", member, future.set_result)
+            if isinstance(outcome := await future, Refused):
+                raise outcome
         entered = self.room.roster.get(member.key)
         if entered is None or entered.sid != sid:  # it has left again meanwhile
             raise Taken(name)
@@ -1482,33 +1352,22 @@ class Outbox:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    async def committed(self, type: str, member: Member) -> None:
-        """Waits until the feed has a notice. Raises Refused."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.propose(type, member, future.set_result)
-        outcome = await future
-        if isinstance(outcome, Refused):
-            raise outcome
-
     def propose(
-        self,
-        type: str,
-        member: Member,
-        done: Callable[[Outcome], None] | None = None,
-        *,
-        cid: str = "",
-        text: str = "",
-        patience: float | None = None,
+        self, type: str, member: Member, done: Done | None = None, *, cid: str = "", text: str = "", patience: float = 0
     ) -> None:
         """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
         proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
-        told = self.waiting.setdefault(proposal.id, proposal).done
-        if done and done not in told:
-            told.append(done)
+        waiting = self.put(proposal)
+        if done and done not in waiting.done:
+            waiting.done.append(done)
+
+    def put(self, proposal: Proposal) -> Proposal:
+        """Lets it wait, and wakes the Feed. Returns the one of that id that waits already, if there is one."""
         self.empty.clear()
         self.bell.set()
+        return self.waiting.setdefault(proposal.id, proposal)
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
@@ -1521,20 +1380,15 @@ class Outbox:
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
         for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
-            self.refuse(proposal)
-
-    def refuse(self, proposal: Proposal) -> None:
-        """The store didn't answer in time."""
-        retry_after = self.config.retry_seconds
-        self.settle(proposal.id, Refused("unavailable", cid=proposal.cid_of_client, retry_after=retry_after))
+            refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
+            self.settle(proposal.id, refused)
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_seconds):
                 await self.empty.wait()
-        for proposal in list(self.waiting.values()):
-            self.refuse(proposal)
+        self.expire(math.inf)
 
     # --- for the Feed ---
 
@@ -1564,9 +1418,7 @@ class Outbox:
         return events
 
     def verdict(self, proposal: Proposal, owner: str, present: bool) -> Outcome | None:
-        """What a proposal gets that is not to be committed, else None. `owner` has its name, and is on the roster or
-        was until a short while ago.
-        """
+        """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
         sid, type = proposal.sid, proposal.type
         here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
         if type == "message" and not (owner == sid and present) and not here:
@@ -1587,12 +1439,11 @@ class Outbox:
         while len(self.stored) > INDEX_EVENTS:
             self.stored.popitem(last=False)
 
-    def wishes(self) -> list[Event]:
-        """What other daemons have not been asked yet to commit for us."""
+    def wishes(self) -> list[Proposal]:
+        """What other daemons have not been asked yet to commit for us, as much as one entry takes."""
         ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
-        for proposal in ours:
-            proposal.wished = True
-        return [Event(each.type, 0, 0, *each.id, each.name, each.text) for each in ours]
+        sizes = itertools.accumulate((len(each.text) for each in ours), initial=0)
+        return [each for each, before in zip(ours, sizes, strict=False) if before <= ENTRY_CHARS]
 
     def take_wishes(self, events: Iterable[Event]) -> None:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
@@ -1600,9 +1451,7 @@ class Outbox:
         for event in events:
             proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires)
             if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
-                self.waiting.setdefault(proposal.id, proposal)
-                self.empty.clear()
-                self.bell.set()
+                self.put(proposal)
 
 
 # === Feed =============================================================================================================
@@ -1629,14 +1478,18 @@ class Window:
 
     def shrink(self, slack: float = 0) -> bool:
         """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        dropped = False
-        if any(now > (1 + slack) * limit for now, limit in zip((self.messages, self.size), self.limits, strict=True)):
-            while self.messages > self.limits[0] or self.size > self.limits[1]:
-                _, messages, size = self.entries.popleft()
-                self.messages -= messages
-                self.size -= size
-                dropped = True
-        return dropped
+        if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
+            return False
+        while self.messages > self.limits[0] or self.size > self.limits[1]:
+            _, messages, size = self.entries.popleft()
+            self.messages -= messages
+            self.size -= size
+        return True
+
+    def drop(self, ids: set[Id]) -> None:
+        """Drops these entries, which hold no message."""
+        self.entries = collections.deque(each for each in self.entries if each[0].id not in ids)
+        self.size = sum(size for _, _, size in self.entries)
 
 
 class Feed:
@@ -1652,7 +1505,7 @@ class Feed:
         self.secret = self.config.secret
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
-        self.asked: list[asyncio.Future[None]] = []  # who waits for the next look
+        self.asked: set[asyncio.Event] = set()  # who waits for the next look
         self.run_id = ""  # of the Redis that was looked at last
         self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
         self.losses = self.gathered = 0  # commits lost in a row; events in the last one
@@ -1690,7 +1543,9 @@ class Feed:
             await self.store.write_names(self.names)
             self.names.clear()
         if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
-            surplus = [self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)]
+            surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
+            self.kept.drop(surplus)
+            self.extent.drop(surplus)
             await self.store.delete(surplus)
 
     # --- committing ---
@@ -1702,9 +1557,13 @@ class Feed:
         await self.gather()
         id = self.last[0], self.last[1] + 1
         events = self.outbox.group(id, self.store.now())
-        if not events and self.writable:
-            return  # else an empty entry tries a store that took nothing
-        entry = Entry(id, encode_events(events))
+        if events or not self.writable:  # an empty entry tries a store that took nothing
+            await self.append(Entry(id, encode_events(events)), events)
+        if self.outbox.waiting:
+            self.bell.set()
+
+    async def append(self, entry: Entry, events: Sequence[Event]) -> None:
+        """Stores an entry and absorbs it, unless another daemon was first. Raises Gap and STORE_ERRORS."""
         keep_from = self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
         if not await self.store.append(entry, keep_from):
             await self.lose()
@@ -1716,8 +1575,6 @@ class Feed:
         self.mark(writable=True)
         self.take(entry, events)
         self.tell(events)
-        if self.outbox.waiting:
-            self.bell.set()
 
     async def gather(self) -> None:
         """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
@@ -1730,13 +1587,17 @@ class Feed:
                 await asyncio.sleep(0)
 
     async def lose(self) -> None:
-        """Another daemon was first: reads what it committed. One that is far from the store would lose for ever: after
-        the second time it asks the others to commit its own; (sid, cid) prevents doubles.
+        """Reads what another daemon has committed first. Who is far from the store would lose for ever: after the
+        second time it asks the others to commit its own; (sid, cid) prevents doubles.
         """
         self.losses += 1
         if self.losses > 1 and (wishes := self.outbox.wishes()):
+            await self.store.wish(
+                encode_events(Event(each.type, 0, 0, *each.id, each.name, each.text) for each in wishes)
+            )
             self.losses = 0
-            await self.store.wish(encode_events(wishes))
+            for proposal in wishes:
+                proposal.wished = True
         before = self.last
         await self.read_on()
         if self.last == before:
@@ -1769,13 +1630,12 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        more = True
-        while more:
-            entries = await self.store.read(self.last)
-            if entries and self.is_another(entries[0]):
+        while entries := await self.store.read(self.last):
+            if self.is_another(entries[0]):
                 raise Gap
             self.absorb(entries)
-            more = len(entries) == READ_ENTRIES
+            if len(entries) < READ_ENTRIES:
+                break
         self.confirmed = True
 
     def absorb(self, entries: Iterable[Entry]) -> None:
@@ -1807,7 +1667,6 @@ class Feed:
             self.notices.append(entry.id)
 
     def forget(self) -> None:
-        """Nothing is known of the feed."""
         self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of all
         self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
@@ -1827,25 +1686,26 @@ class Feed:
     # --- where the store holds something else ---
 
     def ring_for_look(self) -> None:
-        """The store may hold something else than was absorbed."""
         self.unsure = True
         self.bell.set()
 
-    async def catch_up(self, seen: Seen) -> None:
+    async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
         if not self.room.is_ahead(seen):
             return
-        looked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.asked.append(looked)
+        looked = asyncio.Event()
+        self.asked.add(looked)
         self.ring_for_look()
         try:
-            await asyncio.wait_for(looked, self.config.silence_seconds)
+            await asyncio.wait_for(looked.wait(), self.config.silence_seconds)
         except TimeoutError:
             raise Refused("unavailable", retry_after=self.config.retry_seconds) from None
+        finally:
+            self.asked.remove(looked)
 
     async def look(self) -> None:
         """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
-        asked, self.unsure = len(self.asked), False
+        asked, self.unsure = list(self.asked), False
         if not (self.readable and self.writable):
             await self.greet()
         newest = await self.store.newest()
@@ -1857,10 +1717,8 @@ class Feed:
             await self.read_on()
             if self.last < newest.id:
                 raise Gap
-        for looked in self.asked[:asked]:
-            if not looked.done():
-                looked.set_result(None)
-        del self.asked[:asked]
+        for looked in asked:
+            looked.set()
 
     def is_another(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
@@ -1868,12 +1726,9 @@ class Feed:
         return ours.id == entry.id and ours.raw != entry.raw != b""
 
     async def greet(self) -> None:
-        """Behind a lost connection there may be a Redis that was started anew and has forgotten: nothing is committed
-        until the daemon that has seen most could put that back.
-        """
-        run_id, _ = await self.store.server()
-        if run_id != self.run_id:
-            self.run_id = run_id
+        """A Redis that was started anew may have forgotten: who has seen most can put that back, before any commit."""
+        before, (self.run_id, _) = self.run_id, await self.store.server()
+        if self.run_id != before:
             self.keep_quiet()
 
     def keep_quiet(self) -> None:
@@ -1903,10 +1758,14 @@ class Feed:
             return  # the next look deals with that
         epoch, roster = await self.store.read_state()
         read: list[tuple[Entry, list[Event], int]] = []  # with sizes, newest first
-        messages = 0
+        messages, complete = 0, True
         async for page in self.store.pages():
             for entry in page:
                 size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+                if read and entry.id[0] == read[-1][0].id[0]:
+                    complete &= entry.id[1] + 1 == read[-1][0].id[1]
+                if not complete:  # notices have been deleted since: the roster knows better
+                    events = [event for event in events if event.type == "message"]
                 if messages > self.room.ring.size:  # of what is older only the index is needed
                     entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
                 messages += sum(event.type == "message" for event in events)
@@ -1915,17 +1774,13 @@ class Feed:
         for entry, events, size in reversed(read):
             self.take(entry, events, size)
         self.read_to = self.last = max(self.last, newest.id)  # where the newest entries have been deleted
-        self.adopt(epoch or str(newest.id[0]), roster, [event for _, events, _ in reversed(read) for event in events])
-
-    def adopt(self, epoch: str, roster: Mapping[str, tuple[str, str]], events: list[Event]) -> None:
-        """Takes what was read for the truth. Whoever is connected here and not on its roster joins again."""
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        seq = next((event.seq for event in reversed(events) if event.type == "message"), 0)
-        self.room.adopt(History(epoch, self.last, seq, events, roster))
+        history = [event for _, events, _ in reversed(read) for event in events]
+        self.room.adopt(epoch or str(newest.id[0]), self.last, roster, history)
         self.outbox.stored.clear()
-        self.outbox.absorbed(events)  # another try may have stored what waits here
-        self.stranded.set()
+        self.outbox.absorbed(history)  # another try may have stored what waits here
+        self.stranded.set()  # whoever is connected here and not on the roster joins again
 
     def mark(
         self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None
@@ -1997,7 +1852,6 @@ class Backoff:
         self.longest, self.pause = longest, 0.0
 
     def reset(self) -> None:
-        """The next pause is a short one again."""
         self.pause = 0.0
 
     async def __call__(self) -> None:
@@ -2027,14 +1881,14 @@ class Presence:
         if not self.feed.stopping:
             self.released[member.key] = member, seconds
 
-    async def beat(self) -> NoReturn:
+    async def heartbeat(self) -> NoReturn:
         """Sends everybody pings and the time."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.config.tick_seconds)
             now = encode({"type": "time", "ts": self.store.now()})
             for listener in tuple(self.room.listeners):
-                listener.beat(loop.time(), now)
+                listener.heartbeat(loop.time(), now)
 
     async def keep_leases(self) -> NoReturn:
         """Renews, shortens and sweeps leases, for ever, and at once when somebody has to join again."""
@@ -2109,15 +1963,14 @@ class Presence:
         self.room.forget_names(self.store.now())
         if time.monotonic() <= self.spared_until or not (lapsed := await self.store.lapsed()):
             return
-        strays = [key for key in lapsed if key not in self.room.roster]
-        if strays:
-            await self.store.drop_leases(strays)
-        for member in [self.room.roster[key] for key in lapsed.difference(strays)]:
-            if not member.listeners:
+        for key in lapsed & self.room.roster.keys():
+            if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
+        if strays := lapsed - self.room.roster.keys():
+            await self.store.drop_leases(strays)
 
     def start(self) -> None:
-        self.tasks = [asyncio.create_task(task()) for task in (self.beat, self.keep_leases)]
+        self.tasks = [asyncio.create_task(task()) for task in (self.heartbeat, self.keep_leases)]
 
     async def stop(self) -> None:
         await end_tasks(self.tasks)
@@ -2159,19 +2012,37 @@ def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
             del counter[name]
 
 
+class TokenBuckets:
+    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst = rate, burst
+        self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
+
+    def take(self, name: str, now: float, cost: float = 1) -> float:
+        """Takes tokens, if there is one; else how many s to wait for it. What costs more leaves a debt."""
+        tokens, then = self.buckets.pop(name, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * self.rate)
+        self.buckets[name] = tokens - (cost if tokens >= 1 else 0), now
+        if len(self.buckets) > PACES:
+            self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
+        return 0 if tokens >= 1 else (1 - tokens) / self.rate
+
+
 class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
 
     def __init__(self, rate: float) -> None:
         free = 0 if rate else math.inf
-        self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)
-        self.rejoins = Paces(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
-        self.messages = Paces(CROWD * rate, free or RING_MESSAGES)
-        self.requests = Paces(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
+        self.logins = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)
+        self.rejoins = TokenBuckets(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by sid: a new tab or a logout fills no bucket
+        self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
+        self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
-        self.drawings = Paces(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
+        self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
         self.drawn = collections.deque[str](maxlen=50)  # addresses of the room that aren't announced
         self.proxy_seen = False
 
@@ -2188,7 +2059,7 @@ class Limits:
             loop.call_soon(turn.release)
 
     @staticmethod
-    def pace(paces: Paces, name: str, cid: str = "", cost: float = 1) -> None:
+    def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
         """Takes from a bucket. Raises Refused if it is empty."""
         if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
             raise Refused("too-fast", cid=cid, retry_after=wait)
@@ -2430,15 +2301,16 @@ class BaseHandler(tornado.web.RequestHandler):
         except UnicodeDecodeError:
             raise tornado.web.HTTPError(400) from None
 
-    def seen(self) -> Seen:
+    def seen(self) -> ResumePoint:
         """Where the client says it has been; a nonsense number is none."""
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
-        return Seen(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
+        return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def say(self, member: Member, say: Say, done: Callable[[Outcome], None]) -> None:
+    def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message, at the pace of its session and of its address. Raises Refused."""
         limits = self.daemon.limits
         limits.pace(limits.messages, self.address, say.cid, cost=0)
+        limits.pace(limits.says, member.sid, say.cid)
         self.daemon.outbox.say(member, say, done)  # only what that takes counts
         limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
 
@@ -2713,8 +2585,15 @@ class Admission:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
             with contextlib.suppress(Taken):
-                return await self.enter_as(self.room.guest(address))
+                return await self.enter_as(self.guest(address))
         raise Refused("unavailable", retry_after=1)
+
+    def guest(self, address: str) -> str:
+        """A free name for whoever gives none."""
+        name = guest_name(address)
+        if self.room.owner(name_key(name)):
+            name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
+        return name
 
 
 class LoginHandler(BaseHandler):
@@ -2811,7 +2690,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
 
     listener: SocketListener | None = None
-    frames = 0  # since the last beat, that weren't messages, each KB counted as one
+    frames = 0  # since the last heartbeat, that weren't messages, each KB counted as one
     taken = False  # the last frame was a message
 
     async def prepare(self) -> None:
@@ -2851,7 +2730,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return known
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
-    async def enter(self, session: Session | None, seen: Seen) -> None:
+    async def enter(self, session: Session | None, seen: ResumePoint) -> None:
         """Joins the room. Raises Refused."""
         member = await self.admit(session)
         await self.daemon.feed.catch_up(seen)
@@ -3036,7 +2915,7 @@ class SocketListener:
         if self.handler.listener is self:
             self.send(Batch(event))
 
-    def beat(self, now: float, time: Encoded) -> None:
+    def heartbeat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
         config = self.handler.daemon.config
         self.handler.frames = 0
@@ -3061,8 +2940,66 @@ class SocketListener:
 # comes ends the waiting, and the answer is what the room says then.
 
 
+class Cursor(NamedTuple):
+    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
+
+    place: Place  # of an event in the feed: any daemon understands it
+    available: bool
+
+    def __str__(self) -> str:
+        """As a client keeps it."""
+        return "-".join(map(str, self.place)) + ("" if self.available else "!")
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor | None:
+        """What a client gives back; None if it is none of ours."""
+        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
+        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
+
+
+class News(NamedTuple):
+    """What a poller is told, and from where it goes on."""
+
+    events: list[Encoded]
+    seq: int
+    cursor: Cursor
+
+
+def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
+    """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
+    owed = room.owed(seen)
+    events: list[Encoded] = []
+    if not owed.recovered or cursor is None or cursor.place < room.notices_after:
+        events, cursor = room.greeting(member, owed), newest_cursor(room)
+    messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, room.seq - len(owed.events) + 1)]
+    notices = [(event.seq, event.place, encoded) for event, encoded in room.notices if event.place > cursor.place]
+    size = 0
+    for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
+        if size and size + len(encoded.frame) > POLL_BYTES:
+            return News(events, seq - (place == NOWHERE), cursor)
+        size += len(encoded.frame)
+        events.append(encoded)
+        cursor = cursor._replace(place=max(place, cursor.place))
+    if cursor.available != room.available:
+        events.append(encode_store(room.available))
+    return News(events, room.seq, newest_cursor(room))
+
+
+def newest_cursor(room: Room) -> Cursor:
+    """For somebody who has been told everything."""
+    return Cursor(room.place, room.available)
+
+
+def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
+    """From where a poller goes on: as it says, or else where its last poll here ended."""
+    if given is not None:
+        return Cursor.parse(given)
+    told = Cursor.parse(member.told)
+    return told if told and told.place >= room.notices_after else newest_cursor(room)
+
+
 class MessagesHandler(BaseHandler):
-    """GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket."""
+    """GET and POST /messages."""
 
     listener: PollListener | None = None
     gone = False
@@ -3102,10 +3039,10 @@ class MessagesHandler(BaseHandler):
         """What this poll is told. Raises Refused."""
         room, seen = self.daemon.room, self.seen()
         await self.daemon.feed.catch_up(seen)
-        cursor = room.cursor_of(member, self.get_query_argument("last", None))
-        if wait and not (self.gone or room.news(member, seen, cursor).events):
+        cursor = cursor_of(room, member, self.get_query_argument("last", None))
+        if wait and not (self.gone or news_since(room, member, seen, cursor).events):
             await self.listen(member, wait)
-        return room.news(member, seen, cursor)
+        return news_since(room, member, seen, cursor)
 
     async def listen(self, member: Member, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
@@ -3194,7 +3131,7 @@ class PollListener:
         """There is another history."""
         self.news.set()
 
-    def beat(self, now: float, time: Encoded) -> None:
+    def heartbeat(self, now: float, time: Encoded) -> None:
         """A request needs no sign of life: its end is near."""
 
     def refuse(self, refused: Refused) -> None:
