@@ -8,12 +8,13 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
-                                (to edit what you type: python -m pip install prompt_toolkit)
+                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded)
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
 they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
-address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
+address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall, and
+/?transport=polling goes without a WebSocket.
 
 A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
 0 stopped on request, 1 could not start or join, 2 wrong usage.
