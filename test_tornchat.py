@@ -59,6 +59,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -6554,21 +6555,20 @@ class TestSource:
         assert listed is not None
         assert re.split(r",\s+", listed[1].strip()) == banners
 
-    def test_readme_settings(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """The README's table of settings has the options of --help, and the same variables."""
-        readme = PROGRAM.with_name("README.md")
-        if not readme.exists():
-            pytest.skip("there is no README.md beside tornchat.py")
+    def test_readme_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The options and variables that the README names exist, and tornchat takes its commands as they stand."""
+        text = readme_text()
         with pytest.raises(SystemExit):
             tornchat.parse_config(["--help"], {})
         printed = capsys.readouterr().out
-        rows = [line for line in readme.read_text(encoding="utf-8").splitlines() if re.match(r"\|\s*`-", line)]
-        table = "\n".join(rows)
-        options = set(re.findall(r"^\s+(?:-\w(?: \w+)?, )?(--[a-z-]+)", printed, re.MULTILINE))
-        assert options <= set(re.findall(r"--[a-z-]+", table)) | {"--help"}
-        assert set(re.findall(r"--[a-z-]+", table)) <= options | {"--help"}
-        variables = r"\b(?:TORNCHAT_[A-Z_]+|PORT|REDIS_URL)\b"
-        assert set(re.findall(variables, table)) == set(re.findall(variables, printed))
+        for name in re.findall(r"`(--[a-z-]+|(?:TORNCHAT_[A-Z]+|REDIS_URL)(?=`))", text):
+            assert re.search(rf"{name}\b", printed), name
+        commands = re.findall(r"^ {4}(?:(\w+)=(\S+) )?(?:.*[ /])?tornchat\.py(.*)$", text, re.MULTILINE)
+        assert len(commands) > 8
+        for variable, value, rest in commands:
+            words = shlex.split(rest, comments=True)
+            arguments = list(itertools.takewhile(lambda word: word not in "|&<>", words))
+            tornchat.parse_config(arguments, {variable: value})
 
     def test_header(self) -> None:
         """Both files say what they need, for `uv run`; the program needs three packages."""
@@ -10063,13 +10063,17 @@ class TestEveryWayIn:
 # === Readme: what it gives to copy, as it stands there ================================================================
 
 
-def readme(beginning: str) -> str:
-    """The block of code in the README that begins with these words."""
+def readme_text() -> str:
     path = PROGRAM.with_name("README.md")
     if not path.exists():
         pytest.skip("there is no README.md beside tornchat.py")
-    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return next(block for block in map(textwrap.dedent, blocks) if block.lstrip().startswith(beginning))
+    return path.read_text(encoding="utf-8")
+
+
+def readme(beginning: str) -> str:
+    """The code in the README that begins with these words, up to the next paragraph of it."""
+    paragraphs = map(textwrap.dedent, re.findall(r"(?:^ {4}.*\n)+", readme_text(), re.MULTILINE))
+    return next(paragraph for paragraph in paragraphs if paragraph.startswith(beginning))
 
 
 @contextlib.asynccontextmanager
@@ -10164,12 +10168,12 @@ class TestReadme:
             printed = [console(pupil.page) for pupil in pupils]
             for pupil, name in zip(pupils, ("小 明", "Bob & co", "ann"), strict=True):
                 await pupil.page.goto(pupil.url + "login")
-                lesson = readme("const who = ")
-                await pupil.page.evaluate(f"() => {{ window.prompt = () => '{name}'; {lesson}; window.say = say; }}")
+                lesson = readme("const url = ")
+                await pupil.page.evaluate(f"() => {{ window.prompt = () => '{name}'; {lesson}; window.chat = chat; }}")
                 if name != "ann":
                     await ann.expect("joined", names=[name])
-            await pupils[0].page.evaluate("say('hi')")
-            told = ["1 小 明: hi", "1 小 明: hi", "closed with 4409: “ann” is taken, or looks like a name that is."]
+            await pupils[0].page.evaluate("chat.send('hi')")
+            told = ["小 明: hi", "小 明: hi", "closed with 4409: “ann” is taken, or looks like a name that is."]
 
             async def heard() -> bool:
                 return [lines[-1:] for lines in printed] == [[line] for line in told]
@@ -10181,24 +10185,25 @@ class TestReadme:
         """Two pupils run it: they hear each other; a third one with the same name reads why not."""
         daemon = await memory_lan.serve()
         lesson = tmp_path / "lesson.py"
-        lesson.write_text(readme("import asyncio").replace("localhost:8888", f"127.0.0.1:{daemon.port}"), "utf-8")
+        lesson.write_text(readme("import urllib").replace("localhost:8888", f"127.0.0.1:{daemon.port}"), "utf-8")
         ann = await memory_lan.join("Ann")
         for name, told in [
             ("小 明", "Ann: welcome"),
             ("bob & co", "Ann: welcome"),
-            ("Ann", "received 4409 (private use) "),
+            ("Ann", "“Ann” is taken"),
         ]:
             pupil = await Program.spawn(["-u", str(lesson)], {"PYTHONUTF8": "1"}, stdin=subprocess.PIPE)
             memory_lan.programs.append(pupil)
+            printed = pupil.process.stderr if name == "Ann" else pupil.process.stdout
             assert pupil.process.stdin is not None
-            assert pupil.process.stdout is not None
+            assert printed is not None
             pupil.process.stdin.write(f"{name}\n".encode())
             if name != "Ann":
                 await ann.expect("message", name=name, text="hello from Python")
                 await ann.say("welcome")
                 await ann.expect("message", text="welcome")
             async with asyncio.timeout(PATIENCE):
-                while told not in (line := (await pupil.process.stdout.readline()).decode()):
+                while told not in (line := (await printed.readline()).decode()):
                     assert line
 
 

@@ -8,12 +8,13 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
-                                (to edit what you type: python -m pip install prompt_toolkit)
+                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded)
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
 they outlive a restart, and all daemons with the same Redis and --room are one room. "Invite" on the page shows an
-address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall.
+address for others, with a QR code where the package segno is installed; /?view=projector is a view for the wall, and
+/?transport=polling goes without a WebSocket.
 
 A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
 0 stopped on request, 1 could not start or join, 2 wrong usage.
@@ -21,15 +22,27 @@ A flag beats its environment variable; an empty variable counts as unset, but th
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
 and hears welcome, message, joined, left, refused, store and time. The `message` that carries its own cid is the
-confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH (of the last message
-seen) and gets what it missed; the same cid sent again is stored once. Log in first with POST /login
-(nickname=Ann), or open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the
-like.
+confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH&at=TS (seq and ts of the
+last message seen, epoch of the last welcome) and gets what it missed, or a welcome with "reset":true if this is not
+the history that it knows; the same cid sent again is stored once. Log in first with POST /login (nickname=Ann), or
+open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the like.
 
-Without a socket, GET /messages?after=SEQ&epoch=EPOCH&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L} as
-soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests. Give
-back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers with
-the stored message, or with what is refused. GET /healthz says how the daemon is.
+Without a socket, GET /messages?after=SEQ&epoch=EPOCH&at=TS&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L}
+as soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests.
+Give back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers
+with the stored message, or with what is refused. GET /healthz says how the daemon is.
+
+Words of the source:
+  session       a browser or program that has logged in: a sid and a name, signed in its cookie
+  member        a session under its name in the room; each of its connections, and each poll that waits, is a listener
+  roster        the names that all see; a lease says till when one stays, the grace how long after the last connection
+  feed          the stream in the store, which is the truth; each commit to it is one entry, of one or many events
+  event         a message, which has the next seq, or a notice (joined, left); by its cid a second try is recognized
+  epoch         the name of a history: where nothing is left of one, the next begins with seq 1
+  outbox        proposals wait there to be committed; wishes are those that other daemons are asked to commit
+  ring          the newest messages as they are sent; a batch is what goes to all listeners at once
+  backlog       what waits for a listener that is slow
+  resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings, Messages and names, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login, Sockets,
