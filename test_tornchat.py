@@ -1900,6 +1900,8 @@ class TestFeed:
         assert len(feed.outbox.stored) == 100
         assert 200 <= feed.extent.messages <= 210
         assert 20 <= len(feed.notices) <= 21
+        assert len(feed.extent.entries) <= 210
+        assert 501 <= len(feed.kept.entries) <= 501 + 21
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 

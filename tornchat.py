@@ -1627,6 +1627,11 @@ class Window:
         self.messages += messages
         self.size += size
 
+    def drop(self, ids: Iterable[Id]) -> None:
+        """Forgets entries that count for nothing."""
+        gone = frozenset(ids)
+        self.entries = collections.deque(item for item in self.entries if item[0].id not in gone)
+
     def shrink(self, slack: float = 0) -> bool:
         """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
         dropped = False
@@ -1692,6 +1697,7 @@ class Feed:
         if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
             surplus = [self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)]
             await self.store.delete(surplus)
+            self.kept.drop(surplus)
 
     # --- committing ---
 
@@ -1799,17 +1805,18 @@ class Feed:
         """Remembers an entry. Where only its index is needed it comes without its bytes, but with their number."""
         self.last = entry.id
         messages = sum(event.type == "message" for event in events)
-        self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
-        if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw))
-            self.kept.shrink()
-        if not messages:
+        if messages:
+            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        else:
             self.notices.append(entry.id)
+        if entry.raw:
+            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
+            self.kept.shrink()
 
     def forget(self) -> None:
         """Nothing is known of the feed."""
         self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of all
+        self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of those with messages
         self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
 
     def tell(self, events: Sequence[Event]) -> None:
