@@ -7143,13 +7143,16 @@ class TestWriting:
     @slow
     @transcript
     async def test_what_is_refused_is_kept(self, memory_lan: Lan) -> None:
-        """What came too fast waits and says for how long; what the room does not take can be tried again or changed."""
+        """What came too fast waits and says for how long, whatever the clock is set to; what the room does not take can
+        be tried again or changed.
+        """
         await memory_lan.serve(rate=2.0)
         async with windows(memory_lan, 1) as (ann,):
             await ann.login("Ann")
             for number in range(12):
                 await ann.say(str(number))
             await ann.shows("#outbox .status", "Sends in 1 s")
+            await ann.page.evaluate("{ const now = Date.now; Date.now = () => now() - 3600000; }")  # it is set back
             await ann.shows_messages(*map(str, range(12)))
             await ann.say("\x07")
             await ann.shows("#outbox .failed .status", "Not sent: The message is empty.")

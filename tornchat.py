@@ -5477,7 +5477,7 @@ function stateSentence(state) {
 
 function showState() {
   const state = document.body.dataset.state = stateName();
-  const seconds = Math.ceil((retryAt - Date.now()) / 1000);
+  const seconds = Math.ceil((retryAt - performance.now()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
   setText(stateText, stateSentence(state));
   setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
@@ -5744,8 +5744,8 @@ function nextUp() {
 
 function pump() {
   const item = nextUp();
-  if (!item || inFlight || phase !== 'connected' || storeAway || Date.now() < holdUntil) return;
-  [inFlight, saidAt] = [item.cid, Date.now()];
+  if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
+  [inFlight, saidAt] = [item.cid, performance.now()];
   link.say({type: 'say', text: item.text, cid: item.cid});
 }
 
@@ -5764,7 +5764,7 @@ function refused({cid, code, text, retry_after: seconds}) {
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
-    holdUntil = Date.now() + wait;
+    holdUntil = performance.now() + wait;
     setTimeout(pump, wait + 20);
   } else item.failed = text;
   outboxChanged();
@@ -5786,7 +5786,7 @@ function statusOf(item) {
   if (phase !== 'connected') return words.waiting;
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
-  const seconds = Math.ceil((holdUntil - Date.now()) / 1000);
+  const seconds = Math.ceil((holdUntil - performance.now()) / 1000);
   return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
 }
 
@@ -6030,7 +6030,7 @@ function adopt(socket) {
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  retryAt = Date.now() + milliseconds;
+  retryAt = performance.now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
 }
@@ -6067,7 +6067,8 @@ function wake(patience) {  // a sleep, a drop of the network or the bfcache may 
 
 function tick() {
   const [now, slept] = [Date.now(), Date.now() - ticked > ASLEEP_MS && !document.hidden];
-  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && now - saidAt > ANSWER_MS);
+  heard = Math.min(heard, now);  // the clock may have been set back
+  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && performance.now() - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
   ticked = now;
   renewDays();
