@@ -2607,7 +2607,7 @@ class TestCommandLine:
         """A Python that is too old to read the file shows a line that says so: the first one that it can't read."""
         statements = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Match)]
         with pytest.raises(SyntaxError, match="Pattern matching"):  # nothing else stops it before
-            ast.parse(SOURCE, feature_version=(3, 8))
+            ast.parse(SOURCE, feature_version=(3, 7))
         first = min(node.lineno for node in statements)
         assert "tornchat needs Python 3.11 or newer" in SOURCE.splitlines()[first - 1]
 

@@ -104,7 +104,8 @@ def is_installed(requirement: str) -> bool:
 
 
 try:
-    if unmet := [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]:
+    unmet = [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
