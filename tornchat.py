@@ -117,7 +117,8 @@ def is_installed(requirement: str) -> bool:
 
 
 try:
-    if unmet := [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]:
+    unmet = [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -1489,6 +1490,10 @@ class Window:
         self.messages += messages
         self.size += size
 
+    def drop(self, ids: Collection[Id]) -> None:
+        """Forgets entries that count for nothing."""
+        self.entries = collections.deque(item for item in self.entries if item[0].id not in ids)
+
     def shrink(self, slack: float = 0) -> bool:
         """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
         if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
@@ -1558,7 +1563,6 @@ class Feed:
         if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
             surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
             self.kept.drop(surplus)
-            self.extent.drop(surplus)
             await self.store.delete(surplus)
 
     # --- committing ---
@@ -1672,16 +1676,17 @@ class Feed:
         """Remembers an entry. Where only its index is needed it comes without its bytes, but with their number."""
         self.last = entry.id
         messages = sum(event.type == "message" for event in events)
-        self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
-        if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw))
-            self.kept.shrink()
-        if not messages:
+        if messages:
+            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        else:
             self.notices.append(entry.id)
+        if entry.raw:
+            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
+            self.kept.shrink()
 
     def forget(self) -> None:
         self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of all
+        self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of those with messages
         self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
 
     def tell(self, events: Sequence[Event]) -> None:
@@ -5425,7 +5430,7 @@ function stateSentence(state) {
 
 function showState() {
   const state = document.body.dataset.state = stateName();
-  const seconds = Math.ceil((retryAt - Date.now()) / 1000);
+  const seconds = Math.ceil((retryAt - performance.now()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
   setText(stateText, stateSentence(state));
   setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
@@ -5692,8 +5697,8 @@ function nextUp() {
 
 function pump() {
   const item = nextUp();
-  if (!item || inFlight || phase !== 'connected' || storeAway || Date.now() < holdUntil) return;
-  [inFlight, saidAt] = [item.cid, Date.now()];
+  if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
+  [inFlight, saidAt] = [item.cid, performance.now()];
   link.say({type: 'say', text: item.text, cid: item.cid});
 }
 
@@ -5712,7 +5717,7 @@ function refused({cid, code, text, retry_after: seconds}) {
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
-    holdUntil = Date.now() + wait;
+    holdUntil = performance.now() + wait;
     setTimeout(pump, wait + 20);
   } else item.failed = text;
   outboxChanged();
@@ -5734,7 +5739,7 @@ function statusOf(item) {
   if (phase !== 'connected') return words.waiting;
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
-  const seconds = Math.ceil((holdUntil - Date.now()) / 1000);
+  const seconds = Math.ceil((holdUntil - performance.now()) / 1000);
   return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
 }
 
@@ -5978,7 +5983,7 @@ function adopt(socket) {
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  retryAt = Date.now() + milliseconds;
+  retryAt = performance.now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
 }
@@ -6015,7 +6020,8 @@ function wake(patience) {  // a sleep, a drop of the network or the bfcache may 
 
 function tick() {
   const [now, slept] = [Date.now(), Date.now() - ticked > ASLEEP_MS && !document.hidden];
-  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && now - saidAt > ANSWER_MS);
+  heard = Math.min(heard, now);  // the clock may have been set back
+  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && performance.now() - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
   ticked = now;
   renewDays();
