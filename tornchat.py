@@ -1490,10 +1490,6 @@ class Window:
         self.messages += messages
         self.size += size
 
-    def drop(self, ids: Collection[Id]) -> None:
-        """Forgets entries that count for nothing."""
-        self.entries = collections.deque(item for item in self.entries if item[0].id not in ids)
-
     def shrink(self, slack: float = 0) -> bool:
         """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
         if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
