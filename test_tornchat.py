@@ -1423,7 +1423,7 @@ class Feeds:
         quick: dict[str, Any] = {"rate": 0.0, "tick_seconds": 0.05, "retry_seconds": 0.1, "room": self.place.room}
         quick |= {"repair_seconds": 0.2, "name_seconds": 0.0}
         feed = await open_feed(kind, self.connect(), tornchat.Config(**quick | options))
-        presence = tornchat.Presence(feed)
+        presence = tornchat.Presence(feed, tornchat.Admission(feed.outbox, tornchat.Limits(0)).keep_few)
         presence.start()
         self.feeds.append(feed)
         self.presences.append(presence)
@@ -4528,6 +4528,16 @@ class TestMessages:
 # === Presence =========================================================================================================
 
 
+async def is_admitted(browser: Browser, name: str) -> bool:
+    """Whether somebody gets in under this name."""
+    return (await browser.ask(name))[0] == 200
+
+
+async def has_members(daemon: tornchat.Daemon, count: int) -> bool:
+    """Whether so many are on the list."""
+    return len(daemon.room.roster) == count
+
+
 class TestPresence:
     @transcript
     async def test_login_is_joining(self, lan: Lan) -> None:
@@ -4540,6 +4550,72 @@ class TestPresence:
         await bob.expect("welcome", members=["Bob", "Ann"], count=2)
         await ann.quiet()
         assert ann.names_in("joined").count("Bob") == 1
+
+    @transcript
+    async def test_G7_the_name_of_somebody_away(self, lan: Lan) -> None:
+        """Who has left keeps the name for a while, at every daemon; who logs out by the button gives it back at once."""
+        daemon = await lan.serve(name_seconds=600.0)
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        bob.drop()
+        await ann.expect("left", names=["Bob"], count=1)
+        other = await lan.serve(name_seconds=600.0) if lan.store.lasts else daemon
+        assert (await lan.browser(other).ask("Bob"))[0] == 409
+        await bob.connect()
+        await bob.expect("welcome", name="Bob", count=2)
+        bob.drop()
+        await ann.expect("left", names=["Bob"])
+        await bob.fetch("/logout", "POST", body="")
+        impostor = lan.browser(other)
+        await until(lambda: is_admitted(impostor, "Bob"))
+        await ann.expect("joined", names=["Bob"], count=2)
+
+    @transcript
+    async def test_G7_a_name_is_free_again(self, lan: Lan) -> None:
+        """Whoever doesn't come back in time has lost the name to whoever takes it."""
+        await lan.serve(name_seconds=0.3)
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        bob.drop()
+        await ann.expect("left", names=["Bob"])
+        impostor = lan.browser()
+        await until(lambda: is_admitted(impostor, "Bob"))
+        assert (await bob.ask("Bob"))[0] == 409
+
+    @pytest.mark.parametrize("back", [False, True], ids=["once", "who come back with their cookies"])
+    @transcript
+    async def test_G7_names_that_one_pupil_takes(self, lan: Lan, back: bool) -> None:
+        """Of the names of one address that have left 20 are kept, and those of others as well."""
+        daemon = await lan.serve(name_seconds=600.0, lease_seconds=0.5, trust_proxy=True, poll_seconds=0.3)
+        ann = lan.browser()
+        await ann.login("Ann")
+        pupils = [lan.browser() for _ in range(30)]
+        for number, pupil in enumerate(pupils):
+            form = {"nickname": f"Pupil {number}"}
+            assert (await pupil.fetch("/login", form=form, X_Forwarded_For="192.0.2.9")).code == 303
+        if back:
+            await until(lambda: has_members(daemon, 0))
+            for pupil in pupils:
+                await pupil.fetch("/messages", X_Forwarded_For="192.0.2.9")
+        await until(lambda: has_members(daemon, 0))
+
+        async def twenty_are_kept() -> bool:
+            return (
+                sum(bool(daemon.room.owner(tornchat.name_key(f"Pupil {number}"))) for number in range(30))
+                == tornchat.NAMES_KEPT
+            )
+
+        await until(twenty_are_kept)
+        assert (await lan.browser().ask("Ann"))[0] == 409
+
+    @transcript
+    async def test_G7_a_login_by_hand_keeps_the_name(self, lan: Lan) -> None:
+        """It makes a new session of the same name, which nobody can take in between, however often that is tried."""
+        await lan.serve()
+        ann, thief = lan.browser(), lan.browser()
+        await ann.login("Ann")
+        tries = asyncio.gather(*(thief.ask("Ann") for _ in range(60)))
+        for _ in range(10):
+            await ann.login("Ann")
+        assert {status for status, _ in await tries} == {409}
 
     @transcript
     async def test_G6_a_login_without_a_page(self, lan: Lan) -> None:

@@ -2013,8 +2013,9 @@ class Backoff:
 class Presence:
     """Renews the leases of who is connected here, and has those leave whose lease is over."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, keep_few: Callable[[], Awaitable[None]]) -> None:
         self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
+        self.keep_few = keep_few
         self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
@@ -2107,6 +2108,8 @@ class Presence:
     async def sweep(self) -> None:
         """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
         self.room.forget_names(self.store.now())
+        if len(self.room.kept_names) > NAMES_KEPT:
+            await self.keep_few()
         if time.monotonic() <= self.spared_until or not (lapsed := await self.store.lapsed()):
             return
         strays = [key for key in lapsed if key not in self.room.roster]
@@ -2642,7 +2645,7 @@ class Admission:
 
     def __init__(self, outbox: Outbox, limits: Limits) -> None:
         self.outbox, self.room, self.config, self.limits = outbox, outbox.room, outbox.config, limits
-        self.given: dict[str, list[Session]] = {}  # by address: names that are still their sessions', oldest first
+        self.origins: dict[str, tuple[Session, str]] = {}  # sid -> session and address, in the order of last use
 
     async def log_in(
         self, nickname: str, password: str, address: str, session: Session | None = None, *, renew: bool = False
@@ -2660,13 +2663,21 @@ class Admission:
             await self.rejoin(same, address)
             return same
         self.limits.log_in(network(address))
-        if same:
-            await self.give_back(same)
-        new = await (self.enter_as(name) if name else self.enter_as_guest(address))
-        if session:
+        if same:  # given back and taken in one entry, so that nobody else can take it between the two
+            _, new = await asyncio.gather(self.give_back(same), self.enter_as(name))
+        else:
+            new = await (self.enter_as(name) if name else self.enter_as_guest(address))
+        if session and not same:
             await self.give_back(session)
-        await self.keep_few(new, network(address))
+        self.note_origin(new, address)
         return new
+
+    def note_origin(self, session: Session, address: str) -> None:
+        """Remembers from which address a session was last used."""
+        self.origins.pop(session.sid, None)
+        self.origins[session.sid] = session, network(address)
+        if len(self.origins) > PACES:
+            del self.origins[next(iter(self.origins))]
 
     async def give_back(self, session: Session) -> None:
         """Frees a session's name at once, and closes its connections."""
@@ -2675,15 +2686,15 @@ class Admission:
             for listener in tuple(member.listeners):
                 listener.shut(4401, LOGOUT)
 
-    async def keep_few(self, new: Session, address: str) -> None:
+    async def keep_few(self) -> None:
         """An address may have so many names kept for people who have left: else one pupil takes all. The oldest go."""
-        names = [session for session in self.given.pop(address, []) if self.room.owner(session.key) == session.sid]
-        self.given[address] = [*names, new]
-        while len(self.given) > PACES:
-            del self.given[next(iter(self.given))]
-        away = [session for session in names if session.key not in self.room.roster]
-        for session in away[: max(0, len(away) - NAMES_KEPT)]:
-            await self.give_back(session)
+        away: dict[str, list[Session]] = {}
+        for sid, _ in self.room.kept_names.values():
+            if sid in self.origins:
+                session, address = self.origins[sid]
+                away.setdefault(address, []).append(session)
+        surplus = [session for sessions in away.values() for session in sessions[:-NAMES_KEPT]]
+        await asyncio.gather(*map(self.give_back, surplus))
 
     async def check_password(self, password: str, address: str) -> None:
         """Raises Refused if the room has another one, but not at once. The right one never waits, whoever guesses."""
@@ -2701,7 +2712,9 @@ class Admission:
         if session.sid not in self.room.sessions:
             self.limits.pace(self.limits.rejoins, session.sid)
             self.limits.log_in(network(address))
-        return await self.outbox.enter(session.sid, session.name)
+        member = await self.outbox.enter(session.sid, session.name)
+        self.note_origin(session, address)
+        return member
 
     async def enter_as(self, name: str) -> Session:
         """A new session under that name. Raises Refused."""
@@ -3484,8 +3497,8 @@ class Daemon:
         self.room = Room(config)
         self.outbox = Outbox(self.room, config)
         self.feed = Feed(self.store, self.outbox)
-        self.presence = Presence(self.feed)
         self.admission = Admission(self.outbox, self.limits)
+        self.presence = Presence(self.feed, self.admission.keep_few)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
