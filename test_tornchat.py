@@ -4553,7 +4553,7 @@ class TestPresence:
 
     @transcript
     async def test_G7_the_name_of_somebody_away(self, lan: Lan) -> None:
-        """Who has left keeps the name for a while, at every daemon; who logs out by the button gives it back at once."""
+        """Who has left keeps the name for a while, at every daemon; who logs out gives it back at once."""
         daemon = await lan.serve(name_seconds=600.0)
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         bob.drop()
