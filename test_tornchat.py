@@ -3034,6 +3034,7 @@ class TestLogin:
             ("zh;q=high, en;q=0.1", "en"),
             ("*", "en"),
             ("zh-CN.UTF-8", "zh"),  # as the terminal client's LANG says it
+            ("de-DE,de;q=0.9," + "fr," * 4000 + "zh", "en"),  # of 12 KB only the beginning is looked at
         ],
     )
     def test_languages(self, header: str, language: str) -> None:
@@ -4867,6 +4868,7 @@ class TestSecurity:
             ("1.1", ["localhost\t"], 200),
             ("1.1", ["local\x00host"], 400),
             ("1.1", ["localhost:evil"], 421),
+            ("1.1", ["a" * 301], 421),
             ("1.1", [":8888"], 421),
             ("1.1", ["localhost.."], 421),
         ],
@@ -10677,6 +10679,9 @@ FLOODS = {
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
     "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
     "requests": Attack(lambda n: request("GET /"), False, 200),
+    "long headers": Attack(
+        lambda n: request("GET /login", more=b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)), False, 50
+    ),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
     "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
     "wrong passwords": Attack(lambda n: FORM, False, 50),

@@ -183,6 +183,7 @@ FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB cou
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
+LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
@@ -2299,7 +2300,8 @@ class Session(NamedTuple):
 
 def host_name(header: str) -> str:
     """The name or address in a Host header, without port and final dot; "" if there is none."""
-    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
+    host = header.lower() if len(header) <= URL_CHARS else ""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", host)
     return (match[1] or match[2]) if match else ""
 
 
@@ -2318,7 +2320,7 @@ def whole_number(text: str) -> int | None:
 def choose_language(header: str) -> str:
     """The language of WORDS that an Accept-Language header likes best; else English."""
     qualities: dict[str, float] = {}
-    for wish in header.lower().split(","):
+    for wish in header[:LANGUAGES_CHARS].lower().split(","):
         if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
     ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
