@@ -5772,6 +5772,18 @@ class TestAttacks:
         await bob.quiet()
         assert len(bob.seen("joined")) <= tornchat.REJOINS_AT_ONCE + 3
 
+    @transcript
+    async def test_a_school_comes_back(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As many as may log in at once may come back at once, too, after an outage in which their names have left."""
+        monkeypatch.setattr(tornchat, "LOGINS_AT_ONCE", 5)
+        daemon = await memory_lan.serve(trust_proxy=True, lease_seconds=0.2, name_seconds=600.0)
+        pupils = [memory_lan.browser() for _ in range(5)]
+        for number, pupil in enumerate(pupils):
+            await pupil.fetch("/login", form={"nickname": f"Pupil {number}"}, X_Forwarded_For="192.0.2.66")
+        await until(lambda: has_members(daemon, 0))
+        codes = [(await pupil.fetch("/messages", X_Forwarded_For="192.0.2.66")).code for pupil in pupils]
+        assert codes == [200] * 5
+
     @pytest.mark.parametrize("files", ["Windows", "one address"])
     @transcript
     async def test_G5_a_full_door(self, files: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:

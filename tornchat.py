@@ -2170,6 +2170,7 @@ class Limits:
         free = 0 if rate else math.inf
         self.logins = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)
         self.rejoins = Paces(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.returns = Paces(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # of those, by address: an outage is over for all at once
         self.messages = Paces(CROWD * rate, free or RING_MESSAGES)
         self.requests = Paces(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
@@ -2201,6 +2202,12 @@ class Limits:
         """Somebody new. Raises Refused if too many come from there."""
         if not is_this_machine(address):
             self.pace(self.logins, address)
+
+    def rejoin(self, sid: str, address: str) -> None:
+        """Somebody whose name had left the list. Raises Refused, as above."""
+        self.pace(self.rejoins, sid)
+        if not is_this_machine(address):
+            self.pace(self.returns, address)
 
     @contextlib.contextmanager
     def poll(self, address: str) -> Iterator[None]:
@@ -2712,8 +2719,7 @@ class Admission:
     async def rejoin(self, session: Session, address: str) -> Member:
         """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
         if session.sid not in self.room.sessions:
-            self.limits.pace(self.limits.rejoins, session.sid)
-            self.limits.log_in(network(address))
+            self.limits.rejoin(session.sid, network(address))
         member = await self.outbox.enter(session.sid, session.name)
         self.note_origin(session, address)
         return member
