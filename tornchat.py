@@ -113,6 +113,7 @@ try:
     import tornado.httputil
     import tornado.ioloop
     import tornado.iostream
+    import tornado.locale
     import tornado.netutil
     import tornado.template
     import tornado.web
@@ -2416,6 +2417,10 @@ class BaseHandler(tornado.web.RequestHandler):
             if nickname:
                 return Session(sid, nickname)
         return None
+
+    def get_user_locale(self) -> tornado.locale.Locale:
+        """Called by Tornado for each page. It would look at all languages that the browser likes, 16 KB of them."""
+        return tornado.locale.get(self.language)
 
     def set_session(self, session: Session) -> None:
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
