@@ -174,7 +174,7 @@ LOGINS_A_SECOND = 2
 REJOINS_AT_ONCE = 10  # of one session whose name had left the list; a phone that sleeps needs one a minute; then
 REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
-MESSAGE_CHARS = 250  # so long ones, or their like in shorter and longer ones, fit into the ring
+MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
@@ -2457,7 +2457,7 @@ class BaseHandler(tornado.web.RequestHandler):
         limits = self.daemon.limits
         limits.pace(limits.messages, self.address, say.cid, cost=0)
         self.daemon.outbox.say(member, say, done)  # only what that takes counts
-        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
+        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text.encode()) // MESSAGE_BYTES)
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
