@@ -127,6 +127,7 @@ try:
     import tornado.httputil
     import tornado.ioloop
     import tornado.iostream
+    import tornado.locale
     import tornado.netutil
     import tornado.template
     import tornado.web
@@ -187,7 +188,7 @@ LOGINS_A_SECOND = 2
 REJOINS_AT_ONCE = 10  # of one session whose name had left the list; a phone that sleeps needs one a minute; then
 REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
-MESSAGE_CHARS = 250  # so long ones, or their like in shorter and longer ones, fit into the ring
+MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
@@ -197,6 +198,7 @@ FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB cou
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
+LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
@@ -1881,8 +1883,9 @@ class Backoff:
 class Presence:
     """Renews the leases of who is connected here, and has those leave whose lease is over."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, keep_few: Callable[[], Awaitable[None]]) -> None:
         self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
+        self.keep_few = keep_few
         self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
@@ -1975,6 +1978,8 @@ class Presence:
     async def sweep(self) -> None:
         """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
         self.room.forget_names(self.store.now())
+        if len(self.room.kept_names) > NAMES_KEPT:
+            await self.keep_few()
         if time.monotonic() <= self.spared_until or not (lapsed := await self.store.lapsed()):
             return
         for key in lapsed & self.room.roster.keys():
@@ -2050,6 +2055,7 @@ class Limits:
         free = 0 if rate else math.inf
         self.logins = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)
         self.rejoins = TokenBuckets(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
+        self.returns = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # of those, by address: an outage ends for all
         self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by sid: a new tab or a logout fills no bucket
         self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
@@ -2082,6 +2088,12 @@ class Limits:
         """Somebody new. Raises Refused if too many come from there."""
         if not is_this_machine(address):
             self.pace(self.logins, address)
+
+    def rejoin(self, sid: str, address: str) -> None:
+        """Somebody whose name had left the list. Raises Refused, as above."""
+        self.pace(self.rejoins, sid)
+        if not is_this_machine(address):
+            self.pace(self.returns, address)
 
     @contextlib.contextmanager
     def poll(self, address: str) -> Iterator[None]:
@@ -2181,7 +2193,8 @@ class Session(NamedTuple):
 
 def host_name(header: str) -> str:
     """The name or address in a Host header, without port and final dot; "" if there is none."""
-    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", header.lower())
+    host = header.lower() if len(header) <= URL_CHARS else ""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]+)?", host)
     return (match[1] or match[2]) if match else ""
 
 
@@ -2200,7 +2213,7 @@ def whole_number(text: str) -> int | None:
 def choose_language(header: str) -> str:
     """The language of WORDS that an Accept-Language header likes best; else English."""
     qualities: dict[str, float] = {}
-    for wish in header.lower().split(","):
+    for wish in header[:LANGUAGES_CHARS].lower().split(","):
         if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
     ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
@@ -2290,6 +2303,10 @@ class BaseHandler(tornado.web.RequestHandler):
                 return Session(sid, nickname)
         return None
 
+    def get_user_locale(self) -> tornado.locale.Locale:
+        """Called by Tornado for each page. It would look at all languages that the browser likes, 16 KB of them."""
+        return tornado.locale.get(self.language)
+
     def set_session(self, session: Session) -> None:
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
         what a foreign page could do with it is stopped by the checks of Origin.
@@ -2326,7 +2343,7 @@ class BaseHandler(tornado.web.RequestHandler):
         limits.pace(limits.messages, self.address, say.cid, cost=0)
         limits.pace(limits.says, member.sid, say.cid)
         self.daemon.outbox.say(member, say, done)  # only what that takes counts
-        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text) // MESSAGE_CHARS)
+        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text.encode()) // MESSAGE_BYTES)
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -2528,7 +2545,7 @@ class Admission:
 
     def __init__(self, outbox: Outbox, limits: Limits) -> None:
         self.outbox, self.room, self.config, self.limits = outbox, outbox.room, outbox.config, limits
-        self.given: dict[str, list[Session]] = {}  # by address: names that are still their sessions', oldest first
+        self.origins: dict[str, tuple[Session, str]] = {}  # sid -> session and address, in the order of last use
 
     async def log_in(
         self, nickname: str, password: str, address: str, session: Session | None = None, *, renew: bool = False
@@ -2546,13 +2563,21 @@ class Admission:
             await self.rejoin(same, address)
             return same
         self.limits.log_in(network(address))
-        if same:
-            await self.give_back(same)
-        new = await (self.enter_as(name) if name else self.enter_as_guest(address))
-        if session:
+        if same:  # given back and taken in one entry, so that nobody else can take it between the two
+            _, new = await asyncio.gather(self.give_back(same), self.enter_as(name))
+        else:
+            new = await (self.enter_as(name) if name else self.enter_as_guest(address))
+        if session and not same:
             await self.give_back(session)
-        await self.keep_few(new, network(address))
+        self.note_origin(new, address)
         return new
+
+    def note_origin(self, session: Session, address: str) -> None:
+        """Remembers from which address a session was last used."""
+        self.origins.pop(session.sid, None)
+        self.origins[session.sid] = session, network(address)
+        if len(self.origins) > PACES:
+            del self.origins[next(iter(self.origins))]
 
     async def give_back(self, session: Session) -> None:
         """Frees a session's name at once, and closes its connections."""
@@ -2561,15 +2586,15 @@ class Admission:
             for listener in tuple(member.listeners):
                 listener.shut(4401, LOGOUT)
 
-    async def keep_few(self, new: Session, address: str) -> None:
+    async def keep_few(self) -> None:
         """An address may have so many names kept for people who have left: else one pupil takes all. The oldest go."""
-        names = [session for session in self.given.pop(address, []) if self.room.owner(session.key) == session.sid]
-        self.given[address] = [*names, new]
-        while len(self.given) > PACES:
-            del self.given[next(iter(self.given))]
-        away = [session for session in names if session.key not in self.room.roster]
-        for session in away[: max(0, len(away) - NAMES_KEPT)]:
-            await self.give_back(session)
+        away: dict[str, list[Session]] = {}
+        for sid, _ in self.room.kept_names.values():
+            if sid in self.origins:
+                session, address = self.origins[sid]
+                away.setdefault(address, []).append(session)
+        surplus = [session for sessions in away.values() for session in sessions[:-NAMES_KEPT]]
+        await asyncio.gather(*map(self.give_back, surplus))
 
     async def check_password(self, password: str, address: str) -> None:
         """Raises Refused if the room has another one, but not at once. The right one never waits, whoever guesses."""
@@ -2585,9 +2610,10 @@ class Admission:
     async def rejoin(self, session: Session, address: str) -> Member:
         """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
         if session.sid not in self.room.sessions:
-            self.limits.pace(self.limits.rejoins, session.sid)
-            self.limits.log_in(network(address))
-        return await self.outbox.enter(session.sid, session.name)
+            self.limits.rejoin(session.sid, network(address))
+        member = await self.outbox.enter(session.sid, session.name)
+        self.note_origin(session, address)
+        return member
 
     async def enter_as(self, name: str) -> Session:
         """A new session under that name. Raises Refused."""
@@ -2750,7 +2776,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
-        if self.ws_connection is not None:  # it may have gone while we waited
+        if self.ws_connection is not None and not self.stream.closed():  # it may have gone while we waited
             self.listener = SocketListener(self, member)
             self.daemon.visitors.join(self.stream)
             self.daemon.room.join(self.listener, seen)
@@ -3440,8 +3466,8 @@ class Daemon:
         self.room = Room(config)
         self.outbox = Outbox(self.room, config)
         self.feed = Feed(self.store, self.outbox)
-        self.presence = Presence(self.feed)
         self.admission = Admission(self.outbox, self.limits)
+        self.presence = Presence(self.feed, self.admission.keep_few)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
