@@ -3174,7 +3174,13 @@ class TestLogin:
         first, second = await redis_lan.serve(), await redis_lan.serve()
         ann = redis_lan.browser(first)
         await ann.login("Ann")
-        first.feed.secret = second.feed.secret = "new"
+        with redis.Redis.from_url(redis_lan.store.url) as client:
+            client.set(redis_lan.store.key("secret"), "new")
+
+        async def followed() -> bool:
+            return first.feed.secret == second.feed.secret == "new"
+
+        await until(followed)
         assert (await ann.fetch("/")).code == 302
         bob = await redis_lan.join("Bob", at=first)
         await (await bob.tab(at=second).connect()).expect("welcome", name="Bob")
