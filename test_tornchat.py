@@ -9011,7 +9011,9 @@ class TestManyDaemons:
     ) -> None:
         """The address leads to another Redis, which has only the beginning: it gets the rest, nobody notices."""
         replica = RedisServer(tmp_path_factory.mktemp("replica"))
-        async with Proxy(snapshot_redis.port) as proxy:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(replica.kill)
+            proxy = await stack.enter_async_context(Proxy(snapshot_redis.port))
             daemon = await snapshot_lan.serve(redis_url=proxy.url)
             ann = await snapshot_lan.join("Ann")
             await ann.say_many(5)
@@ -9037,7 +9039,6 @@ class TestManyDaemons:
             with replica.client as client:
                 assert client.exists(snapshot_lan.store.key("secret"), snapshot_lan.store.key("names")) == 2
             await daemon.stop()
-        replica.kill()
 
     @transcript
     async def test_G2_flushed_under_traffic_of_two_daemons(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -10791,7 +10792,7 @@ FLOODS = {
 
 
 async def attack(port: int, attack: Attack) -> None:
-    """Does it until it is killed; who is closed comes again."""
+    """Does it until it is killed, or a minute is over; who is closed comes again."""
     upgrade = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items()).encode()
 
     async def login(number: int) -> bytes:
@@ -10842,12 +10843,14 @@ def bench_attack(folder: Path, what: str, seconds: float = 4) -> None:
         calm, memory_before, lines = load.delays, memory(target.process.pid), target.lines()
         load.delays = []
         attacker = subprocess.Popen([sys.executable, __file__, "attack", str(target.port), what])
-        time.sleep(1)
-        spent = cpu_seconds(target.process.pid)
-        load.steady(20, seconds)
-        spent = cpu_seconds(target.process.pid) - spent
-        newcomer = asyncio.run(newcomer_waits(target.port))
-        attacker.kill()
+        try:
+            time.sleep(1)
+            spent = cpu_seconds(target.process.pid)
+            load.steady(20, seconds)
+            spent = cpu_seconds(target.process.pid) - spent
+            newcomer = asyncio.run(newcomer_waits(target.port))
+        finally:
+            attacker.kill()
         p50, p99 = (1000 * statistics.quantiles(load.delays, n=100)[at] for at in (49, 98))
         quiet = 1000 * statistics.median(calm)
         print(
@@ -10961,7 +10964,8 @@ def main(*arguments: str) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 bench_attack(Path(folder), what)
         case ["attack", port, what]:
-            asyncio.run(attack(int(port), FLOODS[what]))
+            with contextlib.suppress(TimeoutError):
+                asyncio.run(asyncio.wait_for(attack(int(port), FLOODS[what]), 60))
         case ["echo", port]:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 asyncio.run(echo(int(port), monkeypatch))
