@@ -5154,6 +5154,7 @@ const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
 const MAX_ROWS = 1000;            // in the page: as many as the server gives to those who come back
 const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
+const MAX_ELEMENTS = 100;         // in a message: what comes behind them is plain text
 const SAID_KEPT = 20;             // for the arrow keys
 const NAMES_OFFERED = 5;
 const NAMES_IN_LINE = 3;          // of more people only the number is told
@@ -5171,6 +5172,14 @@ const lang = document.documentElement.lang;
 const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
 const projector = document.body.dataset.view === 'projector';
 const pollingOnly = new URLSearchParams(location.search).get('transport') === 'polling';
+
+// === Time: elapsed() is not set back or forward with this machine's clock, and goes on while the machine sleeps ===
+let slept = 0;                    // in which performance.now() stood still, as it does in some browsers
+let wallStart = Date.now() - performance.now();
+
+function elapsed() {
+  return performance.now() + slept;
+}
 
 // === Pure formatting ===
 const clockFormat = new Intl.DateTimeFormat(region, {hour: 'numeric', minute: '2-digit'});
@@ -5289,10 +5298,10 @@ function linkTo(match) {  // what ends a sentence ends no address
     match.slice(href.length)];
 }
 
-function withMentions(text) {
+function withMentions(text, most) {
   const nodes = [];
   let end = 0;
-  for (const [from, to] of mentions(text, me)) {
+  for (const [from, to] of mentions(text, me).slice(0, Math.max(0, most))) {
     nodes.push(text.slice(end, from), make('mark', '', text.slice(from, to)));
     end = to;
   }
@@ -5301,16 +5310,25 @@ function withMentions(text) {
 
 function richText(text) {  // code, links and one's own name; nothing else is anything but text
   const nodes = [];
-  let end = 0;
+  let [end, left] = [0, MAX_ELEMENTS];
+  const addPlain = (to) => {
+    const plain = withMentions(text.slice(end, to), left);
+    left -= (plain.length - 1) / 2;
+    nodes.push(...plain);
+    end = to;
+  };
   for (const {0: match, 1: block, 2: inline, index} of text.matchAll(MARKUP)) {
-    nodes.push(...withMentions(text.slice(end, index)));
+    addPlain(index);
+    left -= block ? 2 : 1;
+    if (left < 0) break;
     if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
     else if (inline) nodes.push(make('code', '', inline));
     else nodes.push(...linkTo(match));
     end = index + match.length;
     if (block && text[end] === '\n') end += 1;
   }
-  return [...nodes, ...withMentions(text.slice(end))];
+  addPlain();
+  return nodes;
 }
 
 function foldButton(body) {
@@ -5328,7 +5346,7 @@ function foldButton(body) {
 function messageRow(name, text, ...foot) {
   const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
   body.classList.toggle('emoji', EMOJI.test(text));
-  if (!projector && (text.length > FOLD[0] || text.split('\n').length > FOLD[1])) foot.unshift(foldButton(body));
+  if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
   const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
@@ -5475,7 +5493,7 @@ function stateSentence(state) {
 
 function showState() {
   const state = document.body.dataset.state = stateName();
-  const seconds = Math.ceil((retryAt - Date.now()) / 1000);
+  const seconds = Math.ceil((retryAt - elapsed()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
   setText(stateText, stateSentence(state));
   setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
@@ -5742,8 +5760,8 @@ function nextUp() {
 
 function pump() {
   const item = nextUp();
-  if (!item || inFlight || phase !== 'connected' || storeAway || Date.now() < holdUntil) return;
-  [inFlight, saidAt] = [item.cid, Date.now()];
+  if (!item || inFlight || phase !== 'connected' || storeAway || elapsed() < holdUntil) return;
+  [inFlight, saidAt] = [item.cid, elapsed()];
   link.say({type: 'say', text: item.text, cid: item.cid});
 }
 
@@ -5762,7 +5780,7 @@ function refused({cid, code, text, retry_after: seconds}) {
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
-    holdUntil = Date.now() + wait;
+    holdUntil = elapsed() + wait;
     setTimeout(pump, wait + 20);
   } else item.failed = text;
   outboxChanged();
@@ -5784,7 +5802,7 @@ function statusOf(item) {
   if (phase !== 'connected') return words.waiting;
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
-  const seconds = Math.ceil((holdUntil - Date.now()) / 1000);
+  const seconds = Math.ceil((holdUntil - elapsed()) / 1000);
   return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
 }
 
@@ -5810,19 +5828,20 @@ function drawOutbox() {
 let me = document.body.dataset.name;
 let epoch = '';
 let after = null;                 // the newest seq that came, null before the first
+let at = 0;                       // its ts, where it is known
 let lastDrawn = 0;                // the newest that is in the log
 let replayEnd = 0;                // up to this seq it is history and is not read out
 let firstReplayEnd = 0;           // and up to this one it was there before the page
 let maxText = Infinity;           // until the welcome tells it
 let storeAway = false;
-let clockError = Number(document.body.dataset.now) - Date.now();  // of this machine, in ms
+let serverStart = Number(document.body.dataset.now) - elapsed();  // when elapsed() was 0, by the server's clock
 
 function serverTime() {
-  return Date.now() + clockError;
+  return serverStart + elapsed();
 }
 
 function setClock(ts) {
-  if (ts) clockError = ts - Date.now();
+  if (ts) serverStart = ts - elapsed();
 }
 
 function receive(frame) {
@@ -5853,7 +5872,7 @@ function welcomed(frame) {
 
 function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where it goes on, and what will be missing
   if (reset || (epoch && epoch !== room)) {
-    [after, readTo, firstReplayEnd] = [null, 0, -1];
+    [after, at, readTo, firstReplayEnd] = [null, 0, 0, -1];
     draw(forgetHistory);
   }
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
@@ -5867,7 +5886,7 @@ function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where 
 
 function arrived(frame) {
   const [fresh, away] = [frame.seq > after, document.hidden];
-  after = Math.max(after, frame.seq);
+  if (fresh) [after, at] = [frame.seq, frame.ts];
   const pending = frame.name === me && outboxRows.has(frame.cid) ? takeOut(frame.cid) : null;
   draw(() => {
     pending?.remove();
@@ -5895,8 +5914,8 @@ function storeChanged(available) {
 }
 
 // === Ways to the server: each lets us hear events, and tells once how it ended ===
-function resumePoint() {
-  return new URLSearchParams(after === null ? {} : {after, epoch});
+function resumePoint() {  // by `at` the room sees whether its message of that number is the one that was here
+  return new URLSearchParams(after === null ? {} : {after, epoch, ...(at && {at})});
 }
 
 function openSocket(hear, ended) {
@@ -5921,7 +5940,7 @@ function openPolls(hear, ended) {
 
   async function ask(query, options) {
     const answer = await fetch(`messages${query}`, {...options, signal});
-    heard = Date.now();  // the rest may take its time
+    heard = elapsed();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
@@ -5967,7 +5986,7 @@ let retryAt = 0;
 let retryTimer = 0;
 let probeTimer = 0;
 let probePause = PROBE_MS[0];
-let ticked = Date.now();
+let ticked = elapsed();
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
 let closeCode = 0;
@@ -5977,13 +5996,13 @@ function connect() {
   clearTimeout(probeTimer);
   link?.close();
   trial?.close();
-  [phase, heard, inFlight, trial] = ['connecting', Date.now(), '', null];
+  [phase, heard, inFlight, trial] = ['connecting', elapsed(), '', null];
   link = (polling ? openPolls : openSocket)(hear, disconnected);
   showState();
 }
 
 function hear(events) {
-  heard = Date.now();
+  heard = elapsed();
   events.forEach(receive);
 }
 
@@ -6028,7 +6047,7 @@ function adopt(socket) {
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  retryAt = Date.now() + milliseconds;
+  retryAt = elapsed() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
 }
@@ -6046,7 +6065,7 @@ function loginUrl(why) {  // the login page says why one finds oneself there
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
   if (loggedIn) return location.assign(loginUrl('cookie'));  // once already, in vain: it does not hold
-  [phase, heard] = ['connecting', Date.now()];
+  [phase, heard] = ['connecting', elapsed()];
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
@@ -6060,12 +6079,16 @@ async function logInAgain() {  // the server no longer knows this session: it wa
 
 function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the link without a word
   if (phase === 'closed') return;
-  if (phase !== 'connected' || Date.now() - heard > patience) connect();
+  if (phase !== 'connected' || elapsed() - heard > patience) connect();
 }
 
 function tick() {
-  const [now, slept] = [Date.now(), Date.now() - ticked > ASLEEP_MS && !document.hidden];
-  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && now - saidAt > ANSWER_MS);
+  const jumped = Date.now() - performance.now() - wallStart;
+  wallStart += jumped;
+  if (jumped > ASLEEP_MS) slept += jumped;
+  const now = elapsed();
+  const woken = now - ticked > ASLEEP_MS && !document.hidden;
+  const mute = now - heard > (woken ? STALE_MS : SILENCE_MS) || (inFlight && now - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
   ticked = now;
   renewDays();
