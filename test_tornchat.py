@@ -6845,6 +6845,13 @@ class Window:
         """The window is in sight again."""
         await self.hide(False)
 
+    async def scroll(self, pixels: float) -> None:
+        """The wheel, over the log, until it has an effect."""
+        before = await self.number("scroller.scrollTop")
+        await self.page.hover("#scroller", position={"x": 200, "y": 20})
+        await self.page.mouse.wheel(0, pixels)
+        await self.holds(f"scroller.scrollTop !== {before} && following === (below() < BOTTOM_PX)")
+
     async def keys(self, *keys: str) -> None:
         """Keys, in the box."""
         for key in keys:
@@ -7164,12 +7171,12 @@ class TestWriting:
         await memory_lan.serve(rate=2.0)
         async with windows(memory_lan, 1) as (ann,):
             await ann.login("Ann")
-            for number in range(11):
+            for number in range(16):
                 await ann.say(str(number))
             await ann.shows("#outbox .status", "Sends in 1 s")
             await ann.page.evaluate("(now => { Date.now = () => now() - 3600000; })(Date.now); tick()")
             assert "Sends in 36" not in await ann.page.locator("#outbox").inner_text()
-            await ann.shows_messages(*map(str, range(11)))
+            await ann.shows_messages(*map(str, range(16)))
             ann.well_behaved()
 
     @slow
@@ -7198,6 +7205,51 @@ class TestWriting:
             assert await ann.number("document.documentElement.scrollWidth") == 360
             ann.well_behaved()
 
+    @slow
+    @transcript
+    async def test_a_phone_on_its_side(self, memory_lan: Lan) -> None:
+        """Above a keyboard the box leaves the log its place; the invitation ends on the screen, or by a tap beside it.
+
+        A name that is as wide as can be does not widen a small page when it is offered.
+        """
+        await memory_lan.serve()
+        await memory_lan.join("W" * 24)
+        async with windows(memory_lan, 1, viewport={"width": 740, "height": 180}) as (ann,):
+            await ann.login("Ann")
+            await ann.page.fill("#box", "line\n" * 8)
+            assert await ann.number("composer.getBoundingClientRect().height / innerHeight") <= 0.4
+            assert await ann.number("composer.getBoundingClientRect().bottom") <= 180
+            assert await ann.number("scroller.clientHeight") > 45
+            await ann.page.set_viewport_size({"width": 740, "height": 360})
+            for close in ("closeInvite.getBoundingClientRect().bottom < 360 && closeInvite.click()", ""):
+                await ann.page.click("#join")
+                await ann.holds("addresses.options.length > 0")
+                await (ann.page.evaluate(close) if close else ann.page.mouse.click(8, 180))
+                await ann.page.wait_for_selector("#invite", state="hidden")
+            await ann.page.set_viewport_size({"width": 320, "height": 560})
+            await ann.page.fill("#box", "")
+            await ann.page.type("#box", "@ww")
+            await ann.shows("#matches button", "WWW")
+            assert await ann.number("document.documentElement.scrollWidth") == 320
+            assert await ann.number("matchList.firstChild.getBoundingClientRect().right") <= 320
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_typing_after_a_click_into_the_log(self, memory_lan: Lan) -> None:
+        """What is typed after a click into the log comes into the box; keys that scroll, scroll."""
+        await memory_lan.serve()
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.page.click("#scroller")
+            await ann.page.keyboard.press("PageUp")
+            await ann.page.keyboard.press("Control+c")
+            await ann.page.keyboard.press("Space")
+            assert await ann.page.evaluate("document.activeElement.id") == "scroller"
+            await ann.page.keyboard.type("hi you")
+            await ann.written("hi you")
+            ann.well_behaved()
+
 
 class TestReading:
     @slow
@@ -7212,17 +7264,68 @@ class TestReading:
             await ann.shows("#log", "60")
             below = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
             await ann.holds(f"{below} < 2")
-            await ann.page.evaluate("scroller.scrollTop = 300")
-            await ann.holds("!following")
+            await ann.scroll(-800)
+            await ann.shows("#newer", "Latest messages")
+            top = await ann.number("scroller.scrollTop")
             await bob.say_many(3, first=61)
             await ann.shows("#newer", "3 new")
-            assert await ann.number("scroller.scrollTop") == 300
+            assert await ann.number("scroller.scrollTop") == top
             await ann.page.click("#newer")
             await ann.holds(f"{below} < 2")
             await ann.page.wait_for_selector("#newer", state="hidden")
             await bob.say("64")
             await ann.shows("#log", "64")
             await ann.holds(f"{below} < 2")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_the_way_to_what_is_new(self, memory_lan: Lan) -> None:
+        """Scrolled back, one is led to the first message that one has not seen, with a line above it; then to the end.
+
+        Only whoever has scrolled back is: what a burst does to the log ends nothing.
+        """
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say_many(60)
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.shows("#log", "60")
+            await ann.scroll(-800)
+            await bob.say_many(60, first=61)
+            await ann.shows("#newer", "60 new")
+            await ann.page.click("#newer")
+            await ann.holds("newLine.getBoundingClientRect().top - scroller.getBoundingClientRect().top < 40")
+            assert await ann.texts(".notice[data-kind=new] + .message .text") == ["61"]
+            assert not await ann.page.evaluate("following")
+            await ann.page.click("#newer")
+            await ann.holds("following && below() < 2 && newer.hidden")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_less_keeps_its_place(self, memory_lan: Lan) -> None:
+        """A long message begins where it began, whether all of it is shown or less again."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        await bob.say_many(40)
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await bob.say("\n".join(f"line {number}" for number in range(200)))
+            for number in range(5):
+                await bob.say(str(number))
+            await ann.holds("shown.size === 46 && following && below() < 2")
+            top = "document.querySelector('.fold').parentElement.getBoundingClientRect().top"
+            before = await ann.number(top)
+            for text in ("Show less", "Show all"):
+                await ann.page.evaluate("document.querySelector('.fold').click()")
+                await ann.shows(".fold", text)
+                await ann.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
+                assert abs(await ann.number(top) - before) < 2
+            await ann.page.click(".fold")
+            await ann.page.locator(".fold").scroll_into_view_if_needed()
+            await ann.page.click(".fold")
+            await ann.holds(f"{top} > 57")
             ann.well_behaved()
 
     @slow
@@ -7249,7 +7352,7 @@ class TestReading:
             assert "unread" not in (await ann.page.get_attribute("#icon", "href") or "")
             line = "[...log.children].findIndex(row => row.dataset.kind === 'new')"
             rows = await ann.texts("#log > *")
-            assert rows[int(await ann.number(line))] == "New since you left"
+            assert rows[int(await ann.number(line))] == "New messages"
             assert "while away" in rows[int(await ann.number(line)) + 1]
             await ann.page.reload()
             await ann.shows_messages("before", "while away", "and more")
@@ -7268,7 +7371,7 @@ class TestReading:
     async def test_what_is_more_than_text(self, memory_lan: Lan) -> None:
         """Addresses, code and emoji are shown as such, and nothing else; what is long is folded."""
         await memory_lan.serve()
-        bob = await memory_lan.join("Bob\u05d0")
+        bob = await memory_lan.join("\u05d0\u05d1\u05d0")
         async with windows(memory_lan, 1) as (ann,):
             await ann.login("Ann")
             await bob.say(
@@ -7322,6 +7425,28 @@ class TestReading:
             assert await wall.number("log.lastChild.clientHeight") < 800
             ann.well_behaved()
             wall.well_behaved()
+
+    @slow
+    @transcript
+    async def test_addresses_in_a_message(self, memory_lan: Lan) -> None:
+        """What begins with www. is an address as well; no mark of direction turns one round, within it or before."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await bob.say("www.example.org/a, awww.b https://c.example/\u202egpj.exe \u202ehttps://d.example/")
+            await ann.shows("#log", "awww.b")
+            links = "#log a >> visible=true"
+            assert await ann.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)") == [
+                "http://www.example.org/a",
+                "https://c.example/",
+                "https://d.example/",
+            ]
+            assert await ann.texts(links) == ["www.example.org/a", "https://c.example/", "https://d.example/"]
+            order = "a => { const range = new Range(); const at = (n) => { range.setStart(a.firstChild, n);"
+            order += "range.setEnd(a.firstChild, n + 1); return range.getBoundingClientRect().left; };"
+            assert await ann.page.locator(links).last.evaluate(order + "return at(0) < at(10); }")
+            ann.well_behaved()
 
     @slow
     @transcript
@@ -7440,6 +7565,20 @@ class TestAttention:
 
     @slow
     @transcript
+    async def test_mention_in_the_dark(self, memory_lan: Lan) -> None:
+        """A message that names the reader has its bar in dark colours too."""
+        await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 1, color_scheme="dark") as (ann,):
+            await ann.login("Ann")
+            await bob.say("@Ann look")
+            await ann.shows(".mention", "look")
+            shadow = "getComputedStyle(document.querySelector('.mention .bubble')).boxShadow"
+            assert "inset" in str(await ann.page.evaluate(shadow))
+            ann.well_behaved()
+
+    @slow
+    @transcript
     async def test_plain_http(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """On an address of the network, where browsers trust nothing, all works; what they forbid is not offered."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "198.51.100.9"])
@@ -7542,7 +7681,7 @@ class TestTruth:
             for number, happens in enumerate(
                 (
                     "heard -= 30000; document.dispatchEvent(new Event('visibilitychange'))",
-                    "heard -= 30000; ticked -= 30000; tick()",
+                    "wallStart -= 30000; tick()",
                     "window.dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))",
                     "window.dispatchEvent(new Event('online'))",
                 ),
@@ -7936,8 +8075,29 @@ class TestLongRoom:
             await ann.page.locator("#log .text", has_text=re.compile("^5000$")).wait_for()
             texts = await ann.page.eval_on_selector_all("#log .text", "all => all.map((text) => text.textContent)")
             assert texts == [str(number) for number in range(5001 - len(texts), 5001)]
-            assert 900 <= len(texts) <= 1000
-            await ann.holds("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
+            assert 1000 <= len(texts) <= 1200
+            await ann.holds("following && below() < 2")
+            ann.well_behaved()
+
+    @slow
+    @transcript
+    async def test_nothing_but_the_reader_ends_following(self, memory_lan: Lan) -> None:
+        """All of a long history is shown, and of a catch-up; both, and bursts, leave the reader at the bottom."""
+        await memory_lan.serve(history=1000)
+        bob = await memory_lan.join("Bob")
+        await bob.say_many(1000)
+        async with windows(memory_lan, 1) as (ann,):
+            await ann.login("Ann")
+            await ann.holds("shown.size === 1000 && following && below() < 2")
+            await ann.page.evaluate("link.close()")
+            await bob.say_many(1000, first=1001)
+            await ann.page.evaluate("connect()")
+            await ann.holds("shown.has(2000) && following && below() < 2")
+            for number in range(20):
+                await ann.page.evaluate("draw(() => { scroller.scrollTop -= 100; })")
+                await bob.say_many(100, first=2001 + 100 * number)
+            await ann.holds("shown.has(4000) && following && below() < 2")
+            assert await ann.number("log.childElementCount") <= 1200
             ann.well_behaved()
 
     @slow
@@ -8332,7 +8492,7 @@ CROWD = r"""
 const [count, down, code] = process.argv.slice(2).map(Number);
 const queue = [], connects = [], back = [];
 let now = 0, seed = 1;
-const elapsed = () => now;
+performance.now = () => now;
 Math.random = () => (seed = seed * 16807 % 2147483647) / 2147483647;  // the same at every run
 const setTimeout = (act, ms) => queue.push({at: now + ms, act});
 function page(memberCount) {
