@@ -4920,10 +4920,10 @@ header .plain:hover { background: var(--page); }
 #join { margin-inline-start: auto; }
 #people { display: none; margin-inline-start: -8px; }
 
-/* The state: a quiet word beside the title while all is well, else a strip that covers nothing new */
+/* The state: a dot beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: ""; display: inline-block; width: 8px; height: 8px;
+  content: ""; display: inline-block; width: .6em; height: .6em;
   margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
@@ -5009,7 +5009,9 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .bubble time, .status { margin-inline-start: auto; color: var(--quiet); font-size: .75rem; text-align: end; }
 .run .face { visibility: hidden; height: 0; }
 .run .bubble { border-start-start-radius: 16px; }
-.run .who, .mine .who { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[data-state="connected"] #state-text, .run .who, .mine .who {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+}
 .mine { justify-content: flex-end; }
 .mine .face { display: none; }
 .mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
@@ -5072,8 +5074,10 @@ dialog .hint { margin-block: 12px; }
 dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
 
 @media (max-height: 30rem) {  /* a phone lies on its side */
-  .window #invite { width: min(40rem, 100vw - 24px); }
-  .window #code { float: inline-start; width: 50vh; margin: 0; }
+  .window dialog { width: min(40rem, 100vw - 24px); }
+  .window dialog div { display: grid; grid-template-columns: auto 1fr; gap: 0 24px; }
+  dialog div > * { grid-column: 2; }
+  .window #code { grid-area: 1 / 1 / 6; width: 50vh; margin: auto; }
 }
 
 /* On a wall: read-only, and as large as the screen allows */
@@ -5091,7 +5095,6 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector #invite div { padding: 1.2vw; }
 .projector #code { width: min(100%, 40vh); }
 .projector #address { font-size: 1.7vw; }
-.projector #state::before { width: .6em; height: .6em; }
 .projector:not([data-state="connected"]) #state { right: 0; }
 @media (max-aspect-ratio: 1) {
   .projector { grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) !important; }
@@ -5103,7 +5106,7 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 @media (max-width: 48rem) {
   .chat { grid-template-columns: minmax(0, 1fr); }
   #people { display: block; }
-  #join span { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  #join span { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
     position: fixed; z-index: 2;
@@ -5199,10 +5202,10 @@ const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name 
 const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
 const folded = (text) => text.normalize('NFKC').toLowerCase();
 
-function hueOf(name) {
+function hueOf(name) {  // those who are numbered get colours far apart
   let hash = 2166136261;
-  for (const letter of name) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
-  return (hash >>> 0) % 360;
+  for (const letter of name.replace(/\d+$/, '')) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
+  return ((hash >>> 0) + 109 * (name.match(/\d+$/) || 0)) % 360;
 }
 
 function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
