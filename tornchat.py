@@ -4601,7 +4601,8 @@ TEXTS = {
         "聊天记录已丢失，从这里重新开始。以上内容仅保留在您的屏幕上。",
     ),
     "js_new": ("{n} new", "{n} 条新消息"),
-    "js_new_since": ("New since you left", "您离开后的新消息"),
+    "js_latest": ("Latest messages", "最新消息"),
+    "js_new_line": ("New messages", "以下是新消息"),
     "js_show_all": ("Show all", "展开全文"),
     "js_show_less": ("Show less", "收起"),
     "js_copied": ("Copied", "已复制"),
@@ -4800,7 +4801,7 @@ CHAT_HTML = r"""<!doctype html>
     </div>
     <form id="logout" action="logout" method="post"><button class="plain">{{ w["chat_logout"] }}</button></form>
   </aside>
-  <dialog id="invite" aria-labelledby="invite-title">
+  <dialog id="invite" aria-labelledby="invite-title"><div>
     <h2 id="invite-title">{{ w["chat_join_title"] }}</h2>
     <img id="code" alt="{{ w["chat_code"] }}" hidden>
     <p id="address" dir="ltr"></p>
@@ -4809,7 +4810,7 @@ CHAT_HTML = r"""<!doctype html>
     <p class="choices"><button id="copy" type="button">{{ w["chat_copy"] }}</button>
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
-  </dialog>
+  </div></dialog>
 </body>
 </html>
 """
@@ -4825,7 +4826,7 @@ STYLE_CSS = r"""
 :root[data-theme="dark"] {
   color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad;
   --line: #2d373b; --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d;
-  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: none; --code: #ffffff12;
+  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: 0 0 #0000; --code: #ffffff12;
   --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
@@ -4840,8 +4841,7 @@ body {
   margin: 0;
   background: var(--page);
   color: var(--ink);
-  font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
-    sans-serif;
+  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
   -webkit-text-size-adjust: 100%;
   scrollbar-color: var(--quiet) transparent;
 }
@@ -4882,7 +4882,6 @@ input:not([type="checkbox"]), textarea, select {
 .chat {
   display: grid;
   grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
-  height: 100vh;
   height: var(--height, 100dvh);
   overflow: hidden;
 }
@@ -4898,10 +4897,10 @@ header .plain:hover { background: var(--page); }
 #join { margin-inline-start: auto; }
 #people { display: none; margin-inline-start: -8px; }
 
-/* The state: a quiet word beside the title while all is well, else a strip that covers nothing new */
+/* The state: a dot beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: ""; display: inline-block; width: 8px; height: 8px;
+  content: ""; display: inline-block; width: .6em; height: .6em;
   margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
@@ -4972,7 +4971,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   box-shadow: var(--shadow);
 }
 /* The time stands beside the last line if there is room, else below */
-.line { display: flex; flex-wrap: wrap; align-items: end; align-items: last baseline; gap: 0 12px; }
+.line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -4981,12 +4980,15 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 code { padding: .1em .3em; border-radius: 5px; background: var(--code); font: .9em/1.5 ui-monospace, Menlo, monospace; }
 pre { margin: 6px 0; padding: 8px 10px; border-radius: 8px; background: var(--code); white-space: pre-wrap; }
 pre code { padding: 0; background: none; }
+.text a { direction: ltr; unicode-bidi: isolate; }
 mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(--on-warn); font-weight: 600; }
 .mention .bubble { box-shadow: inset 3px 0 var(--on-warn), var(--shadow); }
 .bubble time, .status { margin-inline-start: auto; color: var(--quiet); font-size: .75rem; text-align: end; }
 .run .face { visibility: hidden; height: 0; }
 .run .bubble { border-start-start-radius: 16px; }
-.run .who, .mine .who { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[data-state="connected"] #state-text, .run .who, .mine .who {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+}
 .mine { justify-content: flex-end; }
 .mine .face { display: none; }
 .mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
@@ -5014,14 +5016,20 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
     max(12px, env(safe-area-inset-left));
 }
-#box { flex: 1; width: 0; max-height: calc(6 * 1.45em + 22px); border-radius: 22px; resize: none; }
+#box {
+  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px);
+  border-radius: 22px; resize: none;
+}
 #send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
 #matches {
   position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px;
 }
-#matches button { border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003; }
+#matches button {
+  max-width: 100%; border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003;
+  overflow-wrap: anywhere;
+}
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
@@ -5031,15 +5039,23 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
-  width: min(26rem, 100vw - 24px); padding: 24px; border: 0; border-radius: 20px;
+  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px;
   background: var(--surface); color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
 }
+dialog div { padding: 24px; }
 dialog::backdrop { background: #0008; }
 dialog h2 { font-size: 1.25rem; }
 #code { display: block; width: min(100%, 18rem, 40vh); margin: 16px auto 0; border-radius: 12px; background: #fff; }
 #address { margin: 12px 0; font-size: clamp(1.0625rem, 5.5vw, 1.375rem); font-weight: 700; overflow-wrap: anywhere; }
 dialog .hint { margin-block: 12px; }
 dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
+
+@media (max-height: 30rem) {  /* a phone lies on its side */
+  .window dialog { width: min(40rem, 100vw - 24px); }
+  .window dialog div { display: grid; grid-template-columns: auto 1fr; gap: 0 24px; }
+  dialog div > * { grid-column: 2; }
+  .window #code { grid-area: 1 / 1 / 6; width: 50vh; margin: auto; }
+}
 
 /* On a wall: read-only, and as large as the screen allows */
 :root:has(.projector) { font-size: clamp(20px, 1.9vw, 72px); }
@@ -5051,15 +5067,15 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
   grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
-  padding: 1.2vw; box-shadow: none; outline: none;
+  box-shadow: none; outline: none;
 }
+.projector #invite div { padding: 1.2vw; }
 .projector #code { width: min(100%, 40vh); }
 .projector #address { font-size: 1.7vw; }
-.projector #state::before { width: .6em; height: .6em; }
 .projector:not([data-state="connected"]) #state { right: 0; }
 @media (max-aspect-ratio: 1) {
   .projector { grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) !important; }
-  .projector #invite { grid-area: 3 / 1; align-self: auto; width: auto; max-width: none; margin: 0 12px 12px; }
+  .projector #invite { grid-area: 3 / 1; align-self: auto; max-width: none; margin: 0 12px 12px; }
   .projector #code { width: 24vh; }
   .projector #address { font-size: 1.1em; }
 }
@@ -5067,7 +5083,7 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 @media (max-width: 48rem) {
   .chat { grid-template-columns: minmax(0, 1fr); }
   #people { display: block; }
-  #join span { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  #join span { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
     position: fixed; z-index: 2;
@@ -5121,7 +5137,6 @@ const RESTART_MS = [200, 2000];   // after 1001 everybody comes back at once: sp
 const SPREAD_MS = 20;             // a member: a crowd comes back with no more than 50 tries a second
 const SILENCE_MS = 45000;         // the server tells the time every 20 s: two of these are missing
 const STALE_MS = 25000;           // woken up: one of them is missing, do not wait for the second
-const ASLEEP_MS = 5000;           // between two ticks of a second: the machine was asleep
 const ANSWER_MS = 10000;          // to connect, or to confirm a message, which the server does within 5 s
 const HOLD_MS = 3000;             // to wait where a refusal names no time
 const SOCKETS_TRIED = 2;          // in a row that never got through, before it is tried by polling
@@ -5129,21 +5144,23 @@ const PROBE_MS = [3000, 300000];  // while polling, pauses between tries of the 
 const POLL_SECONDS = 25;          // below what proxies and the server end by themselves
 const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
-const MAX_ROWS = 1000;            // in the page: as many as the server gives to those who come back
+const MAX_ROWS = 1200;            // in the page: the 1,000 messages that come back at most, and notices between them
 const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
+const MAX_ELEMENTS = 100;         // in a message: what comes behind them is plain text
 const SAID_KEPT = 20;             // for the arrow keys
 const NAMES_OFFERED = 5;
 const NAMES_IN_LINE = 3;          // of more people only the number is told
 const BOTTOM_PX = 24;
+const STEER_MS = 1000;            // after a wheel, a touch or a key a scroll is the reader's
 const COUNT_FROM = 200;           // characters left when the counter appears
 const FINAL_CODES = [4403, 4409, 4429, 4504];
 const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
-const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|https?:\/\/[^\s<>"'`，。；：！？（）【】《》“”、]+/gi;
+const ADDRESS = /(?:https?:\/\/|\bwww\.(?=\w))[^\s<>"'`，。；：！？（）【】《》“”、\p{Bidi_C}]+/u;
+const MARKUP = RegExp(/```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source, 'giu');
 const LINK_TAIL = '.,;:!?)]}*';
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
-const {words: lines} = document.body.dataset;
-const words = Object.fromEntries(lines.split('\n').map((line) => line.split('\t')));
+const words = Object.fromEntries(document.body.dataset.words.split('\n').map((line) => line.split('\t')));
 const lang = document.documentElement.lang;
 const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
 const projector = document.body.dataset.view === 'projector';
@@ -5162,10 +5179,10 @@ const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name 
 const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
 const folded = (text) => text.normalize('NFKC').toLowerCase();
 
-function hueOf(name) {
+function hueOf(name) {  // those who are numbered get colours far apart
   let hash = 2166136261;
-  for (const letter of name) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
-  return (hash >>> 0) % 360;
+  for (const letter of name.replace(/\d+$/, '')) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
+  return ((hash >>> 0) + 109 * (name.match(/\d+$/) || 0)) % 360;
 }
 
 function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
@@ -5210,7 +5227,8 @@ let passing = null;               // who came and went in the newest line of the
 let drawnDay = '';
 let newLine = null;               // "new since you left"
 let following = true;             // the reader is at the bottom
-let bottomTop = 0;                // where the last jump to the bottom came to rest
+let steeredAt = -STEER_MS;        // by a wheel, a touch or a key
+let drawnAt = 0;
 let unseen = 0;                   // below what is in view
 
 function make(tag, className, ...children) {
@@ -5244,6 +5262,7 @@ function drawSlice() {
   try {
     while (toDraw.length && performance.now() < end) toDraw.shift()();
   } finally {
+    drawnAt = performance.now();
     if (toDraw.length) nextSlice();
   }
   showNewer();
@@ -5261,15 +5280,15 @@ function withFace(name, row) {
 function linkTo(match) {  // what ends a sentence ends no address
   let end = match.length;
   while (LINK_TAIL.includes(match[end - 1])) end -= 1;
-  const href = match.slice(0, end);
-  return [Object.assign(make('a', '', href), {href, target: '_blank', rel: 'noopener noreferrer'}),
-    match.slice(href.length)];
+  const text = match.slice(0, end);
+  const href = /^www/i.test(text) ? `http://${text}` : text;
+  return [Object.assign(make('a', '', text), {href, target: '_blank', rel: 'noopener noreferrer'}), match.slice(end)];
 }
 
-function withMentions(text) {
+function withMentions(text, most) {
   const nodes = [];
   let end = 0;
-  for (const [from, to] of mentions(text, me)) {
+  for (const [from, to] of mentions(text, me).slice(0, Math.max(0, most))) {
     nodes.push(text.slice(end, from), make('mark', '', text.slice(from, to)));
     end = to;
   }
@@ -5278,23 +5297,34 @@ function withMentions(text) {
 
 function richText(text) {  // code, links and one's own name; nothing else is anything but text
   const nodes = [];
-  let end = 0;
+  let [end, left] = [0, MAX_ELEMENTS];
+  const addPlain = (to) => {
+    const plain = withMentions(text.slice(end, to), left);
+    left -= (plain.length - 1) / 2;
+    nodes.push(...plain);
+    end = to;
+  };
   for (const {0: match, 1: block, 2: inline, index} of text.matchAll(MARKUP)) {
-    nodes.push(...withMentions(text.slice(end, index)));
+    addPlain(index);
+    left -= block ? 2 : 1;
+    if (left < 0) break;
     if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
     else if (inline) nodes.push(make('code', '', inline));
     else nodes.push(...linkTo(match));
     end = index + match.length;
     if (block && text[end] === '\n') end += 1;
   }
-  return [...nodes, ...withMentions(text.slice(end))];
+  addPlain();
+  return nodes;
 }
 
 function foldButton(body) {
   const button = makeButton(words.show_all, () => {
+    const top = body.getBoundingClientRect().top;
     const open = !body.classList.toggle('folded');
     button.textContent = open ? words.show_less : words.show_all;
     button.setAttribute('aria-expanded', open);
+    keepPlace(body, top);
   });
   button.className = 'plain fold';
   button.setAttribute('aria-expanded', false);
@@ -5302,10 +5332,17 @@ function foldButton(body) {
   return button;
 }
 
+function keepPlace(body, top) {  // its top stays, or comes into view
+  const wanted = Math.max(top, scroller.getBoundingClientRect().top + BOTTOM_PX);
+  scroller.scrollTop += body.getBoundingClientRect().top - wanted;
+  steer();
+  onScroll();
+}
+
 function messageRow(name, text, ...foot) {
   const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
   body.classList.toggle('emoji', EMOJI.test(text));
-  if (!projector && (text.length > FOLD[0] || text.split('\n').length > FOLD[1])) foot.unshift(foldButton(body));
+  if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
   const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
@@ -5322,14 +5359,16 @@ function showMessage({seq, ts, name, text}, away) {
   Object.assign(row.dataset, {seq, ts});
   const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
-  if (name !== me && seq > readTo && (away || seq <= firstReplayEnd)) drawNewLine();
+  const missed = !following && name !== me;
+  if (missed && !unseen) removeNewLine();
+  if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
   log.insertBefore(row, next);
   lastDrawn = Math.max(lastDrawn, seq);
   shown.set(seq, row);
   settle(row);
   settle(next);
   dropOldest();
-  if (!following && name !== me) unseen += 1;
+  if (missed) unseen += 1;
 }
 
 function settle(row) {  // what a message shows of its day and its author depends on the one above
@@ -5369,7 +5408,7 @@ function notice(kind, text) {
 
 function drawNewLine() {
   if (newLine || projector) return;
-  notice('new', words.new_since);
+  notice('new', words.new_line);
   newLine = log.lastElementChild;
 }
 
@@ -5421,21 +5460,34 @@ function openRoster(open) {
 
 function showNewer() {
   if (following) unseen = 0;
-  newer.hidden = unseen === 0;
+  newer.hidden = following;
   scroller.classList.toggle('following', following);
-  setText(newer, fill(words.new, {n: unseen}));
+  setText(newer, unseen ? fill(words.new, {n: unseen}) : words.latest);
+}
+
+function toNewer() {  // first to the line above what is unseen, then past it
+  if (!(newLine?.offsetTop > scroller.scrollTop + scroller.clientHeight)) return toBottom();
+  newLine.scrollIntoView();
+  steer();
 }
 
 function toBottom() {
   following = true;
   scroller.scrollTop = scroller.scrollHeight;
-  bottomTop = scroller.scrollTop;
   showNewer();
 }
 
-function onScroll() {  // the event of a jump to the bottom comes late: new rows may stand below by then
-  const below = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-  following = projector || below < BOTTOM_PX || (following && scroller.scrollTop > bottomTop - BOTTOM_PX);
+function below() {
+  return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+}
+
+function steer() {
+  steeredAt = performance.now();
+}
+
+function onScroll() {  // rows that come and go make a browser scroll too: then one still follows
+  const [steered, quiet] = [performance.now() - steeredAt < STEER_MS, performance.now() - drawnAt > STEER_MS];
+  following = projector || below() < BOTTOM_PX || (following && !steered && !quiet);
   showNewer();
 }
 
@@ -5694,6 +5746,13 @@ function onKey(event) {
   event.preventDefault();
 }
 
+function onAnyKey({key, target, ctrlKey, altKey, metaKey}) {  // what is typed into the log is meant for the box
+  if (key === 'Escape') openRoster(false);
+  if (target !== box) steer();
+  const typed = /^\S$/u.test(key) && ctrlKey === altKey && !metaKey;  // both are AltGr
+  if (typed && [document.body, scroller].includes(target)) box.focus();
+}
+
 // === Outbox: what is said stays here until the server has confirmed it or its author takes it back ===
 // A duplicated tab says the same cids, which the room stores once.
 const outboxRows = new Map();     // cid -> row
@@ -5787,19 +5846,20 @@ function drawOutbox() {
 let me = document.body.dataset.name;
 let epoch = '';
 let after = null;                 // the newest seq that came, null before the first
+let at = 0;                       // its ts, where it is known
 let lastDrawn = 0;                // the newest that is in the log
 let replayEnd = 0;                // up to this seq it is history and is not read out
 let firstReplayEnd = 0;           // and up to this one it was there before the page
 let maxText = Infinity;           // until the welcome tells it
 let storeAway = false;
-let clockError = Number(document.body.dataset.now) - Date.now();  // of this machine, in ms
+let serverStart = Number(document.body.dataset.now) - performance.now();  // its time at 0 of ours
 
 function serverTime() {
-  return Date.now() + clockError;
+  return serverStart + performance.now();
 }
 
 function setClock(ts) {
-  if (ts) clockError = ts - Date.now();
+  if (ts) serverStart = ts - performance.now();
 }
 
 function receive(frame) {
@@ -5830,7 +5890,7 @@ function welcomed(frame) {
 
 function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where it goes on, and what will be missing
   if (reset || (epoch && epoch !== room)) {
-    [after, readTo, firstReplayEnd] = [null, 0, -1];
+    [after, at, readTo, firstReplayEnd] = [null, 0, 0, -1];
     draw(forgetHistory);
   }
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
@@ -5844,7 +5904,7 @@ function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where 
 
 function arrived(frame) {
   const [fresh, away] = [frame.seq > after, document.hidden];
-  after = Math.max(after, frame.seq);
+  if (fresh) [after, at] = [frame.seq, frame.ts];
   const pending = frame.name === me && outboxRows.has(frame.cid) ? takeOut(frame.cid) : null;
   draw(() => {
     pending?.remove();
@@ -5872,8 +5932,8 @@ function storeChanged(available) {
 }
 
 // === Ways to the server: each lets us hear events, and tells once how it ended ===
-function resumePoint() {
-  return new URLSearchParams(after === null ? {} : {after, epoch});
+function resumePoint() {  // another message of that number means another history
+  return new URLSearchParams(after === null ? {} : {after, epoch, ...(at && {at})});
 }
 
 function openSocket(hear, ended) {
@@ -5898,7 +5958,7 @@ function openPolls(hear, ended) {
 
   async function ask(query, options) {
     const answer = await fetch(`messages${query}`, {...options, signal});
-    heard = Date.now();  // the rest may take its time
+    heard = performance.now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
@@ -5944,7 +6004,7 @@ let retryAt = 0;
 let retryTimer = 0;
 let probeTimer = 0;
 let probePause = PROBE_MS[0];
-let ticked = Date.now();
+let wallStart = Date.now() - performance.now();  // a sleep makes it grow, where only the first goes on
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
 let closeCode = 0;
@@ -5954,13 +6014,13 @@ function connect() {
   clearTimeout(probeTimer);
   link?.close();
   trial?.close();
-  [phase, heard, inFlight, trial] = ['connecting', Date.now(), '', null];
+  [phase, heard, inFlight, trial] = ['connecting', performance.now(), '', null];
   link = (polling ? openPolls : openSocket)(hear, disconnected);
   showState();
 }
 
 function hear(events) {
-  heard = Date.now();
+  heard = performance.now();
   events.forEach(receive);
 }
 
@@ -6023,7 +6083,7 @@ function loginUrl(why) {  // the login page says why one finds oneself there
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
   if (loggedIn) return location.assign(loginUrl('cookie'));  // once already, in vain: it does not hold
-  [phase, heard] = ['connecting', Date.now()];
+  [phase, heard] = ['connecting', performance.now()];
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
@@ -6037,15 +6097,15 @@ async function logInAgain() {  // the server no longer knows this session: it wa
 
 function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the link without a word
   if (phase === 'closed') return;
-  if (phase !== 'connected' || Date.now() - heard > patience) connect();
+  if (phase !== 'connected' || performance.now() - heard > patience) connect();
 }
 
 function tick() {
-  const [now, slept] = [Date.now(), Date.now() - ticked > ASLEEP_MS && !document.hidden];
-  heard = Math.min(heard, now);  // the clock may have been set back
-  const mute = now - heard > (slept ? STALE_MS : SILENCE_MS) || (inFlight && performance.now() - saidAt > ANSWER_MS);
+  const [now, wall] = [performance.now(), Date.now() - performance.now()];
+  const woken = wall - wallStart > STALE_MS;
+  const mute = woken || now - heard > SILENCE_MS || (inFlight && now - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
-  ticked = now;
+  wallStart = wall;
   renewDays();
   if (!stuck && !(phase === 'connected' && mute)) return showState();
   if (stuck) countMiss();
@@ -6059,7 +6119,7 @@ const copyText = copy.textContent;
 
 function comeBack() {
   nextSlice();
-  if (document.hidden) return removeNewLine();  // what comes from now on is new
+  if (document.hidden) return unseen ? null : removeNewLine();  // what comes from now on is new
   wake(STALE_MS);
 }
 
@@ -6085,8 +6145,10 @@ lineBreak.onclick = breakLine;
 for (const button of [send, lineBreak, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
-newer.onclick = toBottom;
+newer.onclick = toNewer;
 scroller.onscroll = onScroll;
+for (const type of ['wheel', 'touchmove']) scroller.addEventListener(type, steer, {passive: true});
+scroller.onpointerdown = steer;  // on its scroll bar
 scroller.onclick = () => { if (roster.classList.contains('open')) openRoster(false); };
 people.onclick = () => openRoster(!roster.classList.contains('open'));
 logout.onsubmit = () => {
@@ -6101,13 +6163,14 @@ addresses.onchange = pickAddress;
 copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
 closeInvite.onclick = () => invite.close();
-window.onkeydown = ({key}) => { if (key === 'Escape') openRoster(false); };
+invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
+window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
 window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
 window.addEventListener('storage', onStorage);
 document.onvisibilitychange = comeBack;
-if (window.visualViewport) visualViewport.onresize = fitScreen;
+visualViewport.onresize = fitScreen;
 const sizes = new ResizeObserver(() => { if (following) toBottom(); });
 for (const element of [scroller, content]) sizes.observe(element);
 
