@@ -911,7 +911,7 @@ class Store:
             about = await self.redis.info("server")
         except ResponseError:
             return "", 0
-        return about["run_id"], about["uptime_in_seconds"]
+        return about.get("run_id", ""), about.get("uptime_in_seconds", 0)
 
     @bounded
     async def has_company(self) -> bool:
@@ -1364,7 +1364,9 @@ class Outbox:
         if self.room.owner(name_key(name)) == sid:
             member = self.room.sessions.get(sid) or Member(sid, name, name_key(name))
             written = asyncio.Event()
-            self.propose("left", member, lambda _: written.set(), cid="~logout", text=LOGOUT, patience=math.inf)
+            self.propose(
+                "left", member, lambda _: written.set(), cid=f"~logout-{self.room.ts}", text=LOGOUT, patience=math.inf
+            )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
@@ -1818,11 +1820,11 @@ class Feed:
         self.run_id, up = await self.store.server()
         if self.store.shared and up < YOUNG_SECONDS:
             self.keep_quiet()
-        if await self.store.newest() is None:
-            if self.store.shared and (up < YOUNG_SECONDS or await self.store.has_company()):
-                await self.wait_for_others()
-            await self.store.open_epoch(self.store.now())
         while not self.room.epoch:
+            if await self.store.newest() is None:
+                if self.store.shared and (up < YOUNG_SECONDS or await self.store.has_company()):
+                    await self.wait_for_others()
+                await self.store.open_epoch(self.store.now())
             await self.reload()
         await self.keep_secret()
 
