@@ -7137,6 +7137,8 @@ class TestWindows:
             await bob.page.press("#nickname", "Enter")
             await bob.page.wait_for_selector("#error")
             assert await bob.page.input_value("#nickname") not in ("Ann", "ann", "")
+            offered = "nickname.selectionEnd - nickname.selectionStart === nickname.value.length"
+            await bob.holds(f"document.activeElement === nickname && {offered}")
             await bob.page.press("#nickname", "Enter")
             await bob.shows_messages("first")
             await ann.page.click("#logout button")

@@ -4786,7 +4786,7 @@ CHAT_HTML = r"""<!doctype html>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
-      placeholder="{{ w["chat_placeholder"] }}"></textarea>
+      placeholder="{{ w["chat_placeholder"] }}" title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
     <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M18 5h2v9H8v4l-6-5 6-5v4h10z"/></svg></button>
     <button id="send" aria-label="{{ w["chat_send"] }}"><svg viewBox="0 0 24 24" aria-hidden="true">
@@ -4895,7 +4895,6 @@ header {
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
 header .plain { flex: none; border: 0; padding: 0 10px; }
-header .plain:hover { background: var(--page); }
 #join { margin-inline-start: auto; }
 #people { display: none; margin-inline-start: -8px; }
 
@@ -5126,7 +5125,8 @@ function showTheme() {
 
 readTheme();
 darkSystem.onchange = showTheme;
-window.addEventListener('storage', readTheme);
+window.onstorage = readTheme;
+window.addEventListener('DOMContentLoaded', () => document.querySelector('[autofocus]')?.select());
 """
 
 # language=javascript
@@ -6150,8 +6150,8 @@ for (const button of [send, lineBreak, matchList]) {  // a phone would close its
 newer.onclick = toNewer;
 scroller.onscroll = onScroll;
 for (const type of ['wheel', 'touchmove']) scroller.addEventListener(type, steer, {passive: true});
-scroller.onpointerdown = steer;  // on its scroll bar
-scroller.onclick = () => { if (roster.classList.contains('open')) openRoster(false); };
+scroller.onpointerdown = steer;
+scroller.onclick = () => openRoster(false);
 people.onclick = () => openRoster(!roster.classList.contains('open'));
 logout.onsubmit = () => {
   clearShelf();
