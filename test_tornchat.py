@@ -10227,7 +10227,7 @@ class TerminalClient(Piped):
     name = "Terry"
 
     def command(self) -> list[str]:
-        return [sys.executable, str(PROGRAM), "--join", self.url, "--name", self.name]
+        return [sys.executable, str(PROGRAM), "--join", self.url, "--name", self.name, "--history", "200"]
 
 
 class Wscat(Piped):
