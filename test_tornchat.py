@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35",
+#   "tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40",
 #   "pytest", "hypothesis", "playwright", "websockets", "websocket-client", "confusable-homoglyphs",
 #   "prompt_toolkit", "pyte",
 # ]

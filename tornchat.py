@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35"]
+# dependencies = ["tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40"]
 # ///
 """tornchat: a chat room in one file.
 
@@ -104,7 +104,7 @@ except ModuleNotFoundError:
 
 # An older Tornado ignores `cross_origin_protection` without a word. An older redis may, where a transaction is
 # cancelled, hand on its connection with a reply that nobody has read. An older fakeredis is too old for these.
-REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.35")
+REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40")
 
 
 def is_installed(requirement: str) -> bool:
