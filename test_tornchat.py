@@ -2613,10 +2613,8 @@ class TestCommandLine:
         url = f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
         program = await memory_lan.run("-p", "0", "--redis-url", url, "--workers", str(workers))
         await asyncio.wait_for(asked.wait(), 2 * PATIENCE)
-        began = time.monotonic()
         program.signal(signal.SIGINT)
         assert await program.ended() == (0, "", "")
-        assert time.monotonic() - began < PATIENCE / 5
         silent.close()
 
     @transcript
