@@ -708,6 +708,11 @@ class Program:
         await self.process.wait()
 
 
+def after(start: str) -> tuple[str, str]:
+    """How Python runs tornchat.py, once these statements are done."""
+    return "-c", f"import runpy, sys; {start}; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+
+
 async def run_to_end(*options: str, python: tuple[str, ...] = (str(PROGRAM),), **environ: str) -> tuple[int, str, str]:
     """Run tornchat.py until it ends by itself; whatever went wrong, nobody is shown a traceback."""
     program = await Program.start(*options, python=python, **environ)
@@ -755,7 +760,6 @@ async def handshake(
 
 
 def text_of(answer: HTTPResponse) -> str:
-    """The body as text."""
     return answer.body.decode()
 
 
@@ -837,87 +841,15 @@ FORGING_NAMES += [f"Bob{comma} Teacher" for comma in [*",،、，‚;；፣٫", 
 FORGING_NAMES += ["~Ann", "Ann ~~~", *(f"{tilde * 3} Bob left {tilde * 3}" for tilde in "~≈〜˜∼∽≋")]
 FORGING_NAMES += [f"{mark} Ann" for mark in (tornchat.HOST_MARK, *"⭐🌟✪✯👑♔✔✅☑🛡")]
 BAD_NAMES |= {f"forging: {name}": name for name in FORGING_NAMES}
-GOOD_NAMES = [
-    "Ann",
-    "Ann Lee",
-    "王小明",
-    "Ærøskøbing",
-    "Ольга",
-    "مريم",
-    "कुमार",
-    "क्\u200dष",
-    "می\u200cنا",
-    "İpek",
-    "0",
-    "42",
-    "__proto__",
-    "constructor",
-    "O'Brien",
-    "<b>Ann</b>",
-    "a&b",
-    "🦊",
-    "👩\u200d🚀",
-    "❤\ufe0f",
-    "guest",
-    "x" * 24,
-    "null",
-    "undefined",
-    "toString",
-    "hasOwnProperty",
-    "Ελένη",
-    "Νίκη",
-    "Արմեն",
-    "ქეთი",
-    "דוד",
-    "عَبْدُ الله",
-    "نظام",
-    "ابن‌سینا",
-    "हर्ष",
-    "श्री",
-    "শ্রীমতী",
-    "தமிழ்",
-    "అనిల్",
-    "അനില്\u200d",
-    "ශ්\u200dරී",
-    "สมชาย",
-    "ကျော်",
-    "ភក្ដី",
-    "བསྒྲུབས",
-    "ኃይሌ",
-    "김민준",
-    "さくら",
-    "サクラ",
-    "葛\U000e0100城",
-    "ıldız",
-    "IŞIL",
-    "Nguyễn Ánh",
-    "Łukasz",
-    "Đorđe",
-    "Ħal",
-    "Øyvind",
-    "Kahe\u02bbili",
-    "ʻOkina",
-    "Jean-Luc",
-    "J. R. R.",
-    "Ann (5b)",
-    "@ann",
-    "#1",
-    "?!1",
-    "👩🏽\u200d🚀",
-    "👨\u200d👩\u200d👧\u200d👦",
-    "🏳\ufe0f\u200d🌈",
-    "❤\ufe0f\u200d🔥",
-    "🇩🇪",
-    "1\ufe0f\u20e3",
-    "♡ Ann ♪",
-    "☕🆗",
-    "⬅ Bob ▶",
-    "Αθηνᾶ",
-    "ㄅㄆㄇ",
-    "Systematics",
-    "Hosta",
-    "Administrateurin",
-]
+GOOD_NAMES = (
+    "Ann|Ann Lee|王小明|Ærøskøbing|Ольга|مريم|कुमार|क्\u200dष|می\u200cنا|İpek|0|42|__proto__|constructor|O'Brien"
+    "|<b>Ann</b>|a&b|🦊|👩\u200d🚀|❤\ufe0f|guest|null|undefined|toString|hasOwnProperty|Ελένη|Νίκη|Արմեն|ქეთი|דוד"
+    "|عَبْدُ الله|نظام|ابن‌سینا|हर्ष|श्री|শ্রীমতী|தமிழ்|అనిల్|അനില്\u200d|ශ්\u200dරී|สมชาย|ကျော်"
+    "|ភក្ដី|བསྒྲུབས|ኃይሌ|김민준|さくら|サクラ|葛\U000e0100城|ıldız|IŞIL|Nguyễn Ánh|Łukasz|Đorđe|Ħal|Øyvind"
+    "|Kahe\u02bbili|ʻOkina|Jean-Luc"
+    "|J. R. R.|Ann (5b)|@ann|#1|?!1|👩🏽\u200d🚀|👨\u200d👩\u200d👧\u200d👦|🏳\ufe0f\u200d🌈|❤\ufe0f\u200d🔥|🇩🇪"
+    "|1\ufe0f\u20e3|♡ Ann ♪|☕🆗|⬅ Bob ▶|Αθηνᾶ|ㄅㄆㄇ|Systematics|Hosta|Administrateurin"
+)
 CLEANED = [
     ("  Ann   Lee ", "Ann Lee"),
     ("Ａｎｎ", "Ann"),
@@ -1065,33 +997,11 @@ ONE_TO_THE_EYE = (  # each pair was two names
     " محمد/محـمد แดง/เเดง Boo/Bꝏ Bob/B٥b Şəhla/Şәhla Tom/Tοm"
 )
 TWINS |= {pair: (pair.split("/")[0], pair.split("/")[1]) for pair in ONE_TO_THE_EYE.split()}
-DISTINCT = [
-    ("Ann", "Anna"),
-    ("user1", "user2"),
-    ("user1", "user10"),
-    ("王小明", "王小红"),
-    ("Éva", "Eva"),
-    ("Ольга", "Олег"),
-    ("a", "b"),
-    ("Øle", "Ole"),
-    ("Łukasz", "Lukasz"),
-    ("Đan", "Dan"),
-    ("Лиза", "Лиса"),
-    ("Вера", "Вёра"),
-    ("Νίκος", "Γιώργος"),
-    ("מרים", "מירי"),
-    ("علي", "عمر"),
-    ("राम", "रामा"),
-    ("김민준", "김민지"),
-    ("さくら", "さくな"),
-    ("สมชาย", "สมหญิง"),
-    ("🦊", "🐺"),
-    ("👩🏽", "👩🏿"),
-    ("🇩🇪", "🇫🇷"),
-    ("Ann", "Ann-"),
-    ("user6", "user8"),
-    ("user0", "user9"),
-]
+DISTINCT = (
+    "Ann/Anna user1/user2 user1/user10 王小明/王小红 Éva/Eva Ольга/Олег a/b Øle/Ole Łukasz/Lukasz Đan/Dan"
+    " Лиза/Лиса Вера/Вёра Νίκος/Γιώργος מרים/מירי علي/عمر राम/रामा 김민준/김민지 さくら/さくな สมชาย/สมหญิง 🦊/🐺 "
+    "👩🏽/👩🏿 🇩🇪/🇫🇷 Ann/Ann- user6/user8 user0/user9"
+)
 
 WRONG_FRAMES: dict[str, tuple[str | bytes, str]] = {
     "not JSON": ("hello", "bad-frame"),
@@ -1143,7 +1053,6 @@ SCRIPTS_LEFT = {"MALAYALAM", "ARMENIAN", "ETHIOPIC"}
 
 
 def key_of_name(raw: str) -> str | None:
-    """The key of a name; None where it is none."""
     with contextlib.suppress(tornchat.Refused):
         return tornchat.name_key(tornchat.clean_name(raw))
     return None
@@ -1197,7 +1106,7 @@ class TestMessagesAndNames:
         """A name that could deceive, cannot be shown or is the room's own is refused, in words in every language."""
         assert refusal(lambda: tornchat.clean_name(name)) == "invalid"
 
-    @pytest.mark.parametrize("name", GOOD_NAMES)
+    @pytest.mark.parametrize("name", [*GOOD_NAMES.split("|"), "x" * 24])
     def test_good_name(self, name: str) -> None:
         """Names in any script, with the joiners that it needs, stay as they are."""
         assert tornchat.clean_name(name) == name
@@ -1209,20 +1118,16 @@ class TestMessagesAndNames:
 
     @pytest.mark.parametrize(("name", "twin"), TWINS.values(), ids=TWINS.keys())
     def test_G7_twins(self, name: str, twin: str) -> None:
-        """Of two names that look alike the second is none at all, or has the key of the first."""
+        """Of two names that look alike the second is none at all, or has the key of the first; a key is its own key."""
         assert key_of_name(name)
         assert key_of_name(twin) in (key_of_name(name), None)
+        for key in map(tornchat.name_key, (name, twin)):
+            assert tornchat.name_key(key) == key
 
-    @pytest.mark.parametrize("pair", TWINS.values(), ids=TWINS.keys())
-    def test_G7_keys_are_kept(self, pair: tuple[str, str]) -> None:
-        """The key of a key is that key: nothing that looks alike is left in it."""
-        for name in pair:
-            assert tornchat.name_key(tornchat.name_key(name)) == tornchat.name_key(name)
-
-    @pytest.mark.parametrize(("name", "other"), DISTINCT)
-    def test_distinct(self, name: str, other: str) -> None:
+    @pytest.mark.parametrize("pair", DISTINCT.split())
+    def test_distinct(self, pair: str) -> None:
         """Names that look different have different keys."""
-        assert tornchat.name_key(name) != tornchat.name_key(other)
+        assert len(set(map(tornchat.name_key, pair.split("/")))) == 2
 
     def test_people(self) -> None:
         """People of all languages get in under their names, and no two of them are taken for one."""
@@ -1240,7 +1145,7 @@ class TestMessagesAndNames:
         assert len(pairs) > 100
         assert [pair for pair in apart if not {script_of(char) for char in pair} <= SCRIPTS_LEFT] == []
 
-    def test_a_long_name_is_cut(self) -> None:
+    def test_G5_a_long_name_is_cut(self) -> None:
         """A nickname of any length is looked at as far as a name could reach: marks take the square of their number."""
         name = "a" + "\u0316\u0301" * 100_000
         assert refusal(lambda: tornchat.clean_name(name)) == "invalid"
@@ -1283,16 +1188,11 @@ class TestMessagesAndNames:
         assert tornchat.name_key(name.replace(" ", "")) == key
         assert tornchat.name_key(name[:at].swapcase() + name[at:]) == key
 
-    def test_variants(self) -> None:
+    @pytest.mark.parametrize("name", ["Ann", "x" * 24, "王小明", "👩\u200d🚀" * 8])
+    def test_variants(self, name: str) -> None:
         """The variants offered for a name are names, and differ."""
-        for name in ("Ann", "x" * 24, "王小明", "👩\u200d🚀" * 8):
-            offered = list(itertools.islice(tornchat.variants(tornchat.clean_name(name)), 30))
-            assert (
-                len(
-                    {tornchat.name_key(tornchat.clean_name(variant)) for variant in offered} | {tornchat.name_key(name)}
-                )
-                > 25
-            )
+        offered = [name, *itertools.islice(tornchat.variants(tornchat.clean_name(name)), 30)]
+        assert len({tornchat.name_key(tornchat.clean_name(variant)) for variant in offered}) > 25
 
     @pytest.mark.parametrize(("frame", "code"), WRONG_FRAMES.values(), ids=WRONG_FRAMES.keys())
     def test_wrong_frame(self, frame: str | bytes, code: str) -> None:
@@ -1393,7 +1293,6 @@ class TestMessagesAndNames:
 
 
 def decoded(event: tornchat.Encoded) -> Frame:
-    """The JSON in an encoded event."""
     frame: Frame = json.loads(event.frame[{126: 4, 127: 10}.get(event.frame[1], 2) :])
     return frame
 
@@ -1598,12 +1497,14 @@ class TestFeed(Transcripts):
         assert [outcome.seq for outcome in outcomes if isinstance(outcome, tornchat.Event)] == [5]
 
     async def test_the_secret(self, feeds: Feeds) -> None:
-        """The room keeps the secret that its daemons agree on; one that the operator gives stays out of the store."""
+        """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
         given = await feeds.start(secret="from the operator")
         assert given.secret == "from the operator"
         assert not await feeds.redis.exists(feeds.place.key("secret"))
         first, second = await feeds.start(), await feeds.start()
         assert first.secret == second.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
+        await feeds.redis.set(feeds.place.key("secret"), "another one")
+        await until(lambda: first.secret == second.secret == "another one")
 
     async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
         """A cid sent again with another text is confirmed with the text that was stored."""
@@ -1781,12 +1682,6 @@ class TestFeed(Transcripts):
         await asyncio.gather(*(feed.catch_up(point) for _ in range(300)))
         assert next(looks) <= 2
 
-    async def test_the_secret_changes(self, feeds: Feeds) -> None:
-        """Whatever changes the secret in the store, every daemon follows."""
-        first, second = await feeds.start(), await feeds.start()
-        await feeds.redis.set(feeds.place.key("secret"), "another one")
-        await until(lambda: first.secret == second.secret == "another one")
-
     async def test_a_daemon_starts_on_what_was_flushed(self, feeds: Feeds) -> None:
         """A store is flushed while a daemon starts: it waits for the others, and all sign with the one secret."""
         first = await feeds.start()
@@ -1803,13 +1698,19 @@ class TestFeed(Transcripts):
         assert [*second.room.roster] == [tornchat.name_key("Ann")]
 
     async def test_a_wish(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A daemon that loses every race gets its messages and members into the feed by the others' hands, once."""
+        """A daemon that loses every race, and a wish on its way, gets all into the feed by the others' hands, once."""
         near, far = await feeds.start(), await feeds.start()
 
         async def lose(*args: object) -> bool:
             return False
 
+        async def lost_once(raw: bytes, wish: Callable[[bytes], Awaitable[None]] = far.store.wish) -> None:
+            monkeypatch.setattr(far.store, "wish", wish)
+            raise redis.ConnectionError("cut")
+
         monkeypatch.setattr(far.store, "append", lose)
+        if feeds.place.lasts:
+            monkeypatch.setattr(far.store, "wish", lost_once)
         ann, bob = await feeds.enter(near, "Ann"), await feeds.enter(far, "Bob")
         said = [say(far, bob, f"{n}", f"c{n}") for n in range(10)]
         for n in range(10):
@@ -2050,6 +1951,7 @@ class TestFeed(Transcripts):
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         old = ann.member
+        feed.room.leave(ann)  # or it would come back by itself
         await feed.outbox.exit(old.sid, old.name)
         new = await feed.outbox.enter("sid-new", "Ann")
         left: list[object] = []
@@ -2096,6 +1998,7 @@ class TestFeed(Transcripts):
         monkeypatch.setattr(feed.store, "drop_leases", drop_late)
         await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
         await asyncio.wait_for(dropped.wait(), PATIENCE)
+        assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None
         await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
 
     async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2107,38 +2010,6 @@ class TestFeed(Transcripts):
             say(feed, eve, f"{n}")
         say(feed, ann, "hi")
         await feeds.settled(1)
-
-    async def test_wishes_of_a_slow_line(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What others are asked to commit is as small as an entry; a wish that was lost on the way is wished again."""
-        feed = await feeds.start()
-        ann = await feeds.enter(feed, "Ann")
-        await tornchat.end_tasks(feed.tasks)
-        for n in range(20):
-            say(feed, ann, f"{n}" + "x" * 4000)
-        wished: list[list[tornchat.Event]] = []
-
-        async def lost(raw: bytes) -> None:
-            wished.append(tornchat.decode_events(raw))
-            raise redis.ConnectionError("cut")
-
-        monkeypatch.setattr(feed.store, "wish", lost)
-        for _ in range(2):
-            feed.losses = 1
-            with pytest.raises(redis.ConnectionError):
-                await feed.lose()
-        assert [event.text[:2] for event in wished[0]] == [event.text[:2] for event in wished[1]]
-        assert len(wished[0]) == 17
-
-    async def test_stray_leases(self, feeds: Feeds) -> None:
-        """A lease that belongs to nobody is dropped when it is over."""
-        feed = await feeds.start()
-        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1})
-
-        async def dropped() -> bool:
-            return not await feeds.redis.zcard(feeds.place.key("leases"))
-
-        await until(dropped)
-        assert feed.room.roster == {}
 
 
 # === Room =============================================================================================================
@@ -2314,118 +2185,86 @@ class TestRoom:
 
 # === Command line =====================================================================================================
 
+# A field of Config, its default, a flag with its value, and the environment with its value.
+EVERY_OPTION: list[tuple[str, object, list[str], object, dict[str, str], object]] = [
+    ("port", None, ["-p", "9000"], 9000, {"TORNCHAT_PORT": "9001", "PORT": "9002"}, 9001),
+    ("host", "", ["--host", "127.0.0.1"], "127.0.0.1", {"TORNCHAT_HOST": "::1"}, "::1"),
+    ("title", "tornchat", ["--title", "Class 3b"], "Class 3b", {"TORNCHAT_TITLE": "房间"}, "房间"),
+    ("password", "", ["--password", "a"], "a", {"TORNCHAT_PASSWORD": "b"}, "b"),
+    ("redis_url", "", ["--redis-url", "rediss://b/1"], "rediss://b/1", {"REDIS_URL": "redis://a/0"}, "redis://a/0"),
+    ("room", "lobby", ["--room", "blue"], "blue", {"TORNCHAT_ROOM": "red"}, "red"),
+    ("history", 100, ["--history", "5"], 5, {"TORNCHAT_HISTORY": "7"}, 7),
+    ("rate", 2.0, ["--rate", "0"], 0.0, {"TORNCHAT_RATE": "0.5"}, 0.5),
+    ("wait", 30, ["--wait", "0.5"], 0.5, {"TORNCHAT_WAIT": "5"}, 5),
+    (
+        "allow_host",
+        (),
+        ["--allow-host", "a", "--allow-host", "b"],
+        ("a", "b"),
+        {"TORNCHAT_ALLOW_HOST": "c, d"},
+        ("c", "d"),
+    ),
+    ("trust_proxy", False, ["--trust-proxy"], True, {"TORNCHAT_TRUST_PROXY": "1"}, True),
+    ("secret", "", ["--secret", "s"], "s", {"TORNCHAT_SECRET": "t"}, "t"),
+    ("name", "", ["--name", "Bob"], "Bob", {"USER": "ann"}, "ann"),
+]
 FIELDS: list[tuple[list[str], dict[str, str], str, object]] = [
-    ([], {}, "port", None),
-    (["-p", "9000"], {}, "port", 9000),
+    *(([], {}, field, default) for field, default, *_ in EVERY_OPTION),
+    *((argv, environ, field, value) for field, _, argv, value, environ, _ in EVERY_OPTION),
+    *(([], environ, field, value) for field, _, _, _, environ, value in EVERY_OPTION),
     (["--port", "0"], {}, "port", 0),
-    ([], {"TORNCHAT_PORT": "9001"}, "port", 9001),
     ([], {"PORT": "9002"}, "port", 9002),
     ([], {"TORNCHAT_PORT": "", "PORT": "9002"}, "port", 9002),
     ([], {"PORT": ""}, "port", None),
     (["-p", "0"], {"PORT": "abc"}, "port", 0),
-    ([], {"TORNCHAT_PORT": "9001", "PORT": "9002"}, "port", 9001),
-    (["-p", "9000"], {"TORNCHAT_PORT": "9001", "PORT": "9002"}, "port", 9000),
-    ([], {}, "host", ""),
-    (["--host", "127.0.0.1"], {"TORNCHAT_HOST": "::1"}, "host", "127.0.0.1"),
-    ([], {"TORNCHAT_HOST": "::1"}, "host", "::1"),
-    ([], {}, "title", "tornchat"),
-    (["--title", "Class 3b"], {"TORNCHAT_TITLE": "x"}, "title", "Class 3b"),
-    ([], {"TORNCHAT_TITLE": "房间"}, "title", "房间"),
-    ([], {}, "password", ""),
-    (["--password", "a"], {"TORNCHAT_PASSWORD": "b"}, "password", "a"),
-    ([], {"TORNCHAT_PASSWORD": "b"}, "password", "b"),
     (["--join", "host"], {"TORNCHAT_PASSWORD": "b"}, "password", "b"),
-    ([], {}, "redis_url", ""),
-    ([], {"REDIS_URL": "redis://a/0"}, "redis_url", "redis://a/0"),
-    (["--redis-url", "rediss://b/1"], {"REDIS_URL": "redis://a/0"}, "redis_url", "rediss://b/1"),
     (["--redis-url", "unix:///run/r.sock"], {}, "redis_url", "unix:///run/r.sock"),
     (["--redis-url", "redis://b"], {"REDIS_URL": "http://a"}, "redis_url", "redis://b"),
     ([], {"REDIS_URL": ""}, "redis_url", ""),
-    ([], {}, "room", "lobby"),
-    (["--room", "blue"], {"TORNCHAT_ROOM": "red"}, "room", "blue"),
-    ([], {"TORNCHAT_ROOM": "red"}, "room", "red"),
-    ([], {}, "history", 100),
-    (["--history", "5"], {"TORNCHAT_HISTORY": "7"}, "history", 5),
-    ([], {"TORNCHAT_HISTORY": "7"}, "history", 7),
-    ([], {}, "rate", 2.0),
-    (["--rate", "0"], {"TORNCHAT_RATE": "3"}, "rate", 0.0),
-    ([], {"TORNCHAT_RATE": "0.5"}, "rate", 0.5),
-    ([], {}, "wait", 30),
-    (["--wait", "0.5"], {"TORNCHAT_WAIT": "5"}, "wait", 0.5),
-    ([], {"TORNCHAT_WAIT": "5"}, "wait", 5),
-    ([], {}, "allow_host", ()),
-    (["--allow-host", "a.org", "--allow-host", "b.org"], {}, "allow_host", ("a.org", "b.org")),
-    ([], {"TORNCHAT_ALLOW_HOST": "a.org, b.org"}, "allow_host", ("a.org", "b.org")),
     (["--allow-host", "A.org.:8888,[2001:db8::1]:80"], {}, "allow_host", ("a.org", "2001:db8::1")),
-    ([], {}, "trust_proxy", False),
-    (["--trust-proxy"], {}, "trust_proxy", True),
-    ([], {"TORNCHAT_TRUST_PROXY": "1"}, "trust_proxy", True),
     ([], {"TORNCHAT_TRUST_PROXY": "0"}, "trust_proxy", False),
-    ([], {}, "secret", ""),
-    (["--secret", "s"], {"TORNCHAT_SECRET": "t"}, "secret", "s"),
-    ([], {"TORNCHAT_SECRET": "t"}, "secret", "t"),
-    ([], {}, "join", None),
-    (["--join", "http://localhost:8888/"], {}, "join", "http://localhost:8888/"),
-    (["--join", "http://a/"], {"PORT": "x", "REDIS_URL": "http://b", "TORNCHAT_WORKERS": "4"}, "join", "http://a/"),
-    (["--join", "https://chat.example.org"], {}, "join", "https://chat.example.org/"),
-    (["--join", "HTTP://192.168.1.7:9000/login?nickname=Ann"], {}, "join", "http://192.168.1.7:9000/"),
-    (["--join", "ws://host/chat"], {}, "join", "http://host/"),
-    (["--join", "wss://host:443/class/5b/chat"], {}, "join", "https://host:443/class/5b/"),
-    (["--join", "classroom"], {}, "join", "http://classroom:8888/"),
-    (["--join", "classroom:9000"], {}, "join", "http://classroom:9000/"),
-    (["--join", "[::1]:9000"], {}, "join", "http://[::1]:9000/"),
-    ([], {}, "name", ""),
-    ([], {"USER": "ann"}, "name", "ann"),
     ([], {"USER": "root"}, "name", ""),
-    (["--name", "Bob"], {"USER": "ann"}, "name", "Bob"),
+    ([], {}, "join", None),
+    (["--join", "http://a/"], {"PORT": "x", "REDIS_URL": "http://b", "TORNCHAT_WORKERS": "4"}, "join", "http://a/"),
+    *(
+        (["--join", given], {}, "join", meant)
+        for given, meant in {
+            "http://localhost:8888/": "http://localhost:8888/",
+            "https://chat.example.org": "https://chat.example.org/",
+            "HTTP://192.168.1.7:9000/login?nickname=Ann": "http://192.168.1.7:9000/",
+            "ws://host/chat": "http://host/",
+            "wss://host:443/class/5b/chat": "https://host:443/class/5b/",
+            "classroom": "http://classroom:8888/",
+            "classroom:9000": "http://classroom:9000/",
+            "[::1]:9000": "http://[::1]:9000/",
+        }.items()
+    ),
 ]
 
 TEXT_OPTIONS = ("host", "title", "password", "secret", "name", "room", "redis-url", "allow-host")
 OPTIONS = (*TEXT_OPTIONS, "certfile", "keyfile", "port", "history", "rate", "workers", "wait", "join", "trust-proxy")
 
+WRONG_LINES = (
+    "--port eighty|--port 70000|--port -1|--history many|--history -1|--history 1001|--rate fast|--rate -1|--rate nan"
+    "|--redis-url http://127.0.0.1/|--redis-url redis://127.0.0.1:port/|--redis-url nonsense|--redis-url redis://a/abc"
+    "|--redis-url redis://a/1/2|--redis-url redis://a..b/0|--redis-url unix://run/redis.sock|--colour red|stray"
+    "|--keyfile key.pem|--host a..b|--wait -1|--room a:b|--join http://|--join http://host:port/|--join|--title a\x1bb"
+    "|--join http://host:99999/|--join http://[::1/|--join ftp://host/|--join http://user:secret@host/"
+)
 WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
-    (["--port", "eighty"], {}),
-    (["--port", "70000"], {}),
-    (["--port", "-1"], {}),
-    ([], {"PORT": "eighty"}),
-    ([], {"TORNCHAT_PORT": ""} | {"PORT": "1.5"}),
-    (["--history", "many"], {}),
-    (["--history", "-1"], {}),
-    (["--rate", "fast"], {}),
-    (["--rate", "-1"], {}),
-    (["--rate", "nan"], {}),
-    (["--redis-url", "http://127.0.0.1/"], {}),
-    (["--redis-url", "redis://127.0.0.1:port/"], {}),
-    (["--redis-url", "nonsense"], {}),
-    (["--redis-url", "redis://127.0.0.1/abc"], {}),
-    (["--redis-url", "redis://127.0.0.1/1/2"], {}),
-    (["--redis-url", "redis://a..b/0"], {}),
-    (["--redis-url", "unix://run/redis.sock"], {}),
-    ([], {"REDIS_URL": "redis//missing-colon"}),
-    (["--colour", "red"], {}),
-    (["stray"], {}),
-    (["--keyfile", "key.pem"], {}),
-    (["--history", "1001"], {}),
-    (["--host", "a..b"], {}),
-    (["--wait", "-1"], {}),
-    ([], {"TORNCHAT_PASSWORD": ""}),
-    (["--allow-host", " , "], {}),
-    *((option, {}) for option in ([f"--{name}", ""] for name in OPTIONS)),
-    *((option, {}) for option in ([f"--{name}", "caf\udce9"] for name in TEXT_OPTIONS)),
-    (["--title", "a\x1bb"], {}),
+    *((line.split(" "), {}) for line in WRONG_LINES.split("|")),
+    *(([f"--{name}", ""], {}) for name in OPTIONS),
+    *(([f"--{name}", "caf\udce9"], {}) for name in TEXT_OPTIONS),
     (["--title", "x" * 81], {}),
     (["--room", "a b"], {}),
-    (["--room", "a:b"], {}),
+    (["--join", "http://a host/"], {}),
+    (["--allow-host", " , "], {}),
+    ([], {"PORT": "eighty"}),
+    ([], {"TORNCHAT_PORT": "", "PORT": "1.5"}),
+    ([], {"REDIS_URL": "redis//missing-colon"}),
+    ([], {"TORNCHAT_PASSWORD": ""}),
     ([], {"TORNCHAT_ROOM": "{a}"}),
     ([], {"TORNCHAT_TRUST_PROXY": "perhaps"}),
-    (["--join", "http://"], {}),
-    (["--join", "http://host:port/"], {}),
-    (["--join", "http://host:99999/"], {}),
-    (["--join", "http://a host/"], {}),
-    (["--join", "http://[::1/"], {}),
-    (["--join", "ftp://host/"], {}),
-    (["--join", "http://user:secret@host/"], {}),
-    (["--join"], {}),
 ]
 
 
@@ -2470,15 +2309,6 @@ class TestCommandLine(Transcripts):
         assert stopped.value.code == 0
         assert tornchat.__version__ in capsys.readouterr().out
 
-    async def test_given_port_is_busy(self) -> None:
-        """A port that was given and is busy: one line, exit code 1."""
-        with socket.create_server(("127.0.0.1", 0)) as busy:
-            port = str(busy.getsockname()[1])
-            code, out, err = await run_to_end("--host", "127.0.0.1", "-p", port)
-        assert (code, out) == (1, "")
-        assert len(err.splitlines()) == 1
-        assert port in err
-
     async def test_ports_are_busy(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """A daemon says which port was given and is busy; or that all ports from the default one on are."""
         daemon = await memory_lan.serve()
@@ -2512,25 +2342,55 @@ class TestCommandLine(Transcripts):
             await memory_lan.serve(host="", port=busy.getsockname()[1])
 
     @pytest.mark.parametrize(
-        ("argv", "code", "why"),
+        ("options", "code", "why"),
         [
-            (["--port", "eighty"], 2, "'eighty' is not a number"),
-            (["--redis-url", "redis://:hunter2@127.0.0.1:port/0"], 2, "malformed"),
-            (["--redis-url", "redis://:hunter2@127.0.0.1:1/0", "--wait", "0"], 1, "refused|Connect call failed"),
-            (["--redis-url", "redis://:hunter2@no-such-host.invalid/0", "--wait", "0"], 1, "no-such-host.invalid"),
-            (["--redis-url", "unix:///nowhere/redis.sock?password=hunter2", "--wait", "0"], 1, "No such file"),
-            (["--certfile", "/nowhere/cert.pem", "--keyfile", "/nowhere/key.pem"], 1, "/nowhere/key.pem: No such file"),
-            (["--host", "192.0.2.1"], 1, r"192.0.2.1 port 0: Cannot assign requested address\n$"),
-            (["--host", "no such host"], 1, r"no such host port 0: [^:.]+\n$"),  # another port is no cure
+            ("--port eighty", 2, "'eighty' is not a number"),
+            ("-p {busy}", 1, "{busy}"),
+            ("--redis-url redis://:hunter2@127.0.0.1:port/0", 2, "malformed"),
+            ("--redis-url redis://:hunter2@127.0.0.1:1/0 --wait 0", 1, "refused|Connect call failed"),
+            ("--redis-url redis://:hunter2@no-such-host.invalid/0 --wait 0", 1, "no-such-host.invalid"),
+            ("--redis-url unix:///nowhere/redis.sock?password=hunter2 --wait 0", 1, "No such file"),
+            ("--redis-url redis://:hunter2@127.0.0.1:{redis}/0", 1, "(?i)password|auth"),
+            ("--redis-url redis://127.0.0.1:{redis}/99", 1, "out of range"),
+            pytest.param("--redis-url rediss://127.0.0.1:{redis}/0 --wait 0", 1, "no answer to TLS", marks=slow),
+            ("--workers 2", 2, "Redis"),
+            ("--workers 2 --redis-url redis://:hunter2@127.0.0.1:1/0 --wait 0", 1, "refused|Connect call failed"),
+            ("--certfile /nowhere/cert.pem --keyfile /nowhere/key.pem", 1, "/nowhere/key.pem: No such file"),
+            ("--certfile {folder}/none.pem --keyfile {folder}/none.pem", 1, "none.pem"),
+            ("--certfile {folder}/cert.pem --keyfile {folder}/locked.pem", 1, "passphrase"),
+            ("--host 192.0.2.1", 1, r"192.0.2.1 port 0: Cannot assign requested address\n$"),
+            ("--host no-such-host", 1, r"no-such-host port 0: [^:.]+\n$"),  # another port is no cure
         ],
     )
-    async def test_bad_start(self, argv: list[str], code: int, why: str) -> None:
+    async def test_bad_start(
+        self, options: str, code: int, why: str, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
         """A start that cannot be ends with its exit code and one line with the cause: no traceback, no password."""
-        ended, out, err = await run_to_end("-p", "0", *([] if "--host" in argv else ["--host", "127.0.0.1"]), *argv)
+        (tmp_path / "none.pem").write_text("nonsense")
+        if "locked" in options:
+            _, key = certificate(tmp_path)
+            lock = (
+                "openssl",
+                "pkey",
+                "-in",
+                key,
+                "-aes128",
+                "-passout",
+                "pass:hunter2",
+                "-out",
+                tmp_path / "locked.pem",
+            )
+            assert await (await asyncio.create_subprocess_exec(*lock)).wait() == 0
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            places = {"busy": str(taken.getsockname()[1]), "folder": str(tmp_path), "redis": ""}
+            if "{redis}" in options:
+                places["redis"] = str(request.getfixturevalue("redis_server").port)
+            given = [option.format(**places) for option in ["-p", "0", "--host", "127.0.0.1", *options.split()]]
+            ended, out, err = await run_to_end(*given)
         assert (ended, out) == (code, "")
         assert "hunter2" not in err
         assert len(err.splitlines()) == 1, err
-        assert re.search(why, err), err
+        assert re.search(why.replace("{busy}", places["busy"]), err), err
 
     async def test_a_redis_that_is_not_up_yet(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """A daemon that starts before its Redis says so in a line, and opens the room when it is there."""
@@ -2555,49 +2415,9 @@ class TestCommandLine(Transcripts):
 
     async def test_ctrl_c_while_it_is_loaded(self) -> None:
         """Ctrl+C ends the program at once and without a traceback, even while Python still loads its packages."""
-        ctrl_c = (
-            "import os, runpy, signal, sys\n"
-            "class CtrlC:\n"
-            "    def find_spec(name, path, target=None):\n"
-            "        if name == 'fakeredis': os.kill(os.getpid(), signal.SIGINT)\n"
-            f"sys.meta_path.insert(0, CtrlC); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-        )
-        assert await run_to_end(python=("-c", ctrl_c)) == (0, "", "")
-
-    async def test_redis_with_a_wrong_password(self, redis_server: RedisServer) -> None:
-        """A Redis that does not let the daemon in is named in one line, exit code 1."""
-        url = f"redis://:hunter2@127.0.0.1:{redis_server.port}/0"
-        code, out, err = await run_to_end("-p", "0", "--host", "127.0.0.1", "--redis-url", url)
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
-        assert "hunter2" not in err
-
-    @pytest.mark.parametrize(
-        ("path", "scheme", "why"), [("99", "redis", "out of range"), ("0", "rediss", "no answer to TLS")]
-    )
-    async def test_another_redis(
-        self, path: str, scheme: str, why: str, redis_server: RedisServer, memory_lan: Lan
-    ) -> None:
-        """A Redis without that database, or without TLS, is not waited for, or not for longer than it is asked for."""
-        url = f"{scheme}://127.0.0.1:{redis_server.port}/{path}"
-        with pytest.raises(tornchat.StartError, match=why):
-            await memory_lan.serve(redis_url=url, wait=0 if scheme == "rediss" else 30, silence_seconds=0.2)
-
-    async def test_not_a_certificate(self, tmp_path: Path) -> None:
-        """A certificate that is none is named in one line, exit code 1."""
-        (tmp_path / "cert.pem").write_text("nonsense")
-        cert = str(tmp_path / "cert.pem")
-        code, out, err = await run_to_end("-p", "0", "--host", "127.0.0.1", "--certfile", cert, "--keyfile", cert)
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
-
-    async def test_a_key_with_a_passphrase(self, tmp_path: Path) -> None:
-        """A key with a passphrase is refused in words: nobody may be there to type it in."""
-        cert, key = certificate(tmp_path)
-        locked = str(tmp_path / "locked.pem")
-        lock = ("openssl", "pkey", "-in", key, "-aes128", "-passout", "pass:hunter2", "-out", locked)
-        assert await (await asyncio.create_subprocess_exec(*lock)).wait() == 0
-        code, out, err = await run_to_end("-p", "0", "--host", "127.0.0.1", "--certfile", cert, "--keyfile", locked)
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
-        assert "passphrase" in err
+        find = "lambda name, path, target=None: os.kill(os.getpid(), signal.SIGINT) if name == 'fakeredis' else None"
+        start = f"import os, signal, types; sys.meta_path.insert(0, types.SimpleNamespace(find_spec={find}))"
+        assert await run_to_end(python=after(start)) == (0, "", "")
 
     async def test_workers_of_a_program_that_is_no_file(self) -> None:
         """`python - --workers 2` has nothing that a worker could be started from."""
@@ -2617,10 +2437,7 @@ class TestCommandLine(Transcripts):
 
     async def test_python_3_10(self) -> None:
         """An old Python that can read the file is told in one line, before anything that it lacks is imported."""
-        old = (
-            f"import sys, runpy; sys.version_info = (3, 10, 13); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-        )
-        code, out, err = await run_to_end(python=("-c", old))
+        code, out, err = await run_to_end(python=after("sys.version_info = (3, 10, 13)"))
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         assert "needs Python 3.11 or newer" in err
 
@@ -2647,22 +2464,20 @@ class TestCommandLine(Transcripts):
         else:
             assert (code, err) == (0, "")
 
-    @pytest.mark.parametrize("package", ["tornado", "redis", "fakeredis"])
-    async def test_missing_package(self, package: str) -> None:
-        """Without one of its packages the program prints the line that installs them, and ends with 1."""
-        hide = (
-            f"import sys, runpy; sys.modules[{package!r}] = None; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-        )
-        code, out, err = await run_to_end(python=("-c", hide))
-        assert code == 1
-        line = next(line for line in (out + err).splitlines() if "pip install" in line)
-        assert all(name in line for name in ("tornado", "redis", "fakeredis"))
-
-    async def test_no_packages_at_all(self) -> None:
-        """A bare Python prints the same line, which names them all."""
-        code, out, err = await run_to_end(python=("-I", "-S", str(PROGRAM)))
+    @pytest.mark.parametrize(
+        "python",
+        [
+            *(after(f"sys.modules[{name!r}] = None") for name in ("tornado", "redis", "fakeredis")),
+            ("-I", "-S", str(PROGRAM)),
+        ],
+        ids=["tornado", "redis", "fakeredis", "all"],
+    )
+    async def test_missing_packages(self, python: tuple[str, ...]) -> None:
+        """Without one of its packages, or all, the program prints a line that names them as pip takes them."""
+        code, out, err = await run_to_end(python=python)
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
-        assert ", ".join(tornchat.REQUIREMENTS) in err
+        assert "pip install" in err
+        assert all(requirement in err for requirement in tornchat.REQUIREMENTS)
 
 
 # === Login and names ==================================================================================================
@@ -2716,6 +2531,7 @@ class TestLogin(Transcripts):
         answer = await ann.fetch("/login")
         assert answer.code == 200
         assert 'name="nickname"' in text_of(answer)
+        assert 'type="password"' not in text_of(answer)
 
     async def test_login(self, lan: Lan) -> None:
         """A nickname is enough: a cookie, and the page is there."""
@@ -2737,13 +2553,6 @@ class TestLogin(Transcripts):
         assert await ann.ask("  Ann   Lee ") == (200, {"name": "Ann Lee"})
         assert (await ann.fetch("/")).code == 200
 
-    async def test_login_with_a_json_body(self, memory_lan: Lan) -> None:
-        """A body in JSON that is no form is refused in words or understood, never an error of the server."""
-        await memory_lan.serve()
-        body = json.dumps({"nickname": "Ann"})
-        answer = await memory_lan.browser().fetch("/login", "POST", body=body, Content_Type="application/json")
-        assert answer.code in (200, 303, 400)
-
     async def test_nickname_in_the_address(self, memory_lan: Lan) -> None:
         """?nickname= fills in the form, as text and nothing else."""
         await memory_lan.serve()
@@ -2751,7 +2560,7 @@ class TestLogin(Transcripts):
         assert "<script>alert" not in page
         assert "&quot;&gt;&lt;script&gt;" in page
 
-    @pytest.mark.parametrize("name", ["x" * 25, "An\u200bn", "An\u202en", "\ufeffAnn", "An\nn", "admin", "!?"])
+    @pytest.mark.parametrize("name", ["x" * 25, "An\u202en", "admin"])
     async def test_bad_name(self, name: str, memory_lan: Lan) -> None:
         """A name that could deceive or cannot be shown is refused with 400, in words, without a cookie."""
         await memory_lan.serve()
@@ -2785,18 +2594,12 @@ class TestLogin(Transcripts):
         await ann.quiet()
         await other.login(said["suggestion"])
 
-    @pytest.mark.parametrize("twin", ["ANN", "Ａｎｎ", " Ann ", "A n n"])
+    @pytest.mark.parametrize("twin", ["PACO", "Ｐａｃｏ", " Paco ", "P a c o", "Расо"])
     async def test_G7_look_alikes(self, twin: str, memory_lan: Lan) -> None:
-        """A name that looks like one on the list cannot stand beside it."""
-        await memory_lan.join("Ann")
-        code, said = await memory_lan.browser().ask(twin)
-        assert (code, said["code"]) == (409, "taken")
-
-    async def test_a_look_alike_is_offered_the_original_letters(self, memory_lan: Lan) -> None:
-        """The free variant is that of the name on the list, not of its look-alike."""
+        """A name that looks like one on the list cannot stand beside it; what is offered is a variant of the latter."""
         await memory_lan.join("Paco")
-        _, said = await memory_lan.browser().ask("Расо")
-        assert said["suggestion"] == "Paco2"
+        code, said = await memory_lan.browser().ask(twin)
+        assert (code, said["code"], said["suggestion"]) == (409, "taken", "Paco2")
 
     async def test_why_one_is_asked_to_log_in(self, memory_lan: Lan) -> None:
         """The login page tells whom the chat page sends there why; it says nothing else that is in the address."""
@@ -2808,23 +2611,13 @@ class TestLogin(Transcripts):
         assert 'class="error"' not in page
 
     @slow
-    async def test_fifty_logins_for_one_name(self, lan: Lan) -> None:
-        """50 logins for one name at once: one wins, 49 get 409 and a free variant."""
-        await lan.serve()
-        browsers = [lan.browser() for _ in range(50)]
-        answers = await asyncio.gather(*(browser.ask("Ann") for browser in browsers))
+    async def test_G7_fifty_logins_for_one_name(self, lan: Lan) -> None:
+        """50 logins for one name at once, at two daemons of a Redis: one wins, 49 get 409 and a free variant."""
+        daemons = [await lan.serve() for _ in range(2 if lan.store.lasts else 1)]
+        answers = await asyncio.gather(*(lan.browser(daemons[n % len(daemons)]).ask("Ann") for n in range(50)))
         assert sorted(code for code, _ in answers) == [200] + [409] * 49
-        suggestions = {said["suggestion"] for code, said in answers if code == 409}
-        assert "Ann" not in suggestions
-        for suggestion in suggestions:
+        for suggestion in {said["suggestion"] for code, said in answers if code == 409}:
             assert (await lan.browser().ask(suggestion))[0] == 200
-
-    async def test_fifty_logins_at_two_daemons(self, redis_lan: Lan) -> None:
-        """The same through two daemons: still only one wins."""
-        daemons = [await redis_lan.serve(), await redis_lan.serve()]
-        browsers = [redis_lan.browser(daemons[n % 2]) for n in range(50)]
-        answers = await asyncio.gather(*(browser.ask("Ann") for browser in browsers))
-        assert sorted(code for code, _ in answers) == [200] + [409] * 49
 
     async def test_G7_the_same_browser_gets_its_name_back(self, lan: Lan) -> None:
         """The same browser may log in again under its own name at any time."""
@@ -2835,24 +2628,15 @@ class TestLogin(Transcripts):
         await ann.connect()
         await ann.expect("welcome", name="Ann")
 
-    async def test_a_session_has_one_name(self, lan: Lan) -> None:
-        """Who logs in under another name gives the first one back."""
-        bob = await lan.join("Bob")
-        ann = await lan.join("Ann")
-        await ann.login("Anna")
-        await ann.connect()
-        await ann.expect("welcome", name="Anna")
-        await bob.expect("left", names=["Ann"])
-        carl = await lan.join("Carl")
-        assert sorted(carl.welcome["members"]) == ["Anna", "Bob", "Carl"]
-
-    async def test_a_guest_gives_the_name_back_too(self, lan: Lan) -> None:
-        """Who logs in again without a nickname gives the first name back."""
-        bob = await lan.join("Bob")
-        ann = await lan.join("Ann")
-        await ann.login("")
+    @pytest.mark.parametrize("nickname", ["Anna", ""])
+    async def test_a_session_has_one_name(self, nickname: str, lan: Lan) -> None:
+        """Who logs in under another name, or without one, gives the first one back."""
+        bob, ann = await lan.join("Bob"), await lan.join("Ann")
+        await ann.login(nickname)
         await bob.expect("left", names=["Ann"])
         await ann.closed(4401)
+        await ann.connect()
+        assert "Ann" not in (await ann.expect("welcome", count=2))["members"]
 
     async def test_no_guest_name_is_free(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """When others take every guest name first, the guest is told to try again."""
@@ -2898,16 +2682,11 @@ class TestLogin(Transcripts):
 
         async def login(browser: Browser, address: str) -> int:
             browser.cookies = {}
-            answer = await browser.fetch(
-                "/login", form={"nickname": ""}, Accept="application/json", X_Forwarded_For=address
-            )
-            return answer.code
+            return (await browser.fetch("/login", form={"nickname": ""}, X_Forwarded_For=address)).code
 
-        assert [await login(eve, "192.0.2.66") for _ in range(tornchat.LOGINS_AT_ONCE)] == [
-            200
-        ] * tornchat.LOGINS_AT_ONCE
+        assert {await login(eve, "192.0.2.66") for _ in range(tornchat.LOGINS_AT_ONCE)} == {303}
         assert 429 in [await login(eve, "192.0.2.66") for _ in range(tornchat.LOGINS_AT_ONCE)]
-        assert await login(ann, "192.0.2.7") == 200
+        assert await login(ann, "192.0.2.7") == 303
 
     def test_paces_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tornchat, "PACES", 10)
@@ -2915,12 +2694,6 @@ class TestLogin(Transcripts):
         assert [paces.take(f"address {number}", number) for number in range(100)] == [0] * 100
         assert len(paces.buckets) == 10
         assert paces.take("address 99", 99.5) == 0.5
-
-    async def test_G5_a_name_as_long_as_a_form(self, memory_lan: Lan) -> None:
-        """It is refused before anything is done with it that takes the square of its length."""
-        await memory_lan.serve()
-        status, answer = await memory_lan.browser().ask("a" + "\u0301\u0316" * 4000)
-        assert (status, answer["text"]) == (400, "A nickname has at most 24 characters.")
 
     async def test_who_is_in_gives_no_password(self, memory_lan: Lan) -> None:
         """Somebody guesses from the same address: that keeps nobody from coming back who was there."""
@@ -2943,39 +2716,24 @@ class TestLogin(Transcripts):
         assert [guess.done() for guess in guesses].count(False) == 5
         answers += [await answer for answer in refused]
         assert [status for status, _ in answers] == [403] * 10
-        texts = [answer["text"] for _, answer in answers]
-        assert (
-            texts
-            == ["Too many wrong passwords at once. Please wait a moment."] * 5
-            + ["That is not the room’s password."] * 5
-        )
-
-    async def test_no_password_is_asked_for(self, memory_lan: Lan) -> None:
-        """A room without a password does not ask for one."""
-        await memory_lan.serve()
-        assert 'type="password"' not in text_of(await memory_lan.browser().fetch("/login"))
+        texts = ("Too many wrong passwords at once. Please wait a moment.", "That is not the room’s password.")
+        assert [answer["text"] for _, answer in answers] == [texts[n // 5] for n in range(10)]
 
     async def test_G6_logout(self, lan: Lan) -> None:
-        """A logout gives the name back at once, closes every tab of the session, and everyone sees it within 1 s."""
+        """A logout gives the name back at once, closes every tab of the session, and everyone sees it: no grace."""
         await lan.serve(grace_seconds=60)
         bob, ann = await lan.join("Bob"), await lan.join("Ann")
         tab = await ann.tab().connect()
         await tab.expect("welcome", name="Ann")
         await bob.expect("joined", names=["Ann"])
-        began = time.monotonic()
         answer = await ann.fetch("/logout", form={})
         assert (answer.code, answer.headers["Location"]) == (303, "login")
         await ann.closed(4401, "logout")
         await tab.closed(4401, "logout")
         await bob.expect("left", names=["Ann"], count=1)
-        assert time.monotonic() - began < 1
         assert (await ann.fetch("/")).code == 302
+        assert (await ann.fetch("/logout", form={})).code == 303  # once more is no error
         assert (await lan.browser().ask("Ann"))[0] == 200
-
-    async def test_logout_without_a_session(self, memory_lan: Lan) -> None:
-        """To log out twice is no error."""
-        await memory_lan.serve()
-        assert (await memory_lan.browser().fetch("/logout", form={})).code == 303
 
     async def test_language(self, memory_lan: Lan) -> None:
         """The page speaks Chinese to a browser that prefers it, and English to any other."""
@@ -3018,16 +2776,6 @@ class TestLogin(Transcripts):
         await chinese.expect("welcome")
         await chinese.send("nonsense")
         assert re.search(r"[\u4e00-\u9fff]", (await chinese.expect("refused", code="bad-frame"))["text"])
-
-    async def test_two_rooms_on_one_host(self, memory_lan: Lan) -> None:
-        """Two daemons on one host do not log each other's members out: their cookies have different names."""
-        first, second = await memory_lan.serve(), await memory_lan.serve()
-        ann = await memory_lan.join("Ann", at=first)
-        there = ann.tab(at=second)  # cookies ignore ports
-        assert (await there.fetch("/")).code == 302
-        await there.login("Anna")
-        assert len(ann.cookies) == 2
-        assert (await ann.fetch("/")).code == (await there.fetch("/")).code == 200
 
     async def test_one_secret_for_two_rooms(self, redis_lan: Lan) -> None:
         """The operator gave both the same --secret: they know nobody of each other, and log nobody out."""
@@ -3097,13 +2845,6 @@ class TestLogin(Transcripts):
         assert ann.cookies.keys() == eve.cookies.keys()
         assert ann.cookies != eve.cookies
         assert (await eve.fetch("/messages")).code == 409
-
-    async def test_cookies_of_daemons_agree(self, redis_lan: Lan) -> None:
-        """Daemons of one room agree on the secret without being told one."""
-        first, second = await redis_lan.serve(), await redis_lan.serve()
-        ann = await redis_lan.join("Ann", at=first)
-        there = await ann.tab(at=second).connect()
-        await there.expect("welcome", name="Ann", members=["Ann"], count=1)
 
     async def test_logout_at_another_daemon(self, redis_lan: Lan) -> None:
         """A logout closes every connection of the session, at every daemon, and the requests that wait there."""
@@ -3213,26 +2954,17 @@ class TestSocket(Transcripts):
         await ann.expect("message", name="Bob", text="hi Ann", seq=2)
 
     async def test_G3_one_order(self, lan: Lan) -> None:
-        """Five people speak at once: all see the same messages in the same order, seq growing by one."""
-        await lan.serve()
-        people = [await lan.join(f"P{n}") for n in range(5)]
+        """Six people speak at once, at three daemons of a Redis: all see the same in one order, seq growing by one."""
+        daemons = [await lan.serve() for _ in range(3 if lan.store.lasts else 1)]
+        people = [await lan.join(f"P{n}", at=daemons[n % len(daemons)]) for n in range(6)]
         for n in range(20):
-            await asyncio.gather(*(person.say(f"{n}") for person in people))
-        logs = [[await person.expect("message") for _ in range(100)] for person in people]
-        assert [message["seq"] for message in logs[0]] == list(range(1, 101))
-        assert all(log == logs[0] for log in logs)
-        for n, person in enumerate(people):
-            own = [message["text"] for message in logs[0] if message["name"] == f"P{n}"]
-            assert own == [str(i) for i in range(20)], person
-
-    async def test_G3_one_order_at_three_daemons(self, redis_lan: Lan) -> None:
-        """The same through three daemons: one room."""
-        people = [await redis_lan.join(f"P{n}", at=await redis_lan.serve()) for n in range(3)]
-        for n in range(40):
             await asyncio.gather(*(person.say(f"{n}") for person in people))
         logs = [[await person.expect("message") for _ in range(120)] for person in people]
         assert [message["seq"] for message in logs[0]] == list(range(1, 121))
         assert all(log == logs[0] for log in logs)
+        for n in range(6):
+            own = [message["text"] for message in logs[0] if message["name"] == f"P{n}"]
+            assert own == [str(i) for i in range(20)]
 
     async def test_without_a_cid(self, lan: Lan) -> None:
         """A message without a cid is said once, each time."""
@@ -3242,19 +2974,15 @@ class TestSocket(Transcripts):
             assert not (await ann.expect("message", text="again", seq=seq)).get("cid")
         await ann.quiet()
 
-    @pytest.mark.parametrize(("frame", "code"), WRONG_FRAMES.values(), ids=WRONG_FRAMES.keys())
-    async def test_wrong_input(
-        self, frame: str | bytes, code: str, memory_lan: Lan, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Wrong input is refused with its code; the log has one line at most, and nobody else is disturbed."""
-        await memory_lan.serve()
+    async def test_wrong_input(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """Wrong input is refused with its code; the log has one line at most of it, and nobody else is disturbed."""
         ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
         caplog.set_level(logging.INFO)
-        caplog.clear()
-        await ann.send(frame)
-        refusal = await ann.expect("refused", code=code)
-        assert refusal["text"]
-        assert len(caplog.records) <= 1
+        for frame, code in WRONG_FRAMES.values():
+            caplog.clear()
+            await ann.send(frame)
+            assert (await ann.expect("refused", code=code))["text"]
+            assert len(caplog.records) <= 1
         await ann.say("still here")
         await bob.expect("message", text="still here", seq=1)
 
@@ -3299,16 +3027,7 @@ class TestSocket(Transcripts):
     async def test_G7_no_field_changes_the_speaker(self, lan: Lan) -> None:
         """Whatever fields a frame carries, the speaker is who logged in, and number and time are the room's."""
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        false = {
-            "name": "Bob",
-            "seq": 99,
-            "ts": 1,
-            "sid": "x",
-            "epoch": "x",
-            "session": "x",
-            "id": "9-9",
-            "nickname": "Bob",
-        }
+        false = {"name": "Bob", "seq": 99, "ts": 1, "sid": "x", "epoch": "x", "session": "x", "id": "9-9"}
         await ann.send(json.dumps({"type": "say", "text": "hi", "cid": "c"} | false))
         message = await bob.expect("message", name="Ann", seq=1, cid="c")
         assert message["ts"] > 1_600_000_000_000
@@ -3329,17 +3048,6 @@ class TestSocket(Transcripts):
         assert all(0 < frame["retry_after"] <= 5 and frame["text"] for frame in refused)
         await bob.expect_texts(0, 1, 2, 3, 4)
         await bob.quiet()
-
-    async def test_the_pace_is_the_sessions(self, lan: Lan) -> None:
-        """Two tabs of one person share one pace."""
-        await lan.serve(rate=1)
-        ann = await lan.join("Ann")
-        tab = await ann.tab().connect()
-        await tab.expect("welcome")
-        for n in range(5):
-            await ann.expect("message", cid=await ann.say(str(n)))
-        await tab.expect_texts(0, 1, 2, 3, 4)
-        await tab.expect("refused", code="too-fast", cid=await tab.say("more"))
 
     async def test_the_wait_is_true(self, lan: Lan) -> None:
         """After the wait that the refusal names, the same message is taken."""
@@ -3404,19 +3112,6 @@ class TestSocket(Transcripts):
             writer.transport.abort()
         await bob.quiet()
 
-    async def test_joined(self, lan: Lan) -> None:
-        """Who comes is announced to the others by name, with the new count."""
-        ann = await lan.join("Ann")
-        await lan.join("Bob")
-        joined = await ann.expect("joined", names=["Bob"], count=2)
-        assert set(joined) == {"type", "names", "count", "ts"}
-
-    async def test_no_session(self, memory_lan: Lan) -> None:
-        """A socket without a session is closed with 4401."""
-        await memory_lan.serve()
-        nobody = await memory_lan.browser().connect()
-        await nobody.closed(4401)
-
     async def test_speaking_after_being_turned_away(self, memory_lan: Lan) -> None:
         """What somebody says who was turned away is said to nobody."""
         ann = await memory_lan.join("Ann")
@@ -3446,14 +3141,7 @@ class TestSocket(Transcripts):
         await until(lambda: not daemon.sockets)
 
     async def test_login_by_the_socket(self, lan: Lan) -> None:
-        """?nickname= logs a script in without a cookie."""
-        await lan.serve()
-        script = await lan.browser().connect(nickname="Script")
-        await script.expect("welcome", name="Script", members=["Script"])
-        await script.expect("message", cid=await script.say("hi"), name="Script")
-
-    async def test_login_by_the_socket_refused(self, lan: Lan) -> None:
-        """?nickname= is refused like the form: 4409 for a taken name, 4403 for a wrong password or a bad name."""
+        """?nickname= lets a script in without a cookie, or refuses it like the form: 4409 taken, 4403 for the rest."""
         await lan.serve(password="open")
         await lan.login("Ann", "open")
         for nickname, password, code in [
@@ -3463,14 +3151,12 @@ class TestSocket(Transcripts):
             ("x" * 30, "open", 4403),
         ]:
             refused = await lan.browser().connect(nickname=nickname, password=password)
-            frame = await refused.frame()
-            while frame is not None:
-                assert frame["type"] == "refused"
-                frame = await refused.frame()
+            await refused.ended()
             assert refused.socket is not None
-            assert refused.socket.close_code == code
+            assert (refused.socket.close_code, refused.seen("welcome")) == (code, [])
         bob = await lan.browser().connect(nickname="Bob", password="open")
         await bob.expect("welcome", name="Bob")
+        await bob.expect("message", cid=await bob.say("hi"), name="Bob")
 
     async def test_too_many_tabs(self, memory_lan: Lan) -> None:
         """A session may have ten sockets; the eleventh is closed with 4504, the ten go on."""
@@ -3709,14 +3395,6 @@ class TestResume(Transcripts):
             await ann.expect("message", seq=seq, text=str(seq))
         await ann.quiet()
 
-    async def test_nothing_missed(self, lan: Lan) -> None:
-        """Who comes back to where the room stands is owed nothing."""
-        ann = await lan.join("Ann")
-        await ann.say_many(2)
-        welcome = await ann.resume()
-        assert (welcome["recovered"], welcome["seq"]) == (True, 2)
-        await ann.quiet()
-
     async def test_G2_another_history(self, lan: Lan) -> None:
         """Who comes with another epoch, or from a number not yet reached, is told reset and shown what is there."""
         ann = await lan.join("Ann")
@@ -3726,30 +3404,14 @@ class TestResume(Transcripts):
             await ann.expect("welcome", reset=True, recovered=False, missed=0, seq=3)
             await ann.expect_texts(1, 2, 3)
 
-    @pytest.mark.parametrize(
-        "query",
-        [
-            "after=x",
-            "after=-1",
-            "after=1e9",
-            "after=",
-            "after=" + "9" * 5000,
-            "after=%D9%A1",
-            "after=%FF",
-            "epoch=%00",
-            "epoch=%ED%A0%80",
-            "after=1&after=2",
-            "nickname=%FF",
-            "after=9" + "9" * 18,
-        ],
-    )
-    async def test_odd_query(self, query: str, memory_lan: Lan) -> None:
+    async def test_odd_query(self, memory_lan: Lan) -> None:
         """An odd query is refused or taken for a newcomer's: never an error of the server."""
         ann = await memory_lan.login("Ann")
-        if await ann.knock(query) == 400:
-            return
-        frame = await ann.frame()
-        assert frame is None or frame["type"] == "welcome"
+        after = ["x", "-1", "1e9", "", "9" * 5000, "%D9%A1", "%FF", "1&after=2", "9" * 19]
+        for query in [*(f"after={odd}" for odd in after), "epoch=%00", "epoch=%ED%A0%80", "nickname=%FF"]:
+            if await ann.knock(query) != 400:
+                frame = await ann.frame()
+                assert frame is None or frame["type"] == "welcome", query
 
     async def test_G4_the_same_cid_twice(self, lan: Lan) -> None:
         """The same cid sent twice: one message, and nothing more is sent where it was delivered already."""
@@ -3758,17 +3420,6 @@ class TestResume(Transcripts):
         await ann.say("hi", cid="c1")
         await ann.expect("message", cid="c1", seq=1)
         await ann.say("hi", cid="c1")
-        await ann.quiet()
-        await bob.expect_texts("hi", "(is anything else coming?)")
-
-    async def test_G4_the_same_cid_after_a_reconnect(self, lan: Lan) -> None:
-        """A cid sent again on a new connection is confirmed with the stored message, to the sender alone."""
-        ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        await ann.say("hi", cid="c1")
-        stored = await ann.expect("message", cid="c1")
-        assert (await ann.resume())["recovered"] is True
-        await ann.say("hi", cid="c1")
-        assert await ann.expect("message") == stored
         await ann.quiet()
         await bob.expect_texts("hi", "(is anything else coming?)")
 
@@ -3791,10 +3442,11 @@ class TestResume(Transcripts):
         await bob.say("I am Bob", cid="c1")
         await ann.expect_texts("I am Ann", "I am Bob")
 
-    async def test_G4_through_another_daemon(self, redis_lan: Lan) -> None:
-        """A cid said at one daemon and again at another is stored once; a client may resume at either."""
-        first, second = await redis_lan.serve(), await redis_lan.serve()
-        ann, bob = await redis_lan.join("Ann", at=first), await redis_lan.join("Bob", at=second)
+    async def test_G4_the_same_cid_after_a_reconnect(self, lan: Lan) -> None:
+        """A cid said again on a new connection, at any daemon, is confirmed with the stored message, to the sender."""
+        first = await lan.serve()
+        second = await lan.serve() if lan.store.lasts else first
+        ann, bob = await lan.join("Ann", at=first), await lan.join("Bob", at=second)
         await ann.say("hi", cid="c1")
         stored = await ann.expect("message", cid="c1")
         there = ann.tab(at=second)
@@ -3827,12 +3479,10 @@ class TestResume(Transcripts):
 
 
 def texts_of(events: Iterable[Frame]) -> list[str]:
-    """What was said in these events."""
     return [event["text"] for event in events if event["type"] == "message"]
 
 
 def kinds_of(events: Iterable[Frame]) -> list[str]:
-    """What kinds of events these are."""
     return [event["type"] for event in events]
 
 
@@ -3870,55 +3520,28 @@ class TestMessages(Transcripts):
         assert await ann.poll() == []
         assert ann.seen("message") == [first, *bob.seen("message")[1:]]
 
-    async def test_json_as_well_as_forms(self, memory_lan: Lan) -> None:
+    async def test_what_is_refused(self, memory_lan: Lan) -> None:
+        """A form or JSON that is no message is refused with a code, and so is a wait that is no number."""
         ann = await memory_lan.join("Ann")
-        body = json.dumps({"text": "a\nb", "cid": "x", "name": "Bob", "seq": 99, "ts": 1, "type": "joined"})
-        answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json; charset=utf-8")
-        assert answer.code == 201
-        frame = json.loads(answer.body)
-        assert (frame["name"], frame["seq"], frame["text"], frame["cid"]) == ("Ann", 1, "a\nb", "x")
-        assert await ann.expect("message") == frame
-        form = {"text": "by form", "name": "Bob", "seq": "99", "ts": "1", "sid": "x"}
-        answer = await ann.fetch("/messages", form=form)
-        assert json.loads(answer.body) == await ann.expect("message", name="Ann", seq=2, text="by form")
-        assert "cid" not in json.loads(answer.body)
-
-    @pytest.mark.parametrize(
-        ("form", "status", "code"),
-        [
-            ({}, 400, "bad-frame"),
-            ({"text": ""}, 400, "empty"),
-            ({"text": " \n "}, 400, "empty"),
-            ({"text": "x", "cid": ""}, 400, "bad-frame"),
-            ({"text": "x", "cid": "a b"}, 400, "bad-frame"),
-            ({"text": "x" * 4001}, 413, "too-long"),
-        ],
-    )
-    async def test_a_form_that_is_refused(self, form: dict[str, str], status: int, code: str, memory_lan: Lan) -> None:
-        ann = await memory_lan.join("Ann")
-        answer = await ann.fetch("/messages", form=form)
-        frame = json.loads(answer.body)
-        assert (answer.code, frame["type"], frame["code"]) == (status, "refused", code)
+        for form, status, code in [
+            ("", 400, "bad-frame"),
+            ("text=", 400, "empty"),
+            ("text=+%0a+", 400, "empty"),
+            ("text=x&cid=", 400, "bad-frame"),
+            ("text=x&cid=a+b", 400, "bad-frame"),
+            ("text=" + "x" * 4001, 413, "too-long"),
+            ("text=%ff", 400, 400),
+        ]:
+            answer = await ann.fetch("/messages", "POST", body=form, Content_Type="application/x-www-form-urlencoded")
+            assert (answer.code, json.loads(answer.body)["code"]) == (status, code)
+        for body in ("", "{", "[]", "7", '{"text": 7}', '{"text": "x", "cid": 7}', "[" * 9000):
+            answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json")
+            assert (answer.code, json.loads(answer.body)["code"]) == (400, "bad-frame")
+        for wait in ("soon", "-1", "nan", ""):
+            status, told = await ann.messages(wait=wait)
+            assert (status, told["code"]) == (400, "bad-frame")
+            assert "25" in told["text"]
         await ann.quiet()
-
-    @pytest.mark.parametrize("body", ["", "{", "[]", "7", '{"text": 7}', '{"text": "x", "cid": 7}', "[" * 9000])
-    async def test_json_that_is_refused(self, body: str, memory_lan: Lan) -> None:
-        ann = await memory_lan.join("Ann")
-        answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json")
-        assert (answer.code, json.loads(answer.body)["code"]) == (400, "bad-frame")
-        await ann.quiet()
-
-    async def test_bytes_that_are_no_text(self, memory_lan: Lan) -> None:
-        ann = await memory_lan.join("Ann")
-        answer = await ann.fetch("/messages", "POST", body="text=%ff", Content_Type="application/x-www-form-urlencoded")
-        assert (answer.code, json.loads(answer.body)["code"]) == (400, 400)
-
-    @pytest.mark.parametrize("wait", ["soon", "-1", "nan", ""])
-    async def test_a_wait_that_is_no_number(self, wait: str, memory_lan: Lan) -> None:
-        ann = await memory_lan.join("Ann")
-        status, answer = await ann.messages(wait=wait)
-        assert (status, answer["code"]) == (400, "bad-frame")
-        assert "25" in answer["text"]
 
     async def test_without_a_session(self, memory_lan: Lan) -> None:
         await memory_lan.serve()
@@ -4212,16 +3835,6 @@ class TestMessages(Transcripts):
         for status, frame in (await ann.messages(), await ann.post("hello")):
             assert (status, frame["code"]) == (409, "name-lost")
 
-    async def test_logout_ends_a_wait(self, lan: Lan) -> None:
-        daemon = await lan.serve()
-        ann = await lan.login("Ann")
-        await ann.poll()
-        waiting = asyncio.create_task(ann.messages(ann.after, ann.epoch, wait=30))
-        await waits(daemon)
-        await ann.tab().fetch("/logout", form={})
-        assert await waiting == (401, {"type": "refused", "code": "logout", "text": "You have logged out."})
-        assert daemon.room.listeners == set()
-
     async def test_G9_stopping_ends_a_wait(self, lan: Lan) -> None:
         """Who waits while the daemon is stopped is told to come again."""
         daemon = await lan.serve()
@@ -4311,12 +3924,10 @@ class TestMessages(Transcripts):
 
 
 async def is_admitted(browser: Browser, name: str) -> bool:
-    """Whether somebody gets in under this name."""
     return (await browser.ask(name))[0] == 200
 
 
 async def has_members(daemon: tornchat.Daemon, count: int) -> bool:
-    """Whether so many are on the list."""
     return len(daemon.room.roster) == count
 
 
@@ -4324,7 +3935,8 @@ class TestPresence(Transcripts):
     async def test_login_is_joining(self, lan: Lan) -> None:
         """Who logs in is on the list, before the page has opened a socket."""
         ann, bob = await lan.join("Ann"), await lan.login("Bob")
-        await ann.expect("joined", names=["Bob"], count=2)
+        joined = await ann.expect("joined", names=["Bob"], count=2)
+        assert set(joined) == {"type", "names", "count", "ts"}
         await bob.connect()
         await bob.expect("welcome", members=["Bob", "Ann"], count=2)
         await ann.quiet()
@@ -4399,24 +4011,19 @@ class TestPresence(Transcripts):
         await bob.expect("welcome", name="Bob")
         await ann.expect("joined", names=["Bob"], count=2)
 
-    async def test_G6_a_closed_tab(self, lan: Lan) -> None:
-        """A name leaves the list within the grace and a moment of its last tab's end, and is free then."""
-        await lan.serve(grace_seconds=0.5)
+    @pytest.mark.parametrize("goodbye", [False, True])
+    async def test_G6_a_closed_tab(self, goodbye: bool, lan: Lan) -> None:
+        """A name leaves the list after its last tab, whether that is cut off or closed in order, and is free then."""
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         await ann.expect("joined", names=["Bob"])
         assert (await lan.browser().ask("Bob"))[0] == 409
-        began = time.monotonic()
-        bob.drop()
-        await ann.expect("left", names=["Bob"], count=1)
-        assert 0.4 < time.monotonic() - began < 0.5 + PATIENCE / 5
-        assert (await lan.browser().ask("Bob"))[0] == 200
-
-    async def test_G6_a_goodbye(self, lan: Lan) -> None:
-        """A tab that closes its socket properly leaves in the same way."""
-        ann, bob = await lan.join("Ann"), await lan.join("Bob")
         assert bob.socket is not None
-        bob.socket.close(1000)
-        await ann.expect("left", names=["Bob"])
+        if goodbye:
+            bob.socket.close(1000)
+        else:
+            bob.drop()
+        await ann.expect("left", names=["Bob"], count=1)
+        assert (await lan.browser().ask("Bob"))[0] == 200
 
     async def test_G6_a_reload(self, lan: Lan) -> None:
         """A reload is not announced: when somebody who left later is gone, there was no word of who came back."""
@@ -4431,9 +4038,11 @@ class TestPresence(Transcripts):
         assert ann.names_in("joined").count("Bob") == 1
 
     async def test_G6_many_tabs_are_one_person(self, lan: Lan) -> None:
-        """A person is one entry, however many tabs; and stays while one of them is open."""
-        ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        tabs = [await bob.tab().connect() for _ in range(3)]
+        """A person is one entry, however many tabs, at however many daemons; and stays while one of them is open."""
+        first = await lan.serve()
+        second = await lan.serve() if lan.store.lasts else first
+        ann, bob = await lan.join("Ann", at=first), await lan.join("Bob", at=first)
+        tabs = [await bob.tab(at=second).connect() for _ in range(3)]
         for tab in tabs:
             await tab.expect("welcome", count=2, members=["Bob", "Ann"])
         await bob.say("in every tab")
@@ -4449,20 +4058,6 @@ class TestPresence(Transcripts):
         tabs[2].drop()
         await ann.expect("left", names=["Bob"], count=1)
         assert ann.names_in("joined").count("Bob") == 1
-
-    async def test_G6_tabs_at_two_daemons(self, redis_lan: Lan) -> None:
-        """A person with a tab at each of two daemons stays when one tab is closed."""
-        first, second = await redis_lan.serve(), await redis_lan.serve()
-        ann, bob = await redis_lan.join("Ann", at=first), await redis_lan.join("Bob", at=first)
-        there = await bob.tab(at=second).connect()
-        await there.expect("welcome", count=2)
-        bob.drop()
-        carl = await redis_lan.join("Carl", at=first)
-        carl.drop()
-        await ann.expect("left", names=["Carl"])
-        assert "Bob" not in ann.names_in("left")
-        there.drop()
-        await ann.expect("left", names=["Bob"])
 
     async def test_presence_over_two_daemons(self, redis_lan: Lan) -> None:
         """Who comes and goes at one daemon is seen at the other, once; a name is taken at both."""
@@ -6363,9 +5958,8 @@ class TestProcess(Transcripts):
     @slow
     async def test_G5_more_visitors_than_descriptors(self, memory_lan: Lan) -> None:
         """300 connections where 128 files may be open: newcomers get in at once, until it is full of members."""
-        limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (128, 128)); del sys.argv[0]; "
-        run = limited + "runpy.run_path(sys.argv[0], run_name='__main__')"
-        program = await Program.start("--host", "127.0.0.1", "--port", "0", python=("-c", run, str(PROGRAM)))
+        limited = after("import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (128, 128))")
+        program = await Program.start("--host", "127.0.0.1", "--port", "0", python=limited)
         memory_lan.programs.append(program)
         address = await program.address()
         bob = await memory_lan.join("Bob", at=address)
@@ -8071,12 +7665,6 @@ def snapshot_lan(snapshot_redis: RedisServer) -> Lan:
     return Lan(Store(snapshot_redis.url))
 
 
-SKEWED = (  # python -c of it runs tornchat.py with a wall clock that is so many seconds ahead
-    "import runpy, sys, time; now = time.time; skew = float(sys.argv[1]); time.time = lambda: now() + skew;"
-    "del sys.argv[:2]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-
-
 CROWD = r"""
 // `count` pages lose the server at 0 and can reach it again at `down` ms. Time is a queue of events.
 const [count, down, code] = process.argv.slice(2).map(Number);
@@ -8488,7 +8076,8 @@ class TestManyDaemons(Transcripts):
     async def test_G6_a_wrong_clock(self, skew: int, redis_lan: Lan) -> None:
         """A daemon whose clock is an hour off changes nothing: the times of messages and leases are Redis's."""
         options = ["-p", "0", "--host", "127.0.0.1", "--room", redis_lan.store.room, "--redis-url", redis_lan.store.url]
-        wrong = await Program.start(*options, python=("-c", SKEWED, str(skew), str(PROGRAM)))
+        clock = f"import time; now = time.time; time.time = lambda: now() + {skew}"
+        wrong = await Program.start(*options, python=after(clock))
         redis_lan.programs.append(wrong)
         address, right = await wrong.address(), await redis_lan.serve()
         ann, bob = await redis_lan.join("Ann", at=address), await redis_lan.join("Bob", at=right)
@@ -8551,15 +8140,6 @@ class TestManyDaemons(Transcripts):
                 os.kill(worker, signal.SIGKILL)
         with socket.create_server(("127.0.0.1", urllib.parse.urlsplit(address).port or 0)):
             pass
-
-    @pytest.mark.parametrize(
-        ("options", "code"), [((), 2), (("--redis-url", "redis://:hunter2@127.0.0.1:1/0", "--wait", "0"), 1)]
-    )
-    async def test_workers_without_a_redis(self, options: tuple[str, ...], code: int) -> None:
-        """Workers without a Redis are wrong usage, with one that cannot be reached they don't start: one line each."""
-        ended, out, err = await run_to_end("-p", "0", "--host", "127.0.0.1", "--workers", "2", *options)
-        assert (ended, out, len(err.splitlines())) == (code, "", 1)
-        assert "hunter2" not in err
 
     @pytest.mark.parametrize("harm", ["full", "read-only"])
     async def test_G8_a_redis_that_takes_nothing(
@@ -8886,11 +8466,7 @@ class Terminal(Program):
         os.close(self.slave)
 
 
-WITHOUT_PROMPT_TOOLKIT = (
-    "-c",
-    "import runpy, sys; sys.modules['prompt_toolkit'] = None; "
-    f"sys.argv[0] = {str(PROGRAM)!r}; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')",
-)
+WITHOUT_PROMPT_TOOLKIT = after("sys.modules['prompt_toolkit'] = None")
 
 
 class StandIn:
