@@ -41,6 +41,7 @@ import asyncio
 import bisect
 import collections
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -2615,6 +2616,21 @@ class TestCommandLine:
         await asyncio.wait_for(asked.wait(), 2 * PATIENCE)
         program.signal(signal.SIGINT)
         assert await program.ended() == (0, "", "")
+        silent.close()
+
+    @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="one thread can't be signalled here")
+    @transcript
+    async def test_ctrl_c_just_before_the_loop_waits(self, memory_lan: Lan) -> None:
+        """Ctrl+C ends a daemon at once even where it interrupts no wait: here another thread than the loop's gets it."""
+        asked = asyncio.Event()
+        silent = await asyncio.start_server(lambda reader, writer: asked.set(), "127.0.0.1", 0)
+        url = f"redis://localhost:{silent.sockets[0].getsockname()[1]}"  # a name is looked up in a thread
+        program = await memory_lan.run("-p", "0", "--redis-url", url)
+        await asyncio.wait_for(asked.wait(), 2 * PATIENCE)
+        pid, began = program.process.pid, time.monotonic()
+        ctypes.CDLL(None).tgkill(pid, max(map(int, os.listdir(f"/proc/{pid}/task"))), signal.SIGINT)
+        assert await program.ended() == (0, "", "")
+        assert time.monotonic() - began < 3  # it waits 4 s for the Redis
         silent.close()
 
     @transcript

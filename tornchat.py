@@ -57,9 +57,18 @@ import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one shall be told
     sys.exit("tornchat needs Python 3.11 or newer, and this is " + sys.version.split()[0])
+
+
+def on_stop_signals(handler: Any) -> None:
+    """Sets what Ctrl+C, a service manager and a closed terminal call; with `nohup` the last one is not heeded."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
 if __name__ == "__main__":  # until the room is open there is nothing to stop in order: Ctrl+C ends even these imports
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: os._exit(0))
+    on_stop_signals(lambda number, frame: os._exit(0))
 
 import argparse
 import asyncio
@@ -3664,30 +3673,29 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
         await worker.wait()
 
 
-def stop_on_signals() -> asyncio.Event:
-    """What the first signal to stop sets; the second one ends the process.
-
-    The loop's own signal handlers would do, but Windows has none.
+def wake_on_signals() -> None:
+    """Lets a signal wake the loop. Python calls handlers between two instructions: without this, one that comes after
+    the last instruction before the loop waits is not heard before the wait is over.
     """
+    if os.name == "posix":  # elsewhere asyncio does it
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        asyncio.get_running_loop().add_reader(read_end, os.read, read_end, 4096)
+        signal.set_wakeup_fd(write_end)
+
+
+def stop_on_signals() -> asyncio.Event:
+    """What the first signal to stop sets; the second one ends the process."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def handle(number: int, frame: object) -> None:
-        """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
         if stop.is_set():
             os._exit(0)
         loop.call_soon_threadsafe(stop.set)
 
     on_stop_signals(handle)
     return stop
-
-
-def on_stop_signals(handler: Any) -> None:
-    """Sets what Ctrl+C, a service manager and a closed terminal call; with `nohup` the last one is not heeded."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, handler)
 
 
 def announce(config: Config, port: int) -> None:
@@ -4476,8 +4484,18 @@ def configure_logging(config: Config) -> None:
     log.setLevel(logging.DEBUG if config.verbose else logging.WARNING if terse else logging.INFO)
 
 
+async def run(config: Config) -> None:
+    """Talks in a room, serves one, or keeps workers that do. Raises FatalError."""
+    wake_on_signals()
+    if config.join:
+        await join(config, os.environ)
+    elif config.workers > 1 and not config.inherited:
+        await supervise(config, [sys.executable, __file__, *sys.argv[1:]])
+    else:
+        await serve(config)
+
+
 def main() -> None:
-    """The program."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed standard stream must not become a socket
         pass
     os.close(descriptor)
@@ -4486,12 +4504,7 @@ def main() -> None:
     config = parse_config(sys.argv[1:], os.environ)
     configure_logging(config)
     try:
-        if config.join:
-            asyncio.run(join(config, os.environ))
-        elif config.workers > 1 and not config.inherited:
-            asyncio.run(supervise(config, [sys.executable, __file__, *sys.argv[1:]]))
-        else:
-            asyncio.run(serve(config))
+        asyncio.run(run(config))
     except (StartError, Ended) as error:
         sys.exit(lines_for(sys.stderr, f"tornchat: {error}") if str(error) else 0)
     on_stop_signals(signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
