@@ -57,18 +57,9 @@ import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one shall be told
     sys.exit("tornchat needs Python 3.11 or newer, and this is " + sys.version.split()[0])
-
-
-def on_stop_signals(handler: Any) -> None:
-    """Sets what Ctrl+C, a service manager and a closed terminal call; with `nohup` the last one is not heeded."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, handler)
-
-
 if __name__ == "__main__":  # until the room is open there is nothing to stop in order: Ctrl+C ends even these imports
-    on_stop_signals(lambda number, frame: os._exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(0))
 
 import argparse
 import asyncio
@@ -234,7 +225,7 @@ class Config:
     room: str = "lobby"
     history: int = 100
     rate: float = 2.0
-    allow_host: tuple[str, ...] = ()
+    allow_host: Sequence[str] = ()
     trust_proxy: bool = False
     certfile: str = ""
     keyfile: str = ""
@@ -3249,13 +3240,13 @@ def is_hardware(interface: str) -> bool:
 
 def interface_addresses() -> dict[str, str]:
     """The address of each interface, and the interface's name where the system tells (not Windows)."""
-    found = {}
+    found: dict[str, str] = {}
     try:
         import fcntl
     except ModuleNotFoundError:
         with contextlib.suppress(OSError):
-            return dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
-        return {}
+            found = dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
+        return found
     command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
@@ -3297,24 +3288,23 @@ def banner(config: Config, port: int) -> str:
 
 
 def qr_code(url: str) -> str:
-    """The URL for a phone's camera, as it can be drawn in a terminal; "" without segno."""
-    symbol = qr_symbol(url)
+    """The URL for a phone's camera, below what is printed in a terminal; "" without segno."""
     out = io.StringIO()
-    if symbol is not None:
+    if symbol := qr_symbol(url):
+        out.write("\n")
         symbol.terminal(out, border=2, compact=True)
-    return "\n" + out.getvalue() if symbol is not None else ""
+    return out.getvalue()
 
 
 # === Application ======================================================================================================
 # Where everything is wired: routes, sockets to listen on, the order of starting and of stopping.
 
 
-class StartError(Exception):
-    """Why the daemon can't start, in one line for the operator."""
+class FatalError(Exception):
+    """Why the program ends, in one line for its user."""
 
 
 def make_app(daemon: Daemon) -> tornado.web.Application:
-    """All routes and settings of the web side."""
     context = {"daemon": daemon}
     return tornado.web.Application(
         [
@@ -3353,7 +3343,7 @@ class Door(socket.socket):
 
     visitors: Visitors  # set by the daemon; a supervisor accepts nobody
     accepted = 0
-    told = -math.inf  # when the log was last told, in s of time.monotonic
+    logged = -math.inf  # when the log said last that it is full, in s of time.monotonic
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Called by Tornado until it raises BlockingIOError."""
@@ -3368,7 +3358,7 @@ class Door(socket.socket):
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self.rest(error)
+            self.pause(error)
         raise BlockingIOError
 
     def full(self) -> bool:
@@ -3380,28 +3370,26 @@ class Door(socket.socket):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
 
-    def rest(self, error: OSError) -> None:
-        """Stops looking who is there, for a while."""
+    def pause(self, error: OSError) -> None:
+        """Accepts nobody for FULL_SECONDS; says so in the log, once in FULL_LOG_SECONDS."""
         loop = tornado.ioloop.IOLoop.current()
         loop.update_handler(self.fileno(), 0)
         loop.call_later(FULL_SECONDS, self.resume)
-        if time.monotonic() - self.told > FULL_LOG_SECONDS:
-            self.told = time.monotonic()
+        if time.monotonic() - self.logged > FULL_LOG_SECONDS:
+            self.logged = time.monotonic()
             log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
 
     def resume(self) -> None:
-        """Looks again, unless the door has been closed for good."""
-        if self.fileno() >= 0:
+        if self.fileno() >= 0:  # else it was closed for good meanwhile
             tornado.ioloop.IOLoop.current().update_handler(self.fileno(), tornado.ioloop.IOLoop.READ)
 
 
 class Server(tornado.httpserver.HTTPServer):
-    """Tornado's, that tells who is there."""
+    """Tornado's, which tells the visitors' list who comes and goes."""
 
     visitors: Visitors
 
     def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[Any, ...]) -> None:
-        """Called by Tornado with a new connection."""
         self.visitors.come(stream, network(address[0]))
         super().handle_stream(stream, address)
 
@@ -3413,7 +3401,7 @@ class Server(tornado.httpserver.HTTPServer):
 
 
 def bind(config: Config) -> list[Door]:
-    """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
+    """The sockets to listen on, with the next free port if the default one is busy. Raises FatalError."""
     if config.inherited:
         return [Door(fileno=descriptor) for descriptor in config.inherited]
     first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
@@ -3429,8 +3417,8 @@ def bind(config: Config) -> list[Door]:
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
                 advice = ". Another port: --port N" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-                raise StartError(f"cannot listen on {where}: {error.strerror}{advice}") from None
-    raise StartError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
+                raise FatalError(f"cannot listen on {where}: {error.strerror}{advice}") from None
+    raise FatalError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
 
 
 def is_answered(port: int) -> bool:
@@ -3441,23 +3429,22 @@ def is_answered(port: int) -> bool:
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """For https, where a certificate was given. Raises StartError."""
+    """For https, where a certificate was given. Raises FatalError."""
     if not config.certfile:
         return None
 
-    def refuse_passphrase() -> NoReturn:
-        """Called by OpenSSL, which would ask at the terminal; a service has none."""
+    def refuse_passphrase() -> NoReturn:  # OpenSSL would ask at the terminal; a service has none
         key = config.keyfile or config.certfile
-        raise StartError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
+        raise FatalError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(config.certfile, config.keyfile or None, refuse_passphrase)
     except ssl.SSLError:
-        raise StartError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
+        raise FatalError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
     except OSError as error:
         files = " or ".join(filter(None, (config.certfile, config.keyfile)))
-        raise StartError(f"cannot read the certificate {files}: {error.strerror}") from None
+        raise FatalError(f"cannot read the certificate {files}: {error.strerror}") from None
     return context
 
 
@@ -3482,7 +3469,7 @@ class Daemon:
 
     @classmethod
     async def start(cls, config: Config) -> Self:
-        """Takes a port, reads the store, opens the room. Raises StartError, and then leaves nothing behind."""
+        """Takes a port, reads the store, opens the room. Raises FatalError, and then leaves nothing behind."""
         async with contextlib.AsyncExitStack() as undo:
             ports = bind(config)
             for port in ports:
@@ -3495,7 +3482,6 @@ class Daemon:
         return daemon
 
     def listen(self) -> None:
-        """Lets people in."""
         self.server = Server(
             make_app(self),
             ssl_options=self.tls,
@@ -3511,7 +3497,6 @@ class Daemon:
 
     @property
     def url(self) -> str:
-        """The room's address on this machine."""
         return local_url(self.config, self.port)
 
     def addresses(self) -> list[str]:
@@ -3561,7 +3546,7 @@ class Daemon:
 
 
 async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
-    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises StartError."""
+    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises FatalError."""
     deadline = time.monotonic() + config.wait
     for tried in itertools.count():
         try:
@@ -3571,7 +3556,7 @@ async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]])
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
-                raise StartError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
+                raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
         if not tried:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
         await asyncio.sleep(config.retry_seconds)
@@ -3584,7 +3569,7 @@ def is_passing(error: Exception) -> bool:
 
 
 async def serve(config: Config) -> None:
-    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises StartError."""
+    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises FatalError."""
     raise_file_limit()
     daemon = await Daemon.start(config)
     stop = stop_on_signals()
@@ -3597,7 +3582,7 @@ async def serve(config: Config) -> None:
     for task in tasks:
         if task.done():
             task.result()  # a bug: its traceback is the best we can give
-    tell(config, "tornchat: stopping")
+    print_out(config, "tornchat: stopping")
     await daemon.stop()
     log.info("stopped")
 
@@ -3617,7 +3602,7 @@ def raise_file_limit() -> None:
 
 
 async def supervise(config: Config, command: Sequence[str]) -> None:
-    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises StartError."""
+    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises FatalError."""
     ports = bind(config)
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
@@ -3632,7 +3617,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
         for number in range(1, config.workers + 1):
             workers.create_task(keep_worker(number, command, descriptors, stop))
         await stop.wait()
-        tell(config, "tornchat: stopping")
+        print_out(config, "tornchat: stopping")
     log.info("stopped")
 
 
@@ -3698,13 +3683,21 @@ def stop_on_signals() -> asyncio.Event:
     return stop
 
 
+def on_stop_signals(handler: Any) -> None:
+    """Sets what Ctrl+C, a service manager and a closed terminal call; with `nohup` the last one is not heeded."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
 def announce(config: Config, port: int) -> None:
     """Says where the room is: to a person with the banner, to the log of a service in a line."""
-    tell(config, banner(config, port))
+    print_out(config, banner(config, port))
     log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
 
 
-def tell(config: Config, text: str) -> None:
+def print_out(config: Config, text: str) -> None:
     """Prints for the operator. That nobody reads it (a closed pipe, a full disk) must not end the room."""
     if config.quiet or config.inherited or sys.stdout is None:
         return
@@ -3734,10 +3727,6 @@ NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; 
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
-
-
-class Ended(Exception):  # noqa: N818 - a fact, not an error
-    """The client can't go on; why, for its user."""
 
 
 def safe(text: str) -> str:
@@ -3781,10 +3770,9 @@ def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_colu
 
 def parse_any(raw: str | bytes) -> dict[str, Any]:
     """A JSON object; {} for anything else."""
-    try:
+    with contextlib.suppress(Refused):
         return parse_object(raw)
-    except Refused:
-        return {}
+    return {}
 
 
 class Client:
@@ -3815,17 +3803,18 @@ class Client:
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     async def log_in(self) -> None:
-        """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
+        """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
         answer = await self.post("login", nickname=self.name, password=self.password)
-        told = parse_any(answer.body)
+        fields = parse_any(answer.body)
         if answer.code >= 500:
-            raise OSError(told.get("text", answer.reason))
-        match told:
+            raise OSError(fields.get("text", answer.reason))
+        match fields:
             case {"name": str(name)}:
                 self.name = shown(name)
+            case {"text": str(reason), "suggestion": free}:
+                raise FatalError(f"{reason} {self.words['term_free'].format(name=free)}")
             case {"text": str(reason)}:
-                free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
-                raise Ended(f"{reason} {free}".rstrip())
+                raise FatalError(reason)
             case _:
                 raise self.no_room(f"{answer.code} {answer.reason}")
         self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
@@ -3847,8 +3836,8 @@ class Client:
 
     # --- connection ---
 
-    async def stay(self) -> NoReturn:
-        """Keeps connected. Raises Ended."""
+    async def keep_connected(self) -> NoReturn:
+        """Connects, again and again. Raises FatalError."""
         while True:
             try:
                 if self.epoch and not self.let_in:
@@ -3858,7 +3847,7 @@ class Client:
                 if not self.epoch:
                     raise self.unreachable(error) from None
             else:
-                await self.converse()
+                await self.receive_all()
             self.connected = False
             self.update()
             await self.backoff()
@@ -3873,8 +3862,8 @@ class Client:
         self.handshake = asyncio.ensure_future(tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS))
         self.socket = await asyncio.shield(self.handshake)
 
-    async def converse(self) -> None:
-        """Hears what the room says until the connection ends. Raises Ended if there is no coming back."""
+    async def receive_all(self) -> None:
+        """Until the connection ends. Raises FatalError if there is no coming back."""
         assert self.socket is not None
         try:
             while (raw := await self.socket.read_message()) is not None:
@@ -3884,26 +3873,26 @@ class Client:
             self.socket.close()
         code, reason = self.socket.close_code, self.socket.close_reason or ""
         if word := self.words.get(f"js_closed_{code}"):
-            raise Ended(word.format(name=self.name))
+            raise FatalError(word.format(name=self.name))
         if code == 4401:  # restarted without a lasting store
             if not self.let_in or reason == "logout":
-                raise Ended(self.words.get(f"login_why_{reason}", reason))
+                raise FatalError(self.words.get(f"login_why_{reason}", reason))
             self.let_in = False
         if not self.epoch:
             raise self.unreachable(ConnectionError(reason or "silence"))
         self.restarting |= code == 1001
 
-    def no_room(self, reason: str) -> Ended:
-        return Ended(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
+    def no_room(self, reason: str) -> FatalError:
+        return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
 
-    def unreachable(self, error: Exception) -> Ended:
+    def unreachable(self, error: Exception) -> FatalError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Ended(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
+        return FatalError(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
 
     # --- frames ---
 
     def receive(self, raw: str | bytes) -> None:
-        """Everything that the server says comes here; what only newer clients know is skipped. Raises Ended."""
+        """One frame; what only newer clients know is skipped. Raises FatalError."""
         match frame := parse_any(raw):
             case {"type": "welcome", "name": str(), "title": str(), "members": [*_], "count": int(), "epoch": str(),
                   "seq": int(), "recovered": bool(), "missed": int(), "reset": bool(),
@@ -3950,10 +3939,9 @@ class Client:
         if frame["seq"] > self.skipped:
             self.view.message(frame)
         if shown(frame["name"]) == self.name:
-            self.settle(frame.get("cid"))
+            self.resolve(frame.get("cid"))
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
-        """Somebody came or went."""
         self.count = frame["count"]
         names = [shown(str(name)) for name in frame["names"] if name != self.name]
         for name in names:
@@ -3966,12 +3954,13 @@ class Client:
     def on_refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never."""
         if frame["code"] not in PASSING_REFUSALS:
-            self.unsent(self.settle(frame.get("cid")), shown(frame["text"]))
+            self.report_unsent(self.resolve(frame.get("cid")), shown(frame["text"]))
         elif self.in_flight and frame.get("cid") == self.in_flight:
-            told = frame.get("retry_after")
-            wait = told if isinstance(told, int | float) else HOLD_SECONDS
-            self.in_flight, self.hold_until = "", time.monotonic() + wait
-            asyncio.get_running_loop().call_later(wait + 0.02, self.update)
+            seconds = frame.get("retry_after")
+            if not isinstance(seconds, int | float):
+                seconds = HOLD_SECONDS
+            self.in_flight, self.hold_until = "", time.monotonic() + seconds
+            asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
 
     # --- outbox ---
 
@@ -3979,7 +3968,7 @@ class Client:
         try:
             self.outbox[secrets.token_hex(12)] = clean_text(text)
         except Refused as refused:
-            self.unsent(text, refused.sentence(self.language))
+            self.report_unsent(text, refused.sentence(self.language))
         self.update()
 
     def update(self) -> None:
@@ -3987,22 +3976,20 @@ class Client:
         ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
         if ready and self.outbox and not self.in_flight and self.socket:
             self.in_flight, text = next(iter(self.outbox.items()))
-            with contextlib.suppress(KeyError):  # the reader will tell
+            with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
                 written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
                 written.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if self.connected and not self.outbox and self.after >= self.replay_end:
-            self.idle.set()
-        else:
-            self.idle.clear()
+        idle = self.connected and not self.outbox and self.after >= self.replay_end
+        (self.idle.set if idle else self.idle.clear)()
         self.view.update()
 
-    def settle(self, cid: object) -> str:
+    def resolve(self, cid: object) -> str:
         """Takes out of the outbox what is confirmed or given up; its text."""
         if cid == self.in_flight:
             self.in_flight = ""
         return self.outbox.pop(str(cid), "")
 
-    def unsent(self, text: str, reason: str) -> None:
+    def report_unsent(self, text: str, reason: str) -> None:
         self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
 
     # --- what the user asks ---
@@ -4032,7 +4019,7 @@ class Client:
         return self.words["term_here"].format(names=", ".join([*names, *more]))
 
     def now(self) -> datetime.datetime:
-        """The room's clock, in our time zone."""
+        """By the room's clock, in our time zone."""
         return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
 
     def room_time(self, wish: str) -> str:
@@ -4067,17 +4054,17 @@ class Lines:
 
     def __init__(self, client: Client, config: Config) -> None:
         self.client, self.config, self.words = client, config, client.words
-        self.told, self.leaving = "js_state_connected", asyncio.Event()
+        self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
     def message(self, frame: Mapping[str, Any]) -> None:
-        """Somebody said something. Raises Ended, without a word when nobody reads any more."""
+        """Raises FatalError, without a word when nobody reads any more."""
         try:
             print(lines_for(sys.stdout, f"{shown(frame['name'])}: {frame['text']}"), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
-            raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
+            raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         if self.config.verbose or not minor:
@@ -4086,8 +4073,8 @@ class Lines:
 
     def update(self) -> None:
         """Tells when the connection is lost, and when it is back."""
-        if (state := self.client.state()) not in (self.told, "js_state_connecting"):
-            self.told = state
+        if (state := self.client.state()) not in (self.state, "js_state_connecting"):
+            self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
 
@@ -4101,11 +4088,11 @@ class Lines:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
         with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
             for line in read_lines():
-                asyncio.run_coroutine_threadsafe(self.take(line), loop).result()
+                asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
             loop.call_soon_threadsafe(self.leaving.set)
 
-    async def take(self, line: str) -> None:
-        """One line: waits until it is confirmed, or does what a person asks for who types it."""
+    async def on_line(self, line: str) -> None:
+        """Says it and waits until that is confirmed, or does what a person asks for who types it."""
         if not sys.stdin.isatty():
             if line.strip():
                 self.client.say(line)
@@ -4199,7 +4186,7 @@ def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> L
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
-    """Talks in a room until its user or the room ends it. Raises Ended."""
+    """Talks in a room until its user or the room ends it. Raises FatalError."""
     locale = environ.get("LC_ALL") or environ.get("LC_MESSAGES") or environ.get("LANG") or ""
     client = Client(config, choose_language(locale.replace("_", "-")))
     try:
@@ -4209,7 +4196,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
     client.view = choose_view(client, config, environ)
     try:
         stop = stop_on_signals()
-        tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
+        tasks = [asyncio.create_task(task) for task in (client.keep_connected(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
@@ -4237,15 +4224,13 @@ class Parser(argparse.ArgumentParser):
         self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
         self.exit(2, f"tornchat: {message} (--help tells more)\n")
 
     def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
         """An option with a value, which may stand in one of these variables of the environment instead."""
         variables = env.split()
-        action = self.add_argument(
-            *flags, type=type, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs
-        )
+        help += f" [{', '.join(variables)}]" if env else ""
+        action = self.add_argument(*flags, type=type, help=help, **kwargs)
         self.variables[action.dest] = variables, type
 
     def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -4310,7 +4295,7 @@ def add_options(parser: Parser) -> None:
            help="messages shown to a newcomer; default 100")
     option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined,
+    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
            metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
@@ -4329,14 +4314,6 @@ def add_options(parser: Parser) -> None:
     switch("-v", "--verbose", action="count", help="log requests; twice: everything")
     # fmt: on
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
-
-
-class Joined(argparse.Action):
-    """For an option that may be given several times, each time with several values."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        """Called by argparse."""
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
 
 
 def text(value: str) -> str:
@@ -4392,9 +4369,9 @@ def room_name(value: str) -> str:
     return text(value)
 
 
-def host_names(text: str) -> tuple[str, ...]:
+def host_names(text: str) -> list[str]:
     """Host names, separated by commas. Raises ArgumentTypeError."""
-    names = tuple(host_name(name) for name in map(str.strip, text.split(",")) if name)
+    names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
     if not names or "" in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
     return names
@@ -4434,18 +4411,19 @@ def user_name(environ: Mapping[str, str]) -> str:
     return ""
 
 
-class OneASecond(logging.Filter):
-    """What visitors can cause comes once a second from each place in the code; the next line says how many there were.
-
-    What becomes of the room is always told, and so is what -v asks for.
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes to stderr what can steer no terminal, and what visitors can cause once a second from each place in the
+    code; the next line says how many there were. What becomes of the room, and what -v asks for, is always written.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was let through, how many since not
+        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was written, how many since not
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))  # a traceback keeps its newlines
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Called by logging."""
         if record.levelno < logging.INFO or record.name == log.name:
             return True
         place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
@@ -4460,26 +4438,19 @@ class OneASecond(logging.Filter):
         return True
 
 
-class SafeFormatter(logging.Formatter):
-    """Log lines without anything that could steer a terminal, whoever it comes from."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Called by logging; a traceback keeps its newlines."""
-        return "\n".join(map(shown, super().format(record).split("\n")))
-
-
 def configure_logging(config: Config) -> None:
     """On stderr: warnings with -q, what becomes of the room without, requests with -v, everything with -v -v.
 
     A terminal has no need of dates, nor of lines that say what the banner says.
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    handler = logging.StreamHandler()
-    handler.addFilter(OneASecond())
-    dates = "%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z"
-    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", dates))
     level = logging.CRITICAL if config.join else logging.WARNING  # a client tells by itself what Tornado complains of
-    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
+    logging.basicConfig(
+        handlers=[LogHandler()],
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z",
+        level=logging.DEBUG if config.verbose > 1 else level,
+    )
     terse = config.quiet or terminal or config.inherited  # the supervisor speaks for its workers
     log.setLevel(logging.DEBUG if config.verbose else logging.WARNING if terse else logging.INFO)
 
@@ -4505,7 +4476,7 @@ def main() -> None:
     configure_logging(config)
     try:
         asyncio.run(run(config))
-    except (StartError, Ended) as error:
+    except FatalError as error:
         sys.exit(lines_for(sys.stderr, f"tornchat: {error}") if str(error) else 0)
     on_stop_signals(signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
