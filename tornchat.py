@@ -4235,7 +4235,7 @@ class Parser(argparse.ArgumentParser):
 
     def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
         """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
-        variables, kind = self.variables.get(dest, ((), str))
+        variables, kind = self.variables[dest]
         for name in filter(environ.get, variables):
             try:
                 return {dest: kind(environ[name])}
@@ -4316,8 +4316,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
 
 
+# What the value of an option must be. Each of these raises ArgumentTypeError with the reason.
+
+
 def text(value: str) -> str:
-    """Any text. Raises ArgumentTypeError for none: it is an unset variable, and might leave a door open."""
+    """Any text but none, which is mostly an unset variable, and might leave a door open."""
     if not value:
         raise argparse.ArgumentTypeError("is empty")
     if any(unicodedata.category(char) == "Cs" for char in value):  # what os.fsdecode makes of bytes that are no text
@@ -4326,7 +4329,6 @@ def text(value: str) -> str:
 
 
 def host_address(value: str) -> str:
-    """An address or name of this machine. Raises ArgumentTypeError."""
     with contextlib.suppress(UnicodeError):
         value.encode("idna")
         return text(value)
@@ -4334,7 +4336,6 @@ def host_address(value: str) -> str:
 
 
 def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
-    """A number of that kind. Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError):
         if least <= (value := kind(text)) <= most:
             return value
@@ -4349,28 +4350,27 @@ patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
 
 def yes_or_no(text: str) -> bool:
-    """A switch in the environment. Raises ArgumentTypeError."""
-    if text.lower() not in ("1", "yes", "true", "on", "0", "no", "false", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-    return text.lower() in ("1", "yes", "true", "on")
+    if text.lower() in ("1", "yes", "true", "on"):
+        return True
+    if text.lower() in ("0", "no", "false", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
 
 
 def room_title(value: str) -> str:
-    """A title. Raises ArgumentTypeError."""
     if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
     return text(value)
 
 
 def room_name(value: str) -> str:
-    """Part of a Redis key, where braces and colons mean something. Raises ArgumentTypeError."""
+    """Part of a Redis key, where braces and colons mean something."""
     if not re.fullmatch(r"[^\s{}:]{1,64}", value):
         raise argparse.ArgumentTypeError(f"{value!r} is not 1 to 64 characters without spaces, colons and braces")
     return text(value)
 
 
 def host_names(text: str) -> list[str]:
-    """Host names, separated by commas. Raises ArgumentTypeError."""
     names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
     if not names or "" in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
@@ -4378,7 +4378,7 @@ def host_names(text: str) -> list[str]:
 
 
 def redis_url(value: str) -> str:
-    """A URL that redis-py can use. Raises ArgumentTypeError, which doesn't quote it: there may be a password in it."""
+    """A URL that redis-py can use. The reason doesn't quote it: there may be a password in it."""
     with contextlib.suppress(ValueError, TypeError, RedisError):
         url = urllib.parse.urlsplit(value)
         host = (url.hostname or "").encode("idna")
@@ -4389,7 +4389,7 @@ def redis_url(value: str) -> str:
 
 
 def room_url(text: str) -> str:
-    """The address of a room, as its routes begin. Raises ArgumentTypeError.
+    """The address of a room, as its routes begin.
 
     People leave out the scheme, and then mean our default port; or they copy the address of a page.
     """
