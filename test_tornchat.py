@@ -7538,7 +7538,7 @@ class TestReading:
             await ann.titled("(2) Den")
             assert "unread" in (await ann.page.get_attribute("#icon", "href") or "")
             assert (
-                await memory_lan.browser().fetch("/" + str(await ann.page.get_attribute("#icon", "href")))
+                await memory_lan.browser().fetch(str(await ann.page.get_attribute("#icon", "href")).removeprefix("."))
             ).code == 200
             await ann.shows_messages("before", "while away", "and more")
             await ann.look()

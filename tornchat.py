@@ -4678,25 +4678,25 @@ def page_words(language: str) -> dict[str, str]:
 # With the header's "no-referrer" a form's Origin would be "null", and on plain http, where browsers send no
 # Sec-Fetch-Site, a login would look like another page's: so the pages ask for "same-origin".
 # language=html
-PLAIN_HTML = r"""<!doctype html>
+PAGE_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
   <meta name="referrer" content="same-origin">
-  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+  <meta name="viewport"
+    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
   <title>{{ title }}</title>
-  <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link id="icon" rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml"
+    data-unread="{{ root }}{{ asset("icon-unread.svg") }}">
   <link rel="stylesheet" href="{{ root }}{{ asset("style.css") }}">
   <script src="{{ root }}{{ asset("theme.js") }}"></script>
 </head>
-<body class="login">
-{% block main %}{% end %}
-</body>
+{% block body %}{% end %}
 </html>
 """
 
 # language=html
-LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
+LOGIN_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
     <h1 dir="auto">{{ title }}</h1>
@@ -4719,34 +4719,21 @@ LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
     </form>
     <p class="hint">{{ kept }}</p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-ERROR_HTML = r"""{% extends "plain.html" %}{% block main %}
+ERROR_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <h1 dir="auto">{{ title }}</h1>
     <p class="error" role="alert">{{ text }}</p>
     <p><a href="{{ root }}">{{ w["error_back"] }}</a></p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-CHAT_HTML = r"""<!doctype html>
-<html lang="{{ lang }}">
-<head>
-  <meta charset="utf-8">
-  <meta name="referrer" content="same-origin">
-  <meta name="viewport"
-    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
-  <title>{{ title }}</title>
-  <link id="icon" rel="icon" href="{{ asset("icon.svg") }}" data-unread="{{ asset("icon-unread.svg") }}"
-    type="image/svg+xml">
-  <link rel="stylesheet" href="{{ asset("style.css") }}">
-  <script src="{{ asset("theme.js") }}"></script>
-  <script src="{{ asset("chat.js") }}" defer></script>
-</head>
+CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
 <body class="chat {{ view }}" data-view="{{ view }}" data-state="connecting" data-name="{{ name }}" data-now="{{ now }}"
   data-words="{{ words }}">
   <header>
@@ -4797,26 +4784,28 @@ CHAT_HTML = r"""<!doctype html>
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
-</body>
-</html>
+  <script src="{{ asset("chat.js") }}"></script>
+</body>{% end %}
 """
 
 # language=css
 STYLE_CSS = r"""
 :root {
-  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a;
-  --line: #dcdfd9; --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4;
-  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614; --code: #1c23260d;
-  --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
+  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a; --line: #dcdfd9;
+  --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4; --on-warn: #5c3f00; --bad: #a32c1b;
+  --shadow: 0 1px 2px #1c232614; --code: #1c23260d; --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
 }
 :root[data-theme="dark"] {
-  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad;
-  --line: #2d373b; --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d;
-  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: 0 0 #0000; --code: #ffffff12;
-  --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
+  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad; --line: #2d373b;
+  --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d; --on-warn: #ffdf9b; --bad: #ff9f8f;
+  --shadow: 0 0 #0000; --code: #ffffff12; --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
-:root { font-size: max(100%, .6vw); }  /* 4K: not smaller than a hand can point at */
+:root {
+  font-size: max(100%, .6vw);  /* 4K: not smaller than a hand can point at */
+  --left: max(12px, env(safe-area-inset-left)); --right: max(12px, env(safe-area-inset-right));
+  --foot: max(12px, env(safe-area-inset-bottom));
+}
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -4824,36 +4813,31 @@ input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
 .chat:not(.live) .scripted { display: none !important; }
 .chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
-  margin: 0;
-  background: var(--page);
-  color: var(--ink);
-  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
-  -webkit-text-size-adjust: 100%;
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif; -webkit-text-size-adjust: 100%;
   scrollbar-color: var(--quiet) transparent;
 }
 h1, h2, p, ul { margin: 0; padding: 0; }
 a { color: var(--accent); }
 svg { width: 22px; height: 22px; fill: currentColor; vertical-align: middle; }
 button {
-  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0;
-  border-radius: 12px; background: var(--accent); color: var(--on-accent);
-  font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
+  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0; border-radius: 12px; background: var(--accent);
+  color: var(--on-accent); font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
 }
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input:not([type="checkbox"]), textarea, select {
-  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet);
-  border-radius: 12px; background: var(--surface); color: inherit; font: inherit;
+  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
+  background: var(--surface); color: inherit; font: inherit;
 }
 
 /* Login */
 .login main { max-width: 24rem; margin: 0 auto; padding: min(14vh, 7rem) 20px 32px; text-align: center; }
 .login h1 { margin: 8px 0 24px; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 .login form {
-  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line);
-  border-radius: 20px; background: var(--surface); box-shadow: var(--shadow);
-  text-align: start;
+  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line); border-radius: 20px; background: var(--surface);
+  box-shadow: var(--shadow); text-align: start;
 }
 .login label { display: block; margin-bottom: 6px; font-weight: 600; }
 .login form button { width: 100%; min-height: 48px; }
@@ -4866,16 +4850,13 @@ input:not([type="checkbox"]), textarea, select {
 
 /* Chat: header, people, messages, composer */
 .chat {
-  display: grid;
-  grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
-  height: var(--height, 100dvh);
+  display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem; height: var(--height, 100dvh);
   overflow: hidden;
 }
 header {
-  position: relative; z-index: 3; grid-column: 1 / -1; display: flex;
-  align-items: center; gap: 12px; min-height: 56px;
-  padding: env(safe-area-inset-top) max(16px, env(safe-area-inset-right)) 0 max(16px, env(safe-area-inset-left));
-  border-bottom: 1px solid var(--line); background: var(--surface);
+  position: relative; z-index: 3; grid-column: 1 / -1; display: flex; align-items: center; gap: 12px; min-height: 56px;
+  padding: env(safe-area-inset-top) var(--right) 0 var(--left); border-bottom: 1px solid var(--line);
+  background: var(--surface);
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
 header .plain { flex: none; border: 0; padding: 0 10px; }
@@ -4885,13 +4866,12 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 /* The state: a dot beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
+  content: ""; display: inline-block; width: .6em; height: .6em; margin-inline-end: 6px; border-radius: 50%;
+  background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
-  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px;
-  background: var(--warn); color: var(--on-warn); font-size: .9375rem;
-  text-align: center; animation: appear .2s backwards;
+  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px; background: var(--warn); color: var(--on-warn);
+  font-size: .9375rem; text-align: center; animation: appear .2s backwards;
 }
 .chat:not([data-state="connected"]) #state::before { background: #d98a00; }
 .chat[data-state="connecting"] #state { animation-delay: .6s; }
@@ -4900,10 +4880,8 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 @keyframes appear { from { opacity: 0; } }
 
 #roster {
-  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px;
-  min-height: 0;
-  padding: 16px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom)) 12px;
-  border-inline-start: 1px solid var(--line); background: var(--surface);
+  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px; min-height: 0;
+  padding: 16px var(--right) var(--foot) 12px; border-inline-start: 1px solid var(--line); background: var(--surface);
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
@@ -4920,22 +4898,16 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
-  display: flex; flex-direction: column; justify-content: flex-end;
-  max-width: 56rem; min-height: 100%; margin: 0 auto;
-  padding: 16px max(12px, env(safe-area-inset-right)) 8px max(12px, env(safe-area-inset-left));
+  display: flex; flex-direction: column; justify-content: flex-end; max-width: 56rem; min-height: 100%; margin: 0 auto;
+  padding: 16px var(--right) 8px var(--left);
 }
 [data-state="connected"] #log:empty::before {
-  content: attr(data-empty);
-  display: block;
-  padding: 32px 0;
-  color: var(--quiet);
-  text-align: center;
+  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
-  flex: none; display: grid; place-items: center; width: 32px; height: 32px;
-  border-radius: 50%; background: oklch(var(--face) var(--hue));
-  color: oklch(var(--on-face) var(--hue)); font-size: .875rem; font-weight: 700;
-  text-transform: uppercase;
+  flex: none; display: grid; place-items: center; width: 32px; height: 32px; border-radius: 50%;
+  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .875rem;
+  font-weight: 700; text-transform: uppercase;
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
@@ -4948,12 +4920,8 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
 .message[data-day]::before { margin-bottom: 8px; font-weight: 600; }
 .bubble {
-  position: relative;
-  max-width: min(85% - 40px, 40rem);
-  padding: 7px 12px;
-  border-radius: 6px 16px 16px;
-  background: var(--surface);
-  box-shadow: var(--shadow);
+  position: relative; max-width: min(85% - 40px, 40rem); padding: 7px 12px; border-radius: 6px 16px 16px;
+  background: var(--surface); box-shadow: var(--shadow);
 }
 /* The time stands beside the last line if there is room, else below */
 .line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
@@ -4983,10 +4951,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
 [data-kind="missed"], [data-kind="reset"], [data-kind="refused"] {
-  margin: 12px auto;
-  border-radius: 12px;
-  background: var(--warn);
-  color: var(--on-warn);
+  margin: 12px auto; border-radius: 12px; background: var(--warn); color: var(--on-warn);
 }
 #outbox .bubble { border: 1px dashed var(--quiet); background: none; box-shadow: none; }
 #outbox .failed .bubble { border-color: var(--bad); }
@@ -4996,21 +4961,17 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .choices button + button { border: 1px solid var(--line); background: none; color: inherit; }
 
 #composer {
-  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap;
-  align-items: flex-end; gap: 0 8px; width: 100%; max-width: 56rem; margin: 0 auto;
-  padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
-    max(12px, env(safe-area-inset-left));
+  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap; align-items: flex-end; gap: 0 8px; width: 100%;
+  max-width: 56rem; margin: 0 auto; padding: 8px var(--right) var(--foot) var(--left);
 }
 #box {
-  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px);
-  border-radius: 22px; resize: none;
+  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
+  resize: none;
 }
 #send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
-#matches {
-  position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px;
-}
+#matches { position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px; }
 #matches button {
   max-width: 100%; border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003;
   overflow-wrap: anywhere;
@@ -5018,14 +4979,13 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
-  position: absolute; bottom: 100%; left: 50%; translate: -50%;
-  border-radius: 22px; box-shadow: 0 2px 8px #0004;
+  position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
-  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px;
-  background: var(--surface); color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
+  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
+  color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
 }
 dialog div { padding: 24px; }
 dialog::backdrop { background: #0008; }
@@ -5051,8 +5011,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
-  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
-  box-shadow: none; outline: none;
+  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0; box-shadow: none;
+  outline: none;
 }
 .projector #invite div { padding: 1.2vw; }
 .projector #code { width: min(100%, 40vh); }
@@ -5071,10 +5031,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
   #join span { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
-    position: fixed; z-index: 2;
-    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
-    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%;
-    transition: translate .2s, visibility .2s;
+    position: fixed; z-index: 2; inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
+    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%; transition: translate .2s, visibility .2s;
   }
   #roster.open { visibility: visible; translate: 0; }
 }
@@ -6184,7 +6142,7 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 # On the icon while there is something unread.
 UNREAD_DOT = '<circle cx="50" cy="14" r="13" fill="#e5484d" stroke="#fff" stroke-width="3"/>'
 
-TEMPLATES = {"plain.html": PLAIN_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
+TEMPLATES = {"page.html": PAGE_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
