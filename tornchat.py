@@ -225,7 +225,7 @@ class Config:
     room: str = "lobby"
     history: int = 100
     rate: float = 2.0
-    allow_host: tuple[str, ...] = ()
+    allow_host: Sequence[str] = ()
     trust_proxy: bool = False
     certfile: str = ""
     keyfile: str = ""
@@ -3240,13 +3240,13 @@ def is_hardware(interface: str) -> bool:
 
 def interface_addresses() -> dict[str, str]:
     """The address of each interface, and the interface's name where the system tells (not Windows)."""
-    found = {}
+    found: dict[str, str] = {}
     try:
         import fcntl
     except ModuleNotFoundError:
         with contextlib.suppress(OSError):
-            return dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
-        return {}
+            found = dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
+        return found
     command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
@@ -3288,24 +3288,23 @@ def banner(config: Config, port: int) -> str:
 
 
 def qr_code(url: str) -> str:
-    """The URL for a phone's camera, as it can be drawn in a terminal; "" without segno."""
-    symbol = qr_symbol(url)
+    """The URL for a phone's camera, below what is printed in a terminal; "" without segno."""
     out = io.StringIO()
-    if symbol is not None:
+    if symbol := qr_symbol(url):
+        out.write("\n")
         symbol.terminal(out, border=2, compact=True)
-    return "\n" + out.getvalue() if symbol is not None else ""
+    return out.getvalue()
 
 
 # === Application ======================================================================================================
 # Where everything is wired: routes, sockets to listen on, the order of starting and of stopping.
 
 
-class StartError(Exception):
-    """Why the daemon can't start, in one line for the operator."""
+class FatalError(Exception):
+    """Why the program ends, in one line for its user."""
 
 
 def make_app(daemon: Daemon) -> tornado.web.Application:
-    """All routes and settings of the web side."""
     context = {"daemon": daemon}
     return tornado.web.Application(
         [
@@ -3344,7 +3343,7 @@ class Door(socket.socket):
 
     visitors: Visitors  # set by the daemon; a supervisor accepts nobody
     accepted = 0
-    told = -math.inf  # when the log was last told, in s of time.monotonic
+    logged = -math.inf  # when the log said last that it is full, in s of time.monotonic
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Called by Tornado until it raises BlockingIOError."""
@@ -3359,7 +3358,7 @@ class Door(socket.socket):
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self.rest(error)
+            self.pause(error)
         raise BlockingIOError
 
     def full(self) -> bool:
@@ -3371,28 +3370,26 @@ class Door(socket.socket):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
 
-    def rest(self, error: OSError) -> None:
-        """Stops looking who is there, for a while."""
+    def pause(self, error: OSError) -> None:
+        """Accepts nobody for FULL_SECONDS; says so in the log, once in FULL_LOG_SECONDS."""
         loop = tornado.ioloop.IOLoop.current()
         loop.update_handler(self.fileno(), 0)
         loop.call_later(FULL_SECONDS, self.resume)
-        if time.monotonic() - self.told > FULL_LOG_SECONDS:
-            self.told = time.monotonic()
+        if time.monotonic() - self.logged > FULL_LOG_SECONDS:
+            self.logged = time.monotonic()
             log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
 
     def resume(self) -> None:
-        """Looks again, unless the door has been closed for good."""
-        if self.fileno() >= 0:
+        if self.fileno() >= 0:  # else it was closed for good meanwhile
             tornado.ioloop.IOLoop.current().update_handler(self.fileno(), tornado.ioloop.IOLoop.READ)
 
 
 class Server(tornado.httpserver.HTTPServer):
-    """Tornado's, that tells who is there."""
+    """Tornado's, which tells the visitors' list who comes and goes."""
 
     visitors: Visitors
 
     def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[Any, ...]) -> None:
-        """Called by Tornado with a new connection."""
         self.visitors.come(stream, network(address[0]))
         super().handle_stream(stream, address)
 
@@ -3404,7 +3401,7 @@ class Server(tornado.httpserver.HTTPServer):
 
 
 def bind(config: Config) -> list[Door]:
-    """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
+    """The sockets to listen on, with the next free port if the default one is busy. Raises FatalError."""
     if config.inherited:
         return [Door(fileno=descriptor) for descriptor in config.inherited]
     first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
@@ -3420,8 +3417,8 @@ def bind(config: Config) -> list[Door]:
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
                 advice = ". Another port: --port N" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-                raise StartError(f"cannot listen on {where}: {error.strerror}{advice}") from None
-    raise StartError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
+                raise FatalError(f"cannot listen on {where}: {error.strerror}{advice}") from None
+    raise FatalError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
 
 
 def is_answered(port: int) -> bool:
@@ -3432,23 +3429,22 @@ def is_answered(port: int) -> bool:
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """For https, where a certificate was given. Raises StartError."""
+    """For https, where a certificate was given. Raises FatalError."""
     if not config.certfile:
         return None
 
-    def refuse_passphrase() -> NoReturn:
-        """Called by OpenSSL, which would ask at the terminal; a service has none."""
+    def refuse_passphrase() -> NoReturn:  # OpenSSL would ask at the terminal; a service has none
         key = config.keyfile or config.certfile
-        raise StartError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
+        raise FatalError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(config.certfile, config.keyfile or None, refuse_passphrase)
     except ssl.SSLError:
-        raise StartError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
+        raise FatalError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
     except OSError as error:
         files = " or ".join(filter(None, (config.certfile, config.keyfile)))
-        raise StartError(f"cannot read the certificate {files}: {error.strerror}") from None
+        raise FatalError(f"cannot read the certificate {files}: {error.strerror}") from None
     return context
 
 
@@ -3473,7 +3469,7 @@ class Daemon:
 
     @classmethod
     async def start(cls, config: Config) -> Self:
-        """Takes a port, reads the store, opens the room. Raises StartError, and then leaves nothing behind."""
+        """Takes a port, reads the store, opens the room. Raises FatalError, and then leaves nothing behind."""
         async with contextlib.AsyncExitStack() as undo:
             ports = bind(config)
             for port in ports:
@@ -3486,7 +3482,6 @@ class Daemon:
         return daemon
 
     def listen(self) -> None:
-        """Lets people in."""
         self.server = Server(
             make_app(self),
             ssl_options=self.tls,
@@ -3502,7 +3497,6 @@ class Daemon:
 
     @property
     def url(self) -> str:
-        """The room's address on this machine."""
         return local_url(self.config, self.port)
 
     def addresses(self) -> list[str]:
@@ -3552,7 +3546,7 @@ class Daemon:
 
 
 async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
-    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises StartError."""
+    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises FatalError."""
     deadline = time.monotonic() + config.wait
     for tried in itertools.count():
         try:
@@ -3562,7 +3556,7 @@ async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]])
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
-                raise StartError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
+                raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
         if not tried:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
         await asyncio.sleep(config.retry_seconds)
@@ -3575,7 +3569,7 @@ def is_passing(error: Exception) -> bool:
 
 
 async def serve(config: Config) -> None:
-    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises StartError."""
+    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises FatalError."""
     raise_file_limit()
     daemon = await Daemon.start(config)
     stop = stop_on_signals()
@@ -3588,7 +3582,7 @@ async def serve(config: Config) -> None:
     for task in tasks:
         if task.done():
             task.result()  # a bug: its traceback is the best we can give
-    tell(config, "tornchat: stopping")
+    print_out(config, "tornchat: stopping")
     await daemon.stop()
     log.info("stopped")
 
@@ -3608,7 +3602,7 @@ def raise_file_limit() -> None:
 
 
 async def supervise(config: Config, command: Sequence[str]) -> None:
-    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises StartError."""
+    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises FatalError."""
     ports = bind(config)
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
@@ -3623,7 +3617,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
         for number in range(1, config.workers + 1):
             workers.create_task(keep_worker(number, command, descriptors, stop))
         await stop.wait()
-        tell(config, "tornchat: stopping")
+        print_out(config, "tornchat: stopping")
     log.info("stopped")
 
 
@@ -3664,16 +3658,23 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
         await worker.wait()
 
 
-def stop_on_signals() -> asyncio.Event:
-    """What the first signal to stop sets; the second one ends the process.
-
-    The loop's own signal handlers would do, but Windows has none.
+def wake_on_signals() -> None:
+    """Lets a signal wake the loop. Python calls handlers between two instructions: without this, one that comes after
+    the last instruction before the loop waits is not heard before the wait is over.
     """
+    if os.name == "posix":  # elsewhere asyncio does it
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        asyncio.get_running_loop().add_reader(read_end, os.read, read_end, 4096)
+        signal.set_wakeup_fd(write_end)
+
+
+def stop_on_signals() -> asyncio.Event:
+    """What the first signal to stop sets; the second one ends the process."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def handle(number: int, frame: object) -> None:
-        """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
         if stop.is_set():
             os._exit(0)
         loop.call_soon_threadsafe(stop.set)
@@ -3692,11 +3693,11 @@ def on_stop_signals(handler: Any) -> None:
 
 def announce(config: Config, port: int) -> None:
     """Says where the room is: to a person with the banner, to the log of a service in a line."""
-    tell(config, banner(config, port))
+    print_out(config, banner(config, port))
     log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
 
 
-def tell(config: Config, text: str) -> None:
+def print_out(config: Config, text: str) -> None:
     """Prints for the operator. That nobody reads it (a closed pipe, a full disk) must not end the room."""
     if config.quiet or config.inherited or sys.stdout is None:
         return
@@ -3726,10 +3727,6 @@ NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; 
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
-
-
-class Ended(Exception):  # noqa: N818 - a fact, not an error
-    """The client can't go on; why, for its user."""
 
 
 def safe(text: str) -> str:
@@ -3773,10 +3770,9 @@ def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_colu
 
 def parse_any(raw: str | bytes) -> dict[str, Any]:
     """A JSON object; {} for anything else."""
-    try:
+    with contextlib.suppress(Refused):
         return parse_object(raw)
-    except Refused:
-        return {}
+    return {}
 
 
 class Client:
@@ -3807,17 +3803,18 @@ class Client:
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     async def log_in(self) -> None:
-        """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
+        """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
         answer = await self.post("login", nickname=self.name, password=self.password)
-        told = parse_any(answer.body)
+        fields = parse_any(answer.body)
         if answer.code >= 500:
-            raise OSError(told.get("text", answer.reason))
-        match told:
+            raise OSError(fields.get("text", answer.reason))
+        match fields:
             case {"name": str(name)}:
                 self.name = shown(name)
+            case {"text": str(reason), "suggestion": free}:
+                raise FatalError(f"{reason} {self.words['term_free'].format(name=free)}")
             case {"text": str(reason)}:
-                free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
-                raise Ended(f"{reason} {free}".rstrip())
+                raise FatalError(reason)
             case _:
                 raise self.no_room(f"{answer.code} {answer.reason}")
         self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
@@ -3839,8 +3836,8 @@ class Client:
 
     # --- connection ---
 
-    async def stay(self) -> NoReturn:
-        """Keeps connected. Raises Ended."""
+    async def keep_connected(self) -> NoReturn:
+        """Connects, again and again. Raises FatalError."""
         while True:
             try:
                 if self.epoch and not self.let_in:
@@ -3850,7 +3847,7 @@ class Client:
                 if not self.epoch:
                     raise self.unreachable(error) from None
             else:
-                await self.converse()
+                await self.receive_all()
             self.connected = False
             self.update()
             await self.backoff()
@@ -3865,8 +3862,8 @@ class Client:
         self.handshake = asyncio.ensure_future(tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS))
         self.socket = await asyncio.shield(self.handshake)
 
-    async def converse(self) -> None:
-        """Hears what the room says until the connection ends. Raises Ended if there is no coming back."""
+    async def receive_all(self) -> None:
+        """Until the connection ends. Raises FatalError if there is no coming back."""
         assert self.socket is not None
         try:
             while (raw := await self.socket.read_message()) is not None:
@@ -3876,26 +3873,26 @@ class Client:
             self.socket.close()
         code, reason = self.socket.close_code, self.socket.close_reason or ""
         if word := self.words.get(f"js_closed_{code}"):
-            raise Ended(word.format(name=self.name))
+            raise FatalError(word.format(name=self.name))
         if code == 4401:  # restarted without a lasting store
             if not self.let_in or reason == "logout":
-                raise Ended(self.words.get(f"login_why_{reason}", reason))
+                raise FatalError(self.words.get(f"login_why_{reason}", reason))
             self.let_in = False
         if not self.epoch:
             raise self.unreachable(ConnectionError(reason or "silence"))
         self.restarting |= code == 1001
 
-    def no_room(self, reason: str) -> Ended:
-        return Ended(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
+    def no_room(self, reason: str) -> FatalError:
+        return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
 
-    def unreachable(self, error: Exception) -> Ended:
+    def unreachable(self, error: Exception) -> FatalError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Ended(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
+        return FatalError(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
 
     # --- frames ---
 
     def receive(self, raw: str | bytes) -> None:
-        """Everything that the server says comes here; what only newer clients know is skipped. Raises Ended."""
+        """One frame; what only newer clients know is skipped. Raises FatalError."""
         match frame := parse_any(raw):
             case {"type": "welcome", "name": str(), "title": str(), "members": [*_], "count": int(), "epoch": str(),
                   "seq": int(), "recovered": bool(), "missed": int(), "reset": bool(),
@@ -3942,10 +3939,9 @@ class Client:
         if frame["seq"] > self.skipped:
             self.view.message(frame)
         if shown(frame["name"]) == self.name:
-            self.settle(frame.get("cid"))
+            self.resolve(frame.get("cid"))
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
-        """Somebody came or went."""
         self.count = frame["count"]
         names = [shown(str(name)) for name in frame["names"] if name != self.name]
         for name in names:
@@ -3958,12 +3954,13 @@ class Client:
     def on_refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never."""
         if frame["code"] not in PASSING_REFUSALS:
-            self.unsent(self.settle(frame.get("cid")), shown(frame["text"]))
+            self.report_unsent(self.resolve(frame.get("cid")), shown(frame["text"]))
         elif self.in_flight and frame.get("cid") == self.in_flight:
-            told = frame.get("retry_after")
-            wait = told if isinstance(told, int | float) else HOLD_SECONDS
-            self.in_flight, self.hold_until = "", time.monotonic() + wait
-            asyncio.get_running_loop().call_later(wait + 0.02, self.update)
+            seconds = frame.get("retry_after")
+            if not isinstance(seconds, int | float):
+                seconds = HOLD_SECONDS
+            self.in_flight, self.hold_until = "", time.monotonic() + seconds
+            asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
 
     # --- outbox ---
 
@@ -3971,7 +3968,7 @@ class Client:
         try:
             self.outbox[secrets.token_hex(12)] = clean_text(text)
         except Refused as refused:
-            self.unsent(text, refused.sentence(self.language))
+            self.report_unsent(text, refused.sentence(self.language))
         self.update()
 
     def update(self) -> None:
@@ -3979,22 +3976,20 @@ class Client:
         ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
         if ready and self.outbox and not self.in_flight and self.socket:
             self.in_flight, text = next(iter(self.outbox.items()))
-            with contextlib.suppress(KeyError):  # the reader will tell
+            with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
                 written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
                 written.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if self.connected and not self.outbox and self.after >= self.replay_end:
-            self.idle.set()
-        else:
-            self.idle.clear()
+        idle = self.connected and not self.outbox and self.after >= self.replay_end
+        (self.idle.set if idle else self.idle.clear)()
         self.view.update()
 
-    def settle(self, cid: object) -> str:
+    def resolve(self, cid: object) -> str:
         """Takes out of the outbox what is confirmed or given up; its text."""
         if cid == self.in_flight:
             self.in_flight = ""
         return self.outbox.pop(str(cid), "")
 
-    def unsent(self, text: str, reason: str) -> None:
+    def report_unsent(self, text: str, reason: str) -> None:
         self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
 
     # --- what the user asks ---
@@ -4024,7 +4019,7 @@ class Client:
         return self.words["term_here"].format(names=", ".join([*names, *more]))
 
     def now(self) -> datetime.datetime:
-        """The room's clock, in our time zone."""
+        """By the room's clock, in our time zone."""
         return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
 
     def room_time(self, wish: str) -> str:
@@ -4059,17 +4054,17 @@ class Lines:
 
     def __init__(self, client: Client, config: Config) -> None:
         self.client, self.config, self.words = client, config, client.words
-        self.told, self.leaving = "js_state_connected", asyncio.Event()
+        self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
     def message(self, frame: Mapping[str, Any]) -> None:
-        """Somebody said something. Raises Ended, without a word when nobody reads any more."""
+        """Raises FatalError, without a word when nobody reads any more."""
         try:
             print(lines_for(sys.stdout, f"{shown(frame['name'])}: {frame['text']}"), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
-            raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
+            raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         if self.config.verbose or not minor:
@@ -4078,8 +4073,8 @@ class Lines:
 
     def update(self) -> None:
         """Tells when the connection is lost, and when it is back."""
-        if (state := self.client.state()) not in (self.told, "js_state_connecting"):
-            self.told = state
+        if (state := self.client.state()) not in (self.state, "js_state_connecting"):
+            self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
 
@@ -4093,11 +4088,11 @@ class Lines:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
         with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
             for line in read_lines():
-                asyncio.run_coroutine_threadsafe(self.take(line), loop).result()
+                asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
             loop.call_soon_threadsafe(self.leaving.set)
 
-    async def take(self, line: str) -> None:
-        """One line: waits until it is confirmed, or does what a person asks for who types it."""
+    async def on_line(self, line: str) -> None:
+        """Says it and waits until that is confirmed, or does what a person asks for who types it."""
         if not sys.stdin.isatty():
             if line.strip():
                 self.client.say(line)
@@ -4191,7 +4186,7 @@ def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> L
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
-    """Talks in a room until its user or the room ends it. Raises Ended."""
+    """Talks in a room until its user or the room ends it. Raises FatalError."""
     locale = environ.get("LC_ALL") or environ.get("LC_MESSAGES") or environ.get("LANG") or ""
     client = Client(config, choose_language(locale.replace("_", "-")))
     try:
@@ -4201,7 +4196,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
     client.view = choose_view(client, config, environ)
     try:
         stop = stop_on_signals()
-        tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
+        tasks = [asyncio.create_task(task) for task in (client.keep_connected(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
@@ -4229,20 +4224,18 @@ class Parser(argparse.ArgumentParser):
         self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
         self.exit(2, f"tornchat: {message} (--help tells more)\n")
 
     def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
         """An option with a value, which may stand in one of these variables of the environment instead."""
         variables = env.split()
-        action = self.add_argument(
-            *flags, type=type, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs
-        )
+        help += f" [{', '.join(variables)}]" if env else ""
+        action = self.add_argument(*flags, type=type, help=help, **kwargs)
         self.variables[action.dest] = variables, type
 
     def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
         """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
-        variables, kind = self.variables.get(dest, ((), str))
+        variables, kind = self.variables[dest]
         for name in filter(environ.get, variables):
             try:
                 return {dest: kind(environ[name])}
@@ -4302,7 +4295,7 @@ def add_options(parser: Parser) -> None:
            help="messages shown to a newcomer; default 100")
     option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined,
+    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
            metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
@@ -4323,16 +4316,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
 
 
-class Joined(argparse.Action):
-    """For an option that may be given several times, each time with several values."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        """Called by argparse."""
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+# What the value of an option must be. Each of these raises ArgumentTypeError with the reason.
 
 
 def text(value: str) -> str:
-    """Any text. Raises ArgumentTypeError for none: it is an unset variable, and might leave a door open."""
+    """Any text but none, which is mostly an unset variable, and might leave a door open."""
     if not value:
         raise argparse.ArgumentTypeError("is empty")
     if any(unicodedata.category(char) == "Cs" for char in value):  # what os.fsdecode makes of bytes that are no text
@@ -4341,7 +4329,6 @@ def text(value: str) -> str:
 
 
 def host_address(value: str) -> str:
-    """An address or name of this machine. Raises ArgumentTypeError."""
     with contextlib.suppress(UnicodeError):
         value.encode("idna")
         return text(value)
@@ -4349,7 +4336,6 @@ def host_address(value: str) -> str:
 
 
 def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
-    """A number of that kind. Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError):
         if least <= (value := kind(text)) <= most:
             return value
@@ -4364,36 +4350,35 @@ patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
 
 def yes_or_no(text: str) -> bool:
-    """A switch in the environment. Raises ArgumentTypeError."""
-    if text.lower() not in ("1", "yes", "true", "on", "0", "no", "false", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-    return text.lower() in ("1", "yes", "true", "on")
+    if text.lower() in ("1", "yes", "true", "on"):
+        return True
+    if text.lower() in ("0", "no", "false", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
 
 
 def room_title(value: str) -> str:
-    """A title. Raises ArgumentTypeError."""
     if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
     return text(value)
 
 
 def room_name(value: str) -> str:
-    """Part of a Redis key, where braces and colons mean something. Raises ArgumentTypeError."""
+    """Part of a Redis key, where braces and colons mean something."""
     if not re.fullmatch(r"[^\s{}:]{1,64}", value):
         raise argparse.ArgumentTypeError(f"{value!r} is not 1 to 64 characters without spaces, colons and braces")
     return text(value)
 
 
-def host_names(text: str) -> tuple[str, ...]:
-    """Host names, separated by commas. Raises ArgumentTypeError."""
-    names = tuple(host_name(name) for name in map(str.strip, text.split(",")) if name)
+def host_names(text: str) -> list[str]:
+    names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
     if not names or "" in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
     return names
 
 
 def redis_url(value: str) -> str:
-    """A URL that redis-py can use. Raises ArgumentTypeError, which doesn't quote it: there may be a password in it."""
+    """A URL that redis-py can use. The reason doesn't quote it: there may be a password in it."""
     with contextlib.suppress(ValueError, TypeError, RedisError):
         url = urllib.parse.urlsplit(value)
         host = (url.hostname or "").encode("idna")
@@ -4404,7 +4389,7 @@ def redis_url(value: str) -> str:
 
 
 def room_url(text: str) -> str:
-    """The address of a room, as its routes begin. Raises ArgumentTypeError.
+    """The address of a room, as its routes begin.
 
     People leave out the scheme, and then mean our default port; or they copy the address of a page.
     """
@@ -4426,18 +4411,19 @@ def user_name(environ: Mapping[str, str]) -> str:
     return ""
 
 
-class OneASecond(logging.Filter):
-    """What visitors can cause comes once a second from each place in the code; the next line says how many there were.
-
-    What becomes of the room is always told, and so is what -v asks for.
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes to stderr what can steer no terminal, and what visitors can cause once a second from each place in the
+    code; the next line says how many there were. What becomes of the room, and what -v asks for, is always written.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was let through, how many since not
+        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was written, how many since not
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))  # a traceback keeps its newlines
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Called by logging."""
         if record.levelno < logging.INFO or record.name == log.name:
             return True
         place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
@@ -4452,32 +4438,35 @@ class OneASecond(logging.Filter):
         return True
 
 
-class SafeFormatter(logging.Formatter):
-    """Log lines without anything that could steer a terminal, whoever it comes from."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Called by logging; a traceback keeps its newlines."""
-        return "\n".join(map(shown, super().format(record).split("\n")))
-
-
 def configure_logging(config: Config) -> None:
     """On stderr: warnings with -q, what becomes of the room without, requests with -v, everything with -v -v.
 
     A terminal has no need of dates, nor of lines that say what the banner says.
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    handler = logging.StreamHandler()
-    handler.addFilter(OneASecond())
-    dates = "%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z"
-    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", dates))
     level = logging.CRITICAL if config.join else logging.WARNING  # a client tells by itself what Tornado complains of
-    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
+    logging.basicConfig(
+        handlers=[LogHandler()],
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z",
+        level=logging.DEBUG if config.verbose > 1 else level,
+    )
     terse = config.quiet or terminal or config.inherited  # the supervisor speaks for its workers
     log.setLevel(logging.DEBUG if config.verbose else logging.WARNING if terse else logging.INFO)
 
 
+async def run(config: Config) -> None:
+    """Talks in a room, serves one, or keeps workers that do. Raises FatalError."""
+    wake_on_signals()
+    if config.join:
+        await join(config, os.environ)
+    elif config.workers > 1 and not config.inherited:
+        await supervise(config, [sys.executable, __file__, *sys.argv[1:]])
+    else:
+        await serve(config)
+
+
 def main() -> None:
-    """The program."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed standard stream must not become a socket
         pass
     os.close(descriptor)
@@ -4486,13 +4475,8 @@ def main() -> None:
     config = parse_config(sys.argv[1:], os.environ)
     configure_logging(config)
     try:
-        if config.join:
-            asyncio.run(join(config, os.environ))
-        elif config.workers > 1 and not config.inherited:
-            asyncio.run(supervise(config, [sys.executable, __file__, *sys.argv[1:]]))
-        else:
-            asyncio.run(serve(config))
-    except (StartError, Ended) as error:
+        asyncio.run(run(config))
+    except FatalError as error:
         sys.exit(lines_for(sys.stderr, f"tornchat: {error}") if str(error) else 0)
     on_stop_signals(signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
@@ -4694,25 +4678,25 @@ def page_words(language: str) -> dict[str, str]:
 # With the header's "no-referrer" a form's Origin would be "null", and on plain http, where browsers send no
 # Sec-Fetch-Site, a login would look like another page's: so the pages ask for "same-origin".
 # language=html
-PLAIN_HTML = r"""<!doctype html>
+PAGE_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
   <meta name="referrer" content="same-origin">
-  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+  <meta name="viewport"
+    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
   <title>{{ title }}</title>
-  <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link id="icon" rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml"
+    data-unread="{{ root }}{{ asset("icon-unread.svg") }}">
   <link rel="stylesheet" href="{{ root }}{{ asset("style.css") }}">
   <script src="{{ root }}{{ asset("theme.js") }}"></script>
 </head>
-<body class="login">
-{% block main %}{% end %}
-</body>
+{% block body %}{% end %}
 </html>
 """
 
 # language=html
-LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
+LOGIN_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
     <h1 dir="auto">{{ title }}</h1>
@@ -4735,34 +4719,21 @@ LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
     </form>
     <p class="hint">{{ kept }}</p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-ERROR_HTML = r"""{% extends "plain.html" %}{% block main %}
+ERROR_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <h1 dir="auto">{{ title }}</h1>
     <p class="error" role="alert">{{ text }}</p>
     <p><a href="{{ root }}">{{ w["error_back"] }}</a></p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-CHAT_HTML = r"""<!doctype html>
-<html lang="{{ lang }}">
-<head>
-  <meta charset="utf-8">
-  <meta name="referrer" content="same-origin">
-  <meta name="viewport"
-    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
-  <title>{{ title }}</title>
-  <link id="icon" rel="icon" href="{{ asset("icon.svg") }}" data-unread="{{ asset("icon-unread.svg") }}"
-    type="image/svg+xml">
-  <link rel="stylesheet" href="{{ asset("style.css") }}">
-  <script src="{{ asset("theme.js") }}"></script>
-  <script src="{{ asset("chat.js") }}" defer></script>
-</head>
+CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
 <body class="chat {{ view }}" data-view="{{ view }}" data-state="connecting" data-name="{{ name }}" data-now="{{ now }}"
   data-words="{{ words }}">
   <header>
@@ -4813,26 +4784,28 @@ CHAT_HTML = r"""<!doctype html>
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
-</body>
-</html>
+  <script src="{{ asset("chat.js") }}"></script>
+</body>{% end %}
 """
 
 # language=css
 STYLE_CSS = r"""
 :root {
-  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a;
-  --line: #dcdfd9; --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4;
-  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614; --code: #1c23260d;
-  --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
+  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a; --line: #dcdfd9;
+  --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4; --on-warn: #5c3f00; --bad: #a32c1b;
+  --shadow: 0 1px 2px #1c232614; --code: #1c23260d; --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
 }
 :root[data-theme="dark"] {
-  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad;
-  --line: #2d373b; --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d;
-  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: 0 0 #0000; --code: #ffffff12;
-  --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
+  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad; --line: #2d373b;
+  --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d; --on-warn: #ffdf9b; --bad: #ff9f8f;
+  --shadow: 0 0 #0000; --code: #ffffff12; --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
-:root { font-size: max(100%, .6vw); }  /* 4K: not smaller than a hand can point at */
+:root {
+  font-size: max(100%, .6vw);  /* 4K: not smaller than a hand can point at */
+  --left: max(12px, env(safe-area-inset-left)); --right: max(12px, env(safe-area-inset-right));
+  --foot: max(12px, env(safe-area-inset-bottom));
+}
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -4840,36 +4813,31 @@ input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
 .chat:not(.live) .scripted { display: none !important; }
 .chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
-  margin: 0;
-  background: var(--page);
-  color: var(--ink);
-  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
-  -webkit-text-size-adjust: 100%;
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif; -webkit-text-size-adjust: 100%;
   scrollbar-color: var(--quiet) transparent;
 }
 h1, h2, p, ul { margin: 0; padding: 0; }
 a { color: var(--accent); }
 svg { width: 22px; height: 22px; fill: currentColor; vertical-align: middle; }
 button {
-  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0;
-  border-radius: 12px; background: var(--accent); color: var(--on-accent);
-  font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
+  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0; border-radius: 12px; background: var(--accent);
+  color: var(--on-accent); font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
 }
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input:not([type="checkbox"]), textarea, select {
-  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet);
-  border-radius: 12px; background: var(--surface); color: inherit; font: inherit;
+  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
+  background: var(--surface); color: inherit; font: inherit;
 }
 
 /* Login */
 .login main { max-width: 24rem; margin: 0 auto; padding: min(14vh, 7rem) 20px 32px; text-align: center; }
 .login h1 { margin: 8px 0 24px; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 .login form {
-  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line);
-  border-radius: 20px; background: var(--surface); box-shadow: var(--shadow);
-  text-align: start;
+  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line); border-radius: 20px; background: var(--surface);
+  box-shadow: var(--shadow); text-align: start;
 }
 .login label { display: block; margin-bottom: 6px; font-weight: 600; }
 .login form button { width: 100%; min-height: 48px; }
@@ -4882,16 +4850,13 @@ input:not([type="checkbox"]), textarea, select {
 
 /* Chat: header, people, messages, composer */
 .chat {
-  display: grid;
-  grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
-  height: var(--height, 100dvh);
+  display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem; height: var(--height, 100dvh);
   overflow: hidden;
 }
 header {
-  position: relative; z-index: 3; grid-column: 1 / -1; display: flex;
-  align-items: center; gap: 12px; min-height: 56px;
-  padding: env(safe-area-inset-top) max(16px, env(safe-area-inset-right)) 0 max(16px, env(safe-area-inset-left));
-  border-bottom: 1px solid var(--line); background: var(--surface);
+  position: relative; z-index: 3; grid-column: 1 / -1; display: flex; align-items: center; gap: 12px; min-height: 56px;
+  padding: env(safe-area-inset-top) var(--right) 0 var(--left); border-bottom: 1px solid var(--line);
+  background: var(--surface);
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
 header .plain { flex: none; border: 0; padding: 0 10px; }
@@ -4901,13 +4866,12 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 /* The state: a dot beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
+  content: ""; display: inline-block; width: .6em; height: .6em; margin-inline-end: 6px; border-radius: 50%;
+  background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
-  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px;
-  background: var(--warn); color: var(--on-warn); font-size: .9375rem;
-  text-align: center; animation: appear .2s backwards;
+  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px; background: var(--warn); color: var(--on-warn);
+  font-size: .9375rem; text-align: center; animation: appear .2s backwards;
 }
 .chat:not([data-state="connected"]) #state::before { background: #d98a00; }
 .chat[data-state="connecting"] #state { animation-delay: .6s; }
@@ -4916,10 +4880,8 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 @keyframes appear { from { opacity: 0; } }
 
 #roster {
-  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px;
-  min-height: 0;
-  padding: 16px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom)) 12px;
-  border-inline-start: 1px solid var(--line); background: var(--surface);
+  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px; min-height: 0;
+  padding: 16px var(--right) var(--foot) 12px; border-inline-start: 1px solid var(--line); background: var(--surface);
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
@@ -4936,22 +4898,16 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
-  display: flex; flex-direction: column; justify-content: flex-end;
-  max-width: 56rem; min-height: 100%; margin: 0 auto;
-  padding: 16px max(12px, env(safe-area-inset-right)) 8px max(12px, env(safe-area-inset-left));
+  display: flex; flex-direction: column; justify-content: flex-end; max-width: 56rem; min-height: 100%; margin: 0 auto;
+  padding: 16px var(--right) 8px var(--left);
 }
 [data-state="connected"] #log:empty::before {
-  content: attr(data-empty);
-  display: block;
-  padding: 32px 0;
-  color: var(--quiet);
-  text-align: center;
+  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
-  flex: none; display: grid; place-items: center; width: 32px; height: 32px;
-  border-radius: 50%; background: oklch(var(--face) var(--hue));
-  color: oklch(var(--on-face) var(--hue)); font-size: .875rem; font-weight: 700;
-  text-transform: uppercase;
+  flex: none; display: grid; place-items: center; width: 32px; height: 32px; border-radius: 50%;
+  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .875rem;
+  font-weight: 700; text-transform: uppercase;
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
@@ -4964,12 +4920,8 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
 .message[data-day]::before { margin-bottom: 8px; font-weight: 600; }
 .bubble {
-  position: relative;
-  max-width: min(85% - 40px, 40rem);
-  padding: 7px 12px;
-  border-radius: 6px 16px 16px;
-  background: var(--surface);
-  box-shadow: var(--shadow);
+  position: relative; max-width: min(85% - 40px, 40rem); padding: 7px 12px; border-radius: 6px 16px 16px;
+  background: var(--surface); box-shadow: var(--shadow);
 }
 /* The time stands beside the last line if there is room, else below */
 .line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
@@ -4999,10 +4951,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
 [data-kind="missed"], [data-kind="reset"], [data-kind="refused"] {
-  margin: 12px auto;
-  border-radius: 12px;
-  background: var(--warn);
-  color: var(--on-warn);
+  margin: 12px auto; border-radius: 12px; background: var(--warn); color: var(--on-warn);
 }
 #outbox .bubble { border: 1px dashed var(--quiet); background: none; box-shadow: none; }
 #outbox .failed .bubble { border-color: var(--bad); }
@@ -5012,21 +4961,17 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .choices button + button { border: 1px solid var(--line); background: none; color: inherit; }
 
 #composer {
-  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap;
-  align-items: flex-end; gap: 0 8px; width: 100%; max-width: 56rem; margin: 0 auto;
-  padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
-    max(12px, env(safe-area-inset-left));
+  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap; align-items: flex-end; gap: 0 8px; width: 100%;
+  max-width: 56rem; margin: 0 auto; padding: 8px var(--right) var(--foot) var(--left);
 }
 #box {
-  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px);
-  border-radius: 22px; resize: none;
+  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
+  resize: none;
 }
 #send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
-#matches {
-  position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px;
-}
+#matches { position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px; }
 #matches button {
   max-width: 100%; border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003;
   overflow-wrap: anywhere;
@@ -5034,14 +4979,13 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
-  position: absolute; bottom: 100%; left: 50%; translate: -50%;
-  border-radius: 22px; box-shadow: 0 2px 8px #0004;
+  position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
-  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px;
-  background: var(--surface); color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
+  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
+  color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
 }
 dialog div { padding: 24px; }
 dialog::backdrop { background: #0008; }
@@ -5067,8 +5011,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
-  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
-  box-shadow: none; outline: none;
+  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0; box-shadow: none;
+  outline: none;
 }
 .projector #invite div { padding: 1.2vw; }
 .projector #code { width: min(100%, 40vh); }
@@ -5087,10 +5031,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
   #join span { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
-    position: fixed; z-index: 2;
-    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
-    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%;
-    transition: translate .2s, visibility .2s;
+    position: fixed; z-index: 2; inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
+    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%; transition: translate .2s, visibility .2s;
   }
   #roster.open { visibility: visible; translate: 0; }
 }
@@ -6200,7 +6142,7 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 # On the icon while there is something unread.
 UNREAD_DOT = '<circle cx="50" cy="14" r="13" fill="#e5484d" stroke="#fff" stroke-width="3"/>'
 
-TEMPLATES = {"plain.html": PLAIN_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
+TEMPLATES = {"page.html": PAGE_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
