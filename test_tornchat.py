@@ -8004,7 +8004,16 @@ class TestTerminal(Transcripts):
 
     async def test_gibberish(self) -> None:
         """A server that isn't the room's is told as such, whatever it says."""
-        frames = ["hello", "[]", "7", "{}", '{"type":"welcome"}', '{"type":"time","ts":"soon"}', b"\xff", "[" * 5000]
+        frames: list[str | bytes] = [
+            "hello",
+            "[]",
+            "7",
+            "{}",
+            '{"type":"welcome"}',
+            '{"type":"time","ts":"soon"}',
+            b"\xff",
+            "[" * 5000,
+        ]
         frames += ['{"type":"message","seq":"x"}', '{"type":"joined","names":7,"count":1}', '{"type":"refused"}']
         for frame in frames:
             async with StandIn(frame) as room:
@@ -9089,6 +9098,7 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
 
 async def bench_transports() -> None:
     """Each way in a room of its own, all at once."""
+    logging.getLogger("tornado.application").disabled = True  # it tells of each request that is given up at the end
     ways = [("short polling, 2 s", 0, 2), ("long polling", 25, 0), ("WebSocket", 0, 0)]
     await asyncio.gather(*(bench_transport(*way) for way in ways))
 
