@@ -7854,7 +7854,7 @@ class Terminal(Program):
             command, {"TERM": "xterm-256color"} | environ, stdin=slave, stdout=slave, stderr=slave
         )
         program.master, program.slave, program.modes = master, slave, modes
-        program.screen = pyte.HistoryScreen(columns, 24, history=1000)
+        program.screen = pyte.HistoryScreen(columns, 24, history=5000)
         program.screen.write_process_input = program.keys  # where the cursor is, when it is asked
         program.stream = pyte.ByteStream(program.screen)
         lan.programs.append(program)
@@ -7926,6 +7926,7 @@ class StandIn:
         self.events: list[object] = []  # what it was asked for: the arguments of a /chat, or "logout"
         self.sockets: list[tornado.websocket.WebSocketHandler] = []
         self.busy = asyncio.Event()  # a handshake has begun ...
+        self.said = asyncio.Queue[Frame]()
         self.free = asyncio.Event()  # ... and may go on
         self.free.set()
 
@@ -7952,6 +7953,9 @@ class StandIn:
                     data = json.dumps(frame) if isinstance(frame, dict) else frame
                     self.write_message(data, binary=isinstance(data, bytes))
 
+            def on_message(self, message: str | bytes) -> None:
+                room.said.put_nowait(json.loads(message))
+
         routes = [("/login", Login), ("/logout", Logout), ("/chat", Chat)]
         application = tornado.web.Application(routes, log_function=lambda handler: None)
         self.server = tornado.httpserver.HTTPServer(application)
@@ -7959,6 +7963,12 @@ class StandIn:
         self.server.add_sockets(sockets)
         self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
         return self
+
+    async def hears(self, type: str) -> Frame:
+        """The next frame of a client."""
+        frame = await asyncio.wait_for(self.said.get(), 2 * PATIENCE)
+        assert frame["type"] == type
+        return frame
 
     async def __aexit__(self, *error: object) -> None:
         self.server.stop()
@@ -7976,7 +7986,14 @@ def hostile_room() -> StandIn:
             common | {"type": "joined", "names": ["Bob" + attack]},
             common | {"type": "refused", "code": "empty", "text": name + attack},
             common | {"type": "left", "names": ["Bob" + attack]},
+            common | {"type": "hosts", "names": ["Me", "Bob" + attack]},
+            common | {"type": "mode", "talk": attack, "every": 7, "door": attack, "by": "Bob" + attack},
+            common | {"type": "muted", "name": "Bob" + attack, "until": 0},
+            common
+            | {"type": "note", "to": seq, "kind": "pin", "message": {"name": "Bob" + attack, "text": name + attack}},
             common | {"type": "message", "seq": seq, "cid": "x", "name": "Bob" + attack, "text": name + attack},
+            common | {"type": "note", "to": seq, "kind": "react", "counts": {attack: attack}},
+            common | {"type": "note", "to": seq - 1, "kind": "delete"},
         ]
     frames.append(common | {"type": "message", "seq": len(ATTACKS) + 1, "name": "Eve", "text": "the end"})
     return StandIn(*frames, login={"name": "Me" + everything})
@@ -8039,7 +8056,7 @@ class TestTerminal(Transcripts):
     async def test_a_bug_of_our_own(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """What goes wrong in the client is not blamed on the room."""
 
-        def broken(self: tornchat.Lines, frame: Frame) -> None:
+        def broken(self: tornchat.Lines, author: str, frame: Frame) -> None:
             raise KeyError("a bug")
 
         monkeypatch.setattr(tornchat.Lines, "message", broken)
@@ -8065,7 +8082,7 @@ class TestTerminal(Transcripts):
             assert [char for char in printed if tornchat.STEERING.match(char)] == []
             assert not re.search(r"^(\d\d:\d\d )?Ann", printed, re.MULTILINE), printed
         assert terminal.screen.title == ""
-        assert all(f": {attack}" in terminal.text for attack in ATTACKS)
+        assert [attack for attack in ATTACKS if f" {attack}" not in terminal.text] == []
         said = [line for line in out.splitlines() if not line.startswith(" ")]
         assert len(said) == len(ATTACKS) + 1
         assert all(line.startswith("Bob") for line in said[:-1])
@@ -8194,7 +8211,7 @@ class TestTerminal(Transcripts):
             (WELCOME | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
             (WELCOME | {"seq": 1, "reset": True, "recovered": False}, "The room has lost its history"),
             (message | {"seq": 1, "text": "anew"}, "Bob: anew"),
-            ({"type": "refused", "code": "empty", "text": "Nothing there."}, "Not sent: Nothing there."),
+            ({"type": "refused", "code": "not-host", "text": "Only a host can."}, "~ Only a host can."),
             ({"type": "of-tomorrow", "text": 7}, ""),
         ]:
             client.receive(json.dumps(frame))
@@ -8202,6 +8219,109 @@ class TestTerminal(Transcripts):
         client.say("x" * 4001)
         assert "longer than 4000" in capsys.readouterr().out
         assert client.outbox == {}
+
+    def test_what_hosts_do_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """So are badges, answers, what was deleted, pinned and reacted to, who can write, and who is muted."""
+        config = tornchat.Config(join="http://h/")
+        client = tornchat.Client(config, "en")
+        client.view = tornchat.Screen(client, config, colors=False)
+        message: Frame = {"type": "message", "name": "Bob", "text": "hi", "ts": 1}
+        pinned = message | {"seq": 990, "text": "Pages 7 to 9"}
+        note: Frame = {"type": "note", "to": 1001}
+        open_mode: Frame = {"type": "mode", "talk": "everyone", "every": 0, "door": "open", "by": "Ann"}
+        for frame, told in [
+            (WELCOME | {"hosts": ["Ann"], "mode": open_mode | {"every": 9}, "pinned": pinned},
+             "here: ★ Ann|Everybody can write. One message in 9 s.|Pinned: Bob: Pages 7 to 9"),
+            (message | {"seq": 1001}, " Bob: hi"),
+            (message | {"seq": 1002, "name": "Ann", "host": True, "re": 1001}, " ★ Ann (to Bob): hi"),
+            (message | {"seq": 1003, "re": 7}, " Bob: hi"),
+            (message | {"seq": 1004, "deleted": True, "text": ""}, "~ A message of Bob was deleted."),
+            (note | {"kind": "react", "counts": {"👍": 2, "😂": 1}}, "~ 👍 2 😂 1 · Bob: hi"),
+            (note | {"kind": "pin", "by": "host", "message": message | {"seq": 1001}}, "~ Pinned: Bob: hi"),
+            (note | {"kind": "pin", "by": "host", "message": None}, "~ No message is pinned any more."),
+            (note | {"kind": "delete", "by": "host"}, "~ A message of Bob was deleted."),
+            (open_mode | {"talk": "hosts"}, "~ Ann: Only hosts can write.~"),
+            (open_mode | {"door": "closed"}, "~ Ann: Everybody can write. Nobody new gets in.~"),
+            ({"type": "muted", "name": "Bob", "until": 1795166143321}, "~ Bob cannot write until "),
+            ({"type": "muted", "name": "Bob", "until": 0}, "~ Bob can write again."),
+            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann deleted all that was said before."),
+            (message | {"seq": 1005, "re": 1002}, " Bob: hi"),
+            (note | {"kind": "delete"}, ""),
+        ]:  # fmt: skip
+            client.receive(json.dumps(frame))
+            shown = re.sub(r"\x1b\[\?7[lh]", "", capsys.readouterr().out).replace("\n", "~")
+            assert all(words in shown for words in told.split("|")), (frame, shown)
+        assert shown == ""
+        client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
+        assert client.who("") == "here: Ann"
+
+    @pytest.mark.parametrize(
+        ("typed", "frame"),
+        [
+            ("/delete-last bob", {"type": "note", "to": 2, "kind": "delete"}),
+            ("/delete-last", {"type": "note", "to": 1, "kind": "delete"}),
+            ("/pin bob", {"type": "note", "to": 2, "kind": "pin", "value": True}),
+            ("/pin", {"type": "note", "to": 3, "kind": "pin", "value": True}),
+            ("/unpin", {"type": "note", "to": 3, "kind": "pin", "value": False}),
+            ("/mute Old Tom 5", {"type": "mute", "name": "Old Tom", "seconds": 300}),
+            ("/remove Old Tom", {"type": "remove", "name": "Old Tom", "seconds": 600}),
+            ("/lock", {"type": "mode", "talk": "hosts"}),
+            ("/open", {"type": "mode", "talk": "everyone"}),
+            ("/slow 30", {"type": "mode", "every": 30}),
+            ("/door", {"type": "mode", "door": "closed"}),
+            ("/clear yes", {"type": "clear"}),
+            ("/clear", "/clear yes: deletes all that was said"),
+            ("/mute bob", "/mute NAME MINUTES: "),
+            ("/slow", "/slow SECONDS: "),
+            ("/delete-last Eve", "/delete-last NAME: "),
+        ],
+    )
+    async def test_what_hosts_ask_for(
+        self, typed: str, frame: Frame | str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A command is the frame for it; one that is not complete is explained."""
+        said = [("Ann", "one"), ("Bob", "two"), ("Old Tom", "three")]
+        messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
+                    for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
+        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        client.view = tornchat.Lines(client, tornchat.Config(join="http://h/"))
+        for known in (WELCOME | {"host": True, "seq": 3}, *messages):
+            client.receive(json.dumps(known))
+        asked: list[Any] = []
+        monkeypatch.setattr(client, "send", asked.append)
+        assert client.command(typed)
+        assert asked == ([frame] if isinstance(frame, dict) else [])
+        assert isinstance(frame, dict) or frame in capsys.readouterr().err
+        assert typed.partition(" ")[0] in client.help("")
+
+    @pytest.mark.parametrize(
+        ("code", "retry_after", "over"),
+        [
+            ("locked", None, {"type": "mode", "talk": "everyone", "every": 0, "door": "open", "by": "Bob"}),
+            ("muted", 300, {"type": "muted", "name": "Ann", "until": 0}),
+            ("slow", 0.3, {}),
+        ],
+    )
+    async def test_what_a_host_forbids_waits(
+        self, code: str, retry_after: float | None, over: Frame, memory_lan: Lan
+    ) -> None:
+        """What is said while its author is muted, the room locked or slow, stays, with the reason, and is said then."""
+        async with StandIn(WELCOME) as room:
+            ann = await Terminal.run(memory_lan, "--name", "Ann", at=room.url)
+            await ann.prompts()
+            ann.keys("hi\r")
+            said = await room.hears("say")
+            refused = {"type": "refused", "code": code, "text": f"You are {code}.", "cid": said["cid"]}
+            room.sockets[0].write_message(json.dumps(refused | ({"retry_after": retry_after} if retry_after else {})))
+            if over:
+                await ann.shows(f"You are {code}. · hi")
+                room.sockets[0].write_message(json.dumps(over))
+            assert await room.hears("say") == said
+            confirmed = {"type": "message", "seq": 1001, "ts": 1795166143321, "name": "Ann"} | said
+            room.sockets[0].write_message(json.dumps(confirmed | {"type": "message"}))
+            await ann.shows("Ann: hi")
+            await ann.prompts()
+            assert "You are" not in ann.text
 
     async def test_where_it_goes_on(self) -> None:
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""

@@ -230,6 +230,8 @@ class Config:
     certfile: str = ""
     keyfile: str = ""
     secret: str = ""
+    host_key: str = ""  # "": the room makes one up
+    transcript: str = "host"  # who may have it: "host", "everyone" or "off"
     workers: int = 1
     inherited: tuple[int, ...] = ()  # descriptors that a worker listens on
     join: str | None = None  # the address of a room to talk in; None: serve one
@@ -3721,7 +3723,11 @@ PENDING_ROWS = 3  # shown of what isn't sent yet
 QUOTED_CHARS = 60  # of what was not sent, or of what no tornchat would say
 TIMES = range(253_402_214_400_000)  # in ms, up to the year 9999: what datetime can show
 WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
-PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # keep the text: it may be said later
+HOST_REFUSALS = ("muted", "locked", "slow")  # what a host has decided; its author is told why the text waits
+PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost", *HOST_REFUSALS)  # keep the text: it may be said later
+OPEN_MODE = {"talk": "everyone", "every": 0, "door": "open"}
+RECENT_MESSAGES = 1000  # whose author and beginning are remembered, for what is done to them later
+REMOVE_SECONDS = 600  # for which /remove keeps somebody out
 UNREACHED = (OSError, UnicodeError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)  # an odd host name
 NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
 INDENT = "    "
@@ -3782,6 +3788,7 @@ class Client:
 
     def __init__(self, config: Config, language: str) -> None:
         self.url, self.name, self.password = config.join or "", config.name, config.password
+        self.host_key = config.host_key
         self.history = config.history
         self.language, self.words = language, WORDS[language]
         self.headers = {"Accept": "application/json", "Accept-Language": language}
@@ -3799,12 +3806,18 @@ class Client:
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
         self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
-        self.hold_until = 0.0  # nothing is said before, in s of time.monotonic
+        self.hold_until = 0.0  # nothing is said before, in s of time.monotonic ...
+        self.hold_reason = ""  # ... because of a host, in words
+        self.is_host, self.hosts = False, list[str]()
+        self.door: str = "open"
+        self.recent: dict[int, tuple[str, str]] = {}  # seq -> author and beginning
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     async def log_in(self) -> None:
         """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
-        answer = await self.post("login", nickname=self.name, password=self.password)
+        if self.host_key:
+            await self.become_host()
+        answer = await self.fetch("login", "POST", nickname=self.name, password=self.password)
         fields = parse_any(answer.body)
         if answer.code >= 500:
             raise OSError(fields.get("text", answer.reason))
@@ -3817,22 +3830,35 @@ class Client:
                 raise FatalError(reason)
             case _:
                 raise self.no_room(f"{answer.code} {answer.reason}")
-        self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
+        self.take_cookies(answer)
         with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
             date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
             self.clock_ahead = date.timestamp() + 0.5 - time.time()
 
-    async def post(self, path: str, **form: str) -> tornado.httpclient.HTTPResponse:
-        body = urllib.parse.urlencode(form)
-        request = tornado.httpclient.HTTPRequest(self.url + path, "POST", self.headers, body, follow_redirects=False)
+    async def become_host(self) -> None:
+        """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
+        answer = await self.fetch("host?" + urllib.parse.urlencode({"key": self.host_key}))
+        if answer.code < 400:
+            self.take_cookies(answer)
+        elif self.epoch:  # a room that was restarted may have another key
+            self.view.notice(self.words["term_no_host"])
+        else:
+            raise FatalError(self.words["term_no_host"])
+
+    async def fetch(self, path: str, method: str = "GET", **form: str) -> tornado.httpclient.HTTPResponse:
+        body = urllib.parse.urlencode(form) if method == "POST" else None
+        request = tornado.httpclient.HTTPRequest(self.url + path, method, self.headers, body, follow_redirects=False)
         return await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
+
+    def take_cookies(self, answer: tornado.httpclient.HTTPResponse) -> None:
+        self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
 
     async def log_out(self) -> None:
         """Gives the name back, so that it is free for whoever comes next."""
         if self.handshake:  # one that is still under way would bring the name back
             await asyncio.wait([self.handshake], timeout=LOGOUT_SECONDS)
         with contextlib.suppress(*UNREACHED, TimeoutError):
-            await asyncio.wait_for(self.post("logout"), LOGOUT_SECONDS)
+            await asyncio.wait_for(self.fetch("logout", "POST"), LOGOUT_SECONDS)
 
     # --- connection ---
 
@@ -3904,6 +3930,8 @@ class Client:
                 self.on_passage(frame)
             case {"type": "refused", "code": str(), "text": str()}:
                 self.on_refused(frame)
+            case {"type": "note" | "cleared" | "muted" | "mode" | "hosts"}:
+                self.on_act(frame)
             case {"type": "store", "available": bool(available)}:
                 self.store_away, self.hold_until = not available, 0
             case {"type": "time", "ts": int(ts)} if ts in TIMES:
@@ -3916,6 +3944,7 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
+        self.is_host, self.hosts = frame.get("host") is True, [shown(str(name)) for name in frame.get("hosts", ())]
         self.connected = self.let_in = True
         self.restarting = self.store_away = False
         self.hold_until = 0
@@ -3931,15 +3960,34 @@ class Client:
             self.view.notice(self.words["js_reset"])
         if frame["missed"]:
             self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
+        if first and frame.get("mode") != OPEN_MODE:
+            self.on_mode(frame.get("mode"))
+        if first and frame.get("pinned"):
+            self.on_pin(frame["pinned"])
 
     def on_message(self, frame: Mapping[str, Any]) -> None:
         """Somebody said something; if it is what we said, it is confirmed."""
-        if frame["seq"] > self.after:
-            self.after, self.at = frame["seq"], frame["ts"]
-        if frame["seq"] > self.skipped:
-            self.view.message(frame)
-        if shown(frame["name"]) == self.name:
+        seq, name, deleted = frame["seq"], shown(frame["name"]), frame.get("deleted") is True
+        if seq > self.after:
+            self.after, self.at = seq, frame["ts"]
+        if seq > self.skipped and deleted:
+            self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
+        elif seq > self.skipped:
+            self.view.message(self.author(frame), frame)
+        if name == self.name:
             self.resolve(frame.get("cid"))
+        if not deleted:
+            self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
+        if len(self.recent) > RECENT_MESSAGES:
+            del self.recent[next(iter(self.recent))]
+
+    def author(self, frame: Mapping[str, Any]) -> str:
+        """Who says it: a host has the badge, and whoever answers says whom."""
+        badge = f"{HOST_MARK} " if frame.get("host") is True else ""
+        match frame:
+            case {"re": int(seq)} if seq in self.recent:
+                return badge + self.words["term_answer"].format(name=shown(frame["name"]), other=self.recent[seq][0])
+        return badge + shown(frame["name"])
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
@@ -3952,15 +4000,83 @@ class Client:
             self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
     def on_refused(self, frame: Mapping[str, Any]) -> None:
-        """What we said wasn't stored: later, or never."""
-        if frame["code"] not in PASSING_REFUSALS:
-            self.report_unsent(self.resolve(frame.get("cid")), shown(frame["text"]))
-        elif self.in_flight and frame.get("cid") == self.in_flight:
+        """What we said wasn't stored: later, or never. An act isn't tried again."""
+        code, reason = frame["code"], shown(frame["text"])
+        if not self.in_flight or frame.get("cid") != self.in_flight:
+            self.view.notice(reason)
+        elif code not in PASSING_REFUSALS:
+            self.report_unsent(self.resolve(self.in_flight), reason)
+        else:
             seconds = frame.get("retry_after")
             if not isinstance(seconds, int | float):
-                seconds = HOLD_SECONDS
+                seconds = math.inf if code == "locked" else HOLD_SECONDS  # a mode ends the lock
             self.in_flight, self.hold_until = "", time.monotonic() + seconds
+            self.hold_reason = reason if code in HOST_REFUSALS else ""
             asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
+
+    # --- acts ---
+
+    def on_act(self, frame: Mapping[str, Any]) -> None:
+        match frame:
+            case {"type": "note", "to": int(), "kind": str()}:
+                self.on_note(frame)
+            case {"type": "cleared", "seq": int(seq), "by": str(by)}:
+                self.recent = {n: message for n, message in self.recent.items() if n > seq}
+                self.view.notice(self.words["term_cleared"].format(name=shown(by)))
+            case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
+                self.on_muted(shown(name), until)
+            case {"type": "mode", "by": str(by)}:
+                self.on_mode(frame, shown(by))
+            case {"type": "hosts", "names": [*names]}:
+                self.hosts = [shown(str(name)) for name in names]
+
+    def on_note(self, frame: Mapping[str, Any]) -> None:
+        """Something was done to a message."""
+        name, text = self.recent.get(frame["to"], ("", ""))
+        match frame:
+            case {"kind": "pin"}:
+                self.on_pin(frame.get("message"))
+            case {"kind": "delete"} if name:
+                del self.recent[frame["to"]]
+                self.view.notice(self.words["term_deleted"].format(name=name))
+            case {"kind": "react", "counts": {**counts}} if name:
+                signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
+                self.view.notice(f"{signs} · {name}: {text}", minor=True)
+
+    def on_pin(self, message: object) -> None:
+        match message:
+            case {"name": str(name), "text": str(text)}:
+                self.view.notice(self.words["term_pinned"].format(name=shown(name), text=text))
+            case None:
+                self.view.notice(self.words["term_unpinned"])
+
+    def on_muted(self, name: str, until: int) -> None:
+        """Till when somebody can't write; 0: that is over. Members hear it of themselves, hosts of everybody."""
+        self.hold_until = 0
+        clock = datetime.datetime.fromtimestamp(until / 1000)
+        self.view.notice(self.words["term_muted" if until else "term_unmuted"].format(name=name, time=f"{clock:%H:%M}"))
+
+    def on_mode(self, mode: object, by: str = "") -> None:
+        """Who can write and come in, as a host wants it."""
+        match mode:
+            case {"talk": str(talk), "every": int(every), "door": str(door)}:
+                self.hold_until, self.door = 0, door
+                keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
+                keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
+                words = " ".join(self.words[key].format(n=every) for key in keys)
+                self.view.notice(f"{by}: {words}" if by else words)
+
+    def act(self, command: str, rest: str) -> None:
+        """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+        try:
+            self.send(HOST_COMMANDS[command](self, rest))
+        except ValueError:
+            usage = [line for line in self.words["term_help_host"].splitlines() if command in line]
+            self.view.notice(usage[0])
+
+    def last_message(self, name: str) -> int:
+        """The number of somebody's last message, or of the last of all. Raises ValueError where there is none."""
+        return max(seq for seq, (author, _) in self.recent.items() if not name or name_key(author) == name_key(name))
 
     # --- outbox ---
 
@@ -3976,12 +4092,18 @@ class Client:
         ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
         if ready and self.outbox and not self.in_flight and self.socket:
             self.in_flight, text = next(iter(self.outbox.items()))
-            with contextlib.suppress(tornado.websocket.WebSocketClosedError):  # the reader will tell
-                written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
-                written.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self.hold_reason = ""
+            self.send({"type": "say", "text": text, "cid": self.in_flight})
         idle = self.connected and not self.outbox and self.after >= self.replay_end
         (self.idle.set if idle else self.idle.clear)()
         self.view.update()
+
+    def send(self, frame: Mapping[str, Any]) -> None:
+        """Into the connection, if there is one; a loss is noticed where it is read."""
+        with contextlib.suppress(tornado.websocket.WebSocketClosedError):
+            if self.socket:
+                written = self.socket.write_message(to_json(frame))
+                written.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def resolve(self, cid: object) -> str:
         """Takes out of the outbox what is confirmed or given up; its text."""
@@ -3999,6 +4121,8 @@ class Client:
         name, _, rest = text.strip().partition(" ")
         if name in COMMANDS:
             self.view.notice(COMMANDS[name](self, rest.strip()))
+        elif name in HOST_COMMANDS:
+            self.act(name, rest.strip())
         elif name == "/quit":
             return False
         elif re.match("/(?!/)", name):
@@ -4011,10 +4135,10 @@ class Client:
         return self.people(self.count)
 
     def help(self, rest: str) -> str:
-        return self.words["term_help"]
+        return self.words["term_help"] + ("\n" + self.words["term_help_host"] if self.is_host else "")
 
     def people(self, most: int) -> str:
-        names = [*self.members][:most]
+        names = [f"{HOST_MARK} {name}" if name in self.hosts else name for name in [*self.members][:most]]
         more = [self.words["js_more"].format(n=self.count - len(names))] if self.count > len(names) else []
         return self.words["term_here"].format(names=", ".join([*names, *more]))
 
@@ -4045,6 +4169,38 @@ class Client:
 COMMANDS = {"/who": Client.who, "/help": Client.help, "/time": Client.room_time}
 
 
+def note_frame(client: Client, name: str, **fields: Any) -> dict[str, Any]:
+    """The frame for something to be done to the last message of somebody."""
+    return {"type": "note", "to": client.last_message(name), **fields}
+
+
+def mute_frame(client: Client, rest: str) -> dict[str, Any]:
+    name, _, minutes = rest.rpartition(" ")
+    return {"type": "mute", "name": name.strip(), "seconds": 60 * int(minutes)}
+
+
+def clear_frame(client: Client, rest: str) -> dict[str, Any]:
+    """It can't be undone: who asks for it must say so."""
+    if rest != "yes":
+        raise ValueError
+    return {"type": "clear"}
+
+
+# What hosts can ask for, as a frame; ValueError where what stands behind the command makes no sense.
+HOST_COMMANDS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
+    "/delete-last": lambda client, name: note_frame(client, name or client.name, kind="delete"),
+    "/pin": lambda client, name: note_frame(client, name, kind="pin", value=True),
+    "/unpin": lambda client, _: note_frame(client, "", kind="pin", value=False),
+    "/mute": mute_frame,
+    "/remove": lambda client, name: {"type": "remove", "name": name, "seconds": REMOVE_SECONDS},
+    "/lock": lambda client, _: {"type": "mode", "talk": "hosts"},
+    "/open": lambda client, _: {"type": "mode", "talk": "everyone"},
+    "/slow": lambda client, seconds: {"type": "mode", "every": int(seconds)},
+    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.door == "open" else "open"},
+    "/clear": clear_frame,
+}
+
+
 # === Terminal views ===================================================================================================
 # How a Client is seen and fed: a Screen is for a person at a terminal, Lines are for pipes.
 
@@ -4055,13 +4211,14 @@ class Lines:
     def __init__(self, client: Client, config: Config) -> None:
         self.client, self.config, self.words = client, config, client.words
         self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
+        self.hold_reason = ""  # the one that was told last
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def message(self, frame: Mapping[str, Any]) -> None:
+    def message(self, author: str, frame: Mapping[str, Any]) -> None:
         """Raises FatalError, without a word when nobody reads any more."""
         try:
-            print(lines_for(sys.stdout, f"{shown(frame['name'])}: {frame['text']}"), flush=True)
+            print(lines_for(sys.stdout, f"{author}: {frame['text']}"), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
@@ -4072,11 +4229,14 @@ class Lines:
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
     def update(self) -> None:
-        """Tells when the connection is lost, and when it is back."""
+        """Tells when the connection is lost, and when it is back; and why a host lets nobody write."""
         if (state := self.client.state()) not in (self.state, "js_state_connecting"):
             self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
+        if (reason := self.client.hold_reason) not in ("", self.hold_reason):
+            self.hold_reason = reason
+            self.notice(reason)
 
     async def read(self) -> None:
         """Says what comes, until it ends and all is confirmed."""
@@ -4128,14 +4288,14 @@ class Screen(Lines):
             lambda: f"{client.name}> ", key_bindings=keys, enable_suspend=True, erase_when_done=True
         )
 
-    def message(self, frame: Mapping[str, Any]) -> None:
+    def message(self, author: str, frame: Mapping[str, Any]) -> None:
         """With the time of the room's clock, in our zone."""
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
             self.show([f"~ {self.day}"], "2")
         head, name = f"{when:%H:%M} ", shown(frame["name"])
-        first, *rows = self.rows(f"{head}{name}: {frame['text']}")
+        first, *rows = self.rows(f"{head}{author}: {frame['text']}")
         color = f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}"
         colored = self.styled(head, "2") + first[len(head) :].replace(name, self.styled(name, color), 1)
         self.show([colored, *rows])
@@ -4159,7 +4319,8 @@ class Screen(Lines):
         """Below what is being typed: what is wrong, and what isn't sent yet."""
         texts, state = [*self.client.outbox.values()], self.client.state()
         rows = [self.words[state]] if state != "js_state_connected" else []
-        rows += [f"{self.words[WAITS.get(state, 'js_waiting')]} · {shown(text)}" for text in texts[:PENDING_ROWS]]
+        why = self.client.hold_reason or self.words[WAITS.get(state, "js_waiting")]
+        rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
         if len(texts) > PENDING_ROWS:
             rows.append(f"+ {len(texts) - PENDING_ROWS}")
         self.session.bottom_toolbar = "\n".join(rows) or None
@@ -4213,7 +4374,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
 
-CLIENT_SETTINGS = ("password", "history")  # of the environment, with --join
+CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
 
 
 class Parser(argparse.ArgumentParser):
@@ -4306,6 +4467,9 @@ def add_options(parser: Parser) -> None:
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
+           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
@@ -4606,6 +4770,36 @@ TEXTS = {
         "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
         "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
     ),
+    "term_no_host": ("The room does not take that --host-key.", "聊天室不接受该 --host-key。"),
+    "term_help_host": (
+        "/delete-last NAME: the last message of NAME, or your own\n"
+        "/pin NAME: the last message of NAME, or of all, stands above the others; /unpin\n"
+        "/mute NAME MINUTES: NAME can only read, for so long; 0 ends it\n"
+        "/remove NAME: out of the room, for 10 minutes\n"
+        "/lock: only hosts can write; /open ends that\n"
+        "/slow SECONDS: between two messages of a member; 0 ends it\n"
+        "/door: nobody new gets in; once more ends that\n"
+        "/clear yes: deletes all that was said",
+        "/delete-last 名字：删除此人（或自己）的最后一条消息\n"
+        "/pin 名字：置顶此人（或所有人）的最后一条消息；/unpin 取消\n"
+        "/mute 名字 分钟：在此期间禁止此人发言；0 为解除\n"
+        "/remove 名字：请出聊天室 10 分钟\n"
+        "/lock：仅主持人可发言；/open 解除\n"
+        "/slow 秒数：每人两条消息的间隔；0 为解除\n"
+        "/door：不再让新人进入；再次输入则恢复\n"
+        "/clear yes：删除所有消息",
+    ),
+    "term_answer": ("{name} (to {other})", "{name}（回复{other}）"),
+    "term_deleted": ("A message of {name} was deleted.", "{name}的一条消息已删除。"),
+    "term_cleared": ("{name} deleted all that was said before.", "{name}清空了聊天室，此前的消息均已删除。"),
+    "term_pinned": ("Pinned: {name}: {text}", "置顶：{name}：{text}"),
+    "term_unpinned": ("No message is pinned any more.", "已取消置顶。"),
+    "term_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
+    "term_unmuted": ("{name} can write again.", "{name}可以发言了。"),
+    "term_locked": ("Only hosts can write.", "仅主持人可以发言。"),
+    "term_unlocked": ("Everybody can write.", "所有人都可以发言。"),
+    "term_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
+    "term_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
     "term_no_command": (
         "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
         "没有 {command} 这个命令，只有 /who /time /quit /help。要发送它，请输入 /{command}",
