@@ -3,8 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40",
-#   "pytest", "hypothesis", "playwright", "websockets", "websocket-client", "confusable-homoglyphs",
-#   "prompt_toolkit", "pyte",
+#   "pytest", "hypothesis", "playwright", "websockets", "confusable-homoglyphs", "prompt_toolkit", "pyte",
 # ]
 # ///
 # ruff: noqa: N802, PTH208 - G1 to G10 are the README's names; in a coroutine listdir is as good as Path
@@ -1416,23 +1415,6 @@ class TestFeed(Transcripts):
         await feeds.settled(51)
         assert [frame["text"] for frame in ann.of("message")] == [*map(str, range(50)), "the end"]
 
-    async def test_what_is_in_the_store(self, feeds: Feeds) -> None:
-        """A daemon that starts knows the newest messages, who is here, the secret and the cids."""
-        first = await feeds.start(history=3)
-        ann = await feeds.enter(first, "Ann")
-        for n in range(1, 6):
-            say(first, ann, f"{n}", f"c{n}")
-        await feeds.settled(5)
-        second = await feeds.start(history=3)
-        assert (second.secret, second.room.epoch) == (first.secret, first.room.epoch)
-        assert list(second.room.roster) == [tornchat.name_key("Ann")]
-        bob = await feeds.enter(second, "Bob")
-        assert bob.seqs == [3, 4, 5]
-        assert bob.of("message") == ann.of("message")[2:]
-        there = await feeds.enter(second, "Ann")
-        outcomes = say(second, there, "5", "c5")
-        assert [outcome.seq for outcome in outcomes if isinstance(outcome, tornchat.Event)] == [5]
-
     async def test_the_secret(self, feeds: Feeds) -> None:
         """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
         given = await feeds.start(secret="from the operator")
@@ -1470,47 +1452,6 @@ class TestFeed(Transcripts):
         await feeds.settled(len(poisons) + 1)
         assert ann.seqs == bob.seqs == [*range(1, len(poisons) + 2)]
         assert not [frame for frame in ann.of("welcome") if frame["reset"]]
-
-    async def test_G2_flush(self, feeds: Feeds) -> None:
-        """A flush is noticed by nobody: messages, names, secret and leases are put back, the room goes on."""
-        first, second = await feeds.start(), await feeds.start()
-        ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
-        for n in range(5):
-            say(first, ann, f"{n}")
-        await feeds.settled(5)
-        secret, before = first.secret, await feeds.redis.xrange(feeds.key)
-        await feeds.flush()
-        say(second, bob, "hi")
-        await feeds.settled(6)
-        for recorder in (ann, bob):
-            assert [frame["reset"] for frame in recorder.of("welcome")] == [False]
-            assert recorder.seqs == [1, 2, 3, 4, 5, 6]
-            assert recorder.closed == []
-        assert (await feeds.redis.xrange(feeds.key))[: len(before)] == before
-        assert (await feeds.redis.get(feeds.place.key("secret"))).decode() == secret
-        assert await feeds.redis.zcard(feeds.place.key("leases")) == 2
-        carl = await feeds.enter(await feeds.start(), "Carl")
-        assert sorted(carl.of("welcome")[0]["members"]) == ["Ann", "Bob", "Carl"]
-        assert carl.of("message") == ann.of("message")
-
-    async def test_G2_rollback(self, feeds: Feeds) -> None:
-        """A store that went back to an older state gets back what came since; nobody notices."""
-        feed = await feeds.start(history=3)
-        ann = await feeds.enter(feed, "Ann")
-        for n in range(1, 7):
-            say(feed, ann, f"{n}")
-            await feeds.settled(n)
-        await feeds.roll_back(2)
-
-        async def put_back() -> bool:
-            return bool(await feeds.redis.xlen(feeds.key) == 8)
-
-        await until(put_back)
-        say(feed, ann, "new")
-        await feeds.settled(7)
-        assert [frame["reset"] for frame in ann.of("welcome")] == [False]
-        bob = await feeds.enter(await feeds.start(), "Bob")
-        assert [frame["text"] for frame in bob.of("message")] == ["1", "2", "3", "4", "5", "6", "new"]
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
@@ -8741,33 +8682,6 @@ class Websockets(Voice):
         await self.reading
 
 
-class WebsocketClient(Voice):
-    """The package `websocket-client`, on plain lines, in a thread as it is used."""
-
-    name = "Clive"
-
-    async def come(self) -> None:
-        try:
-            import websocket
-        except ModuleNotFoundError:
-            missing("the package websocket-client")
-        url = f"ws://{self.url}/chat?nickname={self.name}"
-        self.chat = await asyncio.to_thread(websocket.create_connection, url, subprotocols=["text"])
-        self.reading = asyncio.create_task(asyncio.to_thread(self.read))
-
-    def read(self) -> None:
-        with contextlib.suppress(Exception):  # its connection is closed under it
-            while line := self.chat.recv():
-                self.heard.append(str(line))
-
-    async def say(self, text: str) -> None:
-        await asyncio.to_thread(self.chat.send, text)
-
-    async def go(self) -> None:
-        await asyncio.to_thread(self.chat.close)
-        await self.reading
-
-
 class Curl(Voice):
     """curl: the three lines of the README, again and again."""
 
@@ -8842,11 +8756,11 @@ class PollingPage(PageVoice):
 class TestEveryWayIn(Transcripts):
     @slow
     async def test_one_conversation(self, lan: Lan) -> None:
-        """Two hundred messages from seven kinds of programs: each program shows all of them, in the same order."""
+        """Two hundred messages from six kinds of programs: each program shows all of them, in the same order."""
         await lan.serve(history=200)
         ann = await lan.join("Ann")
         async with windows(lan) as (first, second), contextlib.AsyncExitStack() as leaving:
-            kinds = [TerminalClient, Wscat, Websockets, WebsocketClient, Curl]
+            kinds = [TerminalClient, Wscat, Websockets, Curl]
             voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
             for voice in voices:
                 await voice.come()
