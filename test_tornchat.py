@@ -2823,6 +2823,26 @@ class TestLogin(Transcripts):
                 answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
                 assert answer.startswith("HTTP/1.1 200 "), answer
 
+    @pytest.mark.parametrize("cookie", ["{name}={x}", "{name}=2|1:0|10:1;" * 400, ";" * 15_000])
+    async def test_G5_cookies_that_take_time(
+        self, cookie: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of what claims to be a session little is looked at; ours is found behind it."""
+        daemon = await memory_lan.serve()
+        ann, looked_at, decode = memory_lan.browser(), [], tornado.web.decode_signed_value
+        await ann.login("Ann")
+        cookie = cookie.format(name=daemon.cookie, x="x" * 14_000)
+
+        def count(key: str, name: str, value: str, **limits: Any) -> bytes | None:
+            looked_at.append(len(value))
+            return decode(key, name, value, **limits)
+
+        monkeypatch.setattr(tornado.web, "decode_signed_value", count)
+        assert (await memory_lan.browser().fetch("/", Cookie=cookie)).code == 302
+        assert len(looked_at) <= 10
+        assert sum(looked_at) < 7_000
+        assert (await memory_lan.browser().fetch("/", Cookie=f"{cookie}; {ann.headers()['Cookie']}")).code == 200
+
 
 # === Socket ===========================================================================================================
 
@@ -3010,6 +3030,19 @@ class TestSocket(Transcripts):
             assert heard.count(b"\x8a\x00") <= tornchat.FRAMES_A_TICK + 1
             writer.transport.abort()
         await bob.quiet()
+
+    async def test_an_idle_member_keeps_no_task(self, memory_lan: Lan) -> None:
+        """What a connection costs while nobody says anything is its place in the room, and no coroutine that waits."""
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        await ann.quiet()
+        before = {task.get_name() for task in asyncio.all_tasks()}
+        for number in range(5):
+            reader, _ = await handshake(ann.url, f"{ann.headers()['Cookie']}", masked(0x89, b"%d" % number))
+            await asyncio.wait_for(reader.readuntil(b"\x8a\x01%d" % number), PATIENCE)
+        await ann.quiet()
+        left = [task for task in asyncio.all_tasks() if task.get_name() not in before]
+        assert not [task for task in left if "tornado" in repr(task)]
 
     async def test_speaking_after_being_turned_away(self, memory_lan: Lan) -> None:
         """What somebody says who was turned away is said to nobody."""
@@ -4101,7 +4134,7 @@ class TestSecurity(Transcripts):
             assert "tornado" not in (text_of(answer) + str(dict(answer.headers))).lower()
 
     async def test_a_refused_program_is_told_in_json(self, memory_lan: Lan) -> None:
-        """A program that asks for JSON gets it in a refusal too; of /messages nothing else is ever asked."""
+        """A program that asks for JSON gets it in a refusal too; /messages and /healthz answer nothing else."""
         await memory_lan.serve()
         browser = memory_lan.browser()
         answer = await browser.fetch("/login", Host="evil.example", Accept="application/json")
@@ -4116,7 +4149,8 @@ class TestSecurity(Transcripts):
             (401, "GET", {}),
         ]
         for code, method, headers in refusals:
-            answer = await browser.fetch("/messages", method, body=None if method == "GET" else "", **headers)
+            path = "/healthz" if code == 405 else "/messages"
+            answer = await browser.fetch(path, method, body=None if method == "GET" else "", **headers)
             assert answer.code == code
             assert answer.headers["Content-Type"].startswith("application/json")
             assert json.loads(answer.body)["text"]
@@ -4205,6 +4239,19 @@ class TestSecurity(Transcripts):
         assert (await browser.fetch("/login", **told | {"X_Forwarded_Host": "evil.example"})).code == 421
         for odd in ({"X_Forwarded_For": "nonsense"}, {"X_Forwarded_Proto": "gopher"}, {"X_Forwarded_Host": ""}):
             assert (await browser.fetch("/login", **told | odd)).code < 500
+
+    @pytest.mark.parametrize("address", ["nonsense", "unix:", "-", "127.0.0.1.", "192.0.2.1, "])
+    async def test_a_proxy_that_tells_no_address(
+        self, address: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whom a trusted proxy gives anything but an address is no one on this machine: all of them share one limit."""
+        monkeypatch.setattr(tornchat, "LOGINS_AT_ONCE", 2)
+        await memory_lan.serve(trust_proxy=True)
+        told: dict[str, Any] = {"Accept": "application/json", "X_Forwarded_For": address}
+        forms = [{"nickname": name} for name in ("Ann", "Bob", "Eve")]
+        answers = [await memory_lan.browser().fetch("/login", form=form, **told) for form in forms]
+        assert [answer.code for answer in answers] == [200, 200, 429]
+        assert (await memory_lan.browser().ask("Eve"))[0] == 200
 
     async def test_https(self, memory_lan: Lan, tmp_path: Path) -> None:
         """With a certificate the room is https and wss, and its cookie never leaves them."""

@@ -194,12 +194,15 @@ REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open tw
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
+FRAMES_A_TURN = 32  # of one client and turn of the loop: about 1 ms
 FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
 COOKIE_DAYS = 30  # a browser keeps its session
+COOKIE_CHARS = 700  # of a signed session with the longest name
+COOKIES = 10  # with the session's name that are looked at, 15 us each
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
 BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
@@ -2228,9 +2231,11 @@ def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
     """Takes the browser's address, scheme and Host from a proxy on this machine, and from nobody else."""
     if not is_this_machine(request.remote_ip or ""):
         return
-    with contextlib.suppress(ValueError):
-        forwarded = request.headers.get("X-Forwarded-For", "").split(",")[-1].strip()  # the one our proxy has seen
-        request.remote_ip = str(ipaddress.ip_address(forwarded))
+    if forwarded := request.headers.get("X-Forwarded-For"):
+        try:
+            request.remote_ip = str(ipaddress.ip_address(forwarded.split(",")[-1].strip()))  # that our proxy has seen
+        except ValueError:
+            request.remote_ip = "unknown"  # those who come so are limited together: they aren't this machine
     if (scheme := request.headers.get("X-Forwarded-Proto", "").lower()) in ("http", "https"):
         request.protocol = scheme
     if host := request.headers.get("X-Forwarded-Host"):
@@ -2242,6 +2247,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     current_user: Session | None
     stream: tornado.iostream.IOStream
+    only_json = False  # whatever a client accepts: only programs ask here
 
     def initialize(self, daemon: Daemon) -> None:
         """Called by Tornado with what the route was given, before any check."""
@@ -2263,6 +2269,8 @@ class BaseHandler(tornado.web.RequestHandler):
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
+        if self.only_json:
+            self.set_header("Content-Type", "application/json; charset=UTF-8")
 
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
@@ -2299,8 +2307,8 @@ class BaseHandler(tornado.web.RequestHandler):
         for a path, and browsers send those first.
         """
         name, key = self.daemon.cookie, self.daemon.cookie_key
-        for cookie in reversed(self.request.headers.get("Cookie", "").split(";")):
-            value = tornado.httputil.parse_cookie(cookie).get(name, "")
+        cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
+        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES : -1]:
             signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
             sid, _, nickname = (signed or b"").decode(errors="replace").partition(" ")
             if nickname:
@@ -2370,7 +2378,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def wants_json(self) -> bool:
         """Whether a program asks."""
-        return "application/json" in self.request.headers.get("Accept", "")
+        return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
         """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
@@ -2446,6 +2454,8 @@ class NotFoundHandler(BaseHandler):
 
 class HealthHandler(BaseHandler):
     """GET /healthz: for load balancers and for the curious."""
+
+    only_json = True
 
     def get(self) -> None:
         """200 while messages can be stored, else 503."""
@@ -2708,26 +2718,100 @@ CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4
                "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 
 
-class StrictProtocol(tornado.websocket.WebSocketProtocol13):
-    """How Tornado reads a client's frames, but each is counted: of pongs and fragments it tells nobody. One that isn't
-    masked closes the connection (RFC 6455, 5.1).
+class FrameReader(tornado.websocket.WebSocketProtocol13):
+    """Tornado's protocol, but it reads all that has come at once, and without the coroutines that would keep 4 KB a
+    connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
     """
 
     handler: ChatSocket
+    unread = b""
+    opcode = 0  # of a message that has begun
+    message = b""
 
-    async def _receive_frame(self) -> None:
-        """Called by Tornado for one frame after the other."""
-        self._frame_mask, before = None, self._wire_bytes_in
-        await super()._receive_frame()
-        if self._frame_mask is None and not self.client_terminated:
-            self.close(1002, "unmasked")
+    async def _receive_frame_loop(self) -> None:
+        """Called by Tornado after the handshake."""
+        self.stream.set_close_callback(self.end)
+        self.read()
+
+    def end(self) -> None:
+        """The connection is gone."""
+        self._abort()
+        self.handler.on_connection_close()
+
+    def read(self) -> None:
+        """Waits for more."""
+        try:
+            asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
+        except tornado.iostream.StreamClosedError:
+            self.end()
+
+    def take(self, read: asyncio.Future[bytes]) -> None:
+        """More has come, unless the connection is gone."""
+        if not read.exception():
+            self.unread += read.result()
+            self.work()
+
+    def work(self) -> None:
+        """Handles what is complete, but in one turn of the loop no more than others don't notice."""
+        for _ in range(FRAMES_A_TURN):
+            before = len(self.unread)
+            frame = self.next_frame()
+            if frame is None and not self.client_terminated:
+                self.read()
+            if frame is None:
+                return
+            self.handle(*frame)
+            if self.handler.count(before - len(self.unread)):
+                return  # the client has been told, and no more of it is read
+        asyncio.get_running_loop().call_soon(self.work)
+
+    def next_frame(self) -> tuple[int, bytes] | None:
+        """The first byte of a frame and its payload; None if it isn't complete, or the connection is closed."""
+        data = self.unread
+        if len(data) < 2 or self.client_terminated:
+            return None
+        size = data[1] & 0x7F
+        start = {126: 4, 127: 10}.get(size, 2)
+        if not data[1] & 0x80:
+            self.fail(1002, "unmasked")
+        elif data[0] & 0x70 or (data[0] & 0x8 and size > 125):
             self._abort()
-        elif self.handler.count(self._wire_bytes_in - before):  # it has been told, and no more of it is read
-            await asyncio.sleep(self.handler.daemon.config.goodbye_seconds)
+        elif len(data) >= start + 4:
+            size = size if start == 2 else int.from_bytes(data[2:start], "big")
+            if size + len(self.message) > FRAME_BYTES:
+                self.fail(1009, "message too big")
+            elif len(data) >= (end := start + 4 + size):
+                self.unread = data[end:]
+                return data[0], unmask(data[start : start + 4], data[start + 4 : end])
+        return None
 
-    def _handle_message(self, opcode: int, data: bytes) -> asyncio.Future[None] | None:
-        """Called by Tornado with a message that is complete."""
-        return super()._handle_message(opcode, data) if self._frame_mask else None
+    def handle(self, first: int, payload: bytes) -> None:
+        """A control frame, or a part of a message."""
+        opcode, is_final = first & 0xF, first & 0x80
+        if opcode & 0x8 and is_final:
+            try:
+                self._handle_message(opcode, payload)
+            except UnicodeDecodeError:  # in the reason of a close
+                self._abort()
+        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+            self._abort()
+        elif is_final:
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = 0, b""
+            self._handle_message(opcode, message)
+        else:
+            self.opcode, self.message = self.opcode or opcode, self.message + payload
+
+    def fail(self, code: int, reason: str) -> None:
+        """The client has broken a rule: the end."""
+        self.close(code, reason)
+        self._abort()
+
+
+def unmask(mask: bytes, data: bytes) -> bytes:
+    """A client's bytes as it meant them (RFC 6455, 5.3)."""
+    key = (mask * (len(data) // 4 + 1))[: len(data)]
+    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(len(data), "big")
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -2751,7 +2835,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
         """Called by Tornado in the handshake; None for a version that it doesn't speak."""
         protocol: Any = super().get_websocket_protocol()
-        return protocol and StrictProtocol(self, False, protocol.params)
+        return protocol and FrameReader(self, False, protocol.params)
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
@@ -3045,20 +3129,12 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
 class MessagesHandler(BaseHandler):
     """GET and POST /messages."""
 
+    only_json = True
     listener: PollListener | None = None
     gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
-
-    def set_default_headers(self) -> None:
-        """Every answer is JSON here, errors too."""
-        super().set_default_headers()
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-
-    def wants_json(self) -> bool:
-        """Only programs ask here."""
-        return True
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
