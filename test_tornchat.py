@@ -108,7 +108,7 @@ PATIENCE = float(os.environ.get("TORNCHAT_TEST_PATIENCE", "5"))  # seconds that 
 NODE_MODULES = Path(os.environ.get("TORNCHAT_NODE_MODULES", "/nonexistent"))  # where npm has put axe-core and wscat
 PROGRAM = Path(tornchat.__file__).resolve()
 SOURCE = PROGRAM.read_text(encoding="utf-8")
-CHATTER = {"joined", "left", "time"}  # frames that come when they like: passed over unless they are asked for
+CHATTER = {"joined", "left", "hosts", "time"}  # frames that come when they like: passed over unless they are asked for
 Frame = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -573,7 +573,7 @@ class Browser:
         if frame["type"] == "message":
             self.after = frame["seq"]
 
-    async def expect(self, kind: str, **fields: object) -> Frame:
+    async def expect(self, kind: str, /, **fields: object) -> Frame:
         """Return the next frame: it is of this kind and has these fields. Chatter is passed over unless asked for."""
         while (frame := await self.frame()) is not None:
             if frame["type"] == kind and fields.items() <= frame.items():
@@ -1280,9 +1280,12 @@ class TestMessagesAndNames:
     def test_any_frame(self, frame: str | bytes) -> None:
         """Whatever comes in: refused, or a text that can be sent to everybody."""
         try:
-            text, cid = tornchat.parse_frame(frame)
+            wish = tornchat.parse_frame(frame)
         except tornchat.Refused:
             return
+        if isinstance(wish, tornchat.Act):
+            return
+        text, cid, _ = wish
         assert 1 <= len(text.encode()) <= 4 * 4000
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
@@ -1328,6 +1331,8 @@ class TestMessagesAndNames:
                 st.sampled_from(["message", "joined", "left"]),
                 *[st.integers(0, 2**53)] * 2,
                 *[st.text(st.characters(exclude_categories=["Cs"]), max_size=9)] * 4,
+                st.just(tornchat.NOWHERE),
+                st.sampled_from([{}, {"host": True}, {"re": 7}]),
             )
         )
     )
@@ -1432,7 +1437,7 @@ class Feeds:
         quick: dict[str, Any] = {"rate": 0.0, "tick_seconds": 0.05, "retry_seconds": 0.1, "room": self.place.room}
         quick |= {"repair_seconds": 0.2, "name_seconds": 0.0}
         feed = await open_feed(kind, self.connect(), tornchat.Config(**quick | options))
-        presence = tornchat.Presence(feed, tornchat.Admission(feed.outbox, tornchat.Limits(0)).keep_few)
+        presence = tornchat.Presence(feed, tornchat.Admission(feed, tornchat.Limits(0)).keep_few)
         presence.start()
         self.feeds.append(feed)
         self.presences.append(presence)
@@ -1839,11 +1844,11 @@ class TestFeed:
         counts: list[int] = []
 
         class Slow(tornchat.Store):
-            async def page(self, before: str, count: int) -> list[tornchat.Entry]:
+            async def page(self, at: str, until: str, count: int) -> list[tornchat.Entry]:
                 counts.append(count)
                 if count > 20:
                     raise TimeoutError
-                return await super().page(before, count)
+                return await super().page(at, until, count)
 
         later = await feeds.start(Slow)
         assert later.room.seq == 300
@@ -2018,7 +2023,7 @@ class TestFeed:
         """Who has left again before it is known that they came is told that the name is not theirs."""
         feed = await feeds.start()
 
-        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done) -> None:
+        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done, **fields: Any) -> None:
             """The notice is in the feed, and another one already behind it."""
             done(tornchat.Event(type, 0, 7, who.sid, "", who.name))
 
@@ -3622,7 +3627,7 @@ class TestSocket:
         ann, gone = memory_lan.browser(), asyncio.Event()
         await ann.login("Ann")
 
-        async def enter(sid: str, name: str) -> NoReturn:
+        async def enter(sid: str, name: str, origin: str, *, host: bool) -> NoReturn:
             await gone.wait()
             raise tornchat.Taken(name)
 
@@ -4840,6 +4845,106 @@ class TestPresence:
             await ann.expect("joined")
         assert sorted(ann.names_in("joined")) == sorted(f"P{n}" for n in range(40))
         assert ann.seen("joined")[-1]["count"] == 41
+
+
+# === Being the host ===================================================================================================
+
+
+async def join_as_host(lan: Lan, name: str = "Tess", at: tornchat.Daemon | None = None) -> Browser:
+    """Somebody who has opened the host's link, and then logged in."""
+    browser = lan.browser(at)
+    answer = await browser.fetch(f"/host?key={(at or lan.daemons[-1]).host_key}")
+    assert (answer.code, answer.headers["Location"]) == (302, "./")
+    await browser.login(name)
+    await browser.connect()
+    browser.welcome = await browser.expect("welcome", name=name, host=True)
+    return browser
+
+
+async def post_act(browser: Browser, act: Frame) -> tuple[int, Frame]:
+    """POST /acts; the status and what the JSON says."""
+    answer = await browser.fetch("/acts", "POST", body=json.dumps(act), Content_Type="application/json")
+    return answer.code, json.loads(answer.body)
+
+
+def note(to: int, kind: str, **value: object) -> Frame:
+    return {"type": "note", "to": to, "kind": kind, **value}
+
+
+OPEN = {"talk": "everyone", "every": 0, "door": "open"}
+ACTS: dict[str, tuple[Frame, str, Frame]] = {  # what it is, the frame, and the type and fields of what all are told
+    "pin": (note(1, "pin", value=True), "note", {"to": 1, "kind": "pin"}),
+    "unpin": (note(1, "pin", value=False), "note", {"to": 1, "kind": "pin", "message": None}),
+    "react": (note(1, "react", value="👍"), "note", {"to": 1, "kind": "react", "counts": {"👍": 1}}),
+    "take it back": (note(1, "react", value=""), "note", {"to": 1, "kind": "react", "counts": {}}),
+    "lock": ({"type": "mode", "talk": "hosts"}, "mode", {"talk": "hosts", "every": 0, "door": "open", "by": "Tess"}),
+    "slow": ({"type": "mode", "every": 30}, "mode", {"talk": "hosts", "every": 30, "door": "open"}),
+    "door": ({"type": "mode", "door": "closed"}, "mode", {"talk": "hosts", "every": 30, "door": "closed"}),
+    "mute": ({"type": "mute", "name": "Eve", "seconds": 300}, "muted", {"name": "Eve"}),
+    "end it": ({"type": "mute", "name": "Eve", "seconds": 0}, "muted", {"name": "Eve", "until": 0}),
+    "remove": ({"type": "remove", "name": "Eve", "seconds": 600}, "left", {"names": ["Eve"]}),
+    "delete": (note(1, "delete"), "note", {"to": 1, "kind": "delete"}),
+    "delete a host's": (note(2, "delete"), "note", {"to": 2, "kind": "delete"}),
+    "clear": ({"type": "clear"}, "cleared", {"seq": 2}),
+}
+MAY = {
+    "host": [*ACTS],
+    "author": ["react", "take it back", "delete"],
+    "member": ["react", "take it back"],
+    "forger": ["react", "take it back"],
+    "was host": ["react", "take it back"],
+    "nobody": [],
+}
+
+
+async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
+    """Who does it."""
+    if who == "was host":
+        max = await join_as_host(lan, "Max")
+        copied = dict(max.cookies)
+        await max.fetch("/logout", form={})
+        await max.ended()
+        max.cookies = copied
+        await max.connect()
+        await max.expect("welcome", host=False)
+        return max
+    if who in ("member", "forger"):
+        return await lan.join("Max")
+    return {"host": tess, "author": bob}.get(who) or lan.browser()
+
+
+class TestHost:
+    @pytest.mark.parametrize("way", ["socket", "POST /acts"])
+    @pytest.mark.parametrize("who", MAY)
+    @transcript
+    async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
+        """Every act by everybody, by both ways: who may, may; all others are refused, and nothing changes."""
+        daemon = await lan.serve()
+        tess, bob, eve = await join_as_host(lan), await lan.join("Bob"), await lan.join("Eve")
+        await bob.say("from Bob")
+        await bob.expect("message", seq=1)
+        await tess.say("from Tess")
+        await bob.expect("message", seq=2, host=True)
+        someone = await actor(who, lan, tess, bob)
+        forged = {"host": True, "by": "host", "sid": daemon.room.roster["tess"].sid} if who == "forger" else {}
+        for what, (act, kind, fields) in ACTS.items():
+            by_socket = way == "socket" and who != "nobody"
+            status, answer = 0, {}
+            if by_socket:
+                await someone.send(json.dumps(act | forged))
+            else:
+                status, answer = await post_act(someone, act | forged)
+            if what in MAY[who]:
+                assert by_socket or status == 201
+                await until_frame(tess, kind, **fields)
+            elif by_socket:
+                await until_frame(someone, "refused", code="not-host")
+            else:
+                assert (status, answer["code"]) == ((401, "no-session") if who == "nobody" else (403, "not-host"))
+        if who != "host":
+            await eve.connect()
+            await eve.expect("welcome", mode=OPEN, pinned=None, muted_until=0)
+            await eve.expect_texts("" if who == "author" else "from Bob", "from Tess")
 
 
 # === Security basics ==================================================================================================
@@ -8618,7 +8723,7 @@ def assert_one_history(people: Sequence[Talker], count: int) -> None:
         assert texts == [f"{author.name} {n}" for n in range(len(texts))]
 
 
-async def until_frame(browser: Browser, kind: str, **fields: object) -> Frame:
+async def until_frame(browser: Browser, kind: str, /, **fields: object) -> Frame:
     """Pass over whatever comes until this does."""
     while (frame := await browser.frame()) is not None:
         if frame["type"] == kind and fields.items() <= frame.items():
@@ -10195,7 +10300,7 @@ class TestTerminal:
             await ann.shows("Ann: once")
             ann.keys("next\r")
             await ann.shows("Ann: next")
-            assert [json.loads(message.json)["text"] for _, message in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [message.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
             assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
             ann.keys("\x03")
             assert await ann.leaves() == 0
@@ -10216,9 +10321,7 @@ class TestTerminal:
         await memory_lan.serve(port=port)
         await ann.shows("The room has lost its history")
         await ann.shows("Ann: still there?")
-        assert [json.loads(message.json)["text"] for _, message in memory_lan.daemons[-1].room.ring.kept] == [
-            "still there?"
-        ]
+        assert [message.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
 
     @slow
     @pytest.mark.parametrize("lasting", [False, True])
