@@ -8404,7 +8404,7 @@ class TestTerminal(Transcripts):
             assert all(words in shown for words in told.split("|")), (frame, shown)
         assert shown == ""
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
-        assert client.who("") == "here: Ann"
+        assert tornchat.who(client, "") == "here: Ann"
 
     @pytest.mark.parametrize(
         ("typed", "frame"),
@@ -8440,10 +8440,10 @@ class TestTerminal(Transcripts):
             client.receive(json.dumps(known))
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
-        assert client.command(typed)
+        assert tornchat.obey(client, typed)
         assert asked == ([frame] if isinstance(frame, dict) else [])
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
-        assert typed.partition(" ")[0] in client.help("")
+        assert typed.partition(" ")[0] in tornchat.help(client, "")
 
     @pytest.mark.parametrize(
         ("code", "retry_after", "over"),

@@ -4681,7 +4681,7 @@ def print_out(config: Config, text: str) -> None:
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes). A frame type is a row of FRAMES, a command one of COMMANDS.
+# to a Screen (a person at a terminal) or to Lines (pipes). A command is a row of COMMANDS, or of ACTS.
 
 RETRY_SECONDS = 10  # the longest pause between two tries
 PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
@@ -4689,59 +4689,14 @@ HOLD_SECONDS = 3  # to wait where a refusal names no time
 QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is told that it wasn't
 LOGOUT_SECONDS = 2  # for the name to be given back
 NAMES_IN_LINE = 10  # of more people only the number is told
-PENDING_ROWS = 3  # shown of what isn't sent yet
 QUOTED_CHARS = 60  # of what was not sent, or of what no tornchat would say
 TIMES = range(253_402_214_400_000)  # in ms, up to the year 9999: what datetime can show
-WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
 HOST_REFUSALS = ("muted", "locked", "slow")  # what a host has decided; its author is told why the text waits
 PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost", *HOST_REFUSALS)  # keep the text: it may be said later
 OPEN_MODE = {"talk": "everyone", "every": 0, "door": "open"}
 RECENT_MESSAGES = 1000  # whose author and beginning are remembered, for what is done to them later
 REMOVE_SECONDS = 600  # for which /remove keeps somebody out
 UNREACHED = (OSError, UnicodeError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)  # an odd host name
-NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
-INDENT = "    "
-WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
-PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
-
-
-def safe(text: str) -> str:
-    """What others wrote, for a terminal: of its controls only newlines are left."""
-    return STEERING.sub("", text.replace("\t", INDENT))
-
-
-def most_columns(text: str) -> int:
-    """What it takes at the most, whichever terminal draws it."""
-    return sum(1 if char.isascii() else 2 for char in text)
-
-
-def wrap(text: str, columns: int, width: Callable[[str], int]) -> list[str]:
-    """The rows of a text. Only the first one begins at the margin: nobody can write a line of somebody else's.
-
-    A URL that fits into a row stays whole, so that it can be copied.
-    """
-    rows: list[str] = []
-    for line in text.split("\n"):
-        row = INDENT if rows else ""
-        used = len(row)
-        for piece in PIECE.findall(line):
-            whole = width(piece.rstrip()) <= columns - len(INDENT)
-            for part in [piece] if whole else piece:
-                if used + width(part.rstrip()) > columns:
-                    rows.append(row.rstrip())
-                    row, used = INDENT, len(INDENT)
-                row, used = row + part, used + width(part)
-        rows.append(row.rstrip())
-    return rows
-
-
-def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_columns) -> str:
-    """Text of others as it may be written there: a terminal is left nothing to wrap by itself."""
-    try:
-        columns = os.get_terminal_size(stream.fileno()).columns or 80
-    except OSError:  # it is no terminal
-        return safe(text).replace("\n", f"\n{INDENT}")
-    return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
 
 
 def parse_any(raw: str | bytes) -> dict[str, Any]:
@@ -4779,7 +4734,7 @@ class Client:
         self.hold_until = 0.0  # nothing is said before, in s of time.monotonic ...
         self.hold_reason = ""  # ... because of a host, in words
         self.is_host, self.hosts = False, list[str]()
-        self.door: str = "open"
+        self.mode: Mapping[str, Any] = OPEN_MODE
         self.recent: dict[int, tuple[str, str]] = {}  # seq -> author and beginning
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
@@ -4800,7 +4755,6 @@ class Client:
                 raise FatalError(reason)
             case _:
                 raise self.no_room(f"{answer.code} {answer.reason}")
-        self.take_cookies(answer)
         with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
             date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
             self.clock_ahead = date.timestamp() + 0.5 - time.time()
@@ -4808,20 +4762,18 @@ class Client:
     async def become_host(self) -> None:
         """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
         answer = await self.fetch("host?" + urllib.parse.urlencode({"key": self.host_key}))
-        if answer.code < 400:
-            self.take_cookies(answer)
-        elif self.epoch:  # a room that was restarted may have another key
-            self.view.notice(self.words["term_no_host"])
-        else:
+        if answer.code >= 400 and not self.epoch:
             raise FatalError(self.words["term_no_host"])
+        if answer.code >= 400:  # the room was restarted, and has another key
+            self.view.notice(self.words["term_no_host"])
 
     async def fetch(self, path: str, method: str = "GET", **form: str) -> tornado.httpclient.HTTPResponse:
         body = urllib.parse.urlencode(form) if method == "POST" else None
         request = tornado.httpclient.HTTPRequest(self.url + path, method, self.headers, body, follow_redirects=False)
-        return await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
-
-    def take_cookies(self, answer: tornado.httpclient.HTTPResponse) -> None:
-        self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
+        answer = await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
+        if cookies := answer.headers.get_list("Set-Cookie"):
+            self.headers["Cookie"] = "; ".join(cookie.split(";")[0] for cookie in cookies)
+        return answer
 
     async def log_out(self) -> None:
         """Gives the name back, so that it is free for whoever comes next."""
@@ -4892,7 +4844,7 @@ class Client:
         match frame := parse_any(raw):
             case {"type": "welcome", "name": str(), "title": str(), "members": [*_], "count": int(), "epoch": str(),
                   "seq": int(), "recovered": bool(), "missed": int(), "reset": bool(),
-                  "limits": {"history": int()}}:  # fmt: skip
+                  "limits": {"history": int()}} if isinstance(frame.get("mode", {}), dict):  # fmt: skip
                 self.on_welcome(frame)
             case {"type": "message", "seq": int(), "ts": int(ts), "name": str(), "text": str()} if ts in TIMES:
                 self.on_message(frame)
@@ -4930,10 +4882,10 @@ class Client:
             self.view.notice(self.words["js_reset"])
         if frame["missed"]:
             self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
-        if first and frame.get("mode") != OPEN_MODE:
-            self.on_mode(frame.get("mode"))
+        if (mode := frame.get("mode", self.mode)) != self.mode:
+            self.on_act({"type": "mode"} | mode)
         if first and frame.get("pinned"):
-            self.on_pin(frame["pinned"])
+            self.on_act({"kind": "pin", "message": frame["pinned"]})
 
     def on_message(self, frame: Mapping[str, Any]) -> None:
         """Somebody said something; if it is what we said, it is confirmed."""
@@ -4984,69 +4936,21 @@ class Client:
             self.hold_reason = reason if code in HOST_REFUSALS else ""
             asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
 
-    # --- acts ---
-
     def on_act(self, frame: Mapping[str, Any]) -> None:
+        """A host, or an author, did something."""
+        if words := act_words(frame, self.words, self.recent):
+            self.view.notice(words, minor="counts" in frame)
         match frame:
-            case {"type": "note", "to": int(), "kind": str()}:
-                self.on_note(frame)
-            case {"type": "cleared", "seq": int(seq), "by": str(by)}:
+            case {"kind": "delete", "to": int(seq)}:
+                self.recent.pop(seq, None)
+            case {"type": "cleared", "seq": int(seq)}:
                 self.recent = {n: message for n, message in self.recent.items() if n > seq}
-                self.view.notice(self.words["term_cleared"].format(name=shown(by)))
-            case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
-                self.on_muted(shown(name), until)
-            case {"type": "mode", "by": str(by)}:
-                self.on_mode(frame, shown(by))
+            case {"type": "mode", "talk": str(talk), "every": int(every), "door": str(door)}:
+                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
+            case {"type": "muted"}:
+                self.hold_until = 0
             case {"type": "hosts", "names": [*names]}:
                 self.hosts = [shown(str(name)) for name in names]
-
-    def on_note(self, frame: Mapping[str, Any]) -> None:
-        """Something was done to a message."""
-        name, text = self.recent.get(frame["to"], ("", ""))
-        match frame:
-            case {"kind": "pin"}:
-                self.on_pin(frame.get("message"))
-            case {"kind": "delete"} if name:
-                del self.recent[frame["to"]]
-                self.view.notice(self.words["term_deleted"].format(name=name))
-            case {"kind": "react", "counts": {**counts}} if name:
-                signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
-                self.view.notice(f"{signs} · {name}: {text}", minor=True)
-
-    def on_pin(self, message: object) -> None:
-        match message:
-            case {"name": str(name), "text": str(text)}:
-                self.view.notice(self.words["term_pinned"].format(name=shown(name), text=text))
-            case None:
-                self.view.notice(self.words["term_unpinned"])
-
-    def on_muted(self, name: str, until: int) -> None:
-        """Till when somebody can't write; 0: that is over. Members hear it of themselves, hosts of everybody."""
-        self.hold_until = 0
-        clock = datetime.datetime.fromtimestamp(until / 1000)
-        self.view.notice(self.words["term_muted" if until else "term_unmuted"].format(name=name, time=f"{clock:%H:%M}"))
-
-    def on_mode(self, mode: object, by: str = "") -> None:
-        """Who can write and come in, as a host wants it."""
-        match mode:
-            case {"talk": str(talk), "every": int(every), "door": str(door)}:
-                self.hold_until, self.door = 0, door
-                keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
-                keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
-                words = " ".join(self.words[key].format(n=every) for key in keys)
-                self.view.notice(f"{by}: {words}" if by else words)
-
-    def act(self, command: str, rest: str) -> None:
-        """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
-        try:
-            self.send(HOST_COMMANDS[command](self, rest))
-        except ValueError:
-            usage = [line for line in self.words["term_help_host"].splitlines() if command in line]
-            self.view.notice(usage[0])
-
-    def last_message(self, name: str) -> int:
-        """The number of somebody's last message, or of the last of all. Raises ValueError where there is none."""
-        return max(seq for seq, (author, _) in self.recent.items() if not name or name_key(author) == name_key(name))
 
     # --- outbox ---
 
@@ -5084,29 +4988,6 @@ class Client:
     def report_unsent(self, text: str, reason: str) -> None:
         self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
 
-    # --- what the user asks ---
-
-    def command(self, text: str) -> bool:
-        """What was typed: something to say, or after a slash something to do. Whether the user wants to stay."""
-        name, _, rest = text.strip().partition(" ")
-        if name in COMMANDS:
-            self.view.notice(COMMANDS[name](self, rest.strip()))
-        elif name in HOST_COMMANDS:
-            self.act(name, rest.strip())
-        elif name == "/quit":
-            return False
-        elif re.match("/(?!/)", name):
-            self.view.notice(self.words["term_no_command"].format(command=shown(name)))
-        elif name:
-            self.say(text.removeprefix("/"))
-        return True
-
-    def who(self, rest: str) -> str:
-        return self.people(self.count)
-
-    def help(self, rest: str) -> str:
-        return self.words["term_help"] + ("\n" + self.words["term_help_host"] if self.is_host else "")
-
     def people(self, most: int) -> str:
         names = [f"{HOST_MARK} {name}" if name in self.hosts else name for name in [*self.members][:most]]
         more = [self.words["js_more"].format(n=self.count - len(names))] if self.count > len(names) else []
@@ -5115,16 +4996,6 @@ class Client:
     def now(self) -> datetime.datetime:
         """By the room's clock, in our time zone."""
         return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
-
-    def room_time(self, wish: str) -> str:
-        """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
-        end = "/" + wish.lower().replace(" ", "_")
-        zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)] if wish else [""]
-        if not zones:
-            return self.words["term_no_zone"].format(zone=shown(wish))
-        zone = min(zones, key=lambda zone: (len(zone), zone))  # the one that was meant, where it was named in full
-        now = self.now().astimezone(zoneinfo.ZoneInfo(zone) if zone else None)
-        return self.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
 
     def state(self) -> str:
         """The word for how the connection is."""
@@ -5135,13 +5006,82 @@ class Client:
         return "js_state_restarting" if self.restarting else "js_state_waiting"
 
 
-# What a user can ask for, and who answers.
-COMMANDS = {"/who": Client.who, "/help": Client.help, "/time": Client.room_time}
+def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
+    """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
+    match frame:
+        case {"kind": "delete", "to": int(seq)} if seq in recent:
+            return words["term_deleted"].format(name=recent[seq][0])
+        case {"kind": "react", "to": int(seq), "counts": {**counts}} if seq in recent:
+            signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
+            return f"{signs} · {': '.join(recent[seq])}"
+        case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
+            return words["term_pinned"].format(name=shown(name), text=text)
+        case {"kind": "pin", "message": None}:
+            return words["term_unpinned"]
+        case {"type": "cleared", "by": str(by)}:
+            return words["term_cleared"].format(name=shown(by))
+        case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
+            clock = datetime.datetime.fromtimestamp(until / 1000)
+            return words["term_muted" if until else "term_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
+        case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
+            keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
+            keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
+            by = shown(f"{frame['by']}: ") if "by" in frame else ""
+            return by + " ".join(words[key].format(n=every) for key in keys)
+    return ""
+
+
+# --- what the user asks for ---
+
+
+def obey(client: Client, text: str) -> bool:
+    """Says what was typed, or does what stands after a slash. Whether the user wants to stay."""
+    command, _, rest = text.strip().partition(" ")
+    if command in COMMANDS:
+        client.view.notice(COMMANDS[command](client, rest.strip()))
+    elif command in ACTS:
+        act(client, command, rest.strip())
+    elif command == "/quit":
+        return False
+    elif re.match("/(?!/)", command):
+        client.view.notice(client.words["term_no_command"].format(command=shown(command)))
+    elif command:
+        client.say(text.removeprefix("/"))
+    return True
+
+
+def who(client: Client, rest: str) -> str:
+    return client.people(client.count)
+
+
+def help(client: Client, rest: str) -> str:
+    return client.words["term_help"] + ("\n" + client.words["term_help_host"] if client.is_host else "")
+
+
+def room_time(client: Client, wish: str) -> str:
+    """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
+    end = "/" + wish.lower().replace(" ", "_")
+    zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)] if wish else [""]
+    if not zones:
+        return client.words["term_no_zone"].format(zone=shown(wish))
+    zone = min(zones, key=lambda zone: (len(zone), zone))  # the one that was meant, where it was named in full
+    now = client.now().astimezone(zoneinfo.ZoneInfo(zone) if zone else None)
+    return client.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
+
+
+def act(client: Client, command: str, rest: str) -> None:
+    """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+    try:
+        client.send(ACTS[command](client, rest))
+    except ValueError:
+        client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
 
 
 def note_frame(client: Client, name: str, **fields: Any) -> dict[str, Any]:
-    """The frame for something to be done to the last message of somebody."""
-    return {"type": "note", "to": client.last_message(name), **fields}
+    """The frame for something that is done to the last message of somebody, or of all. Raises ValueError for none."""
+    wanted = name_key(name)
+    to = max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == wanted)
+    return {"type": "note", "to": to, **fields}
 
 
 def mute_frame(client: Client, rest: str) -> dict[str, Any]:
@@ -5150,14 +5090,15 @@ def mute_frame(client: Client, rest: str) -> dict[str, Any]:
 
 
 def clear_frame(client: Client, rest: str) -> dict[str, Any]:
-    """It can't be undone: who asks for it must say so."""
+    """Raises ValueError where it isn't meant: it can't be undone."""
     if rest != "yes":
         raise ValueError
     return {"type": "clear"}
 
 
-# What hosts can ask for, as a frame; ValueError where what stands behind the command makes no sense.
-HOST_COMMANDS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
+COMMANDS = {"/who": who, "/help": help, "/time": room_time}
+# What becomes a frame; ValueError where what stands behind the command makes no sense.
+ACTS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
     "/delete-last": lambda client, name: note_frame(client, name or client.name, kind="delete"),
     "/pin": lambda client, name: note_frame(client, name, kind="pin", value=True),
     "/unpin": lambda client, _: note_frame(client, "", kind="pin", value=False),
@@ -5166,13 +5107,59 @@ HOST_COMMANDS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
     "/lock": lambda client, _: {"type": "mode", "talk": "hosts"},
     "/open": lambda client, _: {"type": "mode", "talk": "everyone"},
     "/slow": lambda client, seconds: {"type": "mode", "every": int(seconds)},
-    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.door == "open" else "open"},
+    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"},
     "/clear": clear_frame,
 }
 
 
 # === Terminal views ===================================================================================================
 # How a Client is seen and fed: a Screen is for a person at a terminal, Lines are for pipes.
+
+PENDING_ROWS = 3  # shown of what isn't sent yet
+WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
+NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
+INDENT = "    "
+WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
+PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
+
+
+def safe(text: str) -> str:
+    """What others wrote, for a terminal: of its controls only newlines are left."""
+    return STEERING.sub("", text.replace("\t", INDENT))
+
+
+def most_columns(text: str) -> int:
+    """What it takes at the most, whichever terminal draws it."""
+    return sum(1 if char.isascii() else 2 for char in text)
+
+
+def wrap(text: str, columns: int, width: Callable[[str], int]) -> list[str]:
+    """The rows of a text. Only the first one begins at the margin: nobody can write a line of somebody else's.
+
+    A URL that fits into a row stays whole, so that it can be copied.
+    """
+    rows: list[str] = []
+    for line in text.split("\n"):
+        row = INDENT if rows else ""
+        used = len(row)
+        for piece in PIECE.findall(line):
+            whole = width(piece.rstrip()) <= columns - len(INDENT)
+            for part in [piece] if whole else piece:
+                if used + width(part.rstrip()) > columns:
+                    rows.append(row.rstrip())
+                    row, used = INDENT, len(INDENT)
+                row, used = row + part, used + width(part)
+        rows.append(row.rstrip())
+    return rows
+
+
+def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_columns) -> str:
+    """Text of others as it may be written there: a terminal is left nothing to wrap by itself."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:  # it is no terminal
+        return safe(text).replace("\n", f"\n{INDENT}")
+    return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
 
 
 class Lines:
@@ -5227,7 +5214,7 @@ class Lines:
             if line.strip():
                 self.client.say(line)
                 await self.client.idle.wait()
-        elif not self.client.command(line):
+        elif not obey(self.client, line):
             self.leaving.set()
 
 
@@ -5299,7 +5286,7 @@ class Screen(Lines):
     async def read(self) -> None:
         """Until the user leaves and has been heard."""
         with self.tools.patch_stdout.patch_stdout(raw=True), contextlib.suppress(EOFError, KeyboardInterrupt):
-            while self.client.command(await self.session.prompt_async(handle_sigint=False)):
+            while obey(self.client, await self.session.prompt_async(handle_sigint=False)):
                 pass
         if self.client.outbox:
             with contextlib.suppress(TimeoutError):
