@@ -109,7 +109,7 @@ RETURN = 6 * PATIENCE  # ... and until a client or a store is surely back: three
 NODE_MODULES = Path(os.environ.get("TORNCHAT_NODE_MODULES", "/nonexistent"))  # where npm has put axe-core and wscat
 PROGRAM = Path(tornchat.__file__).resolve()
 SOURCE = PROGRAM.read_text(encoding="utf-8")
-CHATTER = {"joined", "left", "time"}  # frames that come when they like: passed over unless they are asked for
+CHATTER = {"joined", "left", "hosts", "time"}  # frames that come when they like: passed over unless they are asked for
 Frame = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -589,7 +589,7 @@ class Browser:
         if frame["type"] == "message":
             self.after = frame["seq"]
 
-    async def expect(self, kind: str, **fields: object) -> Frame:
+    async def expect(self, kind: str, /, **fields: object) -> Frame:
         """Return the next frame: it is of this kind and has these fields. Chatter is passed over unless asked for."""
         while (frame := await self.frame()) is not None:
             if frame["type"] == kind and fields.items() <= frame.items():
@@ -1138,9 +1138,12 @@ class TestMessagesAndNames:
     def test_any_frame(self, frame: str | bytes) -> None:
         """Whatever comes in: refused, or a text that can be sent to everybody."""
         try:
-            text, cid = tornchat.parse_frame(frame)
+            wish = tornchat.parse_frame(frame)
         except tornchat.Refused:
             return
+        if isinstance(wish, tornchat.Act):
+            return
+        text, cid, _ = wish
         assert 1 <= len(text.encode()) <= 4 * 4000
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
@@ -1185,6 +1188,8 @@ class TestMessagesAndNames:
                 st.sampled_from(["message", "joined", "left"]),
                 *[st.integers(0, 2**53)] * 2,
                 *[st.text(st.characters(exclude_categories=["Cs"]), max_size=9)] * 4,
+                st.just(tornchat.NOWHERE),
+                st.sampled_from([{}, {"host": True}, {"re": 7}]),
             )
         )
     )
@@ -1288,7 +1293,7 @@ class Feeds:
         quick: dict[str, Any] = {"rate": 0.0, "tick_seconds": 0.05, "retry_seconds": 0.1, "room": self.place.room}
         quick |= {"repair_seconds": 0.2, "name_seconds": 0.0}
         feed = await open_feed(kind, self.connect(), tornchat.Config(**quick | options))
-        presence = tornchat.Presence(feed, tornchat.Admission(feed.outbox, tornchat.Limits(0)).keep_few)
+        presence = tornchat.Presence(feed, tornchat.Admission(feed, tornchat.Limits(0)).keep_few)
         presence.start()
         self.feeds.append(feed)
         self.presences.append(presence)
@@ -1557,11 +1562,11 @@ class TestFeed(Transcripts):
         counts: list[int] = []
 
         class Slow(tornchat.Store):
-            async def page(self, before: str, count: int) -> list[tornchat.Entry]:
+            async def page(self, at: str, until: str, count: int) -> list[tornchat.Entry]:
                 counts.append(count)
                 if count > 20:
                     raise TimeoutError
-                return await super().page(before, count)
+                return await super().page(at, until, count)
 
         later = await feeds.start(Slow)
         assert later.room.seq == 300
@@ -1710,7 +1715,7 @@ class TestFeed(Transcripts):
         """Who has left again before it is known that they came is told that the name is not theirs."""
         feed = await feeds.start()
 
-        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done) -> None:
+        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done, **fields: Any) -> None:
             """The notice is in the feed, and another one already behind it."""
             done(tornchat.Event(type, 0, 7, who.sid, "", who.name))
 
@@ -2720,6 +2725,26 @@ class TestLogin(Transcripts):
                 answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
                 assert answer.startswith("HTTP/1.1 200 "), answer
 
+    @pytest.mark.parametrize("cookie", ["{name}={x}", "{name}=2|1:0|10:1;" * 400, ";" * 15_000])
+    async def test_G5_cookies_that_take_time(
+        self, cookie: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of what claims to be a session little is looked at; ours is found behind it."""
+        daemon = await memory_lan.serve()
+        ann, looked_at, decode = memory_lan.browser(), [], tornado.web.decode_signed_value
+        await ann.login("Ann")
+        cookie = cookie.format(name=daemon.cookie, x="x" * 14_000)
+
+        def count(key: str, name: str, value: str, **limits: Any) -> bytes | None:
+            looked_at.append(len(value))
+            return decode(key, name, value, **limits)
+
+        monkeypatch.setattr(tornado.web, "decode_signed_value", count)
+        assert (await memory_lan.browser().fetch("/", Cookie=cookie)).code == 302
+        assert len(looked_at) <= 10
+        assert sum(looked_at) < 7_000
+        assert (await memory_lan.browser().fetch("/", Cookie=f"{cookie}; {ann.headers()['Cookie']}")).code == 200
+
 
 # === Socket ===========================================================================================================
 
@@ -2917,6 +2942,19 @@ class TestSocket(Transcripts):
             writer.transport.abort()
         await bob.quiet()
 
+    async def test_an_idle_member_keeps_no_task(self, memory_lan: Lan) -> None:
+        """What a connection costs while nobody says anything is its place in the room, and no coroutine that waits."""
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        await ann.quiet()
+        before = {task.get_name() for task in asyncio.all_tasks()}
+        for number in range(5):
+            reader, _ = await handshake(ann.url, f"{ann.headers()['Cookie']}", masked(0x89, b"%d" % number))
+            await asyncio.wait_for(reader.readuntil(b"\x8a\x01%d" % number), PATIENCE)
+        await ann.quiet()
+        left = [task for task in asyncio.all_tasks() if task.get_name() not in before]
+        assert not [task for task in left if "tornado" in repr(task)]
+
     async def test_speaking_after_being_turned_away(self, memory_lan: Lan) -> None:
         """What somebody says who was turned away is said to nobody."""
         ann = await memory_lan.join("Ann")
@@ -2933,7 +2971,7 @@ class TestSocket(Transcripts):
         ann, gone = memory_lan.browser(), asyncio.Event()
         await ann.login("Ann")
 
-        async def enter(sid: str, name: str) -> NoReturn:
+        async def enter(sid: str, name: str, origin: str, *, host: bool) -> NoReturn:
             await gone.wait()
             raise tornchat.Taken(name)
 
@@ -3810,6 +3848,105 @@ class TestPresence(Transcripts):
         assert ann.seen("joined")[-1]["count"] == 41
 
 
+# === Being the host ===================================================================================================
+
+
+async def join_as_host(lan: Lan, name: str = "Tess", at: tornchat.Daemon | None = None) -> Browser:
+    """Somebody who has opened the host's link, and then logged in."""
+    browser = lan.browser(at)
+    answer = await browser.fetch(f"/host?key={(at or lan.daemons[-1]).host_key}")
+    assert (answer.code, answer.headers["Location"]) == (302, "./")
+    await browser.login(name)
+    await browser.connect()
+    browser.welcome = await browser.expect("welcome", name=name, host=True)
+    return browser
+
+
+async def post_act(browser: Browser, act: Frame) -> tuple[int, Frame]:
+    """POST /acts; the status and what the JSON says."""
+    answer = await browser.fetch("/acts", "POST", body=json.dumps(act), Content_Type="application/json")
+    return answer.code, json.loads(answer.body)
+
+
+def note(to: int, kind: str, **value: object) -> Frame:
+    return {"type": "note", "to": to, "kind": kind, **value}
+
+
+OPEN = {"talk": "everyone", "every": 0, "door": "open"}
+ACTS: dict[str, tuple[Frame, str, Frame]] = {  # what it is, the frame, and the type and fields of what all are told
+    "pin": (note(1, "pin", value=True), "note", {"to": 1, "kind": "pin"}),
+    "unpin": (note(1, "pin", value=False), "note", {"to": 1, "kind": "pin", "message": None}),
+    "react": (note(1, "react", value="👍"), "note", {"to": 1, "kind": "react", "counts": {"👍": 1}}),
+    "take it back": (note(1, "react", value=""), "note", {"to": 1, "kind": "react", "counts": {}}),
+    "lock": ({"type": "mode", "talk": "hosts"}, "mode", {"talk": "hosts", "every": 0, "door": "open", "by": "Tess"}),
+    "slow": ({"type": "mode", "every": 30}, "mode", {"talk": "hosts", "every": 30, "door": "open"}),
+    "door": ({"type": "mode", "door": "closed"}, "mode", {"talk": "hosts", "every": 30, "door": "closed"}),
+    "mute": ({"type": "mute", "name": "Eve", "seconds": 300}, "muted", {"name": "Eve"}),
+    "end it": ({"type": "mute", "name": "Eve", "seconds": 0}, "muted", {"name": "Eve", "until": 0}),
+    "remove": ({"type": "remove", "name": "Eve", "seconds": 600}, "left", {"names": ["Eve"]}),
+    "delete": (note(1, "delete"), "note", {"to": 1, "kind": "delete"}),
+    "delete a host's": (note(2, "delete"), "note", {"to": 2, "kind": "delete"}),
+    "clear": ({"type": "clear"}, "cleared", {"seq": 2}),
+}
+MAY = {
+    "host": [*ACTS],
+    "author": ["react", "take it back", "delete"],
+    "member": ["react", "take it back"],
+    "forger": ["react", "take it back"],
+    "was host": ["react", "take it back"],
+    "nobody": [],
+}
+
+
+async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
+    """Who does it."""
+    if who == "was host":
+        max = await join_as_host(lan, "Max")
+        copied = dict(max.cookies)
+        await max.fetch("/logout", form={})
+        await max.ended()
+        max.cookies = copied
+        await max.connect()
+        await max.expect("welcome", host=False)
+        return max
+    if who in ("member", "forger"):
+        return await lan.join("Max")
+    return {"host": tess, "author": bob}.get(who) or lan.browser()
+
+
+class TestHost:
+    @pytest.mark.parametrize("way", ["socket", "POST /acts"])
+    @pytest.mark.parametrize("who", MAY)
+    async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
+        """Every act by everybody, by both ways: who may, may; all others are refused, and nothing changes."""
+        daemon = await lan.serve()
+        tess, bob, eve = await join_as_host(lan), await lan.join("Bob"), await lan.join("Eve")
+        await bob.say("from Bob")
+        await bob.expect("message", seq=1)
+        await tess.say("from Tess")
+        await bob.expect("message", seq=2, host=True)
+        someone = await actor(who, lan, tess, bob)
+        forged = {"host": True, "by": "host", "sid": daemon.room.roster["tess"].sid} if who == "forger" else {}
+        for what, (act, kind, fields) in ACTS.items():
+            by_socket = way == "socket" and who != "nobody"
+            status, answer = 0, {}
+            if by_socket:
+                await someone.send(json.dumps(act | forged))
+            else:
+                status, answer = await post_act(someone, act | forged)
+            if what in MAY[who]:
+                assert by_socket or status == 201
+                await until_frame(tess, kind, **fields)
+            elif by_socket:
+                await until_frame(someone, "refused", code="not-host")
+            else:
+                assert (status, answer["code"]) == ((401, "no-session") if who == "nobody" else (403, "not-host"))
+        if who != "host":
+            await eve.connect()
+            await eve.expect("welcome", mode=OPEN, pinned=None, muted_until=0)
+            await eve.expect_texts("" if who == "author" else "from Bob", "from Tess")
+
+
 # === Security basics ==================================================================================================
 
 OUR_HOSTS = (
@@ -4007,7 +4144,7 @@ class TestSecurity(Transcripts):
             assert "tornado" not in (text_of(answer) + str(dict(answer.headers))).lower()
 
     async def test_a_refused_program_is_told_in_json(self, memory_lan: Lan) -> None:
-        """A program that asks for JSON gets it in a refusal too; of /messages nothing else is ever asked."""
+        """A program that asks for JSON gets it in a refusal too; /messages and /healthz answer nothing else."""
         await memory_lan.serve()
         browser = memory_lan.browser()
         answer = await browser.fetch("/login", Host="evil.example", Accept="application/json")
@@ -4022,7 +4159,8 @@ class TestSecurity(Transcripts):
             (401, "GET", {}),
         ]
         for code, method, headers in refusals:
-            answer = await browser.fetch("/messages", method, body=None if method == "GET" else "", **headers)
+            path = "/healthz" if code == 405 else "/messages"
+            answer = await browser.fetch(path, method, body=None if method == "GET" else "", **headers)
             assert answer.code == code
             assert answer.headers["Content-Type"].startswith("application/json")
             assert json.loads(answer.body)["text"]
@@ -4111,6 +4249,19 @@ class TestSecurity(Transcripts):
         assert (await browser.fetch("/login", **told | {"X_Forwarded_Host": "evil.example"})).code == 421
         for odd in ({"X_Forwarded_For": "nonsense"}, {"X_Forwarded_Proto": "gopher"}, {"X_Forwarded_Host": ""}):
             assert (await browser.fetch("/login", **told | odd)).code < 500
+
+    @pytest.mark.parametrize("address", ["nonsense", "unix:", "-", "127.0.0.1.", "192.0.2.1, "])
+    async def test_a_proxy_that_tells_no_address(
+        self, address: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whom a trusted proxy gives anything but an address is no one on this machine: all of them share one limit."""
+        monkeypatch.setattr(tornchat, "LOGINS_AT_ONCE", 2)
+        await memory_lan.serve(trust_proxy=True)
+        told: dict[str, Any] = {"Accept": "application/json", "X_Forwarded_For": address}
+        forms = [{"nickname": name} for name in ("Ann", "Bob", "Eve")]
+        answers = [await memory_lan.browser().fetch("/login", form=form, **told) for form in forms]
+        assert [answer.code for answer in answers] == [200, 200, 429]
+        assert (await memory_lan.browser().ask("Eve"))[0] == 200
 
     async def test_https(self, memory_lan: Lan, tmp_path: Path) -> None:
         """With a certificate the room is https and wss, and its cookie never leaves them."""
@@ -6953,7 +7104,7 @@ def assert_one_history(people: Sequence[Talker], count: int) -> None:
         assert texts == [f"{author.name} {n}" for n in range(len(texts))]
 
 
-async def until_frame(browser: Browser, kind: str, **fields: object) -> Frame:
+async def until_frame(browser: Browser, kind: str, /, **fields: object) -> Frame:
     """Pass over whatever comes until this does."""
     while (frame := await browser.frame()) is not None:
         if frame["type"] == kind and fields.items() <= frame.items():
@@ -8126,7 +8277,7 @@ class TestTerminal(Transcripts):
             assert all(words in shown for words in told.split("|")), (frame, shown)
         assert shown == ""
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
-        assert client.who("") == "here: Ann"
+        assert tornchat.who(client, "") == "here: Ann"
 
     @pytest.mark.parametrize(
         ("typed", "frame"),
@@ -8162,10 +8313,10 @@ class TestTerminal(Transcripts):
             client.receive(json.dumps(known))
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
-        assert client.command(typed)
+        assert tornchat.obey(client, typed)
         assert asked == ([frame] if isinstance(frame, dict) else [])
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
-        assert typed.partition(" ")[0] in client.help("")
+        assert typed.partition(" ")[0] in tornchat.help(client, "")
 
     @pytest.mark.parametrize(
         ("code", "retry_after", "over"),
@@ -8398,7 +8549,7 @@ class TestTerminal(Transcripts):
             await ann.shows("Ann: once")
             ann.keys("next\r")
             await ann.shows("Ann: next")
-            assert [json.loads(message.json)["text"] for _, message in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [message.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
             assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
             ann.keys("\x03")
             assert await ann.leaves() == 0
@@ -8417,9 +8568,7 @@ class TestTerminal(Transcripts):
         await memory_lan.serve(port=port)
         await ann.shows("The room has lost its history")
         await ann.shows("Ann: still there?")
-        assert [json.loads(message.json)["text"] for _, message in memory_lan.daemons[-1].room.ring.kept] == [
-            "still there?"
-        ]
+        assert [message.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
 
     @slow
     @pytest.mark.parametrize("lasting", [False, True])
