@@ -71,6 +71,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -190,11 +191,12 @@ REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
+TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
-FRAMES_A_TURN = 32  # of one client and turn of the loop: about 1 ms
+FRAMES_A_TURN = 8  # of one client and turn of the loop: about 0.5 ms
 FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
@@ -208,6 +210,7 @@ PORTS_TRIED = 20  # upwards from the default one
 BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+CROWD_SECONDS = 0.001  # from one newcomer to the next, while each costs a quiet visitor its connection
 ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd at the door
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
@@ -2065,6 +2068,7 @@ class Limits:
         self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+        self.rest = 0 if free else TURN_SECONDS
         self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
@@ -2072,7 +2076,7 @@ class Limits:
         self.proxy_seen = False
 
     async def turn(self, address: str, stream: tornado.iostream.IOStream, cost: float = 1) -> None:
-        """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
+        """Waits for the address's turn: its requests come one after the other, and no more than its pace allows."""
         turn = self.turns.setdefault(address, asyncio.Lock())
         loop = asyncio.get_running_loop()
         await turn.acquire()
@@ -2081,7 +2085,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_soon(turn.release)
+            loop.call_later(self.rest, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -2128,6 +2132,7 @@ class Visitors:
     def __init__(self) -> None:
         self.open: dict[tornado.iostream.IOStream, str] = {}  # all connections, of members too
         self.quiet: dict[str, collections.OrderedDict[tornado.iostream.IOStream, None]] = {}
+        self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
         """A new connection."""
@@ -2167,6 +2172,7 @@ class Visitors:
         stream = next(iter(self.quiet[address]))
         self.leave(stream)
         stream.close()
+        self.crowded = True
 
 
 # === Web ==============================================================================================================
@@ -2409,17 +2415,33 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def page(self, template: str, **values: object) -> None:
         """Answers with one of the HTML templates, in the reader's language."""
-        self.finish(
-            self.render_string(
-                template,
-                lang=LANGUAGES[self.language],
-                w=WORDS[self.language],
-                title=self.daemon.config.title,
-                asset=asset_url,
-                root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
-                **values,
-            )
+        html = self.render_string(
+            template,
+            lang=LANGUAGES[self.language],
+            w=WORDS[self.language],
+            title=self.daemon.config.title,
+            asset=asset_url,
+            root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
+            **values,
         )
+        self.deliver(html, compress)
+
+    def deliver(self, text: bytes, compress: Callable[[bytes], bytes]) -> None:
+        """Answers with a text, compressed where the client takes that."""
+        self.set_header("Vary", "Accept-Encoding")
+        accepted = self.request.headers.get("Accept-Encoding", "").lower()
+        if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", accepted):
+            self.set_header("Content-Encoding", "gzip")
+            text = compress(text)
+        self.finish(text)
+
+
+def compress(text: bytes) -> bytes:
+    """With gzip; the same text always gives the same bytes."""
+    return gzip.compress(text, mtime=0)
+
+
+compress_once = functools.cache(compress)  # for what is made once
 
 
 class PageHandler(BaseHandler):
@@ -2531,7 +2553,7 @@ class AssetHandler(BaseHandler):
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
-        self.finish(text)
+        self.deliver(text.encode(), compress_once)
 
     head = get
 
@@ -3427,15 +3449,21 @@ class Door(socket.socket):
         self.accepted += 1
         if not self.accepted % ACCEPTS_A_TURN:
             raise BlockingIOError  # the rest in the next turn
+        if self.visitors.crowded:
+            self.visitors.crowded = False
+            self.rest(CROWD_SECONDS)
+            raise BlockingIOError
         try:
-            while self.full():
-                if not self.visitors.make_room():
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if self.full() and not self.visitors.make_room():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self.rest(error)
+            self.rest(FULL_SECONDS)
+            if time.monotonic() - self.told > FULL_LOG_SECONDS:
+                self.told = time.monotonic()
+                log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
 
     def full(self) -> bool:
@@ -3447,14 +3475,11 @@ class Door(socket.socket):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
 
-    def rest(self, error: OSError) -> None:
+    def rest(self, seconds: float) -> None:
         """Stops looking who is there, for a while."""
         loop = tornado.ioloop.IOLoop.current()
         loop.update_handler(self.fileno(), 0)
-        loop.call_later(FULL_SECONDS, self.resume)
-        if time.monotonic() - self.told > FULL_LOG_SECONDS:
-            self.told = time.monotonic()
-            log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
+        loop.call_later(seconds, self.resume)
 
     def resume(self) -> None:
         """Looks again, unless the door has been closed for good."""
