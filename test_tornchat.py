@@ -3,8 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40",
-#   "pytest", "hypothesis", "playwright", "websockets", "websocket-client", "confusable-homoglyphs",
-#   "prompt_toolkit", "pyte",
+#   "pytest", "hypothesis", "playwright", "websockets", "confusable-homoglyphs", "prompt_toolkit", "pyte",
 # ]
 # ///
 # ruff: noqa: N802, PTH208 - G1 to G10 are the README's names; in a coroutine listdir is as good as Path
@@ -359,7 +358,10 @@ class Lan:
     async def run(self, *options: str) -> Program:
         """Start tornchat.py as a user does, on a free port and this store."""
         where = ["--redis-url", self.store.url] if self.store.url else []
-        program = await Program.start("--host", "127.0.0.1", "--room", self.store.room, *where, *options)
+        return self.add(await Program.start("--host", "127.0.0.1", "--room", self.store.room, *where, *options))
+
+    def add(self, program: Program) -> Program:
+        """A program that ends with the test."""
         self.programs.append(program)
         return program
 
@@ -919,67 +921,19 @@ PEOPLE = {
     "Yoruba": "Wọlé Ṣóyínká|Ọláńrewájú|Fẹlá Kútì|Adékúnlé|Yéwándé Ọmọ́tọ́ṣọ̀|Ṣadé",
     "Ewe": "Kɔfi Ɖogbe|Yawo Ŋutsu|Afi Ƒoli|Ɣevi|Efua Dɛla",
 }
-TWINS = {
-    "other case": ("Ann", "ANN"),
-    "full width": ("Ann", "Ａｎｎ"),
-    "mathematical bold": ("Ann", "𝐀𝐧𝐧"),
-    "spaces": ("Ann Lee", "AnnLee"),
-    "Cyrillic": ("Paco", "Расо"),
-    "Greek": ("Tom", "Τοm"),
-    "all Cyrillic": ("cope", "соре"),
-    "digits for letters": ("lol", "1o1"),
-    "zero": ("Bob", "B0b"),
-    "dotless i": ("Irina", "ırına"),
-    "capital I and l": ("Al", "AI"),
-    "rn and m": ("Tom", "Torn"),
-    "r n and m": ("Tom", "Tor n"),
-    "vv and w": ("Will", "VVill"),
-    "variation selector": ("❤", "❤\ufe0f"),
-    "composed": ("éva", "e\u0301va"),
-    "small capitals": ("Ann", "ᴀɴɴ"),
-    "one Greek capital": ("Hans", "Ηans"),
-    "all Greek capitals": ("ANNA", "ΑΝΝΑ"),
-    "Greek capitals that are unlike their small letters": ("HYMNZ", "ΗΥΜΝΖ"),
-    "Greek, one case and the other": ("Νίκος", "νίκος"),
-    "Cyrillic capitals": ("BOBA HEP", "ВОВА НЕР"),
-    "Cyrillic of other languages": ("Yuri Ghost", "Υurі Ԍһоѕt"),
-    "all Cyrillic, a bank": ("paypal", "раураӏ"),
-    "Armenian": ("hugo", "հսցօ"),
-    "Cherokee": ("ANDREW", "ᎪNᎠᎡᎬᎳ"),
-    "Lisu": ("LISA", "ꓡꓲꓢꓮ"),
-    "Coptic": ("Mom", "ⲙⲟⲙ"),
-    "Canadian syllables": ("AB", "ᗅᗷ"),
-    "mathematical script": ("Ann", "𝒜𝓃𝓃"),
-    "ligatures": ("fifi", "ﬁﬁ"),
-    "Roman numerals": ("XIV", "ⅩⅣ"),
-    "letters in circles": ("Ann", "ⓐⓝⓝ"),
-    "letters in black circles": ("Ann", "🅐🅝🅝"),
-    "letters of flags": ("DE", "🇩🇪"),
-    "Turkish capital I with a dot": ("İpek", "ipek"),
-    "Persian digits": ("علی۱", "علی١"),
-    "Persian letters": ("علي كريم", "علی کریم"),
-    "leetspeak": ("Bob TZ", "8o8 72"),
-    "at sign": ("Ann", "@nn"),
-    "kanji and katakana": ("力口", "カロ"),
-    "apostrophes": ("O'Brien", "O’Brien"),
-    "hyphens": ("Jean-Luc", "Jean\u2010Luc"),
-    "dashes": ("Jean-Luc", "Jean–Luc"),
-    "a dash and a kanji": ("Jean—Luc", "Jean一Luc"),
-    "middle dots": ("玛丽·居里", "玛丽・居里"),
-    "caron and breve": ("Ăna", "Ǎna"),
-    "comma and cedilla": ("Ştefan", "Ștefan"),
-    "a variation selector that nothing shows": ("Ann", "An\ufe00n"),
-    "a variant of a kanji": ("葛城", "葛\U000e0100城"),
-    "text style": ("❤", "❤\ufe0e"),
-    "joiners": ("क्ष", "क्\u200dष"),
-    "Hebrew points": ("שמעון", "שִׁמְעוֹן"),
-    "Greek that is Latin to the eye": ("Noa", "Νοα"),
-}
+# Of each pair the second looks like the first: by its case, its width, letters of another script, digits, marks, signs.
+TWINS = (
+    "Ann/ANN|Ann/Ａｎｎ|Ann/𝐀𝐧𝐧|Ann Lee/AnnLee|Paco/Расо|Tom/Τοm|cope/соре|lol/1o1|Bob/B0b|Irina/ırına|Al/AI"
+    "|Tom/Torn|Tom/Tor n|Will/VVill|❤/❤\ufe0f|éva/e\u0301va|Ann/ᴀɴɴ|Hans/Ηans|ANNA/ΑΝΝΑ|HYMNZ/ΗΥΜΝΖ|Νίκος/νίκος"
+    "|BOBA HEP/ВОВА НЕР|Yuri Ghost/Υurі Ԍһоѕt|paypal/раураӏ|hugo/հսցօ|ANDREW/ᎪNᎠᎡᎬᎳ|LISA/ꓡꓲꓢꓮ|Mom/ⲙⲟⲙ|AB/ᗅᗷ"
+    "|Ann/𝒜𝓃𝓃|fifi/ﬁﬁ|XIV/ⅩⅣ|Ann/ⓐⓝⓝ|Ann/🅐🅝🅝|DE/🇩🇪|İpek/ipek|علی۱/علی١|علي كريم/علی کریم|Bob TZ/8o8 72|Ann/@nn"
+    "|力口/カロ|O'Brien/O’Brien|Jean-Luc/Jean\u2010Luc|Jean-Luc/Jean–Luc|Jean—Luc/Jean一Luc|玛丽·居里/玛丽・居里"
+    "|Ăna/Ǎna|Ştefan/Ștefan|Ann/An\ufe00n|葛城/葛\U000e0100城|❤/❤\ufe0e|क्ष/क्\u200dष|שמעון/שִׁמְעוֹן|Noa/Νοα"
+)
 ONE_TO_THE_EYE = (  # each pair was two names
     "Павел/Πавел Đuro/Ðuro Þór/Ϸór Æsa/Ӕsa Əli/Әli François/Franҫois Jan-Erik/Jan⁃Erik Tom!/Tomǃ 小马/小⻢ 李民/李⺠"
     " محمد/محـمد แดง/เเดง Boo/Bꝏ Bob/B٥b Şəhla/Şәhla Tom/Tοm"
 )
-TWINS |= {pair: (pair.split("/")[0], pair.split("/")[1]) for pair in ONE_TO_THE_EYE.split()}
 DISTINCT = (
     "Ann/Anna user1/user2 user1/user10 王小明/王小红 Éva/Eva Ольга/Олег a/b Øle/Ole Łukasz/Lukasz Đan/Dan"
     " Лиза/Лиса Вера/Вёра Νίκος/Γιώργος מרים/מירי علي/عمر राम/रामा 김민준/김민지 さくら/さくな สมชาย/สมหญิง 🦊/🐺 "
@@ -1101,9 +1055,10 @@ class TestMessagesAndNames:
 
     def test_G7_twins(self) -> None:
         """Of two names that look alike the second is none at all, or has the key of the first; a key is its own key."""
-        for what, (name, twin) in TWINS.items():
-            assert key_of_name(name)
-            assert key_of_name(twin) in (key_of_name(name), None), what
+        for pair in [*TWINS.split("|"), *ONE_TO_THE_EYE.split()]:
+            name, twin = pair.split("/")
+            assert key_of_name(name), pair
+            assert key_of_name(twin) in (key_of_name(name), None), pair
             for key in map(tornchat.name_key, (name, twin)):
                 assert tornchat.name_key(key) == key
 
@@ -1425,23 +1380,6 @@ class TestFeed(Transcripts):
         await feeds.settled(51)
         assert [frame["text"] for frame in ann.of("message")] == [*map(str, range(50)), "the end"]
 
-    async def test_what_is_in_the_store(self, feeds: Feeds) -> None:
-        """A daemon that starts knows the newest messages, who is here, the secret and the cids."""
-        first = await feeds.start(history=3)
-        ann = await feeds.enter(first, "Ann")
-        for n in range(1, 6):
-            say(first, ann, f"{n}", f"c{n}")
-        await feeds.settled(5)
-        second = await feeds.start(history=3)
-        assert (second.secret, second.room.epoch) == (first.secret, first.room.epoch)
-        assert list(second.room.roster) == [tornchat.name_key("Ann")]
-        bob = await feeds.enter(second, "Bob")
-        assert bob.seqs == [3, 4, 5]
-        assert bob.of("message") == ann.of("message")[2:]
-        there = await feeds.enter(second, "Ann")
-        outcomes = say(second, there, "5", "c5")
-        assert [outcome.seq for outcome in outcomes if isinstance(outcome, tornchat.Event)] == [5]
-
     async def test_the_secret(self, feeds: Feeds) -> None:
         """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
         given = await feeds.start(secret="from the operator")
@@ -1479,47 +1417,6 @@ class TestFeed(Transcripts):
         await feeds.settled(len(poisons) + 1)
         assert ann.seqs == bob.seqs == [*range(1, len(poisons) + 2)]
         assert not [frame for frame in ann.of("welcome") if frame["reset"]]
-
-    async def test_G2_flush(self, feeds: Feeds) -> None:
-        """A flush is noticed by nobody: messages, names, secret and leases are put back, the room goes on."""
-        first, second = await feeds.start(), await feeds.start()
-        ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
-        for n in range(5):
-            say(first, ann, f"{n}")
-        await feeds.settled(5)
-        secret, before = first.secret, await feeds.redis.xrange(feeds.key)
-        await feeds.flush()
-        say(second, bob, "hi")
-        await feeds.settled(6)
-        for recorder in (ann, bob):
-            assert [frame["reset"] for frame in recorder.of("welcome")] == [False]
-            assert recorder.seqs == [1, 2, 3, 4, 5, 6]
-            assert recorder.closed == []
-        assert (await feeds.redis.xrange(feeds.key))[: len(before)] == before
-        assert (await feeds.redis.get(feeds.place.key("secret"))).decode() == secret
-        assert await feeds.redis.zcard(feeds.place.key("leases")) == 2
-        carl = await feeds.enter(await feeds.start(), "Carl")
-        assert sorted(carl.of("welcome")[0]["members"]) == ["Ann", "Bob", "Carl"]
-        assert carl.of("message") == ann.of("message")
-
-    async def test_G2_rollback(self, feeds: Feeds) -> None:
-        """A store that went back to an older state gets back what came since; nobody notices."""
-        feed = await feeds.start(history=3)
-        ann = await feeds.enter(feed, "Ann")
-        for n in range(1, 7):
-            say(feed, ann, f"{n}")
-            await feeds.settled(n)
-        await feeds.roll_back(2)
-
-        async def put_back() -> bool:
-            return bool(await feeds.redis.xlen(feeds.key) == 8)
-
-        await until(put_back)
-        say(feed, ann, "new")
-        await feeds.settled(7)
-        assert [frame["reset"] for frame in ann.of("welcome")] == [False]
-        bob = await feeds.enter(await feeds.start(), "Bob")
-        assert [frame["text"] for frame in bob.of("message")] == ["1", "2", "3", "4", "5", "6", "new"]
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
@@ -2959,13 +2856,22 @@ class TestSocket(Transcripts):
         assert (await ann.post(text))[0] == 201
 
     async def test_G7_no_field_changes_the_speaker(self, lan: Lan) -> None:
-        """Whatever fields a frame carries, the speaker is who logged in, and number and time are the room's."""
+        """Whatever a frame, a form or a query says: the speaker is who logged in, number and time are the room's."""
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        false = {"name": "Bob", "seq": 99, "ts": 1, "sid": "x", "epoch": "x", "session": "x", "id": "9-9"}
-        await ann.send(json.dumps({"type": "say", "text": "hi", "cid": "c"} | false))
-        message = await bob.expect("message", name="Ann", seq=1, cid="c")
-        assert message["ts"] > 1_600_000_000_000
-        assert set(message) == {"type", "seq", "ts", "name", "text", "cid"}
+        false = {"name": "Bob", "nickname": "Bob", "sid": "x", "session": "x", "seq": "99", "ts": "1", "epoch": "x"}
+        false |= {"id": "9-9", "names": "Bob", "member": "Bob", "from": "Bob", "text": "hi"}
+        path = "/messages?" + urllib.parse.urlencode(false | {"type": "left"})
+        await ann.send(json.dumps({"type": "say", "cid": "c1"} | false))
+        heard = [await bob.expect("message", cid="c1")]
+        await ann.fetch(path, form=false | {"cid": "c2", "type": "left"})
+        heard.append(await bob.expect("message", cid="c2"))
+        body = json.dumps(false | {"cid": "c3", "type": "left"})
+        await ann.fetch(path, "POST", body=body, Content_Type="application/json", X_Forwarded_User="Bob")
+        heard.append(await bob.expect("message", cid="c3"))
+        for seq, message in enumerate(heard, 1):
+            assert (message["name"], message["seq"], message["text"]) == ("Ann", seq, "hi")
+            assert message["ts"] > 1_600_000_000_000
+            assert set(message) == {"type", "seq", "ts", "name", "text", "cid"}
 
     async def test_too_fast(self, lan: Lan) -> None:
         """Five times the rate goes at once; what is more is refused with the wait, and nothing of it is stored."""
@@ -4647,8 +4553,7 @@ class TestAttacks(Transcripts):
     @slow
     async def test_echo(self, memory_lan: Lan) -> None:
         """What Autobahn is let loose on answers however many cases there are."""
-        program = await Program.spawn([__file__, "echo", str(port := free_port())], {})
-        memory_lan.programs.append(program)
+        memory_lan.add(await Program.spawn([__file__, "echo", str(port := free_port())], {}))
         fuzzer = memory_lan.browser(f"http://127.0.0.1:{port}")
 
         async def listens() -> bool:
@@ -4660,30 +4565,6 @@ class TestAttacks(Transcripts):
             await fuzzer.connect()
             await fuzzer.send(str(number))
             assert await fuzzer.read() == str(number)
-
-    async def test_G7_no_field_of_a_form_changes_the_speaker(self, lan: Lan) -> None:
-        """Neither the form nor the JSON nor the query of a POST says who speaks, when, or as what."""
-        ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        false = {"name": "Bob", "nickname": "Bob", "sid": "x", "session": "x", "seq": "99", "ts": "1", "type": "left"}
-        false |= {"epoch": "x", "id": "9-9", "names": "Bob", "member": "Bob", "from": "Bob"}
-        query = urllib.parse.urlencode(false)
-        answers = [
-            await ann.fetch(f"/messages?{query}", form={"text": "hi", "cid": "c1"} | false),
-            await ann.fetch(
-                f"/messages?{query}",
-                "POST",
-                body=json.dumps({"text": "hi", "cid": "c2"} | false),
-                Content_Type="application/json",
-                X_Forwarded_For="192.0.2.1",
-                X_Forwarded_User="Bob",
-            ),
-        ]
-        for seq, answer in enumerate(answers, 1):
-            assert answer.code == 201
-            message = await bob.expect("message", name="Ann", seq=seq, cid=f"c{seq}", text="hi")
-            assert json.loads(answer.body) == message
-            assert set(message) == {"type", "seq", "ts", "name", "text", "cid"}
-            assert message["ts"] > 1_600_000_000_000
 
     async def test_G7_only_says_are_heard(self, memory_lan: Lan) -> None:
         """A frame that looks like one of the room's own is refused, and nobody else sees it."""
@@ -5030,8 +4911,7 @@ class TestAttacks(Transcripts):
             client.acl_setuser("tornchat", enabled=True, passwords=["+redispassword"], keys=["*"], commands=["+@all"])
         url = redis_server.url.replace("redis://", "redis://tornchat:redispassword@")
         options = "-p 0 --host 127.0.0.1 --password roompassword --rate 0 --trust-proxy --secret cookiesecret --room"
-        program = await Program.start(*options.split(), redis_lan.store.room, *verbose, REDIS_URL=url)
-        redis_lan.programs.append(program)
+        program = redis_lan.add(await Program.start(*options.split(), redis_lan.store.room, *verbose, REDIS_URL=url))
         address = await program.address()
         port = int(address.rpartition(":")[2])
         ann = await redis_lan.login("Ann", "roompassword", at=address)
@@ -5091,7 +4971,6 @@ class TestHealth(Transcripts):
         assert set(health) == {"status", "version", "uptime", "connections", "members", "store"}
         assert (health["version"], health["connections"], health["members"]) == (tornchat.__version__, 1, 2)
         assert 0 <= health["uptime"] < 10 * PATIENCE
-        assert "hunter2" not in text_of(answer)
 
     @slow
     async def test_G8_the_store_is_gone(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -5676,8 +5555,9 @@ class TestProcess(Transcripts):
 
     async def test_the_log_on_a_terminal(self, memory_lan: Lan) -> None:
         master, slave = pty.openpty()
-        program = await Program.spawn([str(PROGRAM), "-p", "0", "--host", "127.0.0.1"], {}, stderr=slave)
-        memory_lan.programs.append(program)
+        program = memory_lan.add(
+            await Program.spawn([str(PROGRAM), "-p", "0", "--host", "127.0.0.1"], {}, stderr=slave)
+        )
         await program.address()
         program.signal(signal.SIGTERM)
         assert await program.process.wait() == 0
@@ -5701,8 +5581,7 @@ class TestProcess(Transcripts):
         port = free_port()
         start = f"import os, signal, sys; {before}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
         python = ("-c", start, str(PROGRAM))
-        program = await Program.start("--host", "127.0.0.1", "-p", str(port), *options, python=python)
-        memory_lan.programs.append(program)
+        program = memory_lan.add(await Program.start("--host", "127.0.0.1", "-p", str(port), *options, python=python))
         await program.logs("started")
         ann = await memory_lan.join("Ann", at=f"http://127.0.0.1:{port}")
         if "SIGHUP" in before:
@@ -5716,16 +5595,16 @@ class TestProcess(Transcripts):
     async def test_alone_in_an_empty_folder(self, tmp_path: Path, memory_lan: Lan) -> None:
         """The file alone is the whole program: nothing beside it is needed, nothing is left beside it."""
         shutil.copy(PROGRAM, tmp_path / "tornchat.py")
-        program = await Program.start("-p", "0", "--host", "127.0.0.1", python=(str(tmp_path / "tornchat.py"),))
-        memory_lan.programs.append(program)
+        program = memory_lan.add(
+            await Program.start("-p", "0", "--host", "127.0.0.1", python=(str(tmp_path / "tornchat.py"),))
+        )
         ann = await memory_lan.join("Ann", at=await program.address())
         await ann.quiet()
         assert os.listdir(tmp_path) == ["tornchat.py"]
 
     async def test_all_addresses(self, memory_lan: Lan) -> None:
         """Without --host the room is on every address of the machine: each that is printed can be opened."""
-        program = await Program.start("-p", "0")
-        memory_lan.programs.append(program)
+        program = memory_lan.add(await Program.start("-p", "0"))
         await program.address()
         program.signal(signal.SIGTERM)
         _, out, _ = await program.ended()
@@ -5752,8 +5631,7 @@ class TestProcess(Transcripts):
     async def test_G5_more_visitors_than_descriptors(self, memory_lan: Lan) -> None:
         """300 connections where 128 files may be open: newcomers get in at once, until it is full of members."""
         limited = after("import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (128, 128))")
-        program = await Program.start("--host", "127.0.0.1", "--port", "0", python=limited)
-        memory_lan.programs.append(program)
+        program = memory_lan.add(await Program.start("--host", "127.0.0.1", "--port", "0", python=limited))
         address = await program.address()
         bob = await memory_lan.join("Bob", at=address)
         port = urllib.parse.urlsplit(address).port
@@ -6622,7 +6500,7 @@ class TestTruth(Transcripts):
         """Behind a proxy that knows no WebSocket the page polls, says so, and comes back to the socket when it can."""
         daemon = await memory_lan.serve()
         bob = await memory_lan.join("Bob")
-        async with OldProxy(daemon.port) as proxy, window(memory_lan, at=proxy.url, restarts=True) as ann:
+        async with OldProxy(daemon.port) as proxy, window(memory_lan, at=proxy.http, restarts=True) as ann:
             assert proxy.refused >= 2
             await ann.shows("#state-text", "Connected, by polling")
             await bob.expect("joined", names=["Ann"])
@@ -7067,7 +6945,8 @@ class Proxy:
 
     async def __aenter__(self) -> Self:
         self.server = await asyncio.start_server(self.accept, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
+        address = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        self.url, self.http = f"redis://{address}/0", f"http://{address}/"
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -7128,11 +7007,6 @@ class OldProxy(Proxy):
     def __init__(self, port: int) -> None:
         super().__init__(port)
         self.modern = False
-
-    async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/"
-        return self
 
     async def ask(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
         while data := await client.read(65536):
@@ -7714,8 +7588,7 @@ class TestManyDaemons(Transcripts):
         """A daemon whose clock is an hour off changes nothing: the times of messages and leases are Redis's."""
         options = ["-p", "0", "--host", "127.0.0.1", "--room", redis_lan.store.room, "--redis-url", redis_lan.store.url]
         clock = f"import time; now = time.time; time.time = lambda: now() + {skew}"
-        wrong = await Program.start(*options, python=after(clock))
-        redis_lan.programs.append(wrong)
+        wrong = redis_lan.add(await Program.start(*options, python=after(clock)))
         address, right = await wrong.address(), await redis_lan.serve()
         ann, bob = await redis_lan.join("Ann", at=address), await redis_lan.join("Bob", at=right)
         with redis.Redis.from_url(redis_lan.store.url) as client:
@@ -8696,7 +8569,7 @@ class TestTerminal(Transcripts):
         """The connection breaks when a message is stored, unconfirmed: said again, it is stored once."""
         daemon = await lan.serve()
         async with Proxy(daemon.port) as line:
-            ann = await Terminal.run(lan, "--name", "Ann", at=line.url.replace("redis", "http")[:-1])
+            ann = await Terminal.run(lan, "--name", "Ann", at=line.http)
             ann.keys("hi\r")
             await ann.shows("Ann: hi")
             line.talking.clear()
@@ -8739,7 +8612,7 @@ class TestTerminal(Transcripts):
             stack.push_async_callback(lan.close)
             daemon = await lan.serve()
             line = await stack.enter_async_context(Proxy(daemon.port))
-            ann = await Terminal.run(lan, "--name", "Ann", at=line.url.replace("redis", "http")[:-1])
+            ann = await Terminal.run(lan, "--name", "Ann", at=line.http)
             ann.keys("hi\r")
             await ann.shows("Ann: hi")
             line.disappear()
@@ -8923,33 +8796,6 @@ class Websockets(Voice):
         await self.reading
 
 
-class WebsocketClient(Voice):
-    """The package `websocket-client`, on plain lines, in a thread as it is used."""
-
-    name = "Clive"
-
-    async def come(self) -> None:
-        try:
-            import websocket
-        except ModuleNotFoundError:
-            missing("the package websocket-client")
-        url = f"ws://{self.url}/chat?nickname={self.name}"
-        self.chat = await asyncio.to_thread(websocket.create_connection, url, subprotocols=["text"])
-        self.reading = asyncio.create_task(asyncio.to_thread(self.read))
-
-    def read(self) -> None:
-        with contextlib.suppress(Exception):  # its connection is closed under it
-            while line := self.chat.recv():
-                self.heard.append(str(line))
-
-    async def say(self, text: str) -> None:
-        await asyncio.to_thread(self.chat.send, text)
-
-    async def go(self) -> None:
-        await asyncio.to_thread(self.chat.close)
-        await self.reading
-
-
 class Curl(Voice):
     """curl: the three lines of the README, again and again."""
 
@@ -9024,11 +8870,11 @@ class PollingPage(PageVoice):
 class TestEveryWayIn(Transcripts):
     @slow
     async def test_one_conversation(self, lan: Lan) -> None:
-        """Two hundred messages from seven kinds of programs: each program shows all of them, in the same order."""
+        """Two hundred messages from six kinds of programs: each program shows all of them, in the same order."""
         await lan.serve(history=200)
         ann = await lan.join("Ann")
         async with windows(lan) as (first, second), contextlib.AsyncExitStack() as leaving:
-            kinds = [TerminalClient, Wscat, Websockets, WebsocketClient, Curl]
+            kinds = [TerminalClient, Wscat, Websockets, Curl]
             voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
             for voice in voices:
                 await voice.come()
@@ -9102,8 +8948,7 @@ class TestReadme(Transcripts):
         """The nginx block and the systemd unit, both as they stand there, fit each other."""
         unit = re.search(r"^ExecStart=\S+/python \S+/tornchat.py (.+)$", readme("[Unit]"), re.MULTILINE)
         assert unit is not None
-        program = await Program.start(*unit[1].split(), "-p", "0")
-        memory_lan.programs.append(program)
+        program = memory_lan.add(await Program.start(*unit[1].split(), "-p", "0"))
         upstream = urllib.parse.urlsplit(await program.address()).port
         port, (cert, key) = free_port(), certificate(tmp_path)
         server = readme("server {").replace("127.0.0.1:8888", f"127.0.0.1:{upstream}")
@@ -9168,8 +9013,7 @@ class TestReadme(Transcripts):
         lesson.write_text(readme("import urllib").replace("localhost:8888", f"127.0.0.1:{daemon.port}"), "utf-8")
         ann = await memory_lan.join("Ann")
         for name, told in [("小 明", "Ann: welcome"), ("bob & co", "Ann: welcome"), ("Ann", "“Ann” is taken")]:
-            pupil = await Program.spawn(["-u", str(lesson)], {"PYTHONUTF8": "1"}, stdin=subprocess.PIPE)
-            memory_lan.programs.append(pupil)
+            pupil = memory_lan.add(await Program.spawn(["-u", str(lesson)], {"PYTHONUTF8": "1"}, stdin=subprocess.PIPE))
             printed = pupil.process.stderr if name == "Ann" else pupil.process.stdout
             assert pupil.process.stdin is not None
             assert printed is not None
@@ -9378,7 +9222,7 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
     with Chat("--rate", "0") as chat:
         async with Meter(chat.port) as meter:
             talker = await lan.login("Talker", at=f"http://127.0.0.1:{chat.port}")
-            people = [await lan.login(f"P{n}", at=meter.url.replace("redis", "http")[:-2]) for n in range(members)]
+            people = [await lan.login(f"P{n}", at=meter.http[:-1]) for n in range(members)]
             for person in people:
                 await (person.connect() if way == "WebSocket" else person.poll())
             meter.requests, meter.bytes, spent = 0, 0, chat.cpu()
