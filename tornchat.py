@@ -30,7 +30,7 @@ open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, f
 Whoever opens /host?key=KEY (--host-key, else made up) is a host: its messages carry "host":true, `hosts` has its name.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
-  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; all hear counts
+  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
 A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
@@ -81,6 +81,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -201,11 +202,12 @@ REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
+TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
-FRAMES_A_TURN = 32  # of one client and turn of the loop: about 1 ms
+FRAMES_A_TURN = 8  # of one client and turn of the loop: about 0.5 ms
 FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
@@ -225,6 +227,7 @@ PORTS_TRIED = 20  # upwards from the default one
 BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+CROWD_SECONDS = 0.001  # from one newcomer to the next, while each costs a quiet visitor its connection
 ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd at the door
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
@@ -2834,6 +2837,7 @@ class Limits:
         self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+        self.rest = 0 if free else TURN_SECONDS
         self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
@@ -2841,7 +2845,7 @@ class Limits:
         self.proxy_seen = False
 
     async def turn(self, address: str, stream: tornado.iostream.IOStream, cost: float = 1) -> None:
-        """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
+        """Waits for the address's turn: its requests come one after the other, and no more than its pace allows."""
         turn = self.turns.setdefault(address, asyncio.Lock())
         loop = asyncio.get_running_loop()
         await turn.acquire()
@@ -2850,7 +2854,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_soon(turn.release)
+            loop.call_later(self.rest, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -2897,6 +2901,7 @@ class Visitors:
     def __init__(self) -> None:
         self.open: dict[tornado.iostream.IOStream, str] = {}  # all connections, of members too
         self.quiet: dict[str, collections.OrderedDict[tornado.iostream.IOStream, None]] = {}
+        self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
         """A new connection."""
@@ -2936,6 +2941,7 @@ class Visitors:
         stream = next(iter(self.quiet[address]))
         self.leave(stream)
         stream.close()
+        self.crowded = True
 
 
 # === Web ==============================================================================================================
@@ -3201,17 +3207,33 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def page(self, template: str, **values: object) -> None:
         """Answers with one of the HTML templates, in the reader's language."""
-        self.finish(
-            self.render_string(
-                template,
-                lang=LANGUAGES[self.language],
-                w=WORDS[self.language],
-                title=self.daemon.config.title,
-                asset=asset_url,
-                root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
-                **values,
-            )
+        html = self.render_string(
+            template,
+            lang=LANGUAGES[self.language],
+            w=WORDS[self.language],
+            title=self.daemon.config.title,
+            asset=asset_url,
+            root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
+            **values,
         )
+        self.deliver(html, compress)
+
+    def deliver(self, text: bytes, compress: Callable[[bytes], bytes]) -> None:
+        """Answers with a text, compressed where the client takes that."""
+        self.set_header("Vary", "Accept-Encoding")
+        accepted = self.request.headers.get("Accept-Encoding", "").lower()
+        if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", accepted):
+            self.set_header("Content-Encoding", "gzip")
+            text = compress(text)
+        self.finish(text)
+
+
+def compress(text: bytes) -> bytes:
+    """With gzip; the same text always gives the same bytes."""
+    return gzip.compress(text, mtime=0)
+
+
+compress_once = functools.cache(compress)  # for what is made once
 
 
 class PageHandler(BaseHandler):
@@ -3323,7 +3345,7 @@ class AssetHandler(BaseHandler):
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
-        self.finish(text)
+        self.deliver(text.encode(), compress_once)
 
     head = get
 
@@ -4317,15 +4339,21 @@ class Door(socket.socket):
         self.accepted += 1
         if not self.accepted % ACCEPTS_A_TURN:
             raise BlockingIOError  # the rest in the next turn
+        if self.visitors.crowded:
+            self.visitors.crowded = False
+            self.pause(CROWD_SECONDS)
+            raise BlockingIOError
         try:
-            while self.full():
-                if not self.visitors.make_room():
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if self.full() and not self.visitors.make_room():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self.pause(error)
+            self.pause(FULL_SECONDS)
+            if time.monotonic() - self.logged > FULL_LOG_SECONDS:
+                self.logged = time.monotonic()
+                log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
 
     def full(self) -> bool:
@@ -4337,14 +4365,11 @@ class Door(socket.socket):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
 
-    def pause(self, error: OSError) -> None:
-        """Accepts nobody for FULL_SECONDS; says so in the log, once in FULL_LOG_SECONDS."""
+    def pause(self, seconds: float) -> None:
+        """Accepts nobody for a while."""
         loop = tornado.ioloop.IOLoop.current()
         loop.update_handler(self.fileno(), 0)
-        loop.call_later(FULL_SECONDS, self.resume)
-        if time.monotonic() - self.logged > FULL_LOG_SECONDS:
-            self.logged = time.monotonic()
-            log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
+        loop.call_later(seconds, self.resume)
 
     def resume(self) -> None:
         if self.fileno() >= 0:  # else it was closed for good meanwhile
@@ -4693,7 +4718,6 @@ QUOTED_CHARS = 60  # of what was not sent, or of what no tornchat would say
 TIMES = range(253_402_214_400_000)  # in ms, up to the year 9999: what datetime can show
 HOST_REFUSALS = ("muted", "locked", "slow")  # what a host has decided; its author is told why the text waits
 PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost", *HOST_REFUSALS)  # keep the text: it may be said later
-OPEN_MODE = {"talk": "everyone", "every": 0, "door": "open"}
 RECENT_MESSAGES = 1000  # whose author and beginning are remembered, for what is done to them later
 REMOVE_SECONDS = 600  # for which /remove keeps somebody out
 UNREACHED = (OSError, UnicodeError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)  # an odd host name
