@@ -3640,23 +3640,6 @@ class TestMessages(Transcripts):
         assert ann.after == 0
         assert await ann.poll() == []
 
-    @slow
-    async def test_a_thousand_waits(self, memory_lan: Lan) -> None:
-        daemon = await memory_lan.serve()
-        bob, people = await memory_lan.join("Bob"), [memory_lan.browser() for _ in range(1000)]
-        http = AsyncHTTPClient(force_instance=True, max_clients=1000)
-        for number, person in enumerate(people):
-            person.http = http
-            await person.login(f"P{number}")
-            await person.poll()
-        for person in people:
-            person.last = people[-1].last
-        waiting = [asyncio.create_task(person.poll(wait=30)) for person in people]
-        await waits(daemon, 1001)
-        await bob.say("good morning")
-        for events in await asyncio.gather(*waiting):
-            assert texts_of(events) == ["good morning"]
-
 
 # === Presence =========================================================================================================
 
@@ -5679,20 +5662,6 @@ class TestProcess(Transcripts):
         await bob.connect()
         await bob.expect("welcome", seq=122)
         await bob.expect_texts(*range(23, 121), "did this arrive?")
-
-    @slow
-    async def test_G6_killed_for_good(self, redis_lan: Lan) -> None:
-        """A daemon that was killed and does not come back: its members leave the list when their leases are over."""
-        survivor = await redis_lan.serve()
-        bob = await redis_lan.join("Bob", at=survivor)
-        program = await redis_lan.run("-p", "0")
-        await redis_lan.join("Ann", at=await program.address())
-        await bob.expect("joined", names=["Ann"])
-        await program.kill()
-        # 30 s is too long for a test: what the store does when a lease is over it does now.
-        with redis.Redis.from_url(redis_lan.store.url) as client:
-            client.zadd(redis_lan.store.key("leases"), {tornchat.name_key("Ann"): 1})
-        await bob.expect("left", names=["Ann"], count=1)
 
     @slow
     @pytest.mark.parametrize("signals", [1, 2])
