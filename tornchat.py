@@ -5447,8 +5447,6 @@ def add_options(parser: Parser) -> None:
            help="for a Redis that doesn't answer yet at the start; default 30")
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT is a host; default: made up")
     option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
            help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
