@@ -30,7 +30,7 @@ open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, f
 Whoever opens /host?key=KEY (--host-key, else made up) is a host: its messages carry "host":true, `hosts` has its name.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
-  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; all hear counts
+  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
 A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
@@ -81,6 +81,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -201,16 +202,20 @@ REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
+TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
+FRAMES_A_TURN = 8  # of one client and turn of the loop: about 0.5 ms
 FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
+COOKIE_CHARS = 700  # of a signed session with the longest name
+COOKIES = 10  # with the session's name that are looked at, 15 us each
 ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
 MOST_MESSAGES = 10**15  # of a room: a seq above that is none
 EVERY_SECONDS = 3600  # the slowest pace that a host can set
@@ -222,6 +227,7 @@ PORTS_TRIED = 20  # upwards from the default one
 BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+CROWD_SECONDS = 0.001  # from one newcomer to the next, while each costs a quiet visitor its connection
 ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd at the door
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
@@ -2831,6 +2837,7 @@ class Limits:
         self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+        self.rest = 0 if free else TURN_SECONDS
         self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
@@ -2838,7 +2845,7 @@ class Limits:
         self.proxy_seen = False
 
     async def turn(self, address: str, stream: tornado.iostream.IOStream, cost: float = 1) -> None:
-        """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
+        """Waits for the address's turn: its requests come one after the other, and no more than its pace allows."""
         turn = self.turns.setdefault(address, asyncio.Lock())
         loop = asyncio.get_running_loop()
         await turn.acquire()
@@ -2847,7 +2854,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_soon(turn.release)
+            loop.call_later(self.rest, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -2894,6 +2901,7 @@ class Visitors:
     def __init__(self) -> None:
         self.open: dict[tornado.iostream.IOStream, str] = {}  # all connections, of members too
         self.quiet: dict[str, collections.OrderedDict[tornado.iostream.IOStream, None]] = {}
+        self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
         """A new connection."""
@@ -2933,6 +2941,7 @@ class Visitors:
         stream = next(iter(self.quiet[address]))
         self.leave(stream)
         stream.close()
+        self.crowded = True
 
 
 # === Web ==============================================================================================================
@@ -3008,9 +3017,11 @@ def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
     """Takes the browser's address, scheme and Host from a proxy on this machine, and from nobody else."""
     if not is_this_machine(request.remote_ip or ""):
         return
-    with contextlib.suppress(ValueError):
-        forwarded = request.headers.get("X-Forwarded-For", "").split(",")[-1].strip()  # the one our proxy has seen
-        request.remote_ip = str(ipaddress.ip_address(forwarded))
+    if forwarded := request.headers.get("X-Forwarded-For"):
+        try:
+            request.remote_ip = str(ipaddress.ip_address(forwarded.split(",")[-1].strip()))  # that our proxy has seen
+        except ValueError:
+            request.remote_ip = "unknown"  # those who come so are limited together: they aren't this machine
     if (scheme := request.headers.get("X-Forwarded-Proto", "").lower()) in ("http", "https"):
         request.protocol = scheme
     if host := request.headers.get("X-Forwarded-Host"):
@@ -3022,6 +3033,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     current_user: Session | None
     stream: tornado.iostream.IOStream
+    only_json = False  # whatever a client accepts: only programs ask here
 
     def initialize(self, daemon: Daemon) -> None:
         """Called by Tornado with what the route was given, before any check."""
@@ -3043,6 +3055,8 @@ class BaseHandler(tornado.web.RequestHandler):
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
+        if self.only_json:
+            self.set_header("Content-Type", "application/json; charset=UTF-8")
 
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
@@ -3084,8 +3098,8 @@ class BaseHandler(tornado.web.RequestHandler):
         for a path, and browsers send those first.
         """
         name, key = self.daemon.cookie, self.daemon.cookie_key
-        for cookie in reversed(self.request.headers.get("Cookie", "").split(";")):
-            value = tornado.httputil.parse_cookie(cookie).get(name, "")
+        cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
+        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES : -1]:
             signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
             if signed:
                 session = Session.parse(signed.decode(errors="replace"))
@@ -3160,7 +3174,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def wants_json(self) -> bool:
         """Whether a program asks."""
-        return "application/json" in self.request.headers.get("Accept", "")
+        return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
         """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
@@ -3193,17 +3207,33 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def page(self, template: str, **values: object) -> None:
         """Answers with one of the HTML templates, in the reader's language."""
-        self.finish(
-            self.render_string(
-                template,
-                lang=LANGUAGES[self.language],
-                w=WORDS[self.language],
-                title=self.daemon.config.title,
-                asset=asset_url,
-                root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
-                **values,
-            )
+        html = self.render_string(
+            template,
+            lang=LANGUAGES[self.language],
+            w=WORDS[self.language],
+            title=self.daemon.config.title,
+            asset=asset_url,
+            root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
+            **values,
         )
+        self.deliver(html, compress)
+
+    def deliver(self, text: bytes, compress: Callable[[bytes], bytes]) -> None:
+        """Answers with a text, compressed where the client takes that."""
+        self.set_header("Vary", "Accept-Encoding")
+        accepted = self.request.headers.get("Accept-Encoding", "").lower()
+        if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", accepted):
+            self.set_header("Content-Encoding", "gzip")
+            text = compress(text)
+        self.finish(text)
+
+
+def compress(text: bytes) -> bytes:
+    """With gzip; the same text always gives the same bytes."""
+    return gzip.compress(text, mtime=0)
+
+
+compress_once = functools.cache(compress)  # for what is made once
 
 
 class PageHandler(BaseHandler):
@@ -3236,6 +3266,8 @@ class NotFoundHandler(BaseHandler):
 
 class HealthHandler(BaseHandler):
     """GET /healthz: for load balancers and for the curious."""
+
+    only_json = True
 
     def get(self) -> None:
         """200 while messages can be stored, else 503."""
@@ -3313,7 +3345,7 @@ class AssetHandler(BaseHandler):
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
-        self.finish(text)
+        self.deliver(text.encode(), compress_once)
 
     head = get
 
@@ -3529,26 +3561,100 @@ CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed":
                "name-lost": 4409, "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 
 
-class StrictProtocol(tornado.websocket.WebSocketProtocol13):
-    """How Tornado reads a client's frames, but each is counted: of pongs and fragments it tells nobody. One that isn't
-    masked closes the connection (RFC 6455, 5.1).
+class FrameReader(tornado.websocket.WebSocketProtocol13):
+    """Tornado's protocol, but it reads all that has come at once, and without the coroutines that would keep 4 KB a
+    connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
     """
 
     handler: ChatSocket
+    unread = b""
+    opcode = 0  # of a message that has begun
+    message = b""
 
-    async def _receive_frame(self) -> None:
-        """Called by Tornado for one frame after the other."""
-        self._frame_mask, before = None, self._wire_bytes_in
-        await super()._receive_frame()
-        if self._frame_mask is None and not self.client_terminated:
-            self.close(1002, "unmasked")
+    async def _receive_frame_loop(self) -> None:
+        """Called by Tornado after the handshake."""
+        self.stream.set_close_callback(self.end)
+        self.read()
+
+    def end(self) -> None:
+        """The connection is gone."""
+        self._abort()
+        self.handler.on_connection_close()
+
+    def read(self) -> None:
+        """Waits for more."""
+        try:
+            asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
+        except tornado.iostream.StreamClosedError:
+            self.end()
+
+    def take(self, read: asyncio.Future[bytes]) -> None:
+        """More has come, unless the connection is gone."""
+        if not read.exception():
+            self.unread += read.result()
+            self.work()
+
+    def work(self) -> None:
+        """Handles what is complete, but in one turn of the loop no more than others don't notice."""
+        for _ in range(FRAMES_A_TURN):
+            before = len(self.unread)
+            frame = self.next_frame()
+            if frame is None and not self.client_terminated:
+                self.read()
+            if frame is None:
+                return
+            self.handle(*frame)
+            if self.handler.count(before - len(self.unread)):
+                return  # the client has been told, and no more of it is read
+        asyncio.get_running_loop().call_soon(self.work)
+
+    def next_frame(self) -> tuple[int, bytes] | None:
+        """The first byte of a frame and its payload; None if it isn't complete, or the connection is closed."""
+        data = self.unread
+        if len(data) < 2 or self.client_terminated:
+            return None
+        size = data[1] & 0x7F
+        start = {126: 4, 127: 10}.get(size, 2)
+        if not data[1] & 0x80:
+            self.fail(1002, "unmasked")
+        elif data[0] & 0x70 or (data[0] & 0x8 and size > 125):
             self._abort()
-        elif self.handler.count(self._wire_bytes_in - before):  # it has been told, and no more of it is read
-            await asyncio.sleep(self.handler.daemon.config.goodbye_seconds)
+        elif len(data) >= start + 4:
+            size = size if start == 2 else int.from_bytes(data[2:start], "big")
+            if size + len(self.message) > FRAME_BYTES:
+                self.fail(1009, "message too big")
+            elif len(data) >= (end := start + 4 + size):
+                self.unread = data[end:]
+                return data[0], unmask(data[start : start + 4], data[start + 4 : end])
+        return None
 
-    def _handle_message(self, opcode: int, data: bytes) -> asyncio.Future[None] | None:
-        """Called by Tornado with a message that is complete."""
-        return super()._handle_message(opcode, data) if self._frame_mask else None
+    def handle(self, first: int, payload: bytes) -> None:
+        """A control frame, or a part of a message."""
+        opcode, is_final = first & 0xF, first & 0x80
+        if opcode & 0x8 and is_final:
+            try:
+                self._handle_message(opcode, payload)
+            except UnicodeDecodeError:  # in the reason of a close
+                self._abort()
+        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+            self._abort()
+        elif is_final:
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = 0, b""
+            self._handle_message(opcode, message)
+        else:
+            self.opcode, self.message = self.opcode or opcode, self.message + payload
+
+    def fail(self, code: int, reason: str) -> None:
+        """The client has broken a rule: the end."""
+        self.close(code, reason)
+        self._abort()
+
+
+def unmask(mask: bytes, data: bytes) -> bytes:
+    """A client's bytes as it meant them (RFC 6455, 5.3)."""
+    key = (mask * (len(data) // 4 + 1))[: len(data)]
+    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(len(data), "big")
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -3572,7 +3678,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
         """Called by Tornado in the handshake; None for a version that it doesn't speak."""
         protocol: Any = super().get_websocket_protocol()
-        return protocol and StrictProtocol(self, False, protocol.params)
+        return protocol and FrameReader(self, False, protocol.params)
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
@@ -3878,20 +3984,12 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
 class MessagesHandler(BaseHandler):
     """GET and POST /messages."""
 
+    only_json = True
     listener: PollListener | None = None
     gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
-
-    def set_default_headers(self) -> None:
-        """Every answer is JSON here, errors too."""
-        super().set_default_headers()
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-
-    def wants_json(self) -> bool:
-        """Only programs ask here."""
-        return True
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
@@ -4249,15 +4347,21 @@ class Door(socket.socket):
         self.accepted += 1
         if not self.accepted % ACCEPTS_A_TURN:
             raise BlockingIOError  # the rest in the next turn
+        if self.visitors.crowded:
+            self.visitors.crowded = False
+            self.pause(CROWD_SECONDS)
+            raise BlockingIOError
         try:
-            while self.full():
-                if not self.visitors.make_room():
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if self.full() and not self.visitors.make_room():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self.pause(error)
+            self.pause(FULL_SECONDS)
+            if time.monotonic() - self.logged > FULL_LOG_SECONDS:
+                self.logged = time.monotonic()
+                log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
 
     def full(self) -> bool:
@@ -4269,14 +4373,11 @@ class Door(socket.socket):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
 
-    def pause(self, error: OSError) -> None:
-        """Accepts nobody for FULL_SECONDS; says so in the log, once in FULL_LOG_SECONDS."""
+    def pause(self, seconds: float) -> None:
+        """Accepts nobody for a while."""
         loop = tornado.ioloop.IOLoop.current()
         loop.update_handler(self.fileno(), 0)
-        loop.call_later(FULL_SECONDS, self.resume)
-        if time.monotonic() - self.logged > FULL_LOG_SECONDS:
-            self.logged = time.monotonic()
-            log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
+        loop.call_later(seconds, self.resume)
 
     def resume(self) -> None:
         if self.fileno() >= 0:  # else it was closed for good meanwhile
@@ -5785,25 +5886,25 @@ def page_words(language: str) -> dict[str, str]:
 # With the header's "no-referrer" a form's Origin would be "null", and on plain http, where browsers send no
 # Sec-Fetch-Site, a login would look like another page's: so the pages ask for "same-origin".
 # language=html
-PLAIN_HTML = r"""<!doctype html>
+PAGE_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
   <meta name="referrer" content="same-origin">
-  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+  <meta name="viewport"
+    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
   <title>{{ title }}</title>
-  <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link id="icon" rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml"
+    data-unread="{{ root }}{{ asset("icon-unread.svg") }}">
   <link rel="stylesheet" href="{{ root }}{{ asset("style.css") }}">
   <script src="{{ root }}{{ asset("theme.js") }}"></script>
 </head>
-<body class="login">
-{% block main %}{% end %}
-</body>
+{% block body %}{% end %}
 </html>
 """
 
 # language=html
-LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
+LOGIN_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
     <h1 dir="auto">{{ title }}</h1>
@@ -5826,34 +5927,21 @@ LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
     </form>
     <p class="hint">{{ kept }}</p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-ERROR_HTML = r"""{% extends "plain.html" %}{% block main %}
+ERROR_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <h1 dir="auto">{{ title }}</h1>
     <p class="error" role="alert">{{ text }}</p>
     <p><a href="{{ root }}">{{ w["error_back"] }}</a></p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-CHAT_HTML = r"""<!doctype html>
-<html lang="{{ lang }}">
-<head>
-  <meta charset="utf-8">
-  <meta name="referrer" content="same-origin">
-  <meta name="viewport"
-    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
-  <title>{{ title }}</title>
-  <link id="icon" rel="icon" href="{{ asset("icon.svg") }}" data-unread="{{ asset("icon-unread.svg") }}"
-    type="image/svg+xml">
-  <link rel="stylesheet" href="{{ asset("style.css") }}">
-  <script src="{{ asset("theme.js") }}"></script>
-  <script src="{{ asset("chat.js") }}" defer></script>
-</head>
+CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
 <body class="chat {{ view }}" data-view="{{ view }}" data-state="connecting" data-name="{{ name }}" data-now="{{ now }}"
   data-words="{{ words }}">
   <header>
@@ -5904,26 +5992,28 @@ CHAT_HTML = r"""<!doctype html>
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
-</body>
-</html>
+  <script src="{{ asset("chat.js") }}"></script>
+</body>{% end %}
 """
 
 # language=css
 STYLE_CSS = r"""
 :root {
-  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a;
-  --line: #dcdfd9; --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4;
-  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614; --code: #1c23260d;
-  --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
+  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a; --line: #dcdfd9;
+  --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4; --on-warn: #5c3f00; --bad: #a32c1b;
+  --shadow: 0 1px 2px #1c232614; --code: #1c23260d; --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
 }
 :root[data-theme="dark"] {
-  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad;
-  --line: #2d373b; --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d;
-  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: 0 0 #0000; --code: #ffffff12;
-  --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
+  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad; --line: #2d373b;
+  --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d; --on-warn: #ffdf9b; --bad: #ff9f8f;
+  --shadow: 0 0 #0000; --code: #ffffff12; --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
-:root { font-size: max(100%, .6vw); }  /* 4K: not smaller than a hand can point at */
+:root {
+  font-size: max(100%, .6vw);  /* 4K: not smaller than a hand can point at */
+  --left: max(12px, env(safe-area-inset-left)); --right: max(12px, env(safe-area-inset-right));
+  --foot: max(12px, env(safe-area-inset-bottom));
+}
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -5931,36 +6021,31 @@ input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
 .chat:not(.live) .scripted { display: none !important; }
 .chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
-  margin: 0;
-  background: var(--page);
-  color: var(--ink);
-  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
-  -webkit-text-size-adjust: 100%;
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif; -webkit-text-size-adjust: 100%;
   scrollbar-color: var(--quiet) transparent;
 }
 h1, h2, p, ul { margin: 0; padding: 0; }
 a { color: var(--accent); }
 svg { width: 22px; height: 22px; fill: currentColor; vertical-align: middle; }
 button {
-  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0;
-  border-radius: 12px; background: var(--accent); color: var(--on-accent);
-  font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
+  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0; border-radius: 12px; background: var(--accent);
+  color: var(--on-accent); font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
 }
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input:not([type="checkbox"]), textarea, select {
-  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet);
-  border-radius: 12px; background: var(--surface); color: inherit; font: inherit;
+  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
+  background: var(--surface); color: inherit; font: inherit;
 }
 
 /* Login */
 .login main { max-width: 24rem; margin: 0 auto; padding: min(14vh, 7rem) 20px 32px; text-align: center; }
 .login h1 { margin: 8px 0 24px; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 .login form {
-  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line);
-  border-radius: 20px; background: var(--surface); box-shadow: var(--shadow);
-  text-align: start;
+  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line); border-radius: 20px; background: var(--surface);
+  box-shadow: var(--shadow); text-align: start;
 }
 .login label { display: block; margin-bottom: 6px; font-weight: 600; }
 .login form button { width: 100%; min-height: 48px; }
@@ -5973,16 +6058,13 @@ input:not([type="checkbox"]), textarea, select {
 
 /* Chat: header, people, messages, composer */
 .chat {
-  display: grid;
-  grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
-  height: var(--height, 100dvh);
+  display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem; height: var(--height, 100dvh);
   overflow: hidden;
 }
 header {
-  position: relative; z-index: 3; grid-column: 1 / -1; display: flex;
-  align-items: center; gap: 12px; min-height: 56px;
-  padding: env(safe-area-inset-top) max(16px, env(safe-area-inset-right)) 0 max(16px, env(safe-area-inset-left));
-  border-bottom: 1px solid var(--line); background: var(--surface);
+  position: relative; z-index: 3; grid-column: 1 / -1; display: flex; align-items: center; gap: 12px; min-height: 56px;
+  padding: env(safe-area-inset-top) var(--right) 0 var(--left); border-bottom: 1px solid var(--line);
+  background: var(--surface);
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
 header .plain { flex: none; border: 0; padding: 0 10px; }
@@ -5992,13 +6074,12 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 /* The state: a dot beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
+  content: ""; display: inline-block; width: .6em; height: .6em; margin-inline-end: 6px; border-radius: 50%;
+  background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
-  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px;
-  background: var(--warn); color: var(--on-warn); font-size: .9375rem;
-  text-align: center; animation: appear .2s backwards;
+  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px; background: var(--warn); color: var(--on-warn);
+  font-size: .9375rem; text-align: center; animation: appear .2s backwards;
 }
 .chat:not([data-state="connected"]) #state::before { background: #d98a00; }
 .chat[data-state="connecting"] #state { animation-delay: .6s; }
@@ -6007,10 +6088,8 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 @keyframes appear { from { opacity: 0; } }
 
 #roster {
-  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px;
-  min-height: 0;
-  padding: 16px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom)) 12px;
-  border-inline-start: 1px solid var(--line); background: var(--surface);
+  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px; min-height: 0;
+  padding: 16px var(--right) var(--foot) 12px; border-inline-start: 1px solid var(--line); background: var(--surface);
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
@@ -6027,22 +6106,16 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
-  display: flex; flex-direction: column; justify-content: flex-end;
-  max-width: 56rem; min-height: 100%; margin: 0 auto;
-  padding: 16px max(12px, env(safe-area-inset-right)) 8px max(12px, env(safe-area-inset-left));
+  display: flex; flex-direction: column; justify-content: flex-end; max-width: 56rem; min-height: 100%; margin: 0 auto;
+  padding: 16px var(--right) 8px var(--left);
 }
 [data-state="connected"] #log:empty::before {
-  content: attr(data-empty);
-  display: block;
-  padding: 32px 0;
-  color: var(--quiet);
-  text-align: center;
+  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
-  flex: none; display: grid; place-items: center; width: 32px; height: 32px;
-  border-radius: 50%; background: oklch(var(--face) var(--hue));
-  color: oklch(var(--on-face) var(--hue)); font-size: .875rem; font-weight: 700;
-  text-transform: uppercase;
+  flex: none; display: grid; place-items: center; width: 32px; height: 32px; border-radius: 50%;
+  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .875rem;
+  font-weight: 700; text-transform: uppercase;
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
@@ -6055,12 +6128,8 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
 .message[data-day]::before { margin-bottom: 8px; font-weight: 600; }
 .bubble {
-  position: relative;
-  max-width: min(85% - 40px, 40rem);
-  padding: 7px 12px;
-  border-radius: 6px 16px 16px;
-  background: var(--surface);
-  box-shadow: var(--shadow);
+  position: relative; max-width: min(85% - 40px, 40rem); padding: 7px 12px; border-radius: 6px 16px 16px;
+  background: var(--surface); box-shadow: var(--shadow);
 }
 /* The time stands beside the last line if there is room, else below */
 .line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
@@ -6090,10 +6159,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
 [data-kind="missed"], [data-kind="reset"], [data-kind="refused"] {
-  margin: 12px auto;
-  border-radius: 12px;
-  background: var(--warn);
-  color: var(--on-warn);
+  margin: 12px auto; border-radius: 12px; background: var(--warn); color: var(--on-warn);
 }
 #outbox .bubble { border: 1px dashed var(--quiet); background: none; box-shadow: none; }
 #outbox .failed .bubble { border-color: var(--bad); }
@@ -6103,21 +6169,17 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .choices button + button { border: 1px solid var(--line); background: none; color: inherit; }
 
 #composer {
-  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap;
-  align-items: flex-end; gap: 0 8px; width: 100%; max-width: 56rem; margin: 0 auto;
-  padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
-    max(12px, env(safe-area-inset-left));
+  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap; align-items: flex-end; gap: 0 8px; width: 100%;
+  max-width: 56rem; margin: 0 auto; padding: 8px var(--right) var(--foot) var(--left);
 }
 #box {
-  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px);
-  border-radius: 22px; resize: none;
+  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
+  resize: none;
 }
 #send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
-#matches {
-  position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px;
-}
+#matches { position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px; }
 #matches button {
   max-width: 100%; border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003;
   overflow-wrap: anywhere;
@@ -6125,14 +6187,13 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
-  position: absolute; bottom: 100%; left: 50%; translate: -50%;
-  border-radius: 22px; box-shadow: 0 2px 8px #0004;
+  position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
-  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px;
-  background: var(--surface); color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
+  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
+  color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
 }
 dialog div { padding: 24px; }
 dialog::backdrop { background: #0008; }
@@ -6158,8 +6219,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
-  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
-  box-shadow: none; outline: none;
+  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0; box-shadow: none;
+  outline: none;
 }
 .projector #invite div { padding: 1.2vw; }
 .projector #code { width: min(100%, 40vh); }
@@ -6178,10 +6239,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
   #join span { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
-    position: fixed; z-index: 2;
-    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
-    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%;
-    transition: translate .2s, visibility .2s;
+    position: fixed; z-index: 2; inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
+    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%; transition: translate .2s, visibility .2s;
   }
   #roster.open { visibility: visible; translate: 0; }
 }
@@ -7291,7 +7350,7 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 # On the icon while there is something unread.
 UNREAD_DOT = '<circle cx="50" cy="14" r="13" fill="#e5484d" stroke="#fff" stroke-width="3"/>'
 
-TEMPLATES = {"plain.html": PLAIN_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
+TEMPLATES = {"page.html": PAGE_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
