@@ -1245,7 +1245,7 @@ class Store:
         """What the room keeps there: this, or something made up, unless there is something already."""
         kept: bytes | None = await self.redis.get(key)
         if kept is None:
-            secret = secret or secrets.token_hex(32)
+            secret = secret or secrets.token_urlsafe(16)
             await self.redis.set(key, secret, nx=True)
             kept = await self.redis.get(key)
         return kept.decode(errors="replace") if kept else secret
@@ -4250,9 +4250,16 @@ def store_name(config: Config) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def banner(config: Config, port: int) -> str:
-    """What the operator sees: where to open the room, and what to know."""
-    urls = lan_urls(config, port)
+def host_path(key: str) -> str:
+    """What makes a host of whoever opens it."""
+    return "host?" + urllib.parse.urlencode({"key": key})
+
+
+def banner(config: Config, port: int, host_key: str) -> str:
+    """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
+    for a person at a terminal: what goes elsewhere may be a log that others read.
+    """
+    urls, terminal = lan_urls(config, port), sys.stdout.isatty()
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
@@ -4260,6 +4267,7 @@ def banner(config: Config, port: int) -> str:
         f"  on this machine  {local_url(config, port)}{moved}",
         *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
         *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
+        *([f"  for the host     {local_url(config, port)}{host_path(host_key)}"] if terminal else []),
         f"  messages         {kept}",
     ]
     if config.workers > 1:
@@ -4270,7 +4278,7 @@ def banner(config: Config, port: int) -> str:
             "  and this machine's firewall must let Python in.",
         ]
     lines.append("  Ctrl+C stops.")
-    return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
+    return "\n".join(lines) + (qr_code(urls[0]) if urls and terminal else "")
 
 
 def qr_code(url: str) -> str:
@@ -4542,20 +4550,20 @@ class Daemon:
         await self.server.close_all_connections()
 
 
-async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
+async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[T]]) -> T:
     """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises FatalError."""
-    deadline = time.monotonic() + config.wait
-    for tried in itertools.count():
+    deadline, waiting = time.monotonic() + config.wait, False
+    while True:
         try:
-            await reach()
-            return
+            return await reach()
         except STORE_ERRORS as error:
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
                 raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
-        if not tried:
+        if not waiting:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
+        waiting = True
         await asyncio.sleep(config.retry_seconds)
 
 
@@ -4572,7 +4580,7 @@ async def serve(config: Config) -> None:
     stop = stop_on_signals()
     if config.inherited:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
-    announce(config, daemon.port)
+    announce(config, daemon.port, daemon.host_key)
     stopped = asyncio.create_task(stop.wait())
     tasks = [*daemon.feed.tasks, *daemon.presence.tasks]
     await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -4604,11 +4612,11 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        await wait_for_redis(config, store.read_clock)
+        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, config.host_key))
     finally:
         await store.close()
     stop = stop_on_signals()
-    announce(config, int(ports[0].getsockname()[1]))
+    announce(config, int(ports[0].getsockname()[1]), config.host_key or kept_key)
     descriptors = [port.fileno() for port in ports]
     async with asyncio.TaskGroup() as workers:
         for number in range(1, config.workers + 1):
@@ -4688,9 +4696,9 @@ def on_stop_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def announce(config: Config, port: int) -> None:
+def announce(config: Config, port: int, host_key: str) -> None:
     """Says where the room is: to a person with the banner, to the log of a service in a line."""
-    print_out(config, banner(config, port))
+    print_out(config, banner(config, port, host_key))
     log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
 
 
@@ -4785,7 +4793,7 @@ class Client:
 
     async def become_host(self) -> None:
         """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch("host?" + urllib.parse.urlencode({"key": self.host_key}))
+        answer = await self.fetch(host_path(self.host_key))
         if answer.code >= 400 and not self.epoch:
             raise FatalError(self.words["term_no_host"])
         if answer.code >= 400:  # the room was restarted, and has another key
@@ -4845,7 +4853,7 @@ class Client:
             self.socket.close()
         code, reason = self.socket.close_code, self.socket.close_reason or ""
         if word := self.words.get(f"js_closed_{code}"):
-            raise FatalError(word.format(name=self.name))
+            raise FatalError(shown(reason) if code == 4403 and reason else word.format(name=self.name))
         if code == 4401:  # restarted without a lasting store
             if not self.let_in or reason == "logout":
                 raise FatalError(self.words.get(f"login_why_{reason}", reason))
@@ -4947,18 +4955,18 @@ class Client:
 
     def on_refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never. An act isn't tried again."""
-        code, reason = frame["code"], shown(frame["text"])
-        if not self.in_flight or frame.get("cid") != self.in_flight:
-            self.view.notice(reason)
-        elif code not in PASSING_REFUSALS:
-            self.report_unsent(self.resolve(self.in_flight), reason)
-        else:
+        cid, code, reason = str(frame.get("cid", "")), frame["code"], shown(frame["text"])
+        if cid in self.outbox and code not in PASSING_REFUSALS:
+            self.report_unsent(self.resolve(cid), reason)
+        elif cid in self.outbox:
             seconds = frame.get("retry_after")
             if not isinstance(seconds, int | float):
                 seconds = math.inf if code == "locked" else HOLD_SECONDS  # a mode ends the lock
             self.in_flight, self.hold_until = "", time.monotonic() + seconds
             self.hold_reason = reason if code in HOST_REFUSALS else ""
             asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
+        elif cid:  # without one it ends the connection, and is told then
+            self.view.notice(reason)
 
     def on_act(self, frame: Mapping[str, Any]) -> None:
         """A host, or an author, did something."""
@@ -5035,7 +5043,7 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
     match frame:
         case {"kind": "delete", "to": int(seq)} if seq in recent:
             return words["term_deleted"].format(name=recent[seq][0])
-        case {"kind": "react", "to": int(seq), "counts": {**counts}} if seq in recent:
+        case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in recent:
             signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
             return f"{signs} · {': '.join(recent[seq])}"
         case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
@@ -5095,8 +5103,11 @@ def room_time(client: Client, wish: str) -> str:
 
 def act(client: Client, command: str, rest: str) -> None:
     """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+    if not client.connected:
+        client.view.notice(client.words[client.state()])
+        return
     try:
-        client.send(ACTS[command](client, rest))
+        client.send(ACTS[command](client, rest) | {"cid": secrets.token_hex(12)})
     except ValueError:
         client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
 
@@ -5447,12 +5458,11 @@ def add_options(parser: Parser) -> None:
            help="for a Redis that doesn't answer yet at the start; default 30")
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up; a terminal is shown it")
     option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
            help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
-           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
