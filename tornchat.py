@@ -204,6 +204,7 @@ MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
+HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -2904,7 +2905,6 @@ class Visitors:
         self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
-        """A new connection."""
         self.open[stream] = address
         self.wait(stream)
         if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
@@ -2925,7 +2925,6 @@ class Visitors:
                 del self.quiet[address]
 
     def leave(self, stream: tornado.iostream.IOStream) -> None:
-        """The connection is closed."""
         self.join(stream)
         self.open.pop(stream, None)
 
@@ -3051,7 +3050,6 @@ class BaseHandler(tornado.web.RequestHandler):
             self.request.headers["Origin"] = "null"
 
     def set_default_headers(self) -> None:
-        """On every answer, errors too."""
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
@@ -3061,7 +3059,8 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
         self.daemon.visitors.wait(self.stream)
-        await self.daemon.limits.turn(self.address, self.stream)
+        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS
+        await self.daemon.limits.turn(self.address, self.stream, cost)
         self.check_host()
 
     def check_host(self) -> None:
@@ -3173,7 +3172,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return taken
 
     def wants_json(self) -> bool:
-        """Whether a program asks."""
         return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
@@ -3195,11 +3193,9 @@ class BaseHandler(tornado.web.RequestHandler):
         self.explain(status_code, text)
 
     def refuse(self, refused: Refused) -> None:
-        """The answer to a wish that isn't done."""
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
-        """One sentence, on a page or as JSON."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3240,7 +3236,6 @@ class PageHandler(BaseHandler):
     """GET /: the chat page."""
 
     def get(self) -> None:
-        """Whoever has no session logs in first."""
         if self.current_user is None:
             self.redirect("login" + self.page_path())
             return
@@ -3259,7 +3254,6 @@ class NotFoundHandler(BaseHandler):
     """Everything else."""
 
     async def prepare(self) -> None:
-        """404, with the checks and headers of every route."""
         await super().prepare()
         raise tornado.web.HTTPError(404)
 
@@ -3270,7 +3264,6 @@ class HealthHandler(BaseHandler):
     only_json = True
 
     def get(self) -> None:
-        """200 while messages can be stored, else 503."""
         room = self.daemon.room
         self.set_status(200 if room.available else 503)
         self.finish(
@@ -3309,7 +3302,6 @@ class JoinHandler(BaseHandler):
     """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
 
     async def get(self, what: str) -> None:
-        """The addresses, or one of them to point a camera at."""
         if self.current_user is None:
             raise tornado.web.HTTPError(401)
         if what == "join.json":
@@ -3340,7 +3332,6 @@ class AssetHandler(BaseHandler):
     """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
 
     def get(self, name: str) -> None:
-        """The part, and for how long."""
         type, text = ASSETS[name]
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
@@ -3352,7 +3343,6 @@ class AssetHandler(BaseHandler):
 
 @functools.cache
 def asset_hash(name: str) -> str:
-    """What changes with the content."""
     return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
 
 
@@ -3457,25 +3447,31 @@ class Admission:
         self.note_origin(session, address)
         return member
 
+<<<<<<< HEAD
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
         """A new session under that name. Raises Refused."""
         session = Session.make(name, before)
         await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
+=======
+    async def enter_as(self, name: str) -> Session:
+        session = Session(secrets.token_hex(16), name)
+        await self.outbox.enter(session.sid, session.name)
+>>>>>>> net
         return session
 
     async def enter_as_guest(self, address: str, before: Session | None) -> Session:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
+            name = guest_name(address)
+            if self.room.owner(name_key(name)):
+                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
             with contextlib.suppress(Taken):
+<<<<<<< HEAD
                 return await self.enter_as(self.guest(address), address, before)
+=======
+                return await self.enter_as(name)
+>>>>>>> net
         raise Refused("unavailable", retry_after=1)
-
-    def guest(self, address: str) -> str:
-        """A free name for whoever gives none."""
-        name = guest_name(address)
-        if self.room.owner(name_key(name)):
-            name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-        return name
 
 
 class LoginHandler(BaseHandler):
@@ -3489,7 +3485,6 @@ class LoginHandler(BaseHandler):
     head = get
 
     async def post(self) -> None:
-        """A session and a name, or the form again with the reason."""
         nickname, password = self.field("nickname") or "", self.field("password") or ""
         address, known = self.request.remote_ip or "", self.browser()
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
@@ -3512,7 +3507,6 @@ class LoginHandler(BaseHandler):
             self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
 
     def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
-        """The login page."""
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3531,11 +3525,17 @@ class LogoutHandler(BaseHandler):
     """POST /logout."""
 
     async def post(self) -> None:
+<<<<<<< HEAD
         """Gives the name back and ends the session. The browser stays the one that was muted, or has just spoken."""
         if browser := self.browser():
             if browser.name:
                 await self.daemon.admission.give_back(browser)
             self.set_session(browser._replace(name="", host=False))
+=======
+        if self.current_user:
+            await self.daemon.admission.give_back(self.current_user)
+        self.clear_cookie(self.daemon.cookie, secure=self.request.protocol == "https")
+>>>>>>> net
         self.redirect("login", status=303)
 
 
@@ -3577,12 +3577,10 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         self.read()
 
     def end(self) -> None:
-        """The connection is gone."""
         self._abort()
         self.handler.on_connection_close()
 
     def read(self) -> None:
-        """Waits for more."""
         try:
             asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
         except tornado.iostream.StreamClosedError:
@@ -3705,7 +3703,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        """Joins the room. Raises Refused."""
         member = await self.admit(session)
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
@@ -3726,7 +3723,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         self.__dict__ = {name: value for name, value in vars(self).items() if name not in methods}
 
     def on_message(self, message: str | bytes) -> None:
-        """One frame of the client."""
         listener = self.listener
         if listener is None:
             return  # it has been turned away
@@ -3751,7 +3747,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return self.frames > FRAMES_A_TICK
 
     def on_pong(self, data: bytes) -> None:
-        """The client lives."""
         if self.listener:
             self.listener.heard = asyncio.get_running_loop().time()
 
@@ -3762,7 +3757,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
 
     def on_close(self) -> None:
-        """The connection is gone, for whatever reason."""
         self.daemon.sockets.discard(self)
         self.daemon.visitors.leave(self.stream)
         self.leave()
@@ -3795,13 +3789,13 @@ class SocketListener:
         self.base = 0
         self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
         self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining = False  # the stream will call drain
+        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
         self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if not (self.draining or self.stream.writing()):
+        if self.backlog is None and not self.stream.writing():
             self.transmit(data)
             return
         self.wait([(data, len(batch.events))])
@@ -3828,7 +3822,6 @@ class SocketListener:
             return
         if sent < len(data):
             self.stream.write(data[sent:])
-            self.drain_later()
 
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
@@ -3836,32 +3829,20 @@ class SocketListener:
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
         """Into the backlog, and out again as soon as the stream can take it."""
-        if self.backlog is None:
-            self.lagging = asyncio.get_running_loop().time()  # since when something waits
-            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
+        if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
+            self.backlog = collections.deque()
+            self.lagging = asyncio.get_running_loop().time()
+            self.draining = asyncio.create_task(self.drain())
         self.backlog.extend(pieces)
-        if self.stream.writing():
-            self.drain_later()
-        elif not self.draining:
-            self.drain()
 
-    def drain_later(self) -> None:
-        """Goes on with the backlog when the stream has written all that it has."""
-        if not (self.draining or self.stream.closed()):
-            self.draining = True
-            self.stream.write(b"").add_done_callback(self.drain)
-
-    def drain(self, written: asyncio.Future[None] | None = None) -> None:
+    async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
-        self.draining = False
-        while self.backlog and not self.stream.closed():
-            if self.stream.writing():
-                self.drain_later()
-                return
-            self.transmit(self.next_chunk(self.backlog))
-        self.backlog = None
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            while self.backlog:
+                await self.stream.write(self.next_chunk(self.backlog))
+        self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
+    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
@@ -3871,7 +3852,7 @@ class SocketListener:
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
             self.waiting_events -= events
-        return memoryview(b"".join(chunk))
+        return b"".join(chunk)
 
     def settled(self, outcome: Outcome) -> None:
         """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
@@ -3881,7 +3862,6 @@ class SocketListener:
             self.tell(encode_message(outcome))
 
     def refuse(self, refused: Refused) -> None:
-        """Tells this client why not."""
         self.tell(encode(refused.event(self.handler.language)))
 
     def tell(self, event: Encoded) -> None:
@@ -3909,7 +3889,6 @@ class SocketListener:
         self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
-        """The end, with a close code."""
         self.backlog = None
         self.handler.shut(code, reason)
 
@@ -3926,7 +3905,6 @@ class Cursor(NamedTuple):
     available: bool
 
     def __str__(self) -> str:
-        """As a client keeps it."""
         return "-".join(map(str, self.place)) + ("" if self.available else "!")
 
     @classmethod
@@ -3969,7 +3947,6 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
 
 
 def newest_cursor(room: Room) -> Cursor:
-    """For somebody who has been told everything."""
     return Cursor(room.place, room.available)
 
 
@@ -4049,7 +4026,6 @@ class MessagesHandler(BaseHandler):
             self.listener.news.set()
 
     def tell(self, member: Member, news: News) -> None:
-        """Answers, unless nobody is there any more."""
         if self.gone:
             return
         member.told = str(news.cursor)
@@ -4150,7 +4126,6 @@ class PollListener:
         self.refused: Refused | None = None
 
     def send(self, batch: Batch) -> None:
-        """There is news."""
         self.news.set()
 
     def replay(self, events: list[Encoded]) -> None:
@@ -4161,7 +4136,6 @@ class PollListener:
         """A request needs no sign of life: its end is near."""
 
     def refuse(self, refused: Refused) -> None:
-        """The answer will say so."""
         self.refused = refused
         self.news.set()
 
