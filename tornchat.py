@@ -3447,16 +3447,9 @@ class Admission:
         self.note_origin(session, address)
         return member
 
-<<<<<<< HEAD
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        """A new session under that name. Raises Refused."""
         session = Session.make(name, before)
         await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
-=======
-    async def enter_as(self, name: str) -> Session:
-        session = Session(secrets.token_hex(16), name)
-        await self.outbox.enter(session.sid, session.name)
->>>>>>> net
         return session
 
     async def enter_as_guest(self, address: str, before: Session | None) -> Session:
@@ -3466,11 +3459,7 @@ class Admission:
             if self.room.owner(name_key(name)):
                 name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
             with contextlib.suppress(Taken):
-<<<<<<< HEAD
-                return await self.enter_as(self.guest(address), address, before)
-=======
-                return await self.enter_as(name)
->>>>>>> net
+                return await self.enter_as(name, address, before)
         raise Refused("unavailable", retry_after=1)
 
 
@@ -3525,17 +3514,11 @@ class LogoutHandler(BaseHandler):
     """POST /logout."""
 
     async def post(self) -> None:
-<<<<<<< HEAD
         """Gives the name back and ends the session. The browser stays the one that was muted, or has just spoken."""
         if browser := self.browser():
             if browser.name:
                 await self.daemon.admission.give_back(browser)
             self.set_session(browser._replace(name="", host=False))
-=======
-        if self.current_user:
-            await self.daemon.admission.give_back(self.current_user)
-        self.clear_cookie(self.daemon.cookie, secure=self.request.protocol == "https")
->>>>>>> net
         self.redirect("login", status=303)
 
 
