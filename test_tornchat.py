@@ -5236,7 +5236,7 @@ class TestOperator(Transcripts):
                 program.printed += os.read(master, 65536).decode()
             return "stops" in program.printed
 
-        await until(printed, 2 * PATIENCE)
+        await until(printed)
         assert f"/host?key={daemon.host_key}" in program.printed
         program.signal(signal.SIGTERM)
         assert (await program.ended())[0] == 0
