@@ -5157,7 +5157,7 @@ class TestOperator(Transcripts):
         """The banner says in less than 15 lines where to open the room, where messages are kept and how to stop it."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
         daemon = await memory_lan.serve(host="0.0.0.0")
-        lines = tornchat.banner(daemon.config, daemon.port).splitlines()
+        lines = tornchat.banner(daemon.config, daemon.port, "key").splitlines()
         assert len(lines) < 15
         assert re.findall(r"http://\S+", "\n".join(lines)) == [
             f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")
@@ -5170,7 +5170,7 @@ class TestOperator(Transcripts):
     async def test_banner_of_one_address(self, redis_lan: Lan) -> None:
         """A daemon bound to one address names that one and its Redis, without a password."""
         daemon = await redis_lan.serve()
-        banner = tornchat.banner(daemon.config, daemon.port)
+        banner = tornchat.banner(daemon.config, daemon.port, "key")
         assert re.findall(r"http://\S+", banner) == [daemon.url]
         assert redis_lan.store.url in banner
         assert (
@@ -5187,10 +5187,49 @@ class TestOperator(Transcripts):
         assert tornchat.local_url(config, 443) == "https://127.0.0.1/"
         assert tornchat.local_url(tornchat.Config(host="::1"), 80) == "http://[::1]/"
 
+    async def test_the_link_of_the_host(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The banner shows it at a terminal only; elsewhere the key stands in no line of the daemon, and in no page."""
+        config = tornchat.Config(host="127.0.0.1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert "http://127.0.0.1:8888/host?key=a+key\n" in tornchat.banner(config, 8888, "a key")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+        assert "key" not in tornchat.banner(config, 8888, "a key")
+        program = await memory_lan.run("-p", "0", "-v", "--host-key", "lantern")
+        ann = memory_lan.browser(await program.address())
+        assert (await ann.fetch("/host?key=lantern")).code == 302
+        await ann.login("Ann")
+        pages = [text_of(await ann.fetch(path)) for path in ("/", "/login", "/chat.js", "/join.json", "/healthz")]
+        program.signal(signal.SIGTERM)
+        code, out, err = await program.ended()
+        assert code == 0
+        assert "/host" in err
+        assert "lantern" not in "".join([out, err, *pages])
+
+    async def test_workers_have_one_key(self, redis_lan: Lan) -> None:
+        """The link that the supervisor shows is that of its workers, and of every daemon of the room."""
+        daemon = await redis_lan.serve()
+        master, slave = pty.openpty()
+        os.set_blocking(master, False)
+        where = ["--redis-url", redis_lan.store.url, "--room", redis_lan.store.room]
+        program = await Program.spawn([str(PROGRAM), "--workers", "2", "-p", "0", *where], {}, stdout=slave)
+        redis_lan.programs.append(program)
+
+        async def printed() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                program.printed += os.read(master, 65536).decode()
+            return "stops" in program.printed
+
+        await until(printed)
+        assert f"/host?key={daemon.host_key}" in program.printed
+        program.signal(signal.SIGTERM)
+        assert (await program.ended())[0] == 0
+        os.close(master)
+        os.close(slave)
+
     def test_many_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The banner shows the likeliest addresses and says how many more there are: it stays on one screen."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: [f"192.0.2.{n}" for n in range(9)])
-        lines = tornchat.banner(tornchat.Config(workers=2), 8888).splitlines()
+        lines = tornchat.banner(tornchat.Config(workers=2), 8888, "key").splitlines()
         assert len(lines) < 15
         assert "and 4 more" in "\n".join(lines)
         assert len(tornchat.lan_urls(tornchat.Config(), 8888)) == 9
@@ -8176,7 +8215,7 @@ class TestTerminal(Transcripts):
             (WELCOME | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
             (WELCOME | {"seq": 1, "reset": True, "recovered": False}, "The room has lost its history"),
             (message | {"seq": 1, "text": "anew"}, "Bob: anew"),
-            ({"type": "refused", "code": "not-host", "text": "Only a host can."}, "~ Only a host can."),
+            ({"type": "refused", "code": "not-host", "text": "Only a host can.", "cid": "x"}, "~ Only a host can."),
             ({"type": "of-tomorrow", "text": 7}, ""),
         ]:
             client.receive(json.dumps(frame))
@@ -8220,6 +8259,82 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
+    async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
+        """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
+        daemon = await lan.serve()
+        bob = await lan.join("Bob")
+        ann = await Terminal.run(lan, "--name", "Ann")
+        await ann.prompts()
+        tess = await Terminal.run(lan, "--name", "Tess", "--host-key", daemon.host_key)
+        await tess.shows("here: ★ Tess")
+        await ann.shows("~ Tess joined")
+        tess.keys("/help\r")
+        await tess.shows("/mute NAME MINUTES")
+        await bob.say("a bad joke")
+        await tess.shows("Bob: a bad joke")
+        tess.keys("/delete-last bob\r")
+        for terminal in (ann, tess):
+            await terminal.shows("~ A message of Bob was deleted.")
+        for forbid, why, allow in [
+            ("/lock", "Only hosts can write", "/open"),
+            ("/mute Ann 5", "Ann cannot write until", "/mute Ann 0"),
+            ("/slow 30", "Tess: Everybody can write. One message in 30 s.", "/slow 0"),
+        ]:
+            tess.keys(f"{forbid}\r")
+            await ann.shows(why)
+            if forbid == "/slow 30":
+                ann.keys("once\r")
+                await ann.shows("Ann: once")
+            ann.keys(f"after {forbid}\r")
+            await ann.shows(f"· after {forbid}")
+            tess.keys(f"said in {forbid[1:]}\r")
+            await ann.shows(f"★ Tess: said in {forbid[1:]}")
+            assert f"Ann: after {forbid}" not in ann.text
+            tess.keys(f"{allow}\r")
+            await ann.shows(f"Ann: after {forbid}")
+        tess.keys("/pin\r")
+        await ann.shows("~ Pinned: Ann: after /slow 30")
+        tess.keys("/unpin\r")
+        await ann.shows("~ No message is pinned any more.")
+        tess.keys("/door\r")
+        await ann.shows("Nobody new gets in.")
+        code, out, err = await run_to_end("--join", place(daemon), "--name", "Eve")
+        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        tess.keys("/door\r")
+        tess.keys("/clear yes\r")
+        await ann.shows("~ Tess deleted all that was said before.")
+        tess.keys("/remove Ann\r")
+        assert await ann.leaves() == 1
+        assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [
+            "tornchat: A host has removed you from the room for a while."
+        ]
+        again = await run_to_end("--join", place(daemon), "--name", "Ann")
+        assert again == (1, "", "tornchat: A host has removed you from the room for a while.\n")
+        tess.keys("\x04")
+        assert await tess.leaves() == 0
+
+    async def test_who_is_no_host(self, memory_lan: Lan) -> None:
+        """A wrong key is told, and what only hosts can do; authors delete what they said; answers say to whom."""
+        daemon = await memory_lan.serve()
+        code, out, err = await run_to_end("--join", place(daemon), "--host-key", "guessed")
+        assert (code, out, err) == (1, "", "tornchat: The room does not take that --host-key.\n")
+        ann, bob = await Terminal.run(memory_lan, "--name", "Ann"), await memory_lan.join("Bob")
+        await ann.prompts()
+        ann.keys("/lock\r")
+        await ann.shows("~ Only a host")
+        ann.keys("who is there?\r")
+        await bob.expect("message", seq=1)
+        await bob.send(json.dumps({"type": "say", "text": "I am", "re": 1}))
+        await ann.shows("Bob (to Ann): I am")
+        await bob.send(json.dumps({"type": "note", "to": 1, "kind": "react", "value": "✋"}))
+        await ann.shows("~ ✋ 1 · Ann: who is there?")
+        ann.keys("/delete-last\r")
+        await ann.shows("~ A message of Ann was deleted.")
+        late = await Terminal.run(memory_lan, "--name", "Late")
+        await late.shows("~ A message of Ann was deleted.")
+        await late.shows("Bob: I am")
+        assert "who is there" not in late.text
+
     @pytest.mark.parametrize(
         ("typed", "frame"),
         [
@@ -8255,7 +8370,9 @@ class TestTerminal(Transcripts):
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
         assert tornchat.obey(client, typed)
-        assert asked == ([frame] if isinstance(frame, dict) else [])
+        assert [{name: value for name, value in act.items() if name != "cid"} for act in asked] == (
+            [frame] if isinstance(frame, dict) else []
+        )
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
         assert typed.partition(" ")[0] in tornchat.help(client, "")
 
@@ -9254,6 +9371,7 @@ FLOODS = {
     "long headers": Attack(
         lambda n: request("GET /login", more=b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)), False, 50
     ),
+    "thousands of headers": Attack(lambda n: request("GET /login", more=b"a:\r\n" * 3800), False, 50),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
     "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
     "wrong passwords": Attack(lambda n: FORM, False, 50),
