@@ -185,6 +185,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as visitor:
+        return visitor.connect_ex(("127.0.0.1", port)) == 0
+
+
 def place(daemon: tornchat.Daemon) -> str:
     return f"http://127.0.0.1:{daemon.port}"
 
@@ -1428,12 +1433,8 @@ class TestFeed(Transcripts):
         await tornchat.end_tasks(first.tasks)
         await feeds.flush()
         second.start()
-
-        async def put_back() -> bool:
-            return bool(await feeds.redis.xlen(feeds.key))
-
         say(second, bob, "last")
-        await until(put_back)
+        await until(lambda: feeds.redis.xlen(feeds.key))
         first.start()
         await feeds.settled(4)
         assert ann.of("message") == bob.of("message")
@@ -1686,7 +1687,7 @@ class TestFeed(Transcripts):
             pipe.hset(feeds.place.key("state"), "epoch", began).delete(feeds.key, feeds.place.key("names"))
             pipe.xadd(feeds.key, {"events": tornchat.encode_events([thief])}, id=f"{began}-1")
             await pipe.execute()
-        await until(lambda: bool(ann.closed) and tornchat.name_key("Bob") in feed.room.roster)
+        await until(lambda: ann.closed and tornchat.name_key("Bob") in feed.room.roster)
         assert ann.of("refused")[0]["code"] == "name-lost"
         assert (ann.closed, bob.closed) == ([4409], [])
         say(feed, bob, "hi")
@@ -3703,12 +3704,8 @@ class TestPresence(Transcripts):
             for pupil in pupils:
                 await pupil.fetch("/messages", X_Forwarded_For="192.0.2.9")
         await until(lambda: has_members(daemon, 0))
-        await until(
-            lambda: (
-                sum(bool(daemon.room.owner(tornchat.name_key(f"Pupil {number}"))) for number in range(30))
-                == tornchat.NAMES_KEPT
-            )
-        )
+        keys = [tornchat.name_key(f"Pupil {number}") for number in range(30)]
+        await until(lambda: sum(bool(daemon.room.owner(key)) for key in keys) == tornchat.NAMES_KEPT)
         assert (await lan.browser().ask("Ann"))[0] == 409
 
     async def test_G7_a_login_by_hand_keeps_the_name(self, lan: Lan) -> None:
@@ -4517,12 +4514,7 @@ class TestAttacks(Transcripts):
         """What Autobahn is let loose on answers however many cases there are."""
         memory_lan.add(await Program.spawn([__file__, "echo", str(port := free_port())], {}))
         fuzzer = memory_lan.browser(f"http://127.0.0.1:{port}")
-
-        async def listens() -> bool:
-            with socket.socket() as visitor:
-                return visitor.connect_ex(("127.0.0.1", port)) == 0
-
-        await until(listens)
+        await until(lambda: listens(port))
         for number in range(tornchat.LOGINS_AT_ONCE + 50):
             await fuzzer.connect()
             await fuzzer.send(str(number))
@@ -7503,11 +7495,7 @@ class TestManyDaemons(Transcripts):
         await ann.tab(at=second).connect(ann.after, ann.epoch)
         await eve.expect("left", names=["Bob"], count=2)
         assert eve.names_in("left") == ["Bob"]
-
-        async def free() -> bool:
-            return (await redis_lan.browser(second).ask("Bob"))[0] == 200
-
-        await until(free)
+        await until(lambda: is_admitted(redis_lan.browser(second), "Bob"))
 
     @slow
     async def test_G9_a_rolling_restart(self, redis_lan: Lan) -> None:
@@ -8945,14 +8933,8 @@ async def nginx(folder: Path, server: str, port: int) -> AsyncIterator[None]:
     temporary = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
     (folder / "nginx.conf").write_text(f"{own}\nhttp {{ access_log off; {temporary}\n{server} }}\n")
     process = await asyncio.create_subprocess_exec(str(program), "-p", str(folder), "-c", str(folder / "nginx.conf"))
-
-    async def listens() -> bool:
-        assert process.returncode is None
-        with socket.socket() as visitor:
-            return visitor.connect_ex(("127.0.0.1", port)) == 0
-
     try:
-        await until(listens)
+        await until(lambda: process.returncode is not None or listens(port))
         yield
     finally:
         process.terminate()
@@ -9087,12 +9069,10 @@ class Chat:
         self.proc = Path(f"/proc/{self.process.pid}")
 
     def __enter__(self) -> Self:
-        until = time.monotonic() + RETURN
-        while time.monotonic() < until:
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
-                return self
+        while not listens(self.port):
+            assert self.process.poll() is None, "the chat has ended"
             time.sleep(0.05)
-        raise TimeoutError(f"nobody answers on port {self.port}")
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
