@@ -3918,7 +3918,7 @@ async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
     return {"host": tess, "author": bob}.get(who) or lan.browser()
 
 
-class TestHost:
+class TestHost(Transcripts):
     @pytest.mark.parametrize("way", ["socket", "POST /acts"])
     @pytest.mark.parametrize("who", MAY)
     async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
@@ -5232,7 +5232,6 @@ class TestOperator(Transcripts):
         assert tornchat.local_url(config, 443) == "https://127.0.0.1/"
         assert tornchat.local_url(tornchat.Config(host="::1"), 80) == "http://[::1]/"
 
-    @transcript
     async def test_the_link_of_the_host(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """The banner shows it at a terminal only; elsewhere the key stands in no line of the daemon, and in no page."""
         config = tornchat.Config(host="127.0.0.1")
@@ -5251,7 +5250,6 @@ class TestOperator(Transcripts):
         assert "/host" in err
         assert "lantern" not in "".join([out, err, *pages])
 
-    @transcript
     async def test_workers_have_one_key(self, redis_lan: Lan) -> None:
         """The link that the supervisor shows is that of its workers, and of every daemon of the room."""
         daemon = await redis_lan.serve()
@@ -5261,12 +5259,12 @@ class TestOperator(Transcripts):
         program = await Program.spawn([str(PROGRAM), "--workers", "2", "-p", "0", *where], {}, stdout=slave)
         redis_lan.programs.append(program)
 
-        async def printed() -> bool:
+        def printed() -> bool:
             with contextlib.suppress(BlockingIOError):
                 program.printed += os.read(master, 65536).decode()
             return "stops" in program.printed
 
-        await until(printed, 2 * PATIENCE)
+        await until(printed)
         assert f"/host?key={daemon.host_key}" in program.printed
         program.signal(signal.SIGTERM)
         assert (await program.ended())[0] == 0
@@ -8353,7 +8351,6 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
-    @transcript
     async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
         daemon = await lan.serve()
@@ -8408,7 +8405,6 @@ class TestTerminal(Transcripts):
         tess.keys("\x04")
         assert await tess.leaves() == 0
 
-    @transcript
     async def test_who_is_no_host(self, memory_lan: Lan) -> None:
         """A wrong key is told, and what only hosts can do; authors delete what they said; answers say to whom."""
         daemon = await memory_lan.serve()

@@ -4612,7 +4612,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, config.host_key))
+        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, ""))
     finally:
         await store.close()
     stop = stop_on_signals()
@@ -5458,11 +5458,12 @@ def add_options(parser: Parser) -> None:
            help="for a Redis that doesn't answer yet at the start; default 30")
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up; a terminal is shown it")
     option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
            help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
+           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
