@@ -8,7 +8,8 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
-                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded)
+                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded);
+                                /help lists its commands; --host-key KEY: as a host
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
@@ -17,7 +18,7 @@ address for others, with a QR code where the package segno is installed; /?view=
 /?transport=polling goes without a WebSocket.
 
 A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
-0 stopped on request, 1 could not start or join, 2 wrong usage.
+0 stopped on request, 1 could not start, join or stay (the name is taken, a host has removed you), 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -27,7 +28,8 @@ last message seen, epoch of the last welcome) and gets what it missed, or a welc
 the history that it knows; the same cid sent again is stored once. Log in first with POST /login (nickname=Ann), or
 open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the like.
 
-Whoever opens /host?key=KEY (--host-key, else made up) is a host: its messages carry "host":true, `hosts` has its name.
+Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` has its name. The key is --host-key, or
+made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
   {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
@@ -55,8 +57,13 @@ Words of the source:
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Acts, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login,
-  Sockets, Polling, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
+  Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
+  wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
+  Outbox (what may be stored, and in which order), Feed (commits, reads, repairs), Presence (leases, who has left),
+  Limits by address (paces, visitors), Web (checks of a request, cookie, language, pages, QR code), Login (password,
+  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Addresses and banner (what is printed at the
+  start), Application (routes, Daemon, workers, signals), Terminal client (--join), Terminal views (how that looks),
+  Command line (options, log), Pages (words in each language, HTML, style, script)
 """
 
 from __future__ import annotations
@@ -4569,7 +4576,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, config.host_key))
+        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, ""))
     finally:
         await store.close()
     stop = stop_on_signals()
@@ -5415,11 +5422,12 @@ def add_options(parser: Parser) -> None:
            help="for a Redis that doesn't answer yet at the start; default 30")
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up; a terminal is shown it")
     option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
            help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
+           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
