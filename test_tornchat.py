@@ -2450,7 +2450,8 @@ class TestLogin(Transcripts):
         """When others take every guest name first, the guest is told to try again."""
         daemon = await memory_lan.serve()
         await memory_lan.join("Ann")
-        monkeypatch.setattr(daemon.admission, "guest", lambda address: "Ann")
+        monkeypatch.setattr(tornchat, "guest_name", lambda address: "Ann")
+        monkeypatch.setattr(daemon.room, "free_variant", lambda name: "Ann")
         code, said = await memory_lan.browser().ask("")
         assert (code, said["code"]) == (503, "unavailable")
 

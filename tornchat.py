@@ -2862,7 +2862,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_later(self.rest, turn.release)
+            loop.call_later(self.rest if cost else 0, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -3587,9 +3587,8 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         for _ in range(FRAMES_A_TURN):
             before = len(self.unread)
             frame = self.next_frame()
-            if frame is None and not self.client_terminated:
-                self.read()
             if frame is None:
+                self.read()
                 return
             self.handle(*frame)
             if self.handler.count(before - len(self.unread)):
@@ -3619,19 +3618,19 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
     def handle(self, first: int, payload: bytes) -> None:
         """A control frame, or a part of a message."""
         opcode, is_final = first & 0xF, first & 0x80
-        if opcode & 0x8 and is_final:
+        is_control, is_continued = bool(opcode & 0x8), opcode == 0
+        if is_control and is_final:
             try:
                 self._handle_message(opcode, payload)
             except UnicodeDecodeError:  # in the reason of a close
                 self._abort()
-        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
             self._abort()
-        elif is_final:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = 0, b""
-            self._handle_message(opcode, message)
         else:
-            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
+            if is_final:
+                self._handle_message(opcode, message)
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3679,7 +3678,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
                     await self.write_message(to_json(refused.event(self.language)))
             self.close(CLOSE_CODES[refused.code], self.reason(refused))
-        self.forget_handshake()
+        self.request.headers.clear()  # nobody needs them any more, for as long as the connection lasts
 
     def reason(self, refused: Refused) -> str:
         """The sentence, as much of it as a closing frame takes."""
@@ -3701,16 +3700,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.listener = SocketListener(self, member)
             self.daemon.visitors.join(self.stream)
             self.daemon.room.join(self.listener, seen)
-
-    def forget_handshake(self) -> None:
-        """Drops what only the handshake needed, and the methods that Tornado has put in the place of HTTP's, which make
-        the dictionary of attributes a large one: a fifth of what an idle connection would keep.
-        """
-        self.request.headers.clear()
-        for name in SECURITY_HEADERS:
-            self.clear_header(name)
-        methods = vars(tornado.web.RequestHandler)
-        self.__dict__ = {name: value for name, value in vars(self).items() if name not in methods}
 
     def on_message(self, message: str | bytes) -> None:
         listener = self.listener
