@@ -16,7 +16,7 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
-    TORNCHAT_PICTURES=folder python -m pytest -k Pictures    what the page looks like
+    TORNCHAT_SCREENSHOTS=folder python -m pytest -k TestPictures   what the page looks like
 
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
     python test_tornchat.py bench floods             ... what clients cost that mean ill
@@ -8321,8 +8321,8 @@ class TestPictures:
     @slow
     @transcript
     async def test_pictures(self, memory_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The page as people see it: to be looked at, in TORNCHAT_PICTURES or in pytest's folder."""
-        folder = Path(os.environ.get("TORNCHAT_PICTURES", tmp_path))
+        """The page as people see it: to be looked at, in TORNCHAT_SCREENSHOTS or in pytest's folder."""
+        folder = Path(os.environ.get("TORNCHAT_SCREENSHOTS", tmp_path))
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
         daemon = await memory_lan.serve(title="Class 5b", host="")
         people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}

@@ -32,6 +32,10 @@ as soon as there are events after SEQ, or when 25 s are over; what is more than 
 Give back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers
 with the stored message, or with what is refused. GET /healthz says how the daemon is.
 
+A picture is sent first: POST /pictures (its bytes: PNG, JPEG, WebP or GIF, at most 1 MB and 40 megapixels) answers
+{"id":ID,"width":W,"height":H}, and "picture":ID in a say (or picture=ID) shows it; members load /pictures/ID. The room
+keeps the newest 32 MB of them (--pictures MB). In plain lines a picture is [picture /pictures/ID].
+
 Words of the source:
   session       a browser or program that has logged in: a sid and a name, signed in its cookie
   member        a session under its name in the room; each of its connections, and each poll that waits, is a listener
@@ -46,7 +50,7 @@ Words of the source:
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings, Messages and names, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login, Sockets,
-  Polling, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
+  Polling, Pictures, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
 """
 
 from __future__ import annotations
@@ -87,11 +91,13 @@ import secrets
 import socket
 import ssl
 import string
+import struct
 import threading
 import time
 import unicodedata
 import urllib.parse
 import weakref
+import zlib
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -199,6 +205,14 @@ DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being anno
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
+PICTURE_BYTES = 1024 * 1024  # of one picture; pages draw theirs smaller
+PICTURE_PIXELS = 40_000_000  # what a large camera takes: 160 MB in the browser of whoever sees it
+PICTURE_SIDE = 16_383  # the longest of WebP
+PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
+PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
+PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
+UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
+TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
@@ -225,6 +239,7 @@ class Config:
     room: str = "lobby"
     history: int = 100
     rate: float = 2.0
+    pictures: int = 32  # MB of them in the store; 0: none
     allow_host: tuple[str, ...] = ()
     trust_proxy: bool = False
     certfile: str = ""
@@ -256,6 +271,7 @@ class Config:
     goodbye_seconds: float = 2  # for a client to take our close code and answer it
     header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
     body_seconds: float = 10  # for its body
+    picture_seconds: float = 30  # for one that is a picture
     answer_seconds: float = 30  # for the client to take the answer, or 64 KB of a long one
 
 
@@ -264,6 +280,7 @@ class Config:
 # No input or output here, no clock, no Tornado.
 
 CID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+PICTURE = re.compile(r"[0-9a-f]{16}-([0-9]{1,5})x([0-9]{1,5})-[0-9a-f]{16}")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # What could steer a terminal, or deceive its reader: controls but newline, and the marks of bidirectional text.
 STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -302,10 +319,11 @@ class Taken(Refused):
 
 
 class Say(NamedTuple):
-    """What a client wants to say; `cid` is "" where it wants no confirmation."""
+    """What a client wants to say; `cid` is "" where it wants no confirmation, `picture` is the id of one."""
 
     text: str
     cid: str
+    picture: str = ""
 
 
 def parse_object(raw: str | bytes) -> dict[str, Any]:
@@ -331,20 +349,39 @@ def parse_say(fields: Mapping[str, Any]) -> Say:
     """What is to be said, of a frame or a form. Raises Refused."""
     if fields.get("cid") == "":
         raise Refused("bad-frame", "bad-cid")
-    return clean_say(fields.get("text"), fields.get("cid", ""))
+    picture = fields.get("picture", "")
+    return clean_say(fields.get("text", "" if picture else None), fields.get("cid", ""), picture)
 
 
-def clean_say(text: object, cid: object) -> Say:
+def clean_say(text: object, cid: object, picture: object = "") -> Say:
     """A say from whichever door, checked. Raises Refused, with the cid once that is known to be one."""
     if not isinstance(cid, str) or (cid and not CID.fullmatch(cid)):
         raise Refused("bad-frame", "bad-cid")
     if not isinstance(text, str):
         raise Refused("bad-frame", "no-text", cid=cid)
+    if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
+        raise Refused("no-picture", cid=cid)
     try:
-        return Say(clean_text(text), cid)
+        return Say(clean_text(text), cid, picture)
     except Refused as refused:
+        if picture and refused.code == "empty":
+            return Say("", cid, picture)
         refused.cid = cid
         raise
+
+
+def picture_id(key: str, sid: str, name: str) -> str:
+    """The id under which this session alone can say the picture of that name: what is shown is never another's, and
+    goes with its own message.
+    """
+    return f"{name}-{hmac.new(key.encode(), f'{sid} {name}'.encode(), 'sha256').hexdigest()[:16]}"
+
+
+def picture_fields(id: str) -> dict[str, object]:
+    """A picture as clients are told of it: its id, which tells its size."""
+    match = PICTURE.fullmatch(id)
+    assert match
+    return {"id": id, "width": int(match[1]), "height": int(match[2])}
 
 
 def clean_text(text: str) -> str:
@@ -563,6 +600,7 @@ class Event(NamedTuple):
     cid: str = ""
     name: str = ""
     text: str = ""
+    picture: str = ""  # its id
     place: Place = NOWHERE  # isn't stored
 
 
@@ -588,7 +626,8 @@ def is_event(event: Event) -> bool:
     type, seq, ts, *texts, _ = event
     "".join(texts).encode()  # JSON may spell half a character
     numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
-    return type in ("message", "joined", "left") and numbers
+    picture = not event.picture or PICTURE.fullmatch(event.picture) is not None
+    return type in ("message", "joined", "left") and numbers and picture
 
 
 def shown(text: str) -> str:
@@ -647,7 +686,9 @@ def line_of(event: Mapping[str, Any]) -> str:
     """
     match event["type"]:  # a SyntaxError here? tornchat needs Python 3.11 or newer
         case "message":
-            return f"{event['name']}: {event['text']}".replace("\n", "\n    ")
+            picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
+            text = "\n".join(filter(None, (event["text"], picture)))
+            return f"{event['name']}: {text}".replace("\n", "\n    ")
         case "joined" | "left" as what:
             return f"~~~ {', '.join(event['names'])} {what} ~~~"
         case "welcome":
@@ -666,6 +707,8 @@ def encode_message(event: Event) -> Encoded:
     message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
     if not event.cid.startswith("~"):
         message["cid"] = event.cid
+    if event.picture:
+        message["picture"] = picture_fields(event.picture)
     return encode(message)
 
 
@@ -751,6 +794,8 @@ class Store:
     leases   sorted set: a member's key -> when it lapses, in ms of the store's clock
     state    hash: `epoch`, the name of the history
     secret   signs the cookies of all daemons
+    pictures hash: id -> "ms bytes": when it came, and what it counts
+    picture:ID  its bytes
     """
 
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
@@ -762,6 +807,8 @@ class Store:
         prefix = f"tornchat:{{{config.room}}}:"  # the braces keep all keys in one slot of a Cluster
         self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
         self.leases, self.state, self.secret = prefix + "leases", prefix + "state", prefix + "secret"
+        self.pictures, self.picture = prefix + "pictures", prefix + "picture:"
+        self.transfers = asyncio.Semaphore(TRANSFERS_AT_ONCE)
         self.clock_ahead = 0.0  # of time.monotonic, in ms
 
     # --- the feed ---
@@ -951,6 +998,44 @@ class Store:
     @bounded
     async def drop_leases(self, keys: Iterable[str]) -> None:
         await self.redis.zrem(self.leases, *keys)
+
+    # --- pictures ---
+
+    async def add_picture(self, id: str, data: bytes) -> None:
+        """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
+        if beyond := await self.put_picture(id, data):
+            await self.drop_pictures(beyond)
+
+    @bounded
+    async def put_picture(self, id: str, data: bytes) -> list[str]:
+        """Stores it; the ids of those that have to go."""
+        async with self.transfers, self.redis.pipeline() as pipe:
+            counted = max(len(data), PICTURE_LEAST_BYTES)
+            pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
+            *_, index = await pipe.hgetall(self.pictures).execute()
+        pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
+        sizes = itertools.accumulate(size for _, size, _ in pictures)
+        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+
+    @bounded
+    async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
+        """A piece of a picture from there on, and how many bytes all of it has: 0 if it is gone."""
+        async with self.transfers, self.redis.pipeline(transaction=False) as pipe:
+            pipe.getrange(self.picture + id, start, start + CHUNK_BYTES - 1).strlen(self.picture + id)
+            piece, size = await pipe.execute()
+        return piece, size
+
+    @bounded
+    async def drop_pictures(self, ids: Iterable[str]) -> None:
+        """Deletes pictures, with their message or because there are too many."""
+        if ids := list(ids):
+            async with self.redis.pipeline() as pipe:
+                await pipe.delete(*(self.picture + id for id in ids)).hdel(self.pictures, *ids).execute()
+
+    @bounded
+    async def clear_pictures(self) -> None:
+        """Deletes all pictures, with the history."""
+        await self.drop_pictures([id.decode() for id in await self.redis.hkeys(self.pictures)])
 
     # --- the clock ---
 
@@ -1299,6 +1384,7 @@ class Proposal:
     name: str
     cid: str
     text: str
+    picture: str
     expires: float  # in s of the loop's clock
     member: Member | None = None  # None: another daemon's, see `wishes`
     done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
@@ -1335,14 +1421,15 @@ class Outbox:
             return
         if len(self.waiting) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
-        self.propose("message", member, done, cid=say.cid, text=say.text)
+        self.propose("message", member, done, cid=say.cid, text=say.text, picture=say.picture)
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
         """As it was stored; where that has been forgotten, as it is said now."""
-        ts, text = self.room.ts, say.text
+        ts, text, picture = self.room.ts, say.text, say.picture
         if found := self.room.ring.find(seq):
-            ts, text = found[0], json.loads(found[1].json)["text"]
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text)
+            ts, stored = found[0], json.loads(found[1].json)
+            text, picture = stored["text"], stored.get("picture", {}).get("id", "")
+        return Event("message", seq, ts, member.sid, say.cid, member.name, text, picture)
 
     async def enter(self, sid: str, name: str) -> Member:
         """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
@@ -1371,12 +1458,20 @@ class Outbox:
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
     def propose(
-        self, type: str, member: Member, done: Done | None = None, *, cid: str = "", text: str = "", patience: float = 0
+        self,
+        type: str,
+        member: Member,
+        done: Done | None = None,
+        *,
+        cid: str = "",
+        text: str = "",
+        picture: str = "",
+        patience: float = 0,
     ) -> None:
         """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
-        proposal = Proposal(type, member.sid, member.name, cid, text, expires, member)
+        proposal = Proposal(type, member.sid, member.name, cid, text, picture, expires, member)
         waiting = self.put(proposal)
         if done and done not in waiting.done:
             waiting.done.append(done)
@@ -1427,8 +1522,10 @@ class Outbox:
             returning = ["joined"] if proposal.type == "message" and not present else []
             for type in (*returning, proposal.type):
                 seq += type == "message"
-                cid, text = (proposal.cid, proposal.text) if type == proposal.type else ("", "")
-                events.append(Event(type, seq, ts, proposal.sid, cid, proposal.name, text, (*id, len(events))))
+                said = (proposal.cid, proposal.text, proposal.picture) if type == proposal.type else ("", "", "")
+                cid, text, picture = said
+                place = (*id, len(events))
+                events.append(Event(type, seq, ts, proposal.sid, cid, proposal.name, text, picture, place))
             owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
             size += len(proposal.text)
             if size > ENTRY_CHARS:
@@ -1467,7 +1564,7 @@ class Outbox:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         for event in events:
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires)
+            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, event.picture, expires)
             if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
                 self.put(proposal)
 
@@ -1610,7 +1707,7 @@ class Feed:
         self.losses += 1
         if self.losses > 1 and (wishes := self.outbox.wishes()):
             await self.store.wish(
-                encode_events(Event(each.type, 0, 0, *each.id, each.name, each.text) for each in wishes)
+                encode_events(Event(each.type, 0, 0, *each.id, each.name, each.text, each.picture) for each in wishes)
             )
             self.losses = 0
             for proposal in wishes:
@@ -2177,8 +2274,9 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-STATUSES = {"no-session": 401, "logout": 401, "password": 403, "taken": 409, "name-lost": 409, "too-long": 413,
-            "too-fast": 429, "too-many-tabs": 429, "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
+STATUSES = {"no-session": 401, "logout": 401, "password": 403, "not-member": 403, "no-picture": 404, "taken": 409,
+            "name-lost": 409, "too-long": 413, "bad-picture": 415, "too-fast": 429, "too-many-tabs": 429,
+            "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
 
 
@@ -2342,10 +2440,15 @@ class BaseHandler(tornado.web.RequestHandler):
     def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message, at the pace of its session and of its address. Raises Refused."""
         limits = self.daemon.limits
+        if say.picture and say.picture != self.picture_id(member, say.picture.rpartition("-")[0]):
+            raise Refused("no-picture", cid=say.cid)
         limits.pace(limits.messages, self.address, say.cid, cost=0)
         limits.pace(limits.says, member.sid, say.cid)
         self.daemon.outbox.say(member, say, done)  # only what that takes counts
         limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text.encode()) // MESSAGE_BYTES)
+
+    def picture_id(self, member: Member, name: str) -> str:
+        return picture_id(self.daemon.cookie_key, member.sid, name)
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -2426,6 +2529,7 @@ class PageHandler(BaseHandler):
             "chat.html",
             name=self.current_user.name,
             view="projector" if self.page_path() else "window",
+            pictures=self.daemon.config.pictures > 0,
             now=round(1000 * time.time()),
             words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
@@ -3040,23 +3144,43 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
     return told if told and told.place >= room.notices_after else newest_cursor(room)
 
 
-class MessagesHandler(BaseHandler):
-    """GET and POST /messages."""
+class EventHandler(BaseHandler):
+    """What a member asks for without a socket. Every answer is JSON, errors too."""
 
-    listener: PollListener | None = None
     gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
 
     def set_default_headers(self) -> None:
-        """Every answer is JSON here, errors too."""
         super().set_default_headers()
         self.set_header("Content-Type", "application/json; charset=UTF-8")
 
     def wants_json(self) -> bool:
-        """Only programs ask here."""
         return True
+
+    def on_connection_close(self) -> None:
+        """The client has hung up."""
+        super().on_connection_close()
+        self.gone = True
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.daemon.config
+        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        self.daemon.presence.release(member, max(config.grace_seconds, rest))
+
+    def refuse(self, refused: Refused) -> None:
+        """A refusal is an event here too."""
+        if refused.retry_after:
+            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
+        self.finish(refused.event(self.language))
+
+
+class MessagesHandler(EventHandler):
+    """GET and POST /messages."""
+
+    listener: PollListener | None = None
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
@@ -3111,7 +3235,6 @@ class MessagesHandler(BaseHandler):
     def on_connection_close(self) -> None:
         """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
-        self.gone = True
         if self.listener:
             self.listener.news.set()
 
@@ -3139,20 +3262,8 @@ class MessagesHandler(BaseHandler):
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid")}
+        values = {name: self.field(name) for name in ("text", "cid", "picture")}
         return {name: value for name, value in values.items() if value is not None}
-
-    def release(self, member: Member) -> None:
-        """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.daemon.presence.release(member, max(config.grace_seconds, rest))
-
-    def refuse(self, refused: Refused) -> None:
-        """A refusal is an event here too."""
-        if refused.retry_after:
-            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
-        self.finish(refused.event(self.language))
 
 
 class PollListener:
@@ -3184,6 +3295,225 @@ class PollListener:
     def shut(self, code: int, reason: str) -> None:
         """The end of the session, or of the daemon."""
         self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
+
+
+# === Pictures =========================================================================================================
+# POST /pictures and GET /pictures/ID. What a file is is read from its bytes, and it must be that from the first to the
+# last one. It comes whole, bounded in size and number; it goes piece by piece, so that a slow reader costs one piece.
+
+
+def measure_picture(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels. Raises Refused where it is no whole picture of the types that all browsers show."""
+    measure = {"image/png": png_size, "image/jpeg": jpeg_size, "image/webp": webp_size, "image/gif": gif_size}
+    kind = picture_type(data)
+    if kind is None:
+        raise Refused("bad-picture", "picture-type")
+    try:
+        width, height = measure[kind](data)
+    except (ValueError, IndexError, struct.error):
+        raise Refused("bad-picture", "picture-broken") from None
+    if MARKUP.search(data):
+        raise Refused("bad-picture", "picture-broken")
+    if not 0 < width * height <= PICTURE_PIXELS or max(width, height) > PICTURE_SIDE:
+        raise Refused("bad-picture", "picture-pixels", limit=PICTURE_PIXELS // 1_000_000, side=PICTURE_SIDE)
+    return width, height
+
+
+MARKUP = re.compile(rb"(?i)<(?:!doctype|html[\s>]|script|iframe|svg\s+\w)")  # a page that would also be a picture
+MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # of JPEG, the next one that isn't part of the pixels
+
+
+def picture_type(data: bytes) -> str | None:
+    """As the first bytes tell it, for Content-Type."""
+    if data[:4] == b"RIFF":
+        return "image/webp" if data[8:12] == b"WEBP" else None
+    signatures = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif"}
+    return next((f"image/{kind}" for start, kind in signatures.items() if data.startswith(start)), None)
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
+    at, kinds = 8, list[bytes]()
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
+        if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
+            raise ValueError
+        at += 12 + length
+        kinds.append(kind)
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds or kinds.index(b"IEND") < len(kinds) - 1:
+        raise ValueError
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Of its only frame (JPEG B.2.2), where the end of the image is that of the file. Raises ValueError."""
+    at, sizes, scans = 2, list[tuple[int, int]](), 0
+    while marker := MARKER.match(data, at):
+        kind, at = marker[1][0], marker.end()
+        if kind == 0xD9 and at == len(data) and scans and len(sizes) == 1:
+            return sizes[0]
+        (length,) = struct.unpack_from(">H", data, at)
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            sizes.append((width, height))
+        at += length
+        if kind == 0xDA and (after := MARKER.search(data, at)):
+            scans, at = scans + 1, after.start()
+    raise ValueError
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
+    at, sizes, filled = 12, set[tuple[int, int]](), False
+    if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
+        raise ValueError
+    while at < len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        head = int.from_bytes(data[at + 8 : at + 18], "little")
+        if kind == b"VP8X":
+            sizes.add(((head >> 32 & 0xFFFFFF) + 1, (head >> 56 & 0xFFFFFF) + 1))
+        elif kind == b"VP8L":
+            sizes.add(((head >> 8 & 0x3FFF) + 1, (head >> 22 & 0x3FFF) + 1))
+        elif kind == b"VP8 ":
+            sizes.add((head >> 48 & 0x3FFF, head >> 64 & 0x3FFF))
+        filled |= kind in (b"VP8L", b"VP8 ", b"ANMF")
+        at += 8 + length + length % 2
+    if at != len(data) or not filled or len(sizes) != 1:
+        raise ValueError
+    return sizes.pop()
+
+
+def gif_size(data: bytes) -> tuple[int, int]:
+    """Of its screen (GIF89a 18), on which all images are, where its trailer ends the file. Raises ValueError."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at, images = 13 + gif_colors(flags), 0
+    while (kind := data[at]) != 0x3B:
+        if kind == 0x2C:
+            left, top, wide, high, flags = struct.unpack_from("<HHHHB", data, at + 1)
+            if left + wide > width or top + high > height:
+                raise ValueError
+            at, images = at + 11 + gif_colors(flags), images + 1
+        elif kind == 0x21:
+            at += 2
+        else:
+            raise ValueError
+        while data[at]:
+            at += 1 + data[at]
+        at += 1
+    if at + 1 != len(data) or not images:
+        raise ValueError
+    return width, height
+
+
+def gif_colors(flags: int) -> int:
+    """How many bytes the table of colours has that these flags announce."""
+    return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
+
+
+@tornado.web.stream_request_body
+class PicturesHandler(EventHandler):
+    """POST /pictures: takes one, and tells the id to say it with."""
+
+    sender: Member | None = None
+    refused: Refused | None = None
+
+    async def prepare(self) -> None:
+        """Whoever may not send one hears so when all of it has come: who is still sending doesn't listen."""
+        await super().prepare()
+        self.received = bytearray()
+        connection: Any = self.request.connection
+        connection.set_max_body_size(2 * PICTURE_BYTES)
+        connection.set_body_timeout(self.daemon.config.picture_seconds)
+        try:
+            self.begin(await self.admit(self.current_user))
+        except Refused as refused:
+            self.refused = refused
+
+    def begin(self, member: Member) -> None:
+        """One at a time of a session, at its pace and that of its address. Raises Refused."""
+        limits, uploads = self.daemon.limits, self.daemon.uploads
+        if not self.daemon.config.pictures:
+            raise Refused("no-picture", "pictures-off")
+        if member.sid in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+            raise Refused("too-fast", retry_after=1)
+        limits.pace(limits.messages, self.address, cost=0)
+        limits.pace(limits.says, member.sid, cost=PICTURE_COST)
+        limits.pace(limits.messages, self.address, cost=PICTURE_COST)
+        self.sender = member
+        uploads.add(member.sid)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Of what is refused or too large nothing is kept."""
+        if self.sender and len(self.received) <= PICTURE_BYTES:
+            self.received += chunk
+
+    async def post(self) -> None:
+        """201 when the store has it."""
+        if self.sender is None:
+            raise self.refused or Refused("unavailable")
+        if len(self.received) > PICTURE_BYTES:
+            raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
+        width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
+        id = self.picture_id(self.sender, f"{secrets.token_hex(8)}-{width}x{height}")
+        try:
+            await self.daemon.store.add_picture(id, data)
+        except STORE_ERRORS:
+            raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        self.set_status(201)
+        self.finish(picture_fields(id))
+        self.release(self.sender)
+
+    def on_finish(self) -> None:
+        """Called by Tornado when the answer is out."""
+        self.end()
+
+    def on_connection_close(self) -> None:
+        """The client has hung up."""
+        super().on_connection_close()
+        self.end()
+
+    def end(self) -> None:
+        if self.sender:
+            self.daemon.uploads.discard(self.sender.sid)
+
+
+class PictureHandler(BaseHandler):
+    """GET /pictures/ID: for members, and for nothing but to be looked at."""
+
+    async def get(self, id: str) -> None:
+        """Its bytes, kept by the browser for good."""
+        if self.current_user is None:
+            raise Refused("not-member", "no-session")
+        try:
+            piece, size = await self.daemon.store.read_picture(id)
+        except STORE_ERRORS:
+            raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        if not size:
+            raise Refused("no-picture")
+        self.set_header("Content-Type", picture_type(piece) or "application/octet-stream")
+        self.set_header("Content-Length", size)
+        self.set_header("Content-Security-Policy", "default-src 'none'; sandbox")
+        self.set_header("Cache-Control", f"private, max-age={PICTURE_DAYS * 86400}, immutable")
+        try:
+            await self.send(id, piece, size)
+        except STORE_ERRORS:  # gone, as the client, the picture or the store may be: the answer stays incomplete
+            self.stream.close()
+
+    async def send(self, id: str, piece: bytes, size: int) -> None:
+        """Each piece when the one before has been taken. Raises STORE_ERRORS."""
+        sent = 0
+        while True:
+            self.write(piece)
+            async with asyncio.timeout(self.daemon.config.answer_seconds):
+                await self.flush()
+            sent += len(piece)
+            if sent >= size:
+                return
+            piece, _ = await self.daemon.store.read_picture(id, sent)
+            if not piece:
+                raise ConnectionError("the picture is gone")
 
 
 # === Addresses and banner =============================================================================================
@@ -3314,6 +3644,8 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
             (r"/logout", LogoutHandler, context),
             (r"/chat", ChatSocket, context),
             (r"/messages", MessagesHandler, context),
+            (r"/pictures", PicturesHandler, context),
+            (rf"/pictures/({PICTURE.pattern.replace('(', '(?:')})", PictureHandler, context),
             (r"/healthz", HealthHandler, context),
             (r"/(join\.json|qr\.svg)", JoinHandler, context),
             (rf"/({'|'.join(map(re.escape, ASSETS))})", AssetHandler, context),
@@ -3461,6 +3793,7 @@ class Daemon:
         self.started = time.monotonic()
         self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
+        self.uploads: set[str] = set()  # sids of those who are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
@@ -3940,9 +4273,16 @@ class Client:
         if frame["seq"] > self.after:
             self.after, self.at = frame["seq"], frame["ts"]
         if frame["seq"] > self.skipped:
-            self.view.message(frame)
+            self.view.message({**frame, "text": self.text_of(frame)})
         if shown(frame["name"]) == self.name:
             self.settle(frame.get("cid"))
+
+    def text_of(self, frame: Mapping[str, Any]) -> str:
+        """The text, and below it the address of a picture."""
+        match frame.get("picture"):
+            case {"id": str(id)}:
+                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
+        return str(frame["text"])
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         """Somebody came or went."""
@@ -4302,6 +4642,8 @@ def add_options(parser: Parser) -> None:
            help="messages shown to a newcomer; default 100")
     option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
+    option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
+           help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
     option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined,
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
@@ -4359,6 +4701,7 @@ def number_between(text: str, least: float, most: float, kind: type[int] | type[
 port_number = functools.partial(number_between, least=0, most=65535, kind=int)
 worker_count = functools.partial(number_between, least=1, most=64, kind=int)
 history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
+picture_megabytes = functools.partial(number_between, least=0, most=100_000, kind=int)
 message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
 patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
@@ -4678,6 +5021,21 @@ TEXTS = {
         "“{name}” could be mistaken for the room itself. Please choose another name.",
         "“{name}”容易被误认为聊天室本身，请换一个昵称。",
     ),
+    "refused_no-picture": ("There is no such picture any more.", "图片已不存在。"),
+    "refused_pictures-off": ("This room takes no pictures.", "本聊天室不接收图片。"),
+    "refused_picture-type": (
+        "That is no picture that can be shown: PNG, JPEG, WebP and GIF can.",
+        "无法显示此文件，仅支持 PNG、JPEG、WebP 和 GIF 图片。",
+    ),
+    "refused_picture-broken": (
+        "The picture is incomplete, or there is something else in the file.",
+        "图片不完整，或文件中含有其他内容。",
+    ),
+    "refused_picture-pixels": (
+        "A picture has at most {limit} million pixels, and {side} on a side.",
+        "图片不得超过 {limit} 百万像素，每边不得超过 {side} 像素。",
+    ),
+    "refused_picture-large": ("The picture is larger than {limit} KB.", "图片超过 {limit} KB。"),
     "refused_no-session": ("Please log in first.", "请先登录。"),
     "refused_logout": ("You have logged out.", "您已退出。"),
     "refused_bad-wait": ("“wait” is a number of seconds, from 0 to {limit}.", "“wait”须为 0 到 {limit} 之间的秒数。"),
