@@ -4900,6 +4900,20 @@ TEXTS = {
     "chat_theme_dark": ("Dark", "深色"),
     "chat_sound": ("Sound", "提示音"),
     "chat_notify": ("Notifications", "系统通知"),
+    "chat_picture": ("Add a picture", "添加图片"),
+    "chat_attached": ("Pictures to send", "待发送的图片"),
+    "chat_viewer": ("Picture", "图片"),
+    "js_picture": ("Picture", "图片"),
+    "js_picture_of": ("Picture from {name}", "{name}发送的图片"),
+    "js_picture_gone": ("This picture is no longer kept.", "图片已不再保存。"),
+    "js_picture_again": ("This picture could not be loaded: try again", "图片加载失败，点此重试"),
+    "js_picture_remove": ("Picture: take it out", "图片：点此移除"),
+    "js_picture_lost": ("the picture is gone since the page was loaded again", "页面重新加载后图片已丢失"),
+    "js_no_picture": (
+        "“{name}” was not added: it is no picture that can be shown here.",
+        "未添加“{name}”：它不是可以在此显示的图片。",
+    ),
+    "js_uploading": ("Sending… {n} %", "正在发送… {n}%"),
     "js_state_connecting": ("Connecting…", "正在连接…"),
     "js_state_connected": ("Connected", "已连接"),
     "js_state_polling": ("Connected, by polling", "已连接（轮询）"),
@@ -5143,6 +5157,13 @@ CHAT_HTML = r"""<!doctype html>
     <button id="newer" type="button" hidden></button>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
+    <div id="attached" role="group" aria-live="polite" aria-label="{{ w["chat_attached"] }}" hidden></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <button id="pick" class="plain" type="button" aria-label="{{ w["chat_picture"] }}"
+      {{ "" if pictures else "hidden" }} data-off="{{ w["refused_pictures-off"] }}">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path fill-rule="evenodd" d="M5 3h14a3 3 0 0 1 3 3v12a3 3 0 0 1-3
+        3H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zm0 2a1 1 0 0 0-1 1v10l4-4 4 4 5-5 3 3V6a1 1 0 0 0-1-1zm3 1.500a2 2 0 0 1 0
+        4 2 2 0 0 1 0-4z"/></svg></button>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
       placeholder="{{ w["chat_placeholder"] }}" title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
     <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
@@ -5171,6 +5192,8 @@ CHAT_HTML = r"""<!doctype html>
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
+  <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
+    <button class="plain" type="button">{{ w["chat_close"] }}</button></dialog>
 </body>
 </html>
 """
@@ -5396,6 +5419,26 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
+/* Pictures: as large as they will be, before they are there */
+#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
+#attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
+#attached button::after {
+  content: "×"; position: absolute; inset: 2px 2px auto auto; width: 22px; border-radius: 50%;
+  background: var(--ink); color: var(--surface); line-height: 22px;
+}
+#attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture {
+  display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
+  max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
+  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+}
+.picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
+.picture.gone { min-width: 10rem; padding: 8px; }
+.text:empty { display: none; }
+#viewer { width: fit-content; max-width: none; max-height: none; padding: 8px; }
+#large { display: block; max-width: calc(100vw - 40px); max-height: calc(100dvh - 100px); margin: 0 auto 8px; }
+
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
   width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px;
@@ -5574,7 +5617,7 @@ const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, close: closeInvite,
+  addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
 } = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
 const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
@@ -5711,11 +5754,12 @@ function messageRow(name, text, ...foot) {
   return row;
 }
 
-function showMessage({seq, ts, name, text}, away) {
+function showMessage({seq, ts, name, text, picture}, away) {
   if (shown.has(seq)) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(name, text, time);
+  if (picture) row.querySelector('.line').before(pictureOf(picture, name));
   Object.assign(row.dataset, {seq, ts});
   const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
@@ -5892,7 +5936,10 @@ function fitScreen() {  // some phones draw their keyboard over the page; a read
 const shelf = `tornchat:${location.pathname}:`;
 
 function keep(key, text, storage = 'sessionStorage') {
-  try { window[storage].setItem(shelf + key, text); } catch { /* only a reload will tell */ }
+  try {
+    if (text) window[storage].setItem(shelf + key, text);
+    else window[storage].removeItem(shelf + key);
+  } catch { /* only a reload will tell */ }
 }
 
 function kept(key, storage = 'sessionStorage') {
@@ -5900,7 +5947,7 @@ function kept(key, storage = 'sessionStorage') {
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said']) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
 }
 
 // === Attention: what is unread, and what may tell of it ===
@@ -5934,7 +5981,7 @@ function attract({seq, name, text}, away) {
   if (away && seq > readTo) showUnread(unread + 1);
   if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
   if (sound.checked && (away || mentions(text, me).length)) chime();
-  if (notify.checked && away) popUp(name, text);
+  if (notify.checked && away) popUp(name, text || words.picture);
 }
 
 function chime() {
@@ -6025,11 +6072,12 @@ let offer = null;                 // {start, names, turn}: a name that is being 
 function submit(event) {
   event.preventDefault();
   const text = box.value.trimEnd().replace(/^(\s*\n)+/, '');  // the first line keeps its indentation
-  if (!text || fitBox() < 0 || phase === 'closed' || projector) return;
+  if (!(text || attached.length) || fitBox() < 0 || phase === 'closed' || projector) return;
   setBox('');
-  remember(text);
+  if (text) remember(text);
   removeNewLine();
   outbox.push({cid: newCid(), name: me, text, failed: ''});
+  sendAttached();
   outboxChanged();
   toBottom();
 }
@@ -6047,6 +6095,10 @@ function recall(step) {  // only over an empty box or what was recalled, unchang
   recalled += step;
   setBox(said[recalled] || '');
   return true;
+}
+
+function focusBox() {  // a phone would open its keyboard
+  if (matchMedia('(hover: hover)').matches) box.focus();
 }
 
 function setBox(text) {
@@ -6123,7 +6175,11 @@ let holdUntil = 0;
 
 function restoreOutbox() {
   outbox = JSON.parse(kept('outbox') || '[]');
-  for (const item of outbox) if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+  for (const item of outbox) {
+    if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+    const lost = item.picture && restorePicture(item);
+    item.failed ||= lost || '';
+  }
 }
 
 function outboxChanged() {
@@ -6140,7 +6196,8 @@ function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
-  link.say({type: 'say', text: item.text, cid: item.cid});
+  if (item.picture && !item.picture.id) upload(item);
+  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id});
 }
 
 function takeOut(cid) {
@@ -6148,6 +6205,7 @@ function takeOut(cid) {
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
   outboxRows.delete(cid);
+  keep(`picture-${cid}`, '');
   outboxChanged();
   return row;
 }
@@ -6166,12 +6224,15 @@ function refused({cid, code, text, retry_after: seconds}) {
 
 function tryAgain(item) {
   Object.assign(item, {name: me, failed: ''});
+  if (item.picture?.blob) delete item.picture.id;  // it may have been another session's
   outboxChanged();
 }
 
 function edit(item) {
   setBox(box.value ? `${item.text}\n${box.value}` : item.text);
   box.focus();
+  if (item.picture?.blob) attached.push(item.picture);
+  showAttached();
   takeOut(item.cid).remove();
 }
 
@@ -6181,12 +6242,14 @@ function statusOf(item) {
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
   const seconds = Math.ceil((holdUntil - performance.now()) / 1000);
-  return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
+  if (seconds > 0) return fill(words.waiting_seconds, {n: seconds});
+  return item.sent ? fill(words.uploading, {n: item.sent}) : words.sending;
 }
 
 function outboxRow(item) {
   const choices = [makeButton(words.try_again, () => tryAgain(item)), makeButton(words.edit, () => edit(item))];
   const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', ...choices));
+  if (item.picture) row.querySelector('.line').before(pictureOf(item.picture, me));
   outboxRows.set(item.cid, row);
   outboxList.append(row);
   return row;
@@ -6200,6 +6263,145 @@ function drawOutbox() {
     status.setAttribute('role', item.failed ? 'alert' : 'none');
     setText(status, statusOf(item));
   }
+}
+
+// === Pictures: drawn anew before they are sent, which makes them small and leaves out where a photo was taken ===
+const PICTURE_BYTES = 2 ** 20;    // what the server takes
+const DRAWINGS = [[1600, .85], [1600, .6], [1000, .6], [600, .5]];  // the longer side and the quality, till it fits
+const attached = [];              // {blob, width, height}: to be sent with what is in the box
+let uploading = null;
+
+function pictureOf(picture, name) {  // in the outbox it has a blob, in the log an id; its frame is as large before
+  const {id, width, height, blob} = picture;
+  const alt = fill(words.picture_of, {name});
+  const image = Object.assign(make('img', ''), {alt, loading: 'lazy', onerror: () => missing(frame, image)});
+  const frame = makeButton('', () => {
+    if (!image.isConnected) return frame.replaceWith(pictureOf(picture, name));  // it failed
+    Object.assign(large, {src: image.src, alt});
+    viewer.showModal();
+  });
+  Object.assign(frame, {className: 'picture', disabled: Boolean(blob)});
+  if (!blob) image.src = `pictures/${id}`;
+  frame.append(blob ? canvasOf(blob, width, height, alt) : image);
+  frame.style.setProperty('--wide', width);
+  frame.style.setProperty('--high', height);
+  return frame;
+}
+
+function canvasOf(source, width, height, label) {
+  const canvas = Object.assign(make('canvas', ''), {width, height, role: 'img', ariaLabel: label});
+  const show = (bitmap) => canvas.getContext('2d').drawImage(bitmap, 0, 0, width, height);
+  createImageBitmap(source).then(show, () => {});
+  return canvas;
+}
+
+async function missing(frame, image) {  // deleted, or is only the way to it cut?
+  const gone = await fetch(image.src).then(({status}) => status === 404, () => false);
+  frame.replaceChildren(gone ? words.picture_gone : words.picture_again);
+  frame.classList.add('gone');
+  frame.disabled = gone;
+}
+
+async function attach(files) {
+  for (const file of projector ? [] : files) {
+    const picture = pick.hidden ? null : await redraw(file).catch(() => null);
+    if (picture) attached.push(picture);
+    else draw(() => notice('refused', pick.hidden ? pick.dataset.off : fill(words.no_picture, {name: file.name})));
+  }
+  showAttached();
+  focusBox();
+}
+
+async function redraw(file) {  // null where it can't be made to fit; throws where the browser sees no picture in it
+  const bitmap = await createImageBitmap(file);
+  for (const [side, quality] of DRAWINGS) {
+    const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+    const [width, height] = [bitmap.width, bitmap.height].map((pixels) => Math.ceil(scale * pixels));
+    const canvas = Object.assign(make('canvas', ''), {width, height});
+    const context = Object.assign(canvas.getContext('2d'), {imageSmoothingQuality: 'high', fillStyle: '#fff'});
+    for (const type of ['image/webp', 'image/jpeg']) {  // a browser that can't make the first one makes a PNG of it
+      if (type === 'image/jpeg') context.fillRect(0, 0, width, height);
+      context.drawImage(bitmap, 0, 0, width, height);
+      const blob = await new Promise((done) => { canvas.toBlob(done, type, quality); });
+      if (blob.type === type && blob.size <= PICTURE_BYTES) return {blob, width, height};
+    }
+  }
+  return null;
+}
+
+function showAttached() {
+  attachedList.replaceChildren(...attached.map((picture) => {
+    const button = makeButton('', () => {
+      attached.splice(attached.indexOf(picture), 1);
+      showAttached();
+      box.focus();
+    });
+    button.append(canvasOf(picture.blob, picture.width, picture.height, words.picture_remove));
+    return button;
+  }));
+  attachedList.hidden = !attached.length;
+}
+
+function sendAttached() {  // the first one with the text, each of the others as a message of its own
+  for (const [at, picture] of attached.splice(0).entries()) {
+    if (at) outbox.push({cid: newCid(), name: me, text: '', failed: ''});
+    outbox.at(-1).picture = picture;
+    shelve(outbox.at(-1));
+  }
+  showAttached();
+}
+
+function shelve(item) {  // for a reload
+  const reader = new FileReader();
+  reader.onload = () => { if (outbox.includes(item)) keep(`picture-${item.cid}`, reader.result); };
+  reader.readAsDataURL(item.picture.blob);
+}
+
+function restorePicture({cid, picture}) {
+  const [, data] = kept(`picture-${cid}`).split(',');
+  picture.blob = data && new Blob([Uint8Array.from(atob(data), (char) => char.charCodeAt(0))]);
+  return picture.blob || picture.id ? '' : words.picture_lost;
+}
+
+function upload(item) {  // its answer leads to the message that shows it
+  const request = new XMLHttpRequest();
+  uploading?.abort();
+  uploading = request;
+  request.responseType = 'json';
+  request.upload.onprogress = ({loaded, total}) => {
+    [saidAt, item.sent] = [performance.now(), Math.floor(100 * loaded / total)];
+    drawOutbox();
+  };
+  request.onloadend = () => {
+    if (uploading !== request || inFlight !== item.cid) return;
+    const {status, statusText, response} = request;
+    const passing = !status || status === 401 || status >= 500;
+    [inFlight, item.sent] = ['', 0];
+    const fault = {text: statusText, ...response, cid: item.cid, ...(passing && {code: 'unavailable'})};
+    if (status !== 201) return refused(fault);
+    item.picture.id = response.id;
+    outboxChanged();
+  };
+  request.open('POST', 'pictures');
+  request.send(item.picture.blob);
+}
+
+function onPaste(event) {  // cells of an office bring a picture of themselves along, but are meant as text
+  const {files, types} = event.clipboardData;
+  if (!files.length || (types.includes('text/plain') && types.includes('text/html'))) return;
+  event.preventDefault();
+  attach([...files]);
+}
+
+function onDrag(event) {  // a file that is let go would be opened in place of the room
+  if (!event.dataTransfer.types.includes('Files')) return;
+  event.preventDefault();
+  if (event.type === 'drop') attach([...event.dataTransfer.files]);
+}
+
+function onChoice() {
+  attach([...fileChoice.files]);
+  fileChoice.value = '';
 }
 
 // === Frames: everything that the server says comes through here ===
@@ -6502,7 +6704,7 @@ composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
 lineBreak.onclick = breakLine;
-for (const button of [send, lineBreak, matchList]) {  // a phone would close its keyboard
+for (const button of [send, lineBreak, pick, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
 newer.onclick = toNewer;
@@ -6524,6 +6726,11 @@ copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
 closeInvite.onclick = () => invite.close();
 invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
+pick.onclick = () => fileChoice.click();
+fileChoice.onchange = onChoice;
+viewer.onclick = () => viewer.close();
+window.onpaste = onPaste;
+window.ondragover = window.ondrop = onDrag;
 window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
@@ -6542,7 +6749,7 @@ restoreOutbox();
 connect();
 setInterval(tick, 1000);
 if (projector) openInvite();
-else if (matchMedia('(hover: hover)').matches) box.focus();  // a phone would open its keyboard
+else focusBox();
 """
 
 # language=svg
