@@ -4704,6 +4704,7 @@ LIES = {
     "jpeg: only the beginning": JPEG[:4],
     "jpeg: cut": JPEG[:-20],
     "jpeg: without its end": JPEG[:-2],
+    "jpeg that never ends": JPEG[:-2] + 1_000_000 * b"\xff",
     "jpeg: two frames": JPEG[: FRAME + 19] + JPEG[FRAME:],
     "jpeg, then a page": JPEG + PAGE,
     "jpeg, a page in it": JPEG[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(PAGE)) + PAGE + JPEG[2:],

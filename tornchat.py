@@ -3320,7 +3320,8 @@ def measure_picture(data: bytes) -> tuple[int, int]:
 
 
 MARKUP = re.compile(rb"(?i)<(?:!doctype|html[\s>]|script|iframe|svg\s+\w)")  # a page that would also be a picture
-MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # of JPEG, the next one that isn't part of the pixels
+SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
+AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
 
 
 def picture_type(data: bytes) -> str | None:
@@ -3350,7 +3351,7 @@ def png_size(data: bytes) -> tuple[int, int]:
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Of its only frame (JPEG B.2.2), where the end of the image is that of the file. Raises ValueError."""
     at, sizes, scans = 2, list[tuple[int, int]](), 0
-    while marker := MARKER.match(data, at):
+    while marker := SEGMENT.match(data, at):
         kind, at = marker[1][0], marker.end()
         if kind == 0xD9 and at == len(data) and scans and len(sizes) == 1:
             return sizes[0]
@@ -3359,7 +3360,7 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
             height, width = struct.unpack_from(">HH", data, at + 3)
             sizes.append((width, height))
         at += length
-        if kind == 0xDA and (after := MARKER.search(data, at)):
+        if kind == 0xDA and (after := AFTER_PIXELS.search(data, at)):
             scans, at = scans + 1, after.start()
     raise ValueError
 
