@@ -21,11 +21,19 @@ A flag beats its environment variable; an empty variable counts as unset, but th
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
-and hears welcome, message, joined, left, refused, store and time. The `message` that carries its own cid is the
+and hears welcome, message, joined, left, hosts, refused, store and time. The `message` that carries its own cid is the
 confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH&at=TS (seq and ts of the
 last message seen, epoch of the last welcome) and gets what it missed, or a welcome with "reset":true if this is not
 the history that it knows; the same cid sent again is stored once. Log in first with POST /login (nickname=Ann), or
 open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the like.
+
+Whoever opens /host?key=KEY (--host-key, else made up) is a host: its messages carry "host":true, `hosts` has its name.
+The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
+  {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
+  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
+  {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
+  {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
+A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
 
 Without a socket, GET /messages?after=SEQ&epoch=EPOCH&at=TS&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L}
 as soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests.
@@ -41,16 +49,18 @@ Words of the source:
   member        a session under its name in the room; each of its connections, and each poll that waits, is a listener
   roster        the names that all see; a lease says till when one stays, the grace how long after the last connection
   feed          the stream in the store, which is the truth; each commit to it is one entry, of one or many events
-  event         a message, which has the next seq, or a notice (joined, left); by its cid a second try is recognized
+  event         a message, which has the next seq, or a notice (all others); by its cid a second try is recognized
   epoch         the name of a history: where nothing is left of one, the next begins with seq 1
+  act           what is done besides talking: a note (on a message: delete, pin, react), clear, mute, remove, mode
+  state         what the acts have made of the room; a mark is by what a muted or removed person is known
   outbox        proposals wait there to be committed; wishes are those that other daemons are asked to commit
   ring          the newest messages as they are sent; a batch is what goes to all listeners at once
   backlog       what waits for a listener that is slow
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login, Sockets,
-  Polling, Pictures, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
+  Limits and settings, Messages and names, Acts, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login,
+  Sockets, Polling, Pictures, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
 """
 
 from __future__ import annotations
@@ -75,6 +85,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -94,6 +105,7 @@ import string
 import struct
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import weakref
@@ -196,10 +208,12 @@ REJOINS_A_SECOND = 0.2
 CROWD = 200  # people behind one address who may all write at the pace of one (--rate); at once as many messages as
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
+TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
+FRAMES_A_TURN = 8  # of one client and turn of the loop: about 0.5 ms
 FRAMES_A_TICK = 500  # pings, pongs, fragments and refused messages, each KB counted as one, before a client is closed
 DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being announced, 50 ms each; then
 DRAWINGS_A_SECOND = 0.1
@@ -213,12 +227,21 @@ PICTURE_COST = 9  # messages, for sending a picture; the message that shows it i
 PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
 UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
 TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
-COOKIE_DAYS = 30  # a browser keeps its session
+COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
+COOKIE_CHARS = 700  # of a signed session with the longest name
+COOKIES = 10  # with the session's name that are looked at, 15 us each
+ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
+MOST_MESSAGES = 10**15  # of a room: a seq above that is none
+EVERY_SECONDS = 3600  # the slowest pace that a host can set
+REACT_SECONDS = 1  # between two entries with reactions: a class that votes costs two of them, not two hundred
+NOTED_MESSAGES = 2 * FEED_MESSAGES  # what was done to older ones is forgotten: the feed doesn't hold them any more
+BROWSER_CHARS = 16  # of a sid, that tell the browser: they stay when it logs out; the rest is new with each login
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
 BANNER_URLS = 5  # for others on the network; it must fit on a screen, and the likeliest stand first
 FILES = 65536  # open at once, if the system allows: nearly as many people
 SPARE_FILES = 32  # of those allowed, never given to visitors: the store may have to be connected anew
+CROWD_SECONDS = 0.001  # from one newcomer to the next, while each costs a quiet visitor its connection
 ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd at the door
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
@@ -240,11 +263,13 @@ class Config:
     history: int = 100
     rate: float = 2.0
     pictures: int = 32  # MB of them in the store; 0: none
-    allow_host: tuple[str, ...] = ()
+    allow_host: Sequence[str] = ()
     trust_proxy: bool = False
     certfile: str = ""
     keyfile: str = ""
     secret: str = ""
+    host_key: str = ""  # "": the room makes one up
+    transcript: str = "host"  # who may have it: "host", "everyone" or "off"
     workers: int = 1
     inherited: tuple[int, ...] = ()  # descriptors that a worker listens on
     join: str | None = None  # the address of a room to talk in; None: serve one
@@ -319,11 +344,19 @@ class Taken(Refused):
 
 
 class Say(NamedTuple):
-    """What a client wants to say; `cid` is "" where it wants no confirmation, `picture` is the id of one."""
+    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0, and `picture`
+    the id of one, or "".
+    """
 
     text: str
     cid: str
+    re: int = 0
     picture: str = ""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Those of the event that it proposes."""
+        return ({"re": self.re} if self.re else {}) | ({"picture": self.picture} if self.picture else {}) or NO_DETAILS
 
 
 def parse_object(raw: str | bytes) -> dict[str, Any]:
@@ -335,46 +368,45 @@ def parse_object(raw: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_frame(raw: str | bytes) -> Say:
-    """The one frame that a client may send. Raises Refused."""
+def parse_frame(raw: str | bytes) -> Say | Act:
+    """What a client sends. Raises Refused."""
     if isinstance(raw, bytes):
         raise Refused("bad-frame", "binary")
     frame = parse_object(raw)
-    if frame.get("type") != "say":
-        raise Refused("bad-frame", "unknown-type")
-    return parse_say(frame)
+    return parse_say(frame) if frame.get("type") == "say" else parse_act(frame)
 
 
 def parse_say(fields: Mapping[str, Any]) -> Say:
-    """What is to be said, of a frame or a form. Raises Refused."""
-    if fields.get("cid") == "":
-        raise Refused("bad-frame", "bad-cid")
-    picture = fields.get("picture", "")
-    return clean_say(fields.get("text", "" if picture else None), fields.get("cid", ""), picture)
+    """What is to be said, of a frame or a form. Raises Refused, with the cid once that is known to be one."""
+    with told_with_cid(fields) as cid:
+        picture = fields.get("picture", "")
+        if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
+            raise Refused("no-picture")
+        text = fields.get("text", "" if picture else None)
+        if not isinstance(text, str):
+            raise Refused("bad-frame", "no-text")
+        cleaned = clean_text(text, may_be_empty=bool(picture))
+        return Say(cleaned, cid, number_field(fields, "re", 1, MOST_MESSAGES, 0), picture)
 
 
-def clean_say(text: object, cid: object, picture: object = "") -> Say:
-    """A say from whichever door, checked. Raises Refused, with the cid once that is known to be one."""
-    if not isinstance(cid, str) or (cid and not CID.fullmatch(cid)):
+@contextlib.contextmanager
+def told_with_cid(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The cid of a frame, "" if it has none; whatever is Refused meanwhile carries it."""
+    cid = fields.get("cid", "")
+    if not isinstance(cid, str) or ("cid" in fields and not CID.fullmatch(cid)):
         raise Refused("bad-frame", "bad-cid")
-    if not isinstance(text, str):
-        raise Refused("bad-frame", "no-text", cid=cid)
-    if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
-        raise Refused("no-picture", cid=cid)
     try:
-        return Say(clean_text(text), cid, picture)
+        yield cid
     except Refused as refused:
-        if picture and refused.code == "empty":
-            return Say("", cid, picture)
         refused.cid = cid
         raise
 
 
-def picture_id(key: str, sid: str, name: str) -> str:
-    """The id under which this session alone can say the picture of that name: what is shown is never another's, and
+def picture_id(key: str, browser: str, name: str) -> str:
+    """The id under which this browser alone can say the picture of that name: what is shown is never another's, and
     goes with its own message.
     """
-    return f"{name}-{hmac.new(key.encode(), f'{sid} {name}'.encode(), 'sha256').hexdigest()[:16]}"
+    return f"{name}-{hmac.new(key.encode(), f'{browser} {name}'.encode(), 'sha256').hexdigest()[:16]}"
 
 
 def picture_fields(id: str) -> dict[str, object]:
@@ -384,7 +416,23 @@ def picture_fields(id: str) -> dict[str, object]:
     return {"id": id, "width": int(match[1]), "height": int(match[2])}
 
 
-def clean_text(text: str) -> str:
+def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
+    """A whole number of a frame. Raises Refused."""
+    value = fields.get(name, default)
+    if type(value) is int and (least <= value <= most or value == default):
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
+
+
+def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
+    """One of these values. Raises Refused."""
+    value = fields.get(name, default)
+    if value in choices and type(value) is type(choices[0]):
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
+
+
+def clean_text(text: str, *, may_be_empty: bool = False) -> str:
     """The text as it is stored: newlines as \\n, no control characters. Raises Refused."""
     text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").rstrip()
     if len(text) > TEXT_CHARS:
@@ -394,6 +442,8 @@ def clean_text(text: str) -> str:
     except UnicodeEncodeError:
         raise Refused("bad-frame", "surrogate") from None
     if all(unicodedata.category(char) in UNSEEN or char in BLANKS for char in text):
+        if may_be_empty:
+            return ""
         raise Refused("empty")
     return text
 
@@ -588,10 +638,16 @@ Place = tuple[int, int, int]  # of an event in the feed: its entry's id, and whi
 NOWHERE: Place = (0, 0, 0)
 END_OF_ENTRY = 999_999  # behind the last event of any entry
 LOGOUT = "logout"  # text of a `left` that gives its name back
+EVENTS = ("message", "joined", "left", "note", "cleared", "muted", "removed", "mode")
+NO_DETAILS: Mapping[str, Any] = types.MappingProxyType({})
+OPEN_MODE = types.MappingProxyType({"talk": "everyone", "every": 0, "door": "open"})  # a room's, if no host changes it
 
 
 class Event(NamedTuple):
-    """What happened, as the feed keeps it: a `message`, or a notice (`joined`, `left`), which has the seq before it."""
+    """What happened, as the feed keeps it: a `message`, or a notice (all others), which has the seq before it.
+
+    `details` are what only some have: a message `host`, `re`, `picture` and `deleted`, an act what its frame says.
+    """
 
     type: str
     seq: int
@@ -600,16 +656,25 @@ class Event(NamedTuple):
     cid: str = ""
     name: str = ""
     text: str = ""
-    picture: str = ""  # its id
     place: Place = NOWHERE  # isn't stored
+    details: Mapping[str, Any] = NO_DETAILS
 
 
-FIELDS = Event._fields[:-1]
+FIELDS = Event._fields[:-2]
+DETAILS = {"to": int, "kind": str, "value": str | bool, "by": str, "name": str, "sid": str, "seconds": int,
+           "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int,
+           "picture": str}  # fmt: skip
+NEEDED = {"note": {"to", "kind", "value"}, "muted": {"name", "seconds"}, "removed": {"name", "seconds"}}
 
 
 def encode_events(events: Iterable[Event]) -> bytes:
     """The field `events` of an entry: a JSON array."""
-    return to_json([dict(zip(FIELDS, event, strict=False)) for event in events]).encode()
+    return to_json([event_fields(event) for event in events]).encode()
+
+
+def event_fields(event: Event) -> dict[str, Any]:
+    fields = dict(zip(FIELDS, event, strict=False))
+    return fields | {"details": event.details} if event.details else fields
 
 
 def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
@@ -623,11 +688,20 @@ def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
 
 def is_event(event: Event) -> bool:
     """Whether what was read is one. Raises TypeError or ValueError where a field is no text that can be sent."""
-    type, seq, ts, *texts, _ = event
+    type, seq, ts, *texts, _, details = event
     "".join(texts).encode()  # JSON may spell half a character
     numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
-    picture = not event.picture or PICTURE.fullmatch(event.picture) is not None
-    return type in ("message", "joined", "left") and numbers and picture
+    return type in EVENTS and numbers and are_details(type, details)
+
+
+def are_details(type: str, details: object) -> bool:
+    """Whether an event of that type can have them. Raises ValueError where a text can't be sent."""
+    if not isinstance(details, Mapping) or not NEEDED.get(type, set()) <= details.keys():
+        return False
+    "".join(value for value in details.values() if isinstance(value, str)).encode()
+    if "picture" in details and not PICTURE.fullmatch(details["picture"]):
+        return False
+    return all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
 
 
 def shown(text: str) -> str:
@@ -670,14 +744,18 @@ class Encoded:
     def line(self) -> bytes:
         """The frame for the subprotocol `text`, made when it is first needed; b"" if the event has no words."""
         if self.plain is None:
-            line = STEERING.sub("", line_of(json.loads(self.json)))
-            self.plain = ws_frame(line.encode()) if line else b""
+            self.plain = encode_line(line_of(json.loads(self.json)))
         return self.plain
 
 
-def encode(event: Mapping[str, Any]) -> Encoded:
-    """An event that is given as its JSON object."""
-    return Encoded(ws_frame(to_json(event).encode()))
+def encode(event: Mapping[str, Any], line: str | None = None) -> Encoded:
+    """An event that is given as its JSON object; with the line of plain text, where that doesn't follow from it."""
+    return Encoded(ws_frame(to_json(event).encode()), None if line is None else encode_line(line))
+
+
+def encode_line(line: str) -> bytes:
+    line = STEERING.sub("", line)
+    return ws_frame(line.encode()) if line else b""
 
 
 def line_of(event: Mapping[str, Any]) -> str:
@@ -685,36 +763,294 @@ def line_of(event: Mapping[str, Any]) -> str:
     and spaces before its further lines.
     """
     match event["type"]:  # a SyntaxError here? tornchat needs Python 3.11 or newer
+        case "message" if "deleted" in event:
+            return f"~~~ a message of {event['name']} was deleted ~~~"
         case "message":
+            answered = f" (to {event['to']})" if "to" in event else ""
             picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
             text = "\n".join(filter(None, (event["text"], picture)))
-            return f"{event['name']}: {text}".replace("\n", "\n    ")
+            return f"{badge(event)}{event['name']}{answered}: {text}".replace("\n", "\n    ")
         case "joined" | "left" as what:
             return f"~~~ {', '.join(event['names'])} {what} ~~~"
         case "welcome":
             lost = "; the history was lost" if event["reset"] else ""
             missed = f"; {event['missed']} messages missed" if event["missed"] else ""
-            return f"~~~ {event['title']}, {event['count']} here: {', '.join(event['members'])}{lost}{missed} ~~~"
+            mode = f"; {mode_line(event['mode'])}" if event["mode"] != OPEN_MODE else ""
+            return f"~~~ {event['title']}, {event['count']} here: {', '.join(event['members'])}{lost}{missed}{mode} ~~~"
         case "refused":
             return f"~~~ {event['text']} ~~~"
         case "store":
             return f"~~~ the message store is {'back' if event['available'] else 'away'} ~~~"
+    line = act_line(event)
+    return f"~~~ {line} ~~~" if line else ""
+
+
+def act_line(event: Mapping[str, Any]) -> str:
+    """What is told of what a host does."""
+    match event["type"]:
+        case "hosts":
+            return f"hosts: {', '.join(f'{HOST_MARK} {name}' for name in event['names'])}"
+        case "cleared":
+            return f"{event['by']} has cleared the room"
+        case "muted":
+            return f"{event['name']} {'cannot write for now' if event['until'] else 'can write again'}"
+        case "mode":
+            return f"{event['by']}: {mode_line(event)}"
     return ""
 
 
-def encode_message(event: Event) -> Encoded:
-    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside."""
+def badge(event: Mapping[str, Any]) -> str:
+    return HOST_MARK + " " if "host" in event else ""
+
+
+def mode_line(mode: Mapping[str, Any]) -> str:
+    """What a mode means for those who aren't hosts."""
+    talk = "only hosts can write" if mode["talk"] == "hosts" else "everybody can write"
+    pace = f", one message in {mode['every']} s" if mode["every"] else ""
+    return f"{talk}{pace}, the door is {mode['door']}"
+
+
+def encode_message(event: Event, answered: str = "") -> Encoded:
+    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside. `answered` is whom
+    plain lines say that it answers.
+    """
     message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
     if not event.cid.startswith("~"):
         message["cid"] = event.cid
-    if event.picture:
-        message["picture"] = picture_fields(event.picture)
-    return encode(message)
+    if event.details:
+        message |= event.details
+    if "picture" in event.details:
+        message["picture"] = picture_fields(event.details["picture"])
+    return encode(message, line_of(message | {"to": answered}) if answered else None)
 
 
 def encode_store(available: bool) -> Encoded:
     """A `store` event."""
     return encode({"type": "store", "available": available})
+
+
+# === Acts =============================================================================================================
+# What is done besides talking: notes on messages, and what hosts do with people and the room. An act goes the way of a
+# message; what comes of it is in the State, which follows from the feed alone, so that all daemons agree. Pure, too.
+
+SIGNS = ("👍", "👎", "❤️", "😂", "✋", "❓")  # to react with
+
+
+class Act(NamedTuple):
+    """What a client wants to be done: type and details of the event that it proposes."""
+
+    type: str
+    details: dict[str, Any]
+    cid: str = ""
+
+
+def parse_act(frame: Mapping[str, Any]) -> Act:
+    """What a frame wants to be done. Raises Refused."""
+    with told_with_cid(frame) as cid:
+        match frame.get("type"):
+            case "note":
+                return Act("note", parse_note(frame), cid)
+            case "clear":
+                return Act("cleared", {}, cid)
+            case "mute":
+                return Act("muted", parse_target(frame, 0), cid)
+            case "remove":
+                return Act("removed", parse_target(frame, 1), cid)
+            case "mode":
+                return Act("mode", parse_mode(frame), cid)
+        raise Refused("bad-frame", "unknown-type")
+
+
+def parse_note(frame: Mapping[str, Any]) -> dict[str, Any]:
+    kind = choice_field(frame, "kind", ("delete", "pin", "react"))
+    values: Sequence[Any] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}[kind]
+    default = None if kind == "react" else True
+    to = number_field(frame, "to", 1, MOST_MESSAGES)
+    return {"to": to, "kind": kind, "value": choice_field(frame, "value", values, default)}
+
+
+def parse_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
+    """Who is meant, and for how many seconds."""
+    if not isinstance(name := frame.get("name"), str):
+        raise Refused("bad-frame", "bad-field", field="name")
+    return {"name": name[:RAW_NAME_CODEPOINTS], "seconds": number_field(frame, "seconds", least, ACT_SECONDS)}
+
+
+def parse_mode(frame: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are to change."""
+    mode: dict[str, Any] = {}
+    if "talk" in frame:
+        mode["talk"] = choice_field(frame, "talk", ("everyone", "hosts"))
+    if "every" in frame:
+        mode["every"] = number_field(frame, "every", 0, EVERY_SECONDS)
+    if "door" in frame:
+        mode["door"] = choice_field(frame, "door", ("open", "closed"))
+    if not mode:
+        raise Refused("bad-frame", "bad-field", field="talk, every, door")
+    return mode
+
+
+@dataclasses.dataclass(slots=True)
+class Note:
+    """What has been done to one message."""
+
+    signs: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> its reaction
+    deleted: Event | None = None  # the message without its text
+    changed: int = 0  # the seq of the room then
+
+    def counts(self) -> dict[str, int]:
+        """How many reacted with which sign, in the order of SIGNS."""
+        counter = collections.Counter(self.signs.values())
+        return {sign: counter[sign] for sign in SIGNS if sign in counter}
+
+
+def marks_of(sid: str, name: str) -> tuple[str, str]:
+    """By what a person is known who is muted, removed or slowed down: browser and name; a logout changes neither."""
+    return sid[:BROWSER_CHARS], "name " + name_key(name)
+
+
+class State:
+    """What the acts have made of the room. Times are in ms of the store's clock; a mark is one of `marks_of`."""
+
+    def __init__(self) -> None:
+        self.mode: dict[str, Any] = dict(OPEN_MODE)
+        self.pinned: dict[str, Any] | None = None  # the message as it is sent
+        self.cleared = 0  # messages up to this one are gone
+        self.muted: dict[str, int] = {}  # mark -> till when
+        self.barred: dict[str, int] = {}  # mark, or "from origin" -> till when
+        self.hosts: dict[str, tuple[str, int]] = {}  # a name's key -> sid, and for how long that name is the host's
+        self.ended: dict[str, int] = {}  # sids of hosts who have logged out: their cookies are no host's any more
+        self.notes: dict[int, Note] = {}
+        self.said: dict[str, int] = {}  # mark -> when; isn't stored, because the feed tells it
+        self.changed: set[str] = set()  # fields to be stored, see `field`
+
+    # --- as it is stored: the fields of a hash, each of them JSON ---
+
+    PARTS = ("mode", "pinned", "cleared", "muted", "barred", "hosts", "ended")
+
+    def field(self, name: str) -> str | None:
+        """One of PARTS, or what was done to the message of that number; None where that is forgotten."""
+        if name in self.PARTS:
+            return to_json(getattr(self, name))
+        if note := self.notes.get(int(name)):
+            return to_json({"signs": note.signs, "deleted": note.deleted and event_fields(note.deleted)})
+        return None
+
+    def fields(self) -> dict[str, str | None]:
+        return {name: self.field(name) for name in (*self.PARTS, *map(str, self.notes))}
+
+    def take_changes(self) -> dict[str, str | None]:
+        changed, self.changed = self.changed, set()
+        return {name: self.field(name) for name in changed}
+
+    def load(self, fields: Mapping[str, str], seq: int) -> None:
+        """Takes what is stored. Whoever comes back is told all that was done to messages before `seq`, just in case."""
+        for name, value in fields.items():
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # of no tornchat
+                stored = json.loads(value)
+                if name in self.PARTS:
+                    if type(stored) is type(getattr(self, name)) or name == "pinned":
+                        setattr(self, name, stored)
+                elif name.isdecimal():
+                    deleted = decode_events(to_json([stored["deleted"]]).encode()) if stored["deleted"] else [None]
+                    self.notes[int(name)] = Note(stored["signs"], deleted[0], seq)
+
+    # --- what the feed brings ---
+
+    def apply(self, event: Event, message: Mapping[str, Any] | None = None) -> None:
+        """Takes an event; with a note comes the `message` that it is about, as it was sent and with its `sid`."""
+        match event.type:
+            case "message":
+                if self.mode["every"]:
+                    self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
+                return
+            case "joined" if event.details.get("host"):
+                self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
+                self.changed.add("hosts")
+            case "left" if event.text == LOGOUT and self.is_host(event.sid, event.name):
+                self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
+                self.changed |= {"hosts", "ended"}
+            case "mode":
+                self.mode |= event.details
+                self.changed.add("mode")
+            case "muted" | "removed":
+                self.restrict(event)
+            case "cleared":
+                self.cleared, self.pinned = event.seq, None
+                self.changed |= {"cleared", "pinned", *map(str, self.notes)}
+                self.notes.clear()
+            case "note":
+                self.note(event, message)
+
+    def restrict(self, event: Event) -> None:
+        """Somebody is muted or kept out for a while, or, with until = 0, no longer."""
+        table, details = (self.muted if event.type == "muted" else self.barred), event.details
+        marks = [*marks_of(details.get("sid", ""), details["name"])]
+        if "origin" in details:
+            marks.append("from " + details["origin"])
+        for mark in [mark for mark, until in table.items() if until <= event.ts or mark in marks]:
+            del table[mark]
+        if until := details.get("until", 0):
+            table |= dict.fromkeys(marks, until)
+        self.changed.add("muted" if event.type == "muted" else "barred")
+
+    def note(self, event: Event, message: Mapping[str, Any] | None) -> None:
+        to, value = event.details["to"], event.details["value"]
+        if event.details["kind"] == "pin":
+            if not value:
+                self.pinned = None
+            elif self.pinned is None or self.pinned["seq"] != to:
+                self.pinned = {name: field for name, field in message.items() if name != "sid"} if message else None
+            self.changed.add("pinned")
+            return
+        note = self.notes.setdefault(to, Note())
+        note.changed = event.seq
+        browser = event.sid[:BROWSER_CHARS]
+        if event.details["kind"] == "delete":
+            self.delete(note, message)
+        elif value:
+            note.signs[browser] = value
+        else:
+            note.signs.pop(browser, None)
+        for seq in [seq for seq in self.notes if seq <= event.seq - NOTED_MESSAGES]:
+            del self.notes[seq]
+            self.changed.add(str(seq))
+        self.changed.add(str(to))
+
+    def delete(self, note: Note, message: Mapping[str, Any] | None) -> None:
+        """The text is gone, the rest stays."""
+        note.signs.clear()
+        if message:
+            if self.pinned and self.pinned["seq"] == message["seq"]:
+                self.pinned = None
+                self.changed.add("pinned")
+            details = {name: message[name] for name in ("host", "re") if name in message} | {"deleted": True}
+            note.deleted = Event("message", message["seq"], message["ts"], message["sid"], message.get("cid", ""),
+                                 message["name"], details=details)  # fmt: skip
+
+    # --- who may ---
+
+    def is_host(self, sid: str, name: str) -> bool:
+        return self.hosts.get(name_key(name), ("",))[0] == sid != ""
+
+    def waits(self, table: Mapping[str, int], marks: Iterable[str], now: int) -> float:
+        """For how many s one of these marks is still in that table."""
+        return max(0, *(table.get(mark, 0) - now for mark in marks)) / 1000
+
+    def silenced(self, sid: str, name: str, now: int) -> Refused | None:
+        """Why somebody who isn't a host can't write now."""
+        marks = marks_of(sid, name)
+        if wait := self.waits(self.muted, marks, now):
+            return Refused("muted", retry_after=wait)
+        if self.mode["talk"] == "hosts":
+            return Refused("locked")
+        every = self.mode["every"]
+        if every and (wait := self.waits(self.said, marks, now - 1000 * every)):
+            return Refused("slow", every=every, retry_after=wait)
+        return None
+
+    def is_deleted(self, seq: int) -> bool:
+        return seq <= self.cleared or (seq in self.notes and self.notes[seq].deleted is not None)
 
 
 # === Store ============================================================================================================
@@ -790,12 +1126,13 @@ class Store:
 
     feed     the stream of entries, each one commit
     wishes   a stream of events that a daemon far away asks the others to commit for it
-    names    hash: a member's key -> "sid name": the roster, written after the feed and never ahead of it
+    names    hash: a member's key -> "sid@origin name": the roster, written after the feed and never ahead of it
     leases   sorted set: a member's key -> when it lapses, in ms of the store's clock
-    state    hash: `epoch`, the name of the history
+    state    hash: `epoch`, the name of the history, and what acts have made of the room (State); written like names
     secret   signs the cookies of all daemons
     pictures hash: id -> "ms bytes": when it came, and what it counts
     picture:ID  its bytes
+    host_key makes hosts at all daemons
     """
 
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
@@ -806,7 +1143,8 @@ class Store:
         self.line = self.redis.connection_pool.make_connection()  # for `append` alone
         prefix = f"tornchat:{{{config.room}}}:"  # the braces keep all keys in one slot of a Cluster
         self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
-        self.leases, self.state, self.secret = prefix + "leases", prefix + "state", prefix + "secret"
+        self.leases, self.state = prefix + "leases", prefix + "state"
+        self.secret, self.host_key = prefix + "secret", prefix + "host_key"
         self.pictures, self.picture = prefix + "pictures", prefix + "picture:"
         self.transfers = asyncio.Semaphore(TRANSFERS_AT_ONCE)
         self.clock_ahead = 0.0  # of time.monotonic, in ms
@@ -855,12 +1193,15 @@ class Store:
         """Some of the entries from `since` on, that one included if it is still there."""
         return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
 
-    async def pages(self) -> AsyncIterator[list[Entry]]:
-        """The feed from its newest entry back to its oldest, in pages that come in time over a slow line, too."""
-        before, count = "+", 8
+    async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
+        """The feed from its newest entry back to its oldest, or from one id on to another, in pages that come in time
+        over a slow line, too.
+        """
+        count = 8
+        at = since or "+"
         while True:
             try:
-                page = await self.page(before, count)
+                page = await self.page(at, until, count)
             except TimeoutError:
                 if count == 1:
                     raise
@@ -869,13 +1210,15 @@ class Store:
             if not page:
                 return
             yield page
-            before = "(" + id_text(page[-1].id)
+            at = "(" + id_text(page[-1].id)
             size = sum(len(entry.raw) for entry in page)
             count = max(1, min(count * PAGE_BYTES // (size + 1), 4 * count, READ_ENTRIES))
 
     @bounded
-    async def page(self, before: str, count: int) -> list[Entry]:
-        return parse_entries(await self.redis.xrevrange(self.feed, max=before, count=count))
+    async def page(self, at: str, until: str, count: int) -> list[Entry]:
+        if until:
+            return parse_entries(await self.redis.xrange(self.feed, min=at, max=until, count=count))
+        return parse_entries(await self.redis.xrevrange(self.feed, max=at, count=count))
 
     @bounded
     async def follow(self, last: Id, wish: bytes) -> tuple[list[Entry], list[tuple[bytes, bytes]]]:
@@ -896,16 +1239,25 @@ class Store:
     async def delete(self, ids: Iterable[Id]) -> None:
         await self.redis.xdel(self.feed, *map(id_text, ids))
 
+    @bounded
+    async def trim(self, id: Id) -> None:
+        """Forgets the entries before that one, and all wishes: one may hold a copy of what is to be forgotten."""
+        async with self.redis.pipeline() as pipe:
+            await pipe.xtrim(self.feed, minid=id_text(id), approximate=False).xtrim(self.wishes, maxlen=0).execute()
+
     # --- beginning, and putting back what was forgotten ---
 
     @bounded
-    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]]]:
-        """The epoch, "" if there is none, and the roster: key -> (sid, name)."""
+    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
+        """The epoch, "" if there is none, the roster: key -> ("sid@origin", name), and the fields of the State."""
         async with self.redis.pipeline() as pipe:
-            epoch, names = await pipe.hget(self.state, "epoch").hgetall(self.names).execute()
-        decoded = ((key.decode(errors="replace"), value.decode(errors="replace")) for key, value in names.items())
-        roster = {key: value.partition(" ") for key, value in decoded}
-        return (epoch or b"").decode(), {key: (sid, name) for key, (sid, _, name) in roster.items()}
+            found = await pipe.hgetall(self.state).hgetall(self.names).execute()
+        state, names = (
+            {key.decode(errors="replace"): value.decode(errors="replace") for key, value in table.items()}
+            for table in found
+        )
+        roster = {key: value.partition(" ") for key, value in names.items()}
+        return state.pop("epoch", ""), {key: (sid, name) for key, (sid, _, name) in roster.items()}, state
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -915,7 +1267,7 @@ class Store:
             if await pipe.exists(self.feed):
                 return
             pipe.multi()
-            pipe.delete(self.names).hset(self.state, "epoch", str(began))
+            pipe.delete(self.names, self.state).hset(self.state, "epoch", str(began))
             pipe.xadd(self.feed, {"events": "[]"}, id=id_text((began, 1)))
             with contextlib.suppress(WatchError):
                 await pipe.execute()
@@ -931,24 +1283,27 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(self, epoch: str, secret: str, names: Mapping[str, str]) -> None:
-        """Epoch, secret ("": one that stays out of the store) and roster; a name without a lease gets one."""
+    async def put_back_state(
+        self, epoch: str, secrets: Mapping[str, str], names: Mapping[str, str], state: Mapping[str, str]
+    ) -> None:
+        """Epoch, secrets (key -> text), roster, and the fields of the State; a name without a lease gets one."""
         async with self.redis.pipeline() as pipe:
-            pipe.hset(self.state, "epoch", epoch).delete(self.names)
-            if secret:
-                pipe.set(self.secret, secret, nx=True)
+            pipe.delete(self.names, self.state).hset(self.state, mapping={**state, "epoch": epoch})
+            for key, text in secrets.items():
+                pipe.set(key, text, nx=True)
             if names:
                 pipe.hset(self.names, mapping=dict(names))
                 pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
             await pipe.execute()
 
     @bounded
-    async def keep_secret(self, secret: str) -> str:
-        """The room's secret: this one, unless there is one already."""
-        kept: bytes | None = await self.redis.get(self.secret)
+    async def keep_secret(self, key: str, secret: str) -> str:
+        """What the room keeps there: this, or something made up, unless there is something already."""
+        kept: bytes | None = await self.redis.get(key)
         if kept is None:
-            await self.redis.set(self.secret, secret, nx=True)
-            kept = await self.redis.get(self.secret)
+            secret = secret or secrets.token_hex(32)
+            await self.redis.set(key, secret, nx=True)
+            kept = await self.redis.get(key)
         return kept.decode(errors="replace") if kept else secret
 
     @bounded
@@ -973,9 +1328,16 @@ class Store:
     # --- names and leases ---
 
     @bounded
-    async def write_names(self, names: Mapping[str, str | None]) -> None:
-        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it."""
+    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str | None]) -> None:
+        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and what acts have
+        changed.
+        """
         async with self.redis.pipeline() as pipe:
+            for name, text in state.items():
+                if text is None:
+                    pipe.hdel(self.state, name)
+                else:
+                    pipe.hset(self.state, name, text)
             for key, value in names.items():
                 if value is None:
                     pipe.hdel(self.names, key).zrem(self.leases, key)
@@ -1026,16 +1388,12 @@ class Store:
         return piece, size
 
     @bounded
-    async def drop_pictures(self, ids: Iterable[str]) -> None:
-        """Deletes pictures, with their message or because there are too many."""
-        if ids := list(ids):
+    async def drop_pictures(self, ids: Iterable[str], before: int = 0) -> None:
+        """Deletes pictures, and all that came before that time, in ms."""
+        index = await self.redis.hgetall(self.pictures) if before else {}
+        if ids := [*ids, *(id.decode() for id, about in index.items() if int(about.split()[0]) < before)]:
             async with self.redis.pipeline() as pipe:
                 await pipe.delete(*(self.picture + id for id in ids)).hdel(self.pictures, *ids).execute()
-
-    @bounded
-    async def clear_pictures(self) -> None:
-        """Deletes all pictures, with the history."""
-        await self.drop_pictures([id.decode() for id in await self.redis.hkeys(self.pictures)])
 
     # --- the clock ---
 
@@ -1089,6 +1447,7 @@ class Listener(Protocol):
     def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
     def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
     def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
+    def turn_away(self, refused: Refused) -> None: ...  # the end, for that reason
     def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
 
@@ -1099,11 +1458,40 @@ class Member:
     sid: str
     name: str
     key: str
+    origin: str = ""  # tells whether two members come from one address, without telling the address
     listeners: list[Listener] = dataclasses.field(default_factory=list)
     renewed: float = 0  # when this daemon last renewed the lease, in s
     refusals: int = 0  # in a row
     rejoining: bool = False
     told: str = ""  # where its last poll here ended, a Cursor
+
+    @property
+    def joining(self) -> Mapping[str, Any]:
+        """The details of its `joined`."""
+        return {"origin": self.origin} if self.origin else NO_DETAILS
+
+    def __str__(self) -> str:
+        """As the roster is stored."""
+        return f"{self.sid}{'@' * bool(self.origin)}{self.origin} {self.name}"
+
+
+class Kept(NamedTuple):
+    """A message in the ring."""
+
+    ts: int
+    encoded: Encoded
+    sid: str
+    entry: Id  # which holds it
+
+    def fields(self) -> dict[str, Any]:
+        """As it is sent."""
+        fields: dict[str, Any] = json.loads(self.encoded.json)
+        return fields
+
+    def is_same(self, other: Kept) -> bool:
+        """Whether that is this message, whatever was done to it since."""
+        texts = {kept.fields()["text"] for kept in (self, other) if "deleted" not in kept.fields()}
+        return self.ts == other.ts and self.sid == other.sid and len(texts) < 2
 
 
 class Ring:
@@ -1111,35 +1499,42 @@ class Ring:
 
     def __init__(self, size: int, least: int) -> None:
         self.size, self.least, self.bytes = size, least, 0
-        self.kept: collections.deque[tuple[int, Encoded]] = collections.deque()  # ts and message, oldest first
+        self.kept: collections.deque[Kept] = collections.deque()  # oldest first
         self.last = 0  # seq of the newest
 
     def append(self, event: Event) -> Encoded:
         """Takes the next message, encoded. One that isn't the next begins anew."""
         if event.seq != self.last + 1:
             self.clear()
-        encoded = encode_message(event)
+        answered = self.find(event.details["re"]) if "re" in event.details else None
+        encoded = encode_message(event, answered.fields()["name"] if answered else "")
         self.last = event.seq
-        self.kept.append((event.ts, encoded))
+        self.kept.append(Kept(event.ts, encoded, event.sid, event.place[:2]))
         self.bytes += len(encoded.frame)
         while len(self.kept) > self.size or (self.bytes > RING_BYTES and len(self.kept) > self.least):
-            self.bytes -= len(self.kept.popleft()[1].frame)
+            self.bytes -= len(self.kept.popleft().encoded.frame)
         return encoded
 
     def clear(self) -> None:
         self.kept.clear()
         self.bytes = 0
 
+    def replace(self, seq: int, encoded: Encoded) -> None:
+        """Another form of a message that is here."""
+        at = len(self.kept) - 1 - (self.last - seq)
+        self.bytes += len(encoded.frame) - len(self.kept[at].encoded.frame)
+        self.kept[at] = self.kept[at]._replace(encoded=encoded)
+
     def newest(self, count: int) -> list[Encoded]:
         """The last `count`, oldest first."""
-        return [encoded for _, encoded in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
+        return [kept.encoded for kept in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
 
     def after(self, seq: int) -> list[Encoded] | None:
         """All that came after `seq`, oldest first; None if the first of them has fallen out."""
         return self.newest(self.last - seq) if self.last - seq <= len(self.kept) else None
 
-    def find(self, seq: int) -> tuple[int, Encoded] | None:
-        """ts and message of that number, if it is still here."""
+    def find(self, seq: int) -> Kept | None:
+        """The message of that number, if it is still here."""
         at = len(self.kept) - 1 - (self.last - seq)
         return self.kept[at] if 0 <= at < len(self.kept) else None
 
@@ -1171,6 +1566,7 @@ class Room:
         self.config, self.history = config, config.history
         self.epoch, self.seq, self.ts = "", 0, 0  # seq and ts of the newest message and event
         self.place = self.notices_after = NOWHERE  # of the newest event, and of that before the first of the notices
+        self.state = State()
         self.ring = Ring(max(RING_MESSAGES, self.history), max(100, self.history))
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
@@ -1195,12 +1591,19 @@ class Room:
         """The welcome, and the messages that came after the resume point."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
-        listener.replay([*self.greeting(listener.member, owed), *owed.events])
+        listener.replay([*self.greeting(listener.member, owed, seen), *owed.events])
 
-    def greeting(self, member: Member, owed: Owed) -> list[Encoded]:
-        """The welcome, and the store if it is away."""
+    def greeting(self, member: Member, owed: Owed, seen: ResumePoint) -> list[Encoded]:
+        """The welcome, the store if it is away, and what was done since to messages that the client has seen."""
         away = [] if self.available else [encode_store(self.available)]
-        return [self.welcome(member, owed), *away]
+        after = None if owed.reset else seen.after
+        notes = [
+            encoded
+            for seq, note in self.state.notes.items()
+            if after is not None and seq <= after <= note.changed
+            for encoded in self.notes_on(seq, note)
+        ]
+        return [self.welcome(member, owed), *away, *notes]
 
     def leave(self, listener: Listener) -> None:
         self.listeners.discard(listener)
@@ -1215,6 +1618,24 @@ class Room:
         for listener in tuple(self.listeners):
             listener.send(batch)
 
+    def send_notice(self, event: Event, encoded: Encoded) -> None:
+        """What only some are told."""
+        for listener in tuple(self.listeners):
+            if self.concerns(event, listener.member):
+                listener.send(Batch(encoded))
+
+    def concerns(self, event: Event, member: Member) -> bool:
+        """Whether a member is told of an event: who is muted knows it, and the hosts do."""
+        return event.type != "muted" or event.details.get("sid") == member.sid or self.is_host(member)
+
+    def is_host(self, member: Member) -> bool:
+        return self.state.is_host(member.sid, member.name)
+
+    def hosts(self) -> list[str]:
+        """The names of the hosts on the roster."""
+        here = (self.roster.get(key) for key in self.state.hosts)
+        return [member.name for member in here if member and self.is_host(member)]
+
     def set_available(self, available: bool) -> bool:
         """Tells everybody when the store goes away or comes back; whether that is news."""
         if news := available != self.available:
@@ -1228,10 +1649,11 @@ class Room:
         """What somebody has to be told who has seen that."""
         if seen.after is None or not self.is_ours(seen):
             return Owed(self.ring.newest(self.history), reset=seen.after is not None)
-        events = self.ring.after(seen.after)
+        after = max(seen.after, self.state.cleared)
+        events = self.ring.after(after)
         if events is None or len(events) > RING_MESSAGES:
             events = self.ring.newest(self.history)
-        missed = self.seq - seen.after - len(events)
+        missed = self.seq - after - len(events)
         return Owed(events, recovered=not missed, missed=missed)
 
     def is_ours(self, seen: ResumePoint) -> bool:
@@ -1239,7 +1661,7 @@ class Room:
         if seen.after is None or self.is_ahead(seen):
             return False
         found = self.ring.find(seen.after)
-        return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found[0] == seen.at)
+        return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found.ts == seen.at)
 
     def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
@@ -1261,14 +1683,44 @@ class Room:
                 "missed": owed.missed,
                 "reset": owed.reset,
                 "limits": {"text": TEXT_CHARS, "history": self.history},
+                **self.standing(member),
             }
         )
 
+    def standing(self, member: Member) -> dict[str, Any]:
+        """What a welcome says of the acts: the state of the room, and what of it is this member's."""
+        state, host, now = self.state, self.is_host(member), self.ts
+        browser, marks = member.sid[:BROWSER_CHARS], marks_of(member.sid, member.name)
+        fields: dict[str, Any] = {
+            "host": host,
+            "hosts": self.hosts(),
+            "mode": state.mode,
+            "pinned": state.pinned,
+            "muted_until": max(state.muted.get(mark, 0) for mark in marks),
+            "cleared": state.cleared,
+            "signs": SIGNS,
+            "mine": {str(seq): note.signs[browser] for seq, note in state.notes.items() if browser in note.signs},
+        }
+        if host:
+            muted = (
+                (other.name, state.muted.get(marks_of(other.sid, other.name)[0], 0)) for other in self.roster.values()
+            )
+            fields["muted"] = {name: until for name, until in muted if until > now} if state.muted else {}
+        return fields
+
     # --- what the feed brings ---
 
-    def adopt(self, epoch: str, last: Id, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> sid, name) as it was
-        before `events`, and these, oldest first. Who listens already is told as if just back: recovered or reset.
+    def adopt(
+        self,
+        epoch: str,
+        last: Id,
+        roster: Mapping[str, tuple[str, str]],
+        events: Sequence[Event],
+        state: Mapping[str, str] = NO_DETAILS,
+    ) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> "sid@origin", name) and
+        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
+        already is told as if just back: recovered or reset.
         """
         seq, known = self.seq, self.ring.find(self.seq)
         seen = ResumePoint(seq, self.epoch)
@@ -1277,19 +1729,29 @@ class Room:
         self.roster.clear()
         self.kept_names.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
+        self.state = State()
+        self.state.load(state, events[-1].seq if events else 0)
+        pinned = self.state.pinned
         for sid, name in roster.values():
-            self.enter(sid, name)
-        for event in events:
+            sid, _, origin = sid.partition("@")
+            self.enter(sid, name, origin)
+        for event in self.with_deleted(events):
             match event.type:
                 case "message":
-                    self.ring.append(event)
+                    self.add_message(event)
                 case "joined":
-                    self.enter(event.sid, event.name)
+                    self.enter(event.sid, event.name, event.details.get("origin", ""))
+                    self.state.apply(event)
                 case "left":
                     self.exit(event)
+                case _:
+                    self.act(event)
+        if pinned and self.state.pinned and self.state.pinned["seq"] == pinned["seq"]:
+            self.state.pinned = pinned  # its text may be older than what was read of the feed
+        self.state.take_changes()
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
-        if known and (found := self.ring.find(seq)) and found[1].frame != known[1].frame:
+        if known and (found := self.ring.find(seq)) and not found.is_same(known):
             seen = seen._replace(epoch="another")
         for listener in tuple(self.listeners):
             self.replay(listener, seen)
@@ -1301,36 +1763,144 @@ class Room:
             if type == "message":
                 encoded += map(self.add_message, run)
             elif type == "joined":
-                encoded += self.notice(type, [event for event in run if self.enter(event.sid, event.name)])
+                encoded += self.add_joined([*run])
             elif type == "left":
                 encoded += self.notice(type, [event for event in run if self.exit(event)])
+            else:
+                encoded += self.add_acts(run)
         if encoded:
             self.send(Batch(*encoded))
 
     def add_message(self, event: Event) -> Encoded:
         self.seq, self.ts, self.place = event.seq, event.ts, event.place
+        if self.state.mode["every"]:
+            self.state.apply(event)
         return self.ring.append(event)
+
+    def add_joined(self, events: Sequence[Event]) -> list[Encoded]:
+        """Who has come; and who is a host now, be it that they come as one or have become one."""
+        new = [event for event in events if self.enter(event.sid, event.name, event.details.get("origin", ""))]
+        encoded = self.notice("joined", new)
+        if hosts := [event for event in events if "host" in event.details]:
+            for event in hosts:
+                self.state.apply(event)
+            encoded.append(self.keep_notice(hosts[-1], encode({"type": "hosts", "names": self.hosts()})))
+        return encoded
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
         """One event for however many came or went in this turn."""
         if not events:
             return []
-        names, last = [event.name for event in events], events[-1]
-        encoded = encode({"type": type, "names": names, "count": len(self.roster), "ts": last.ts})
+        names, last = [event.details.get("name", event.name) for event in events], events[-1]
+        frame = {"type": type, "names": names, "count": len(self.roster), "ts": last.ts}
+        return [self.keep_notice(last, encode(frame))]
+
+    def keep_notice(self, event: Event, encoded: Encoded) -> Encoded:
+        """For those who poll."""
         if len(self.notices) == self.notices.maxlen:
             self.notices_after = self.notices[0][0].place
-        self.notices.append((last, encoded))
-        self.ts, self.place = last.ts, last.place
-        return [encoded]
+        self.notices.append((event, encoded))
+        self.ts, self.place = event.ts, event.place
+        return encoded
+
+    # --- acts ---
+
+    def add_acts(self, events: Iterable[Event]) -> list[Encoded]:
+        """What everybody is told of these; reactions to one message are one event."""
+        last: dict[object, Event] = {}  # of the reactions to one message only the last one
+        for event in events:
+            self.act(event)
+            about = event.details["to"] if event.details.get("kind") == "react" else event.place
+            last.pop(about, None)
+            last[about] = event
+        encoded: list[Encoded] = []
+        for event in last.values():
+            if event.type == "removed":
+                encoded += self.notice("left", [event])
+            elif event.type == "muted":
+                self.send_notice(event, self.keep_notice(event, self.encode_act(event)))
+            else:
+                encoded.append(self.keep_notice(event, self.encode_act(event)))
+        return encoded
+
+    def act(self, event: Event) -> None:
+        """Does what was to be done."""
+        to = event.details.get("to", 0)
+        found = self.ring.find(to)
+        self.state.apply(event, found and found.fields() | {"sid": found.sid})
+        if event.type == "cleared":
+            self.ring.clear()
+        elif event.type == "removed":
+            sid, name = event.details.get("sid", ""), event.details["name"]
+            self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
+        elif found and (note := self.state.notes.get(to)):
+            self.ring.replace(to, self.noted(found, note))
+
+    def noted(self, kept: Kept, note: Note) -> Encoded:
+        """A message with what was done to it."""
+        if note.deleted:
+            return encode_message(note.deleted)
+        fields = {name: value for name, value in kept.fields().items() if name != "counts"}
+        return Encoded(encode(fields | ({"counts": note.counts()} if note.signs else {})).frame, kept.encoded.plain)
+
+    def encode_act(self, event: Event) -> Encoded:
+        """As it is told live; POST /acts answers the same."""
+        frame: dict[str, Any] = {"type": event.type, "ts": event.ts, "by": event.name}
+        match event.type:
+            case "note":
+                return self.encode_note(event)
+            case "cleared":
+                frame["seq"] = event.seq
+            case "muted" | "removed":
+                frame |= {name: event.details[name] for name in ("name", "until") if name in event.details}
+            case "mode":
+                frame |= self.state.mode
+        return encode(frame)
+
+    def encode_note(self, event: Event) -> Encoded:
+        to, kind, state = event.details["to"], event.details["kind"], self.state
+        if kind == "pin":
+            pinned = state.pinned
+            line = (
+                f"pinned: {badge(pinned)}{pinned['name']}: {shown(pinned['text'])}" if pinned else "nothing is pinned"
+            )
+            return encode({"type": "note", "to": to, "kind": kind, "message": pinned}, f"~~~ {line} ~~~")
+        note = state.notes.get(to, Note())
+        if kind == "delete":
+            name = note.deleted.name if note.deleted else ""
+            by = {"by": event.details.get("by", "host")}
+            return encode({"type": "note", "to": to, "kind": kind, **by}, f"~~~ a message of {name} was deleted ~~~")
+        return encode({"type": "note", "to": to, "kind": kind, "counts": note.counts()}, "")
+
+    def notes_on(self, seq: int, note: Note) -> list[Encoded]:
+        """What was done to a message, as it would be told live."""
+        kind = "delete" if note.deleted else "react"
+        return [self.encode_note(Event("note", seq, 0, details={"to": seq, "kind": kind}))]
+
+    def with_deleted(self, events: Sequence[Event]) -> list[Event]:
+        """The events of the feed, without the texts that are deleted, and with what is left of the messages of which
+        the feed holds nothing any more.
+        """
+        deleted = {seq: note.deleted for seq, note in self.state.notes.items() if note.deleted}
+        here = [
+            deleted.pop(event.seq)._replace(place=event.place)
+            if event.type == "message" and event.seq in deleted
+            else event
+            for event in events
+            if event.type != "message" or event.seq > self.state.cleared
+        ]
+        gone = [event for event in deleted.values() if event.seq > here[0].seq] if here else []
+        return sorted(gone + here, key=lambda event: event.seq)
 
     # --- names ---
 
-    def enter(self, sid: str, name: str) -> bool:
+    def enter(self, sid: str, name: str, origin: str = "") -> bool:
         """Puts a session on the roster; whether it wasn't there."""
         key = name_key(name)
         member = self.sessions.get(sid)
         if member is None or member.key != key:
             member = self.sessions[sid] = Member(sid, name, key)
+        member.origin = origin or member.origin
         news = self.roster.get(key) is not member
         self.roster[key] = member
         self.kept_names.pop(key, None)
@@ -1346,19 +1916,22 @@ class Room:
             self.sessions.pop(member.sid, None)
         if left.text == LOGOUT:
             self.kept_names.pop(key, None)
+            self.state.apply(left)
         elif member and self.config.name_seconds:
             self.kept_names[key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
         return member is not None
 
     def forget_names(self, now: int) -> None:
         """Frees the names whose owners have been away for too long; `now` in ms of the store's clock."""
+        for key in [key for key, (_, until) in self.state.hosts.items() if until <= now and key not in self.roster]:
+            del self.state.hosts[key]
         while self.kept_names and (first := next(iter(self.kept_names.items())))[1][1] <= now:
             del self.kept_names[first[0]]
 
     def owner(self, key: str) -> str:
         """The sid of who has a name, or left it a short while ago; "" if it is free."""
         member = self.roster.get(key)
-        return member.sid if member else self.kept_names.get(key, ("", 0))[0]
+        return member.sid if member else (self.kept_names.get(key) or self.state.hosts.get(key, ("", 0)))[0]
 
     def free_variant(self, name: str) -> str:
         """A name like this one that nobody has; "" if there is none. A look-alike's is that of the original."""
@@ -1384,8 +1957,8 @@ class Proposal:
     name: str
     cid: str
     text: str
-    picture: str
     expires: float  # in s of the loop's clock
+    details: Mapping[str, Any]  # what the client asks; `Outbox.details` makes of it those of the event
     member: Member | None = None  # None: another daemon's, see `wishes`
     done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
     wished: bool = False  # others have been asked to commit it
@@ -1413,32 +1986,70 @@ class Outbox:
         self.bell = asyncio.Event()  # there is something to do for the Feed
         self.empty = asyncio.Event()
         self.empty.set()
+        self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
+        self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
 
     def say(self, member: Member, say: Say, done: Done) -> None:
         """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
         if seq := self.stored.get((member.sid, say.cid)):
             done(self.message(seq, member, say))
             return
-        if len(self.waiting) >= OUTBOX_PROPOSALS:
-            raise Refused("unavailable", cid=say.cid, retry_after=self.config.retry_seconds)
-        self.propose("message", member, done, cid=say.cid, text=say.text, picture=say.picture)
+        self.check_space(say.cid)
+        self.propose("message", member, done, cid=say.cid, text=say.text, details=say.details)
+
+    def check_space(self, cid: str) -> None:
+        """Raises Refused if too much waits already."""
+        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+            raise Refused("unavailable", cid=cid, retry_after=self.config.retry_seconds)
+
+    def act(self, member: Member, act: Act, done: Done) -> None:
+        """Takes an act. `done` gets the stored event, or the Refused. Raises Refused."""
+        self.check_space(act.cid)
+        if (seq := self.stored.get((member.sid, act.cid))) is not None:
+            done(Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, details=act.details))
+        elif act.details.get("kind") == "react":
+            self.react(member, act, done)
+        else:
+            self.propose(act.type, member, done, cid=act.cid, details=act.details)
+
+    def react(self, member: Member, act: Act, done: Done) -> None:
+        """Reactions share entries; of one person's to a message only the last one counts."""
+        proposal = self.proposal(act.type, member, cid=act.cid, details=act.details)
+        about = member.sid[:BROWSER_CHARS], act.details["to"]
+        if before := self.reactions.pop(about, None):
+            proposal.done += before.done
+        proposal.done.append(done)
+        loop = asyncio.get_running_loop()
+        if not self.reactions:
+            loop.call_at(max(loop.time(), self.reacted + REACT_SECONDS), self.release_reactions)
+        self.reactions[about] = proposal
+
+    def release_reactions(self) -> None:
+        """All that have come since the last ones."""
+        self.reacted = asyncio.get_running_loop().time()
+        for proposal in self.reactions.values():
+            if (waiting := self.put(proposal)) is not proposal:
+                waiting.done += proposal.done
+        self.reactions.clear()
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
         """As it was stored; where that has been forgotten, as it is said now."""
-        ts, text, picture = self.room.ts, say.text, say.picture
+        ts, text = self.room.ts, say.text
         if found := self.room.ring.find(seq):
-            ts, stored = found[0], json.loads(found[1].json)
-            text, picture = stored["text"], stored.get("picture", {}).get("id", "")
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text, picture)
+            ts, text = found.ts, found.fields()["text"]
+        return Event("message", seq, ts, member.sid, say.cid, member.name, text, details=say.details)
 
-    async def enter(self, sid: str, name: str) -> Member:
-        """Puts a session on the roster under a clean name, or finds it there. Raises Refused (taken, unavailable)."""
+    async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
+        """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
+        removed, unavailable).
+        """
         member = self.room.sessions.get(sid)
         if member is None or member.key != name_key(name):
-            member = Member(sid, name, name_key(name))
-        if self.room.roster.get(member.key) is not member:
+            member = Member(sid, name, name_key(name), origin)
+        if self.room.roster.get(member.key) is not member or (host and not self.room.is_host(member)):
             future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-            self.propose("joined", member, future.set_result)
+            details = {"origin": origin} | ({"host": True} if host else {})
+            self.propose("joined", member, future.set_result, details=details)
             if isinstance(outcome := await future, Refused):
                 raise outcome
         entered = self.room.roster.get(member.key)
@@ -1457,24 +2068,26 @@ class Outbox:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    def propose(
+    def propose(self, type: str, member: Member, done: Done | None = None, **fields: Any) -> None:
+        """Into the outbox. The same proposal once more only adds to who is told."""
+        waiting = self.put(self.proposal(type, member, **fields))
+        if done and done not in waiting.done:
+            waiting.done.append(done)
+
+    def proposal(
         self,
         type: str,
         member: Member,
-        done: Done | None = None,
         *,
         cid: str = "",
         text: str = "",
-        picture: str = "",
+        details: Mapping[str, Any] = NO_DETAILS,
         patience: float = 0,
-    ) -> None:
-        """Into the outbox, for so many seconds. The same proposal once more only adds to who is told."""
+    ) -> Proposal:
+        """One that waits for so many seconds."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
-        proposal = Proposal(type, member.sid, member.name, cid, text, picture, expires, member)
-        waiting = self.put(proposal)
-        if done and done not in waiting.done:
-            waiting.done.append(done)
+        return Proposal(type, member.sid, member.name, cid, text, expires, details, member)
 
     def put(self, proposal: Proposal) -> Proposal:
         """Lets it wait, and wakes the Feed. Returns the one of that id that waits already, if there is one."""
@@ -1498,6 +2111,7 @@ class Outbox:
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
+        self.release_reactions()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_seconds):
                 await self.empty.wait()
@@ -1516,34 +2130,115 @@ class Outbox:
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
             key = name_key(proposal.name)
             owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
-            if verdict := self.verdict(proposal, owner, present):
+            if verdict := self.verdict(proposal, owner, present, ts):
+                if isinstance(verdict, Refused):
+                    verdict.cid = proposal.cid_of_client
                 self.settle(proposal.id, verdict)
                 continue
-            returning = ["joined"] if proposal.type == "message" and not present else []
-            for type in (*returning, proposal.type):
-                seq += type == "message"
-                said = (proposal.cid, proposal.text, proposal.picture) if type == proposal.type else ("", "", "")
-                cid, text, picture = said
-                place = (*id, len(events))
-                events.append(Event(type, seq, ts, proposal.sid, cid, proposal.name, text, picture, place))
+            alone = self.is_alone(proposal)
+            if alone and events:
+                break
+            if not present and proposal.type not in ("joined", "left"):  # who acts, and was lost, is back
+                details = proposal.member.joining if proposal.member else NO_DETAILS
+                events.append(
+                    Event("joined", seq, ts, proposal.sid, "", proposal.name, "", (*id, len(events)), details)
+                )
+            seq += proposal.type == "message"
+            details = self.details(proposal, ts)
+            place = *id, len(events)
+            events.append(Event(proposal.type, seq, ts, *proposal.id, proposal.name, proposal.text, place, details))
             owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
             size += len(proposal.text)
-            if size > ENTRY_CHARS:
+            if alone or size > ENTRY_CHARS:
                 break
         return events
 
-    def verdict(self, proposal: Proposal, owner: str, present: bool) -> Outcome | None:
-        """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
-        sid, type = proposal.sid, proposal.type
-        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
-        if type == "message" and not (owner == sid and present) and not here:
-            return Refused("name-lost", cid=proposal.cid_of_client, name=proposal.name)
-        if type == "joined" and owner not in ("", sid):
-            return Taken(proposal.name)
-        leaves = owner == sid and (present or proposal.text == LOGOUT)
-        if (type == "joined" and owner == sid and present) or (type == "left" and not leaves):
-            return Event(type, self.room.seq, self.room.ts, *proposal.id, proposal.name)  # it is so already
+    def is_alone(self, proposal: Proposal) -> bool:
+        """Whether it is an entry by itself: the verdicts on what comes behind it depend on it."""
+        talks = proposal.type == "message" and not self.room.state.mode["every"]
+        return not (talks or proposal.type in ("joined", "left", "note"))
+
+    def details(self, proposal: Proposal, now: int) -> Mapping[str, Any]:
+        """Those of the event, which say all that is needed to apply it."""
+        room, details = self.room, proposal.details
+        if proposal.type == "message" and room.state.is_host(proposal.sid, proposal.name):
+            return {"host": True, **details}
+        if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
+            sid, name = target.sid, target.name
+            until = now + 1000 * details["seconds"] if details["seconds"] else 0
+            alone = target.origin and [other.origin for other in room.roster.values()].count(target.origin) == 1
+            bars = {"origin": target.origin} if alone and proposal.type == "removed" else {}
+            return {"name": name, "seconds": details["seconds"], "sid": sid, "until": until, **bars}
+        if details.get("kind") == "delete":
+            return {**details, "by": "author" if self.is_author(proposal) else "host"}
+        return details
+
+    def target(self, name: str) -> Member | None:
+        """Whom an act means: who has that name, or left it a short while ago."""
+        key = name_key(name)
+        if sid := self.room.owner(key):
+            return self.room.roster.get(key) or Member(sid, name, key)
         return None
+
+    def is_author(self, proposal: Proposal) -> bool:
+        found = self.room.ring.find(proposal.details["to"])
+        return found is not None and found.sid[:BROWSER_CHARS] == proposal.sid[:BROWSER_CHARS]
+
+    def verdict(self, proposal: Proposal, owner: str, present: bool, now: int) -> Outcome | None:
+        """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
+        sid, type, state = proposal.sid, proposal.type, self.room.state
+        if type == "left":
+            leaves = owner == sid and (present or proposal.text == LOGOUT)
+            return None if leaves else self.unchanged(proposal)
+        if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
+            return Refused("removed", retry_after=wait)
+        if type == "joined":
+            if owner not in ("", sid):
+                return Taken(proposal.name)
+            becomes_host = "host" in proposal.details and not state.is_host(sid, proposal.name)
+            return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
+        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
+        if not (owner == sid and present) and not here:
+            return Refused("name-lost", name=proposal.name)
+        return self.verdict_on_message(proposal, now) if type == "message" else self.verdict_on_act(proposal)
+
+    def unchanged(self, proposal: Proposal) -> Event:
+        """It is so already."""
+        return Event(proposal.type, self.room.seq, self.room.ts, *proposal.id, proposal.name, details=proposal.details)
+
+    def verdict_on_message(self, proposal: Proposal, now: int) -> Outcome | None:
+        state = self.room.state
+        if proposal.details and proposal.details.get("re", 0) > self.room.seq:
+            return Refused("no-message")
+        if state.mode == OPEN_MODE and not state.muted:
+            return None
+        return None if state.is_host(proposal.sid, proposal.name) else state.silenced(proposal.sid, proposal.name, now)
+
+    def verdict_on_act(self, proposal: Proposal) -> Outcome | None:
+        """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
+        state, details = self.room.state, proposal.details
+        kind = details.get("kind")
+        owns = kind == "react" or (kind == "delete" and self.is_author(proposal))
+        if not (owns or state.is_host(proposal.sid, proposal.name)):
+            return Refused("not-host")
+        if proposal.type == "note":
+            return self.verdict_on_note(proposal)
+        if proposal.type in ("muted", "removed"):
+            target = self.target(details["name"])
+            if target is None:
+                return Refused("no-member", name=shown(details["name"]))
+            if state.is_host(target.sid, target.name):
+                return Refused("is-host", name=target.name)
+        return None
+
+    def verdict_on_note(self, proposal: Proposal) -> Outcome | None:
+        details, state = proposal.details, self.room.state
+        if details["kind"] == "pin" and not details["value"]:
+            return None
+        deleted = state.is_deleted(details["to"])
+        if deleted and details["kind"] == "delete" and details["to"] > state.cleared:
+            return self.unchanged(proposal)
+        return Refused("no-message") if deleted or not self.room.ring.find(details["to"]) else None
 
     def absorbed(self, events: Iterable[Event]) -> None:
         """The feed has these: whoever waits for one is told, and remembers it against doubles."""
@@ -1564,7 +2259,7 @@ class Outbox:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         for event in events:
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, event.picture, expires)
+            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires, event.details)
             if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
                 self.put(proposal)
 
@@ -1602,8 +2297,12 @@ class Window:
         return True
 
     def drop(self, ids: set[Id]) -> None:
-        """Drops these entries, which hold no message."""
-        self.entries = collections.deque(each for each in self.entries if each[0].id not in ids)
+        """Drops these entries."""
+        self.keep(each for each in self.entries if each[0].id not in ids)
+
+    def keep(self, entries: Iterable[tuple[Entry, int, int]]) -> None:
+        self.entries = collections.deque(entries)
+        self.messages = sum(messages for _, messages, _ in self.entries)
         self.size = sum(size for _, _, size in self.entries)
 
 
@@ -1617,7 +2316,14 @@ class Feed:
         self.read_to = self.last = NO_ENTRY  # ids of the newest entry that the reader brought, and that was absorbed
         self.forget()
         self.names: dict[str, str | None] = {}  # to be written beside the feed
-        self.secret = self.config.secret
+        self.state: dict[str, str | None] = {}  # ... and these fields of the State
+        self.erased: collections.deque[Id] = collections.deque(
+            maxlen=RING_MESSAGES
+        )  # entries of deleted messages alone
+        self.pictures: set[str] = set()  # ... and their pictures
+        self.cleared_at = 0  # before then no picture is left, in ms of the store's clock
+        self.erase_from_store = False
+        self.secret, self.host_key = self.config.secret, self.config.host_key
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
         self.asked: set[asyncio.Event] = set()  # who waits for the next look
@@ -1654,9 +2360,12 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
-        if self.names:
-            await self.store.write_names(self.names)
+        if self.names or self.state:
+            await self.store.write_names(self.names, self.state)
             self.names.clear()
+            self.state.clear()
+        if self.erase_from_store:
+            await self.erase()
         if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
             surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
             self.kept.drop(surplus)
@@ -1683,12 +2392,14 @@ class Feed:
             await self.lose()
             return
         self.losses, self.gathered, self.confirmed = 0, len(events), True
-        for event in events:
-            if event.type != "message":
-                self.names[name_key(event.name)] = f"{event.sid} {event.name}" if event.type == "joined" else None
         self.mark(writable=True)
         self.take(entry, events)
         self.tell(events)
+        for event in events:
+            if event.type in ("joined", "left", "removed"):
+                key = name_key(event.details.get("name", event.name))
+                self.names[key] = str(self.room.roster[key]) if key in self.room.roster else None
+        self.state |= self.room.state.take_changes()
 
     async def gather(self) -> None:
         """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
@@ -1707,7 +2418,9 @@ class Feed:
         self.losses += 1
         if self.losses > 1 and (wishes := self.outbox.wishes()):
             await self.store.wish(
-                encode_events(Event(each.type, 0, 0, *each.id, each.name, each.text, each.picture) for each in wishes)
+                encode_events(
+                    Event(each.type, 0, 0, *each.id, each.name, each.text, details=each.details) for each in wishes
+                )
             )
             self.losses = 0
             for proposal in wishes:
@@ -1768,6 +2481,7 @@ class Feed:
                 absorbed += events
         finally:
             self.tell(absorbed)
+            self.room.state.take_changes()  # who has committed them has stored that
 
     def take(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
         """Remembers an entry. Where only its index is needed it comes without its bytes, but with their number."""
@@ -1785,6 +2499,7 @@ class Feed:
         self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of those with messages
         self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
+        self.cleared = NO_ENTRY  # the one that cleared the room last
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
@@ -1797,6 +2512,57 @@ class Feed:
                         listener.shut(4401, LOGOUT)
                 else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
                     self.stranded.set()
+            elif event.type == "removed" and (member := self.room.sessions.get(event.details.get("sid", ""))):
+                for listener in tuple(member.listeners):
+                    listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
+            elif event.type == "cleared":
+                self.forget_before(event)
+            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
+                self.blank({found.entry})
+
+    # --- what is deleted ---
+
+    def forget_before(self, cleared: Event) -> None:
+        """The room was cleared: nothing before that is kept, or given back to the store."""
+        id = cleared.place[:2]
+        for window in (self.kept, self.extent):
+            window.keep(each for each in window.entries if each[0].id >= id)
+        self.notices = collections.deque(each for each in self.notices if each >= id)
+        self.cleared, self.cleared_at, self.erase_from_store = id, cleared.ts, True
+
+    def blank(self, ids: set[Id]) -> None:
+        """Takes deleted texts out of these entries, as they are kept; what holds nothing else goes from the store."""
+        for at, (entry, messages, size) in enumerate(self.kept.entries):
+            if entry.id in ids:
+                self.kept.entries[at] = entry._replace(raw=self.without_deleted(entry)), messages, size
+                events = decode_events(entry.raw)
+                deleted = [event for event in events if self.is_deleted(event)]
+                self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
+                if len(deleted) == len(events):
+                    self.erased.append(entry.id)
+                self.erase_from_store = True
+        self.kept.drop(set(self.erased) & ids)
+
+    def without_deleted(self, entry: Entry) -> bytes:
+        return encode_events(
+            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
+            if self.is_deleted(event)
+            else event
+            for event in decode_events(entry.raw)
+        )
+
+    def is_deleted(self, event: Event) -> bool:
+        return event.type == "message" and self.room.state.is_deleted(event.seq)
+
+    async def erase(self) -> None:
+        """Has the store forget what was deleted, once it knows what has become of it."""
+        if self.erased:
+            await self.store.delete(self.erased)
+        if self.cleared > NO_ENTRY:
+            await self.store.trim(self.cleared)
+        await self.store.drop_pictures(self.pictures, self.cleared_at)
+        self.pictures.clear()
+        self.erase_from_store = False
 
     # --- where the store holds something else ---
 
@@ -1838,7 +2604,7 @@ class Feed:
     def is_another(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
         ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b""
+        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.without_deleted(entry)
 
     async def greet(self) -> None:
         """A Redis that was started anew may have forgotten: who has seen most can put that back, before any commit."""
@@ -1851,18 +2617,26 @@ class Feed:
         self.quiet_until = loop.time() + self.config.repair_seconds
         loop.call_later(self.config.repair_seconds, self.bell.set)
 
-    async def keep_secret(self) -> None:
-        """All daemons sign with the one secret that the store holds, unless the operator gave one."""
+    async def keep_secrets(self) -> None:
+        """All daemons sign with the one secret that the store holds, and take its host key, unless the operator gave
+        others.
+        """
         if not self.config.secret:
-            self.secret = await self.store.keep_secret(self.secret or secrets.token_hex(32))
+            self.secret = await self.store.keep_secret(self.store.secret, self.secret)
+        if not self.config.host_key:
+            self.host_key = await self.store.keep_secret(self.store.host_key, self.host_key)
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
-        names = {member.key: f"{member.sid} {member.name}" for member in self.room.roster.values()}
-        await self.store.put_back_state(self.room.epoch, "" if self.config.secret else self.secret, names)
+        names = {member.key: str(member) for member in self.room.roster.values()}
+        keys = {self.store.secret: self.secret, self.store.host_key: self.host_key}
+        kept = {key: text for key, text in keys.items() if text not in (self.config.secret, self.config.host_key)}
+        state = {name: text for name, text in self.room.state.fields().items() if text}
+        await self.store.put_back_state(self.room.epoch, kept, names, state)
         forgotten = [entry for entry, *_ in self.kept.entries if entry.id > since]
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
+        self.erase_from_store = True  # an older state of it may hold what was deleted since
         log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
         self.keep_quiet()
 
@@ -1871,19 +2645,19 @@ class Feed:
         newest = await self.store.newest()
         if newest is None:
             return  # the next look deals with that
-        epoch, roster = await self.store.read_state()
+        epoch, roster, state = await self.store.read_state()
         read: list[tuple[Entry, list[Event], int]] = []  # with sizes, newest first
-        messages, complete = 0, True
+        messages = notices = 0
         async for page in self.store.pages():
             for entry in page:
                 size, events = len(entry.raw), decode_events(entry.raw, entry.id)
-                if read and entry.id[0] == read[-1][0].id[0]:
-                    complete &= entry.id[1] + 1 == read[-1][0].id[1]
-                if not complete:  # notices have been deleted since: the roster knows better
-                    events = [event for event in events if event.type == "message"]
+                said = [event for event in events if event.type == "message"]
+                if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
+                    events = said
+                notices += not said
                 if messages > self.room.ring.size:  # of what is older only the index is needed
                     entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
-                messages += sum(event.type == "message" for event in events)
+                messages += len(said)
                 read.append((entry, events, size))
         self.forget()
         for entry, events, size in reversed(read):
@@ -1892,7 +2666,11 @@ class Feed:
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
         history = [event for _, events, _ in reversed(read) for event in events]
-        self.room.adopt(epoch or str(newest.id[0]), self.last, roster, history)
+        self.room.adopt(epoch or str(newest.id[0]), self.last, roster, history, state)
+        for event in history:
+            if event.type == "cleared":
+                self.forget_before(event)
+        self.blank({kept.entry for seq in self.room.state.notes if (kept := self.room.ring.find(seq))})
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -1923,7 +2701,7 @@ class Feed:
                     await self.wait_for_others()
                 await self.store.open_epoch(self.store.now())
             await self.reload()
-        await self.keep_secret()
+        await self.keep_secrets()
 
     async def wait_for_others(self) -> None:
         """A daemon that has seen what this store has forgotten puts it back; that is given its time."""
@@ -2013,7 +2791,7 @@ class Presence:
                 if await self.store.read_clock() > self.config.renew_seconds:
                     self.spare()
                 self.rejoin_missing()
-                await self.feed.keep_secret()
+                await self.feed.keep_secrets()
                 await self.renew()
                 await self.sweep()
             except STORE_ERRORS as error:
@@ -2044,7 +2822,7 @@ class Presence:
                     listener.refuse(Refused("name-lost", name=member.name))
                     listener.shut(4409, "name taken")
 
-        self.feed.outbox.propose("joined", member, done)
+        self.feed.outbox.propose("joined", member, done, details=member.joining)
 
     async def renew(self) -> None:
         """The leases that are due. A name without a connection keeps its own for the grace."""
@@ -2155,10 +2933,11 @@ class Limits:
         self.logins = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)
         self.rejoins = TokenBuckets(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
         self.returns = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # of those, by address: an outage ends for all
-        self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by sid: a new tab or a logout fills no bucket
+        self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by browser: a new tab or a logout fills no bucket
         self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
+        self.rest = 0 if free else TURN_SECONDS
         self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
@@ -2166,7 +2945,7 @@ class Limits:
         self.proxy_seen = False
 
     async def turn(self, address: str, stream: tornado.iostream.IOStream, cost: float = 1) -> None:
-        """Waits for the address's turn: one request in each turn of the loop, and no more than its pace allows."""
+        """Waits for the address's turn: its requests come one after the other, and no more than its pace allows."""
         turn = self.turns.setdefault(address, asyncio.Lock())
         loop = asyncio.get_running_loop()
         await turn.acquire()
@@ -2175,7 +2954,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_soon(turn.release)
+            loop.call_later(self.rest, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -2222,6 +3001,7 @@ class Visitors:
     def __init__(self) -> None:
         self.open: dict[tornado.iostream.IOStream, str] = {}  # all connections, of members too
         self.quiet: dict[str, collections.OrderedDict[tornado.iostream.IOStream, None]] = {}
+        self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
         """A new connection."""
@@ -2261,6 +3041,7 @@ class Visitors:
         stream = next(iter(self.quiet[address]))
         self.leave(stream)
         stream.close()
+        self.crowded = True
 
 
 # === Web ==============================================================================================================
@@ -2274,21 +3055,34 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-STATUSES = {"no-session": 401, "logout": 401, "password": 403, "not-member": 403, "no-picture": 404, "taken": 409,
-            "name-lost": 409, "too-long": 413, "bad-picture": 415, "too-fast": 429, "too-many-tabs": 429,
+STATUSES = {"no-session": 401, "logout": 401, "password": 403, "host-key": 403, "not-host": 403, "not-member": 403,
+            "door": 403, "removed": 403, "muted": 403, "locked": 403, "no-message": 404, "no-member": 404,
+            "no-picture": 404, "is-host": 409, "taken": 409, "name-lost": 409, "too-long": 413, "bad-picture": 415,
+            "too-fast": 429, "slow": 429, "too-many-tabs": 429,
             "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
 
 
 class Session(NamedTuple):
-    """What the cookie says, signed: a browser and its name."""
+    """What the cookie says, signed: a browser and its name, "" before the login and after the logout."""
 
     sid: str
     name: str
+    host: bool = False
 
-    @property
-    def key(self) -> str:
-        return name_key(self.name)
+    @classmethod
+    def make(cls, name: str, before: Session | None = None, *, host: bool = False) -> Session:
+        """A new one; the browser stays the same, and so does a host."""
+        browser = before.sid[:BROWSER_CHARS] if before else secrets.token_hex(BROWSER_CHARS // 2)
+        return cls(browser + secrets.token_hex(8), name, host or (before is not None and before.host))
+
+    def __str__(self) -> str:
+        return f"{self.sid}{HOST_MARK * self.host} {self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Session:
+        sid, _, name = text.partition(" ")
+        return cls(sid.removesuffix(HOST_MARK), name, sid.endswith(HOST_MARK))
 
 
 def host_name(header: str) -> str:
@@ -2324,9 +3118,11 @@ def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
     """Takes the browser's address, scheme and Host from a proxy on this machine, and from nobody else."""
     if not is_this_machine(request.remote_ip or ""):
         return
-    with contextlib.suppress(ValueError):
-        forwarded = request.headers.get("X-Forwarded-For", "").split(",")[-1].strip()  # the one our proxy has seen
-        request.remote_ip = str(ipaddress.ip_address(forwarded))
+    if forwarded := request.headers.get("X-Forwarded-For"):
+        try:
+            request.remote_ip = str(ipaddress.ip_address(forwarded.split(",")[-1].strip()))  # that our proxy has seen
+        except ValueError:
+            request.remote_ip = "unknown"  # those who come so are limited together: they aren't this machine
     if (scheme := request.headers.get("X-Forwarded-Proto", "").lower()) in ("http", "https"):
         request.protocol = scheme
     if host := request.headers.get("X-Forwarded-Host"):
@@ -2338,6 +3134,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     current_user: Session | None
     stream: tornado.iostream.IOStream
+    only_json = False  # whatever a client accepts: only programs ask here
 
     def initialize(self, daemon: Daemon) -> None:
         """Called by Tornado with what the route was given, before any check."""
@@ -2359,6 +3156,8 @@ class BaseHandler(tornado.web.RequestHandler):
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
+        if self.only_json:
+            self.set_header("Content-Type", "application/json; charset=UTF-8")
 
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
@@ -2389,18 +3188,23 @@ class BaseHandler(tornado.web.RequestHandler):
         return False
 
     def get_current_user(self) -> Session | None:
-        """The session of the cookie; None if there is none that we signed.
+        """The session of the cookie; None if there is none that we signed, or nobody has logged in."""
+        session = self.browser()
+        return session if session and session.name else None
+
+    def browser(self) -> Session | None:
+        """What the cookie says of this browser, which may have logged out, or be a host who hasn't logged in yet.
 
         Of several cookies with our name the last valid one counts: whoever has another port of this host can plant one
         for a path, and browsers send those first.
         """
         name, key = self.daemon.cookie, self.daemon.cookie_key
-        for cookie in reversed(self.request.headers.get("Cookie", "").split(";")):
-            value = tornado.httputil.parse_cookie(cookie).get(name, "")
+        cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
+        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES : -1]:
             signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
-            sid, _, nickname = (signed or b"").decode(errors="replace").partition(" ")
-            if nickname:
-                return Session(sid, nickname)
+            if signed:
+                session = Session.parse(signed.decode(errors="replace"))
+                return session._replace(host=session.host and session.sid not in self.daemon.room.state.ended)
         return None
 
     def get_user_locale(self) -> tornado.locale.Locale:
@@ -2411,7 +3215,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
         what a foreign page could do with it is stopped by the checks of Origin.
         """
-        name, value = self.daemon.cookie, f"{session.sid} {session.name}"
+        name, value = self.daemon.cookie, str(session)
         self.set_cookie(
             name,
             tornado.web.create_signed_value(self.daemon.cookie_key, name, value),
@@ -2437,18 +3241,23 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def say(self, member: Member, say: Say, done: Done) -> None:
-        """Takes a message, at the pace of its session and of its address. Raises Refused."""
-        limits = self.daemon.limits
-        if say.picture and say.picture != self.picture_id(member, say.picture.rpartition("-")[0]):
-            raise Refused("no-picture", cid=say.cid)
-        limits.pace(limits.messages, self.address, say.cid, cost=0)
-        limits.pace(limits.says, member.sid, say.cid)
-        self.daemon.outbox.say(member, say, done)  # only what that takes counts
-        limits.pace(limits.messages, self.address, say.cid, cost=1 + len(say.text.encode()) // MESSAGE_BYTES)
+    def take(self, member: Member, wish: Say | Act, done: Done) -> None:
+        """Takes a message or an act, at the pace of its browser and of its address; hosts have none. Raises Refused."""
+        limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
+        if isinstance(wish, Say) and wish.picture not in ("", self.picture_id(member, wish.picture.rpartition("-")[0])):
+            raise Refused("no-picture", cid=wish.cid)
+        if paced:
+            limits.pace(limits.messages, self.address, wish.cid, cost=0)
+            limits.pace(limits.says, member.sid[:BROWSER_CHARS], wish.cid)
+        if isinstance(wish, Act):
+            self.daemon.outbox.act(member, wish, done)
+            return
+        self.daemon.outbox.say(member, wish, done)  # only what that takes counts
+        if paced:
+            limits.pace(limits.messages, self.address, wish.cid, cost=1 + len(wish.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
-        return picture_id(self.daemon.cookie_key, member.sid, name)
+        return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -2471,7 +3280,7 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def wants_json(self) -> bool:
         """Whether a program asks."""
-        return "application/json" in self.request.headers.get("Accept", "")
+        return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
         """A bug, with its traceback. Tornado would also tell of refused requests, with the query and its password."""
@@ -2504,17 +3313,33 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def page(self, template: str, **values: object) -> None:
         """Answers with one of the HTML templates, in the reader's language."""
-        self.finish(
-            self.render_string(
-                template,
-                lang=LANGUAGES[self.language],
-                w=WORDS[self.language],
-                title=self.daemon.config.title,
-                asset=asset_url,
-                root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
-                **values,
-            )
+        html = self.render_string(
+            template,
+            lang=LANGUAGES[self.language],
+            w=WORDS[self.language],
+            title=self.daemon.config.title,
+            asset=asset_url,
+            root="../" * (self.request.path.count("/") - 1) or "./",  # from this address to the room's
+            **values,
         )
+        self.deliver(html, compress)
+
+    def deliver(self, text: bytes, compress: Callable[[bytes], bytes]) -> None:
+        """Answers with a text, compressed where the client takes that."""
+        self.set_header("Vary", "Accept-Encoding")
+        accepted = self.request.headers.get("Accept-Encoding", "").lower()
+        if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", accepted):
+            self.set_header("Content-Encoding", "gzip")
+            text = compress(text)
+        self.finish(text)
+
+
+def compress(text: bytes) -> bytes:
+    """With gzip; the same text always gives the same bytes."""
+    return gzip.compress(text, mtime=0)
+
+
+compress_once = functools.cache(compress)  # for what is made once
 
 
 class PageHandler(BaseHandler):
@@ -2548,6 +3373,8 @@ class NotFoundHandler(BaseHandler):
 
 class HealthHandler(BaseHandler):
     """GET /healthz: for load balancers and for the curious."""
+
+    only_json = True
 
     def get(self) -> None:
         """200 while messages can be stored, else 503."""
@@ -2625,7 +3452,7 @@ class AssetHandler(BaseHandler):
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
-        self.finish(text)
+        self.deliver(text.encode(), compress_once)
 
     head = get
 
@@ -2649,34 +3476,50 @@ def asset_url(name: str) -> str:
 class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
-    def __init__(self, outbox: Outbox, limits: Limits) -> None:
-        self.outbox, self.room, self.config, self.limits = outbox, outbox.room, outbox.config, limits
+    def __init__(self, feed: Feed, limits: Limits) -> None:
+        self.feed, self.outbox, self.room, self.config, self.limits = feed, feed.outbox, feed.room, feed.config, limits
         self.origins: dict[str, tuple[Session, str]] = {}  # sid -> session and address, in the order of last use
 
     async def log_in(
-        self, nickname: str, password: str, address: str, session: Session | None = None, *, renew: bool = False
+        self, nickname: str, password: str, address: str, before: Session | None = None, *, renew: bool = False
     ) -> Session:
         """A session under that name; "" = a guest. Raises Refused.
 
-        `session` is what the browser has: who has one gives no password. Under the same name it is kept, or renewed;
-        another name is given back: it can't talk under it any more.
+        `before` is what the browser has: who is logged in gives no password. Under the same name it is kept, or
+        renewed; another name is given back: it can't talk under it any more.
         """
+        session = before if before and before.name else None
         if session is None:
-            await self.check_password(password, network(address))
+            await self.check_guess(password, self.config.password, "password", address)
         name = clean_name(nickname) if nickname.strip() else ""
         same = session if session and name and name_key(session.name) == name_key(name) else None
         if same and not (renew and self.room.available):  # or the name would be given back, and not taken again
             await self.rejoin(same, address)
             return same
+        self.check_door(before, name, address)
         self.limits.log_in(network(address))
         if same:  # given back and taken in one entry, so that nobody else can take it between the two
-            _, new = await asyncio.gather(self.give_back(same), self.enter_as(name))
+            _, new = await asyncio.gather(self.give_back(same), self.enter_as(name, address, before))
         else:
-            new = await (self.enter_as(name) if name else self.enter_as_guest(address))
+            new = await (self.enter_as(name, address, before) if name else self.enter_as_guest(address, before))
         if session and not same:
             await self.give_back(session)
         self.note_origin(new, address)
         return new
+
+    def check_door(self, before: Session | None, name: str, address: str) -> None:
+        """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
+        if before and before.host:
+            return
+        state, marks = self.room.state, marks_of(before.sid if before else "", name)
+        if wait := state.waits(state.barred, (*marks, "from " + self.origin(address)), self.feed.store.now()):
+            raise Refused("removed", retry_after=wait)
+        if before is None and state.mode["door"] == "closed":
+            raise Refused("door")
+
+    def origin(self, address: str) -> str:
+        """The same for all who come from an address; nobody who reads it learns the address."""
+        return hmac.new(self.feed.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
 
     def note_origin(self, session: Session, address: str) -> None:
         """Remembers from which address a session was last used."""
@@ -2702,36 +3545,36 @@ class Admission:
         surplus = [session for sessions in away.values() for session in sessions[:-NAMES_KEPT]]
         await asyncio.gather(*map(self.give_back, surplus))
 
-    async def check_password(self, password: str, address: str) -> None:
-        """Raises Refused if the room has another one, but not at once. The right one never waits, whoever guesses."""
-        wait, wrong = self.config.guess_seconds, self.limits.wrong_passwords
-        if not self.config.password or hmac.compare_digest(password.encode(), self.config.password.encode()):
+    async def check_guess(self, guess: str, right: str, code: str, address: str) -> None:
+        """Raises Refused for a wrong password or key, but not at once. The right one never waits, whoever guesses."""
+        wait, wrong, origin = self.config.guess_seconds, self.limits.wrong_passwords, network(address)
+        if not right or hmac.compare_digest(guess.encode(), right.encode()):
             return
-        if wrong[address] >= GUESSES_AT_ONCE:
-            raise Refused("password", "guesses", retry_after=wait)
-        with counted(wrong, address):
+        if wrong[origin] >= GUESSES_AT_ONCE:
+            raise Refused(code, "guesses", retry_after=wait)
+        with counted(wrong, origin):
             await asyncio.sleep(wait)
-        raise Refused("password")
+        raise Refused(code)
 
     async def rejoin(self, session: Session, address: str) -> Member:
         """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
         if session.sid not in self.room.sessions:
             self.limits.rejoin(session.sid, network(address))
-        member = await self.outbox.enter(session.sid, session.name)
+        member = await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
         self.note_origin(session, address)
         return member
 
-    async def enter_as(self, name: str) -> Session:
+    async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
         """A new session under that name. Raises Refused."""
-        session = Session(secrets.token_hex(16), name)
-        await self.outbox.enter(session.sid, session.name)
+        session = Session.make(name, before)
+        await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
         return session
 
-    async def enter_as_guest(self, address: str) -> Session:
+    async def enter_as_guest(self, address: str, before: Session | None) -> Session:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
             with contextlib.suppress(Taken):
-                return await self.enter_as(self.guest(address))
+                return await self.enter_as(self.guest(address), address, before)
         raise Refused("unavailable", retry_after=1)
 
     def guest(self, address: str) -> str:
@@ -2755,7 +3598,7 @@ class LoginHandler(BaseHandler):
     async def post(self) -> None:
         """A session and a name, or the form again with the reason."""
         nickname, password = self.field("nickname") or "", self.field("password") or ""
-        address, known = self.request.remote_ip or "", self.current_user
+        address, known = self.request.remote_ip or "", self.browser()
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
         # comes back by itself keeps it, for it may do so in several tabs at once.
         renew = not self.wants_json()
@@ -2795,41 +3638,130 @@ class LogoutHandler(BaseHandler):
     """POST /logout."""
 
     async def post(self) -> None:
-        """Gives the name back and forgets the session."""
-        if self.current_user:
-            await self.daemon.admission.give_back(self.current_user)
-        self.clear_cookie(self.daemon.cookie, secure=self.request.protocol == "https")
+        """Gives the name back and ends the session. The browser stays the one that was muted, or has just spoken."""
+        if browser := self.browser():
+            if browser.name:
+                await self.daemon.admission.give_back(browser)
+            self.set_session(browser._replace(name="", host=False))
         self.redirect("login", status=303)
+
+
+class HostHandler(BaseHandler):
+    """GET /host?key=...: makes a host of whoever opens it, now or with the login that follows."""
+
+    async def get(self) -> None:
+        daemon, browser = self.daemon, self.browser()
+        key = self.get_query_argument("key", "")
+        await daemon.admission.check_guess(key, daemon.host_key, "host-key", self.request.remote_ip or "")
+        if browser and browser.name and browser.sid not in daemon.room.state.ended:
+            self.set_session(browser._replace(host=True))
+        else:
+            self.set_session(Session.make("", browser, host=True))
+        self.redirect("./")
 
 
 # === Sockets ==========================================================================================================
 # GET /chat. A ChatSocket is a member's way in, frame by frame; its SocketListener is the way out: bytes that were made
 # once for everybody go straight to the socket, and what a slow client can't take waits in a bounded backlog.
 
-CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "taken": 4409, "name-lost": 4409,
-               "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
+CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed": 4403, "door": 4403, "taken": 4409,
+               "name-lost": 4409, "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
 
 
-class StrictProtocol(tornado.websocket.WebSocketProtocol13):
-    """How Tornado reads a client's frames, but each is counted: of pongs and fragments it tells nobody. One that isn't
-    masked closes the connection (RFC 6455, 5.1).
+class FrameReader(tornado.websocket.WebSocketProtocol13):
+    """Tornado's protocol, but it reads all that has come at once, and without the coroutines that would keep 4 KB a
+    connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
     """
 
     handler: ChatSocket
+    unread = b""
+    opcode = 0  # of a message that has begun
+    message = b""
 
-    async def _receive_frame(self) -> None:
-        """Called by Tornado for one frame after the other."""
-        self._frame_mask, before = None, self._wire_bytes_in
-        await super()._receive_frame()
-        if self._frame_mask is None and not self.client_terminated:
-            self.close(1002, "unmasked")
+    async def _receive_frame_loop(self) -> None:
+        """Called by Tornado after the handshake."""
+        self.stream.set_close_callback(self.end)
+        self.read()
+
+    def end(self) -> None:
+        """The connection is gone."""
+        self._abort()
+        self.handler.on_connection_close()
+
+    def read(self) -> None:
+        """Waits for more."""
+        try:
+            asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
+        except tornado.iostream.StreamClosedError:
+            self.end()
+
+    def take(self, read: asyncio.Future[bytes]) -> None:
+        """More has come, unless the connection is gone."""
+        if not read.exception():
+            self.unread += read.result()
+            self.work()
+
+    def work(self) -> None:
+        """Handles what is complete, but in one turn of the loop no more than others don't notice."""
+        for _ in range(FRAMES_A_TURN):
+            before = len(self.unread)
+            frame = self.next_frame()
+            if frame is None and not self.client_terminated:
+                self.read()
+            if frame is None:
+                return
+            self.handle(*frame)
+            if self.handler.count(before - len(self.unread)):
+                return  # the client has been told, and no more of it is read
+        asyncio.get_running_loop().call_soon(self.work)
+
+    def next_frame(self) -> tuple[int, bytes] | None:
+        """The first byte of a frame and its payload; None if it isn't complete, or the connection is closed."""
+        data = self.unread
+        if len(data) < 2 or self.client_terminated:
+            return None
+        size = data[1] & 0x7F
+        start = {126: 4, 127: 10}.get(size, 2)
+        if not data[1] & 0x80:
+            self.fail(1002, "unmasked")
+        elif data[0] & 0x70 or (data[0] & 0x8 and size > 125):
             self._abort()
-        elif self.handler.count(self._wire_bytes_in - before):  # it has been told, and no more of it is read
-            await asyncio.sleep(self.handler.daemon.config.goodbye_seconds)
+        elif len(data) >= start + 4:
+            size = size if start == 2 else int.from_bytes(data[2:start], "big")
+            if size + len(self.message) > FRAME_BYTES:
+                self.fail(1009, "message too big")
+            elif len(data) >= (end := start + 4 + size):
+                self.unread = data[end:]
+                return data[0], unmask(data[start : start + 4], data[start + 4 : end])
+        return None
 
-    def _handle_message(self, opcode: int, data: bytes) -> asyncio.Future[None] | None:
-        """Called by Tornado with a message that is complete."""
-        return super()._handle_message(opcode, data) if self._frame_mask else None
+    def handle(self, first: int, payload: bytes) -> None:
+        """A control frame, or a part of a message."""
+        opcode, is_final = first & 0xF, first & 0x80
+        if opcode & 0x8 and is_final:
+            try:
+                self._handle_message(opcode, payload)
+            except UnicodeDecodeError:  # in the reason of a close
+                self._abort()
+        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+            self._abort()
+        elif is_final:
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = 0, b""
+            self._handle_message(opcode, message)
+        else:
+            self.opcode, self.message = self.opcode or opcode, self.message + payload
+
+    def fail(self, code: int, reason: str) -> None:
+        """The client has broken a rule: the end."""
+        self.close(code, reason)
+        self._abort()
+
+
+def unmask(mask: bytes, data: bytes) -> bytes:
+    """A client's bytes as it meant them (RFC 6455, 5.3)."""
+    key = (mask * (len(data) // 4 + 1))[: len(data)]
+    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(len(data), "big")
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -2853,7 +3785,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
         """Called by Tornado in the handshake; None for a version that it doesn't speak."""
         protocol: Any = super().get_websocket_protocol()
-        return protocol and StrictProtocol(self, False, protocol.params)
+        return protocol and FrameReader(self, False, protocol.params)
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
@@ -2865,9 +3797,12 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             if refused.code == "name-lost":
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
                     await self.write_message(to_json(refused.event(self.language)))
-            sentence = refused.sentence(self.language).encode()[:123].decode(errors="ignore")  # all that a frame takes
-            self.close(CLOSE_CODES[refused.code], sentence)
+            self.close(CLOSE_CODES[refused.code], self.reason(refused))
         self.forget_handshake()
+
+    def reason(self, refused: Refused) -> str:
+        """The sentence, as much of it as a closing frame takes."""
+        return refused.sentence(self.language).encode()[:123].decode(errors="ignore")
 
     async def session(self) -> Session | None:
         """Who wants to join, by the cookie or by ?nickname=. Raises Refused."""
@@ -2904,8 +3839,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return  # it has been turned away
         listener.heard = asyncio.get_running_loop().time()
         try:
-            say = clean_say(message, "") if listener.plain else parse_frame(message)
-            self.say(listener.member, say, listener.settled)
+            wish = parse_say({"text": message}) if listener.plain else parse_frame(message)
+            self.take(listener.member, wish, listener.settled)
             listener.member.refusals = 0
             self.taken = True
         except Refused as refused:
@@ -3049,7 +3984,7 @@ class SocketListener:
         """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
         if isinstance(outcome, Refused):
             self.refuse(outcome)
-        elif outcome.seq <= self.base:
+        elif outcome.type == "message" and outcome.seq <= self.base:
             self.tell(encode_message(outcome))
 
     def refuse(self, refused: Refused) -> None:
@@ -3074,6 +4009,11 @@ class SocketListener:
                 self.timed = now
                 events.append(time)
             self.send(Batch(*events))
+
+    def turn_away(self, refused: Refused) -> None:
+        """The end, and why."""
+        self.refuse(refused)
+        self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
         """The end, with a close code."""
@@ -3116,9 +4056,13 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
     owed = room.owed(seen)
     events: list[Encoded] = []
     if not owed.recovered or cursor is None or cursor.place < room.notices_after:
-        events, cursor = room.greeting(member, owed), newest_cursor(room)
+        events, cursor = room.greeting(member, owed, seen), newest_cursor(room)
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, room.seq - len(owed.events) + 1)]
-    notices = [(event.seq, event.place, encoded) for event, encoded in room.notices if event.place > cursor.place]
+    notices = [
+        (event.seq, event.place, encoded)
+        for event, encoded in room.notices
+        if event.place > cursor.place and room.concerns(event, member)
+    ]
     size = 0
     for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
@@ -3145,22 +4089,16 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
 
 
 class EventHandler(BaseHandler):
-    """What a member asks for without a socket. Every answer is JSON, errors too."""
+    """What a member asks for without a socket."""
 
+    only_json = True
     gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
 
-    def set_default_headers(self) -> None:
-        super().set_default_headers()
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-
-    def wants_json(self) -> bool:
-        return True
-
     def on_connection_close(self) -> None:
-        """The client has hung up."""
+        """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
         self.gone = True
 
@@ -3233,7 +4171,6 @@ class MessagesHandler(EventHandler):
         await daemon.limits.turn(self.address, self.stream, cost=0)
 
     def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
         if self.listener:
             self.listener.news.set()
@@ -3248,22 +4185,73 @@ class MessagesHandler(EventHandler):
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
+        self.finish(encode_message(await self.done(lambda: parse_say(self.fields()))).json)
+
+    async def done(self, parse: Callable[[], Say | Act]) -> Event:
+        """What was stored of a member's wish. Raises Refused."""
         member = await self.admit(self.current_user)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.say(member, parse_say(self.fields()), outcome.set_result)
+        self.take(member, parse(), outcome.set_result)
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
         self.set_status(201)
-        self.finish(encode_message(stored).json)
         self.release(member)
+        return stored
 
     def fields(self) -> Mapping[str, Any]:
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid", "picture")}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
+        number = whole_number(values.pop("re") or "")
+        return {name: value for name, value in (*values.items(), ("re", number)) if value is not None}
+
+
+class ActsHandler(MessagesHandler):
+    """POST /acts: what a socket takes beside `say`."""
+
+    async def get(self) -> None:
+        raise tornado.web.HTTPError(405)
+
+    async def post(self) -> None:
+        event = await self.done(lambda: parse_act(parse_object(self.request.body)))
+        self.finish(self.daemon.room.encode_act(event).json)
+
+
+class TranscriptHandler(BaseHandler):
+    """GET /transcript?format=txt|json: what the feed holds, as a file."""
+
+    async def get(self) -> None:
+        daemon, session = self.daemon, self.current_user
+        if daemon.config.transcript == "off":
+            raise tornado.web.HTTPError(404)
+        if session is None:
+            raise Refused("no-session")
+        if daemon.config.transcript == "host" and not session.host:
+            raise Refused("not-host")
+        json_lines = self.get_query_argument("format", "txt") == "json"
+        date = datetime.datetime.now().astimezone()
+        name = urllib.parse.quote(f"{daemon.config.title}-{date:%Y-%m-%d}.{'json' if json_lines else 'txt'}")
+        self.set_header("Content-Type", "application/x-ndjson" if json_lines else "text/plain; charset=UTF-8")
+        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{name}")
+        names: collections.OrderedDict[int, str] = collections.OrderedDict()  # who said what, for the answers
+        async for page in daemon.store.pages("-", id_text(daemon.feed.last)):
+            for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
+                if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
+                    names[event.seq] = event.name
+                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), json_lines))
+            async with asyncio.timeout(daemon.config.answer_seconds):
+                await self.flush()
+
+
+def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
+    """A message; what looks like the next line of the file is indented."""
+    message = encode_message(event, answered)
+    if as_json:
+        return message.json + b"\n"
+    line = STEERING.sub("", line_of(json.loads(message.json) | ({"to": answered} if answered else {})))
+    return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
 
 
 class PollListener:
@@ -3291,6 +4279,8 @@ class PollListener:
         """The answer will say so."""
         self.refused = refused
         self.news.set()
+
+    turn_away = refuse
 
     def shut(self, code: int, reason: str) -> None:
         """The end of the session, or of the daemon."""
@@ -3433,17 +4423,20 @@ class PicturesHandler(EventHandler):
             self.refused = refused
 
     def begin(self, member: Member) -> None:
-        """One at a time of a session, at its pace and that of its address. Raises Refused."""
-        limits, uploads = self.daemon.limits, self.daemon.uploads
+        """One at a time of a browser, at its pace and that of its address; hosts have none. Raises Refused."""
+        limits, uploads, browser = self.daemon.limits, self.daemon.uploads, member.sid[:BROWSER_CHARS]
         if not self.daemon.config.pictures:
             raise Refused("no-picture", "pictures-off")
-        if member.sid in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+        if browser in uploads or len(uploads) >= UPLOADS_AT_ONCE:
             raise Refused("too-fast", retry_after=1)
-        limits.pace(limits.messages, self.address, cost=0)
-        limits.pace(limits.says, member.sid, cost=PICTURE_COST)
-        limits.pace(limits.messages, self.address, cost=PICTURE_COST)
+        if not self.daemon.room.is_host(member):
+            if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
+                raise silenced
+            limits.pace(limits.messages, self.address, cost=0)
+            limits.pace(limits.says, browser, cost=PICTURE_COST)
+            limits.pace(limits.messages, self.address, cost=PICTURE_COST)
         self.sender = member
-        uploads.add(member.sid)
+        uploads.add(browser)
 
     def data_received(self, chunk: bytes) -> None:
         """Of what is refused or too large nothing is kept."""
@@ -3477,7 +4470,7 @@ class PicturesHandler(EventHandler):
 
     def end(self) -> None:
         if self.sender:
-            self.daemon.uploads.discard(self.sender.sid)
+            self.daemon.uploads.discard(self.sender.sid[:BROWSER_CHARS])
 
 
 class PictureHandler(BaseHandler):
@@ -3571,13 +4564,13 @@ def is_hardware(interface: str) -> bool:
 
 def interface_addresses() -> dict[str, str]:
     """The address of each interface, and the interface's name where the system tells (not Windows)."""
-    found = {}
+    found: dict[str, str] = {}
     try:
         import fcntl
     except ModuleNotFoundError:
         with contextlib.suppress(OSError):
-            return dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
-        return {}
+            found = dict.fromkeys(socket.gethostbyname_ex(socket.gethostname())[2], "")
+        return found
     command = 0xC0206921 if sys.platform == "darwin" else 0x8915  # SIOCGIFADDR
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
@@ -3619,34 +4612,36 @@ def banner(config: Config, port: int) -> str:
 
 
 def qr_code(url: str) -> str:
-    """The URL for a phone's camera, as it can be drawn in a terminal; "" without segno."""
-    symbol = qr_symbol(url)
+    """The URL for a phone's camera, below what is printed in a terminal; "" without segno."""
     out = io.StringIO()
-    if symbol is not None:
+    if symbol := qr_symbol(url):
+        out.write("\n")
         symbol.terminal(out, border=2, compact=True)
-    return "\n" + out.getvalue() if symbol is not None else ""
+    return out.getvalue()
 
 
 # === Application ======================================================================================================
 # Where everything is wired: routes, sockets to listen on, the order of starting and of stopping.
 
 
-class StartError(Exception):
-    """Why the daemon can't start, in one line for the operator."""
+class FatalError(Exception):
+    """Why the program ends, in one line for its user."""
 
 
 def make_app(daemon: Daemon) -> tornado.web.Application:
-    """All routes and settings of the web side."""
     context = {"daemon": daemon}
     return tornado.web.Application(
         [
             (r"/", PageHandler, context),
             (r"/login", LoginHandler, context),
             (r"/logout", LogoutHandler, context),
+            (r"/host", HostHandler, context),
             (r"/chat", ChatSocket, context),
             (r"/messages", MessagesHandler, context),
             (r"/pictures", PicturesHandler, context),
             (rf"/pictures/({PICTURE.pattern.replace('(', '(?:')})", PictureHandler, context),
+            (r"/acts", ActsHandler, context),
+            (r"/transcript", TranscriptHandler, context),
             (r"/healthz", HealthHandler, context),
             (r"/(join\.json|qr\.svg)", JoinHandler, context),
             (rf"/({'|'.join(map(re.escape, ASSETS))})", AssetHandler, context),
@@ -3677,22 +4672,28 @@ class Door(socket.socket):
 
     visitors: Visitors  # set by the daemon; a supervisor accepts nobody
     accepted = 0
-    told = -math.inf  # when the log was last told, in s of time.monotonic
+    logged = -math.inf  # when the log said last that it is full, in s of time.monotonic
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Called by Tornado until it raises BlockingIOError."""
         self.accepted += 1
         if not self.accepted % ACCEPTS_A_TURN:
             raise BlockingIOError  # the rest in the next turn
+        if self.visitors.crowded:
+            self.visitors.crowded = False
+            self.pause(CROWD_SECONDS)
+            raise BlockingIOError
         try:
-            while self.full():
-                if not self.visitors.make_room():
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if self.full() and not self.visitors.make_room():
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self.rest(error)
+            self.pause(FULL_SECONDS)
+            if time.monotonic() - self.logged > FULL_LOG_SECONDS:
+                self.logged = time.monotonic()
+                log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
 
     def full(self) -> bool:
@@ -3704,28 +4705,23 @@ class Door(socket.socket):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
 
-    def rest(self, error: OSError) -> None:
-        """Stops looking who is there, for a while."""
+    def pause(self, seconds: float) -> None:
+        """Accepts nobody for a while."""
         loop = tornado.ioloop.IOLoop.current()
         loop.update_handler(self.fileno(), 0)
-        loop.call_later(FULL_SECONDS, self.resume)
-        if time.monotonic() - self.told > FULL_LOG_SECONDS:
-            self.told = time.monotonic()
-            log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
+        loop.call_later(seconds, self.resume)
 
     def resume(self) -> None:
-        """Looks again, unless the door has been closed for good."""
-        if self.fileno() >= 0:
+        if self.fileno() >= 0:  # else it was closed for good meanwhile
             tornado.ioloop.IOLoop.current().update_handler(self.fileno(), tornado.ioloop.IOLoop.READ)
 
 
 class Server(tornado.httpserver.HTTPServer):
-    """Tornado's, that tells who is there."""
+    """Tornado's, which tells the visitors' list who comes and goes."""
 
     visitors: Visitors
 
     def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[Any, ...]) -> None:
-        """Called by Tornado with a new connection."""
         self.visitors.come(stream, network(address[0]))
         super().handle_stream(stream, address)
 
@@ -3737,7 +4733,7 @@ class Server(tornado.httpserver.HTTPServer):
 
 
 def bind(config: Config) -> list[Door]:
-    """The sockets to listen on, with the next free port if the default one is busy. Raises StartError."""
+    """The sockets to listen on, with the next free port if the default one is busy. Raises FatalError."""
     if config.inherited:
         return [Door(fileno=descriptor) for descriptor in config.inherited]
     first, tries = (DEFAULT_PORT, PORTS_TRIED) if config.port is None else (config.port, 1)
@@ -3753,8 +4749,8 @@ def bind(config: Config) -> list[Door]:
             if tries == 1 or error.errno != errno.EADDRINUSE:
                 where = f"{config.host} port {port}" if config.host else f"port {port}"
                 advice = ". Another port: --port N" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-                raise StartError(f"cannot listen on {where}: {error.strerror}{advice}") from None
-    raise StartError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
+                raise FatalError(f"cannot listen on {where}: {error.strerror}{advice}") from None
+    raise FatalError(f"ports {DEFAULT_PORT} to {port} are all in use: choose another one with --port")
 
 
 def is_answered(port: int) -> bool:
@@ -3765,23 +4761,22 @@ def is_answered(port: int) -> bool:
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """For https, where a certificate was given. Raises StartError."""
+    """For https, where a certificate was given. Raises FatalError."""
     if not config.certfile:
         return None
 
-    def refuse_passphrase() -> NoReturn:
-        """Called by OpenSSL, which would ask at the terminal; a service has none."""
+    def refuse_passphrase() -> NoReturn:  # OpenSSL would ask at the terminal; a service has none
         key = config.keyfile or config.certfile
-        raise StartError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
+        raise FatalError(f"the key in {key} has a passphrase: openssl pkey -in {key} -out FILE writes it without")
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(config.certfile, config.keyfile or None, refuse_passphrase)
     except ssl.SSLError:
-        raise StartError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
+        raise FatalError(f"{config.certfile} and its key are not PEM files that belong together (--keyfile)") from None
     except OSError as error:
         files = " or ".join(filter(None, (config.certfile, config.keyfile)))
-        raise StartError(f"cannot read the certificate {files}: {error.strerror}") from None
+        raise FatalError(f"cannot read the certificate {files}: {error.strerror}") from None
     return context
 
 
@@ -3794,7 +4789,7 @@ class Daemon:
         self.started = time.monotonic()
         self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
-        self.uploads: set[str] = set()  # sids of those who are sending a picture
+        self.uploads: set[str] = set()  # browsers that are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
@@ -3802,12 +4797,12 @@ class Daemon:
         self.room = Room(config)
         self.outbox = Outbox(self.room, config)
         self.feed = Feed(self.store, self.outbox)
-        self.admission = Admission(self.outbox, self.limits)
+        self.admission = Admission(self.feed, self.limits)
         self.presence = Presence(self.feed, self.admission.keep_few)
 
     @classmethod
     async def start(cls, config: Config) -> Self:
-        """Takes a port, reads the store, opens the room. Raises StartError, and then leaves nothing behind."""
+        """Takes a port, reads the store, opens the room. Raises FatalError, and then leaves nothing behind."""
         async with contextlib.AsyncExitStack() as undo:
             ports = bind(config)
             for port in ports:
@@ -3820,7 +4815,6 @@ class Daemon:
         return daemon
 
     def listen(self) -> None:
-        """Lets people in."""
         self.server = Server(
             make_app(self),
             ssl_options=self.tls,
@@ -3836,12 +4830,16 @@ class Daemon:
 
     @property
     def url(self) -> str:
-        """The room's address on this machine."""
         return local_url(self.config, self.port)
 
     def addresses(self) -> list[str]:
         """URLs for others on the network, the best first."""
         return lan_urls(self.config, self.port)
+
+    @property
+    def host_key(self) -> str:
+        """What opens /host?key=..."""
+        return self.feed.host_key
 
     @property
     def cookie(self) -> str:
@@ -3886,7 +4884,7 @@ class Daemon:
 
 
 async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
-    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises StartError."""
+    """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises FatalError."""
     deadline = time.monotonic() + config.wait
     for tried in itertools.count():
         try:
@@ -3896,7 +4894,7 @@ async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]])
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
-                raise StartError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
+                raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
         if not tried:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
         await asyncio.sleep(config.retry_seconds)
@@ -3909,7 +4907,7 @@ def is_passing(error: Exception) -> bool:
 
 
 async def serve(config: Config) -> None:
-    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises StartError."""
+    """Runs a daemon until it is told to stop, or until the parent of a worker is gone. Raises FatalError."""
     raise_file_limit()
     daemon = await Daemon.start(config)
     stop = stop_on_signals()
@@ -3922,7 +4920,7 @@ async def serve(config: Config) -> None:
     for task in tasks:
         if task.done():
             task.result()  # a bug: its traceback is the best we can give
-    tell(config, "tornchat: stopping")
+    print_out(config, "tornchat: stopping")
     await daemon.stop()
     log.info("stopped")
 
@@ -3942,7 +4940,7 @@ def raise_file_limit() -> None:
 
 
 async def supervise(config: Config, command: Sequence[str]) -> None:
-    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises StartError."""
+    """Runs workers, each a daemon, on sockets that it holds for them, until it is told to stop. Raises FatalError."""
     ports = bind(config)
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
@@ -3957,7 +4955,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
         for number in range(1, config.workers + 1):
             workers.create_task(keep_worker(number, command, descriptors, stop))
         await stop.wait()
-        tell(config, "tornchat: stopping")
+        print_out(config, "tornchat: stopping")
     log.info("stopped")
 
 
@@ -3998,16 +4996,23 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
         await worker.wait()
 
 
-def stop_on_signals() -> asyncio.Event:
-    """What the first signal to stop sets; the second one ends the process.
-
-    The loop's own signal handlers would do, but Windows has none.
+def wake_on_signals() -> None:
+    """Lets a signal wake the loop. Python calls handlers between two instructions: without this, one that comes after
+    the last instruction before the loop waits is not heard before the wait is over.
     """
+    if os.name == "posix":  # elsewhere asyncio does it
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        asyncio.get_running_loop().add_reader(read_end, os.read, read_end, 4096)
+        signal.set_wakeup_fd(write_end)
+
+
+def stop_on_signals() -> asyncio.Event:
+    """What the first signal to stop sets; the second one ends the process."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def handle(number: int, frame: object) -> None:
-        """Called by Python between any two instructions of the main thread, which may be waiting in the loop."""
         if stop.is_set():
             os._exit(0)
         loop.call_soon_threadsafe(stop.set)
@@ -4026,11 +5031,11 @@ def on_stop_signals(handler: Any) -> None:
 
 def announce(config: Config, port: int) -> None:
     """Says where the room is: to a person with the banner, to the log of a service in a line."""
-    tell(config, banner(config, port))
+    print_out(config, banner(config, port))
     log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
 
 
-def tell(config: Config, text: str) -> None:
+def print_out(config: Config, text: str) -> None:
     """Prints for the operator. That nobody reads it (a closed pipe, a full disk) must not end the room."""
     if config.quiet or config.inherited or sys.stdout is None:
         return
@@ -4042,7 +5047,7 @@ def tell(config: Config, text: str) -> None:
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes). A frame type is a row of FRAMES, a command one of COMMANDS.
+# to a Screen (a person at a terminal) or to Lines (pipes). A command is a row of COMMANDS, or of ACTS.
 
 RETRY_SECONDS = 10  # the longest pause between two tries
 PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
@@ -4050,20 +5055,444 @@ HOLD_SECONDS = 3  # to wait where a refusal names no time
 QUIT_SECONDS = 5  # for what was said last to be confirmed; then its author is told that it wasn't
 LOGOUT_SECONDS = 2  # for the name to be given back
 NAMES_IN_LINE = 10  # of more people only the number is told
-PENDING_ROWS = 3  # shown of what isn't sent yet
 QUOTED_CHARS = 60  # of what was not sent, or of what no tornchat would say
 TIMES = range(253_402_214_400_000)  # in ms, up to the year 9999: what datetime can show
-WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
-PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost")  # keep the text: it may be said later
+HOST_REFUSALS = ("muted", "locked", "slow")  # what a host has decided; its author is told why the text waits
+PASSING_REFUSALS = ("too-fast", "unavailable", "name-lost", *HOST_REFUSALS)  # keep the text: it may be said later
+RECENT_MESSAGES = 1000  # whose author and beginning are remembered, for what is done to them later
+REMOVE_SECONDS = 600  # for which /remove keeps somebody out
 UNREACHED = (OSError, UnicodeError, tornado.httpclient.HTTPError, tornado.websocket.WebSocketError)  # an odd host name
+
+
+def parse_any(raw: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} for anything else."""
+    with contextlib.suppress(Refused):
+        return parse_object(raw)
+    return {}
+
+
+class Client:
+    """One session in a room: it comes back after every loss, where it was, and what isn't confirmed is said again."""
+
+    view: Lines
+
+    def __init__(self, config: Config, language: str) -> None:
+        self.url, self.name, self.password = config.join or "", config.name, config.password
+        self.host_key = config.host_key
+        self.history = config.history
+        self.language, self.words = language, WORDS[language]
+        self.headers = {"Accept": "application/json", "Accept-Language": language}
+        self.let_in = False  # the room knows our session
+        self.clock_ahead = 0.0  # the room's clock, of ours, in s
+        self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
+        self.socket: tornado.websocket.WebSocketClientConnection | None = None
+        self.connected: bool | None = None  # None: for the first time
+        self.restarting = self.store_away = False
+        self.backoff = Backoff(RETRY_SECONDS)
+        self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
+        self.replay_end = 0  # up to this seq it is history
+        self.skipped = 0  # and up to this one, older than what the user wants
+        self.members: dict[str, None] = {}
+        self.count = 0
+        self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
+        self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
+        self.hold_until = 0.0  # nothing is said before, in s of time.monotonic ...
+        self.hold_reason = ""  # ... because of a host, in words
+        self.is_host, self.hosts = False, list[str]()
+        self.mode: Mapping[str, Any] = OPEN_MODE
+        self.recent: dict[int, tuple[str, str]] = {}  # seq -> author and beginning
+        self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
+
+    async def log_in(self) -> None:
+        """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
+        if self.host_key:
+            await self.become_host()
+        answer = await self.fetch("login", "POST", nickname=self.name, password=self.password)
+        fields = parse_any(answer.body)
+        if answer.code >= 500:
+            raise OSError(fields.get("text", answer.reason))
+        match fields:
+            case {"name": str(name)}:
+                self.name = shown(name)
+            case {"text": str(reason), "suggestion": free}:
+                raise FatalError(f"{reason} {self.words['term_free'].format(name=free)}")
+            case {"text": str(reason)}:
+                raise FatalError(reason)
+            case _:
+                raise self.no_room(f"{answer.code} {answer.reason}")
+        with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
+            date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
+            self.clock_ahead = date.timestamp() + 0.5 - time.time()
+
+    async def become_host(self) -> None:
+        """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
+        answer = await self.fetch("host?" + urllib.parse.urlencode({"key": self.host_key}))
+        if answer.code >= 400 and not self.epoch:
+            raise FatalError(self.words["term_no_host"])
+        if answer.code >= 400:  # the room was restarted, and has another key
+            self.view.notice(self.words["term_no_host"])
+
+    async def fetch(self, path: str, method: str = "GET", **form: str) -> tornado.httpclient.HTTPResponse:
+        body = urllib.parse.urlencode(form) if method == "POST" else None
+        request = tornado.httpclient.HTTPRequest(self.url + path, method, self.headers, body, follow_redirects=False)
+        answer = await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
+        if cookies := answer.headers.get_list("Set-Cookie"):
+            self.headers["Cookie"] = "; ".join(cookie.split(";")[0] for cookie in cookies)
+        return answer
+
+    async def log_out(self) -> None:
+        """Gives the name back, so that it is free for whoever comes next."""
+        if self.handshake:  # one that is still under way would bring the name back
+            await asyncio.wait([self.handshake], timeout=LOGOUT_SECONDS)
+        with contextlib.suppress(*UNREACHED, TimeoutError):
+            await asyncio.wait_for(self.fetch("logout", "POST"), LOGOUT_SECONDS)
+
+    # --- connection ---
+
+    async def keep_connected(self) -> NoReturn:
+        """Connects, again and again. Raises FatalError."""
+        while True:
+            try:
+                if self.epoch and not self.let_in:
+                    await self.log_in()
+                await self.connect()
+            except UNREACHED as error:
+                if not self.epoch:
+                    raise self.unreachable(error) from None
+            else:
+                await self.receive_all()
+            self.connected = False
+            self.update()
+            await self.backoff()
+
+    async def connect(self) -> None:
+        """A new socket, which goes on after the newest message heard. Raises UNREACHED."""
+        self.in_flight = ""
+        self.update()
+        place = {"after": self.after, "epoch": self.epoch} | ({"at": self.at} if self.at else {})
+        url = f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place if self.epoch else {})}"
+        request = tornado.httpclient.HTTPRequest(url, headers=self.headers)
+        self.handshake = asyncio.ensure_future(tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS))
+        self.socket = await asyncio.shield(self.handshake)
+
+    async def receive_all(self) -> None:
+        """Until the connection ends. Raises FatalError if there is no coming back."""
+        assert self.socket is not None
+        try:
+            while (raw := await self.socket.read_message()) is not None:
+                self.receive(raw)
+                self.update()
+        finally:
+            self.socket.close()
+        code, reason = self.socket.close_code, self.socket.close_reason or ""
+        if word := self.words.get(f"js_closed_{code}"):
+            raise FatalError(word.format(name=self.name))
+        if code == 4401:  # restarted without a lasting store
+            if not self.let_in or reason == "logout":
+                raise FatalError(self.words.get(f"login_why_{reason}", reason))
+            self.let_in = False
+        if not self.epoch:
+            raise self.unreachable(ConnectionError(reason or "silence"))
+        self.restarting |= code == 1001
+
+    def no_room(self, reason: str) -> FatalError:
+        return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
+
+    def unreachable(self, error: Exception) -> FatalError:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return FatalError(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
+
+    # --- frames ---
+
+    def receive(self, raw: str | bytes) -> None:
+        """One frame; what only newer clients know is skipped. Raises FatalError."""
+        match frame := parse_any(raw):
+            case {"type": "welcome", "name": str(), "title": str(), "members": [*_], "count": int(), "epoch": str(),
+                  "seq": int(), "recovered": bool(), "missed": int(), "reset": bool(),
+                  "limits": {"history": int()}} if isinstance(frame.get("mode", {}), dict):  # fmt: skip
+                self.on_welcome(frame)
+            case {"type": "message", "seq": int(), "ts": int(ts), "name": str(), "text": str()} if ts in TIMES:
+                self.on_message(frame)
+            case {"type": "joined" | "left", "names": [*_], "count": int()}:
+                self.on_passage(frame)
+            case {"type": "refused", "code": str(), "text": str()}:
+                self.on_refused(frame)
+            case {"type": "note" | "cleared" | "muted" | "mode" | "hosts"}:
+                self.on_act(frame)
+            case {"type": "store", "available": bool(available)}:
+                self.store_away, self.hold_until = not available, 0
+            case {"type": "time", "ts": int(ts)} if ts in TIMES:
+                self.clock_ahead = ts / 1000 - time.time()
+            case _ if not self.epoch:
+                raise self.no_room(str(raw))
+
+    def on_welcome(self, frame: Mapping[str, Any]) -> None:
+        """The beginning of a connection, or of a new history."""
+        first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
+        self.name, self.count = shown(frame["name"]), frame["count"]
+        self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
+        self.is_host, self.hosts = frame.get("host") is True, [shown(str(name)) for name in frame.get("hosts", ())]
+        self.connected = self.let_in = True
+        self.restarting = self.store_away = False
+        self.hold_until = 0
+        self.backoff.reset()
+        if not frame["recovered"]:  # what was before won't come
+            self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
+        if first:
+            self.skipped = frame["seq"] - self.history
+            title, hint = shown(frame["title"]), self.words["term_hint"]
+            self.view.notice(f"{title} · {self.people(NAMES_IN_LINE)} · {hint}", minor=True)
+        if frame["reset"]:
+            self.skipped = 0
+            self.view.notice(self.words["js_reset"])
+        if frame["missed"]:
+            self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
+        if (mode := frame.get("mode", self.mode)) != self.mode:
+            self.on_act({"type": "mode"} | mode)
+        if first and frame.get("pinned"):
+            self.on_act({"kind": "pin", "message": frame["pinned"]})
+
+    def on_message(self, frame: Mapping[str, Any]) -> None:
+        """Somebody said something; if it is what we said, it is confirmed."""
+        seq, name, deleted = frame["seq"], shown(frame["name"]), frame.get("deleted") is True
+        if seq > self.after:
+            self.after, self.at = seq, frame["ts"]
+        if seq > self.skipped and deleted:
+            self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
+        elif seq > self.skipped:
+            self.view.message(self.author(frame), {**frame, "text": self.text_of(frame)})
+        if name == self.name:
+            self.resolve(frame.get("cid"))
+        if not deleted:
+            self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
+        if len(self.recent) > RECENT_MESSAGES:
+            del self.recent[next(iter(self.recent))]
+
+    def text_of(self, frame: Mapping[str, Any]) -> str:
+        """The text, and below it the address of a picture."""
+        match frame.get("picture"):
+            case {"id": str(id)}:
+                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
+        return str(frame["text"])
+
+    def author(self, frame: Mapping[str, Any]) -> str:
+        """Who says it: a host has the badge, and whoever answers says whom."""
+        badge = f"{HOST_MARK} " if frame.get("host") is True else ""
+        match frame:
+            case {"re": int(seq)} if seq in self.recent:
+                return badge + self.words["term_answer"].format(name=shown(frame["name"]), other=self.recent[seq][0])
+        return badge + shown(frame["name"])
+
+    def on_passage(self, frame: Mapping[str, Any]) -> None:
+        self.count = frame["count"]
+        names = [shown(str(name)) for name in frame["names"] if name != self.name]
+        for name in names:
+            self.members.pop(name, None)
+        if frame["type"] == "joined":
+            self.members |= dict.fromkeys(names)
+        if names:
+            self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
+
+    def on_refused(self, frame: Mapping[str, Any]) -> None:
+        """What we said wasn't stored: later, or never. An act isn't tried again."""
+        code, reason = frame["code"], shown(frame["text"])
+        if not self.in_flight or frame.get("cid") != self.in_flight:
+            self.view.notice(reason)
+        elif code not in PASSING_REFUSALS:
+            self.report_unsent(self.resolve(self.in_flight), reason)
+        else:
+            seconds = frame.get("retry_after")
+            if not isinstance(seconds, int | float):
+                seconds = math.inf if code == "locked" else HOLD_SECONDS  # a mode ends the lock
+            self.in_flight, self.hold_until = "", time.monotonic() + seconds
+            self.hold_reason = reason if code in HOST_REFUSALS else ""
+            asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
+
+    def on_act(self, frame: Mapping[str, Any]) -> None:
+        """A host, or an author, did something."""
+        if words := act_words(frame, self.words, self.recent):
+            self.view.notice(words, minor="counts" in frame)
+        match frame:
+            case {"kind": "delete", "to": int(seq)}:
+                self.recent.pop(seq, None)
+            case {"type": "cleared", "seq": int(seq)}:
+                self.recent = {n: message for n, message in self.recent.items() if n > seq}
+            case {"type": "mode", "talk": str(talk), "every": int(every), "door": str(door)}:
+                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
+            case {"type": "muted"}:
+                self.hold_until = 0
+            case {"type": "hosts", "names": [*names]}:
+                self.hosts = [shown(str(name)) for name in names]
+
+    # --- outbox ---
+
+    def say(self, text: str) -> None:
+        try:
+            self.outbox[secrets.token_hex(12)] = clean_text(text)
+        except Refused as refused:
+            self.report_unsent(text, refused.sentence(self.language))
+        self.update()
+
+    def update(self) -> None:
+        """After whatever has changed: says what can be said, and lets everybody know."""
+        ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
+        if ready and self.outbox and not self.in_flight and self.socket:
+            self.in_flight, text = next(iter(self.outbox.items()))
+            self.hold_reason = ""
+            self.send({"type": "say", "text": text, "cid": self.in_flight})
+        idle = self.connected and not self.outbox and self.after >= self.replay_end
+        (self.idle.set if idle else self.idle.clear)()
+        self.view.update()
+
+    def send(self, frame: Mapping[str, Any]) -> None:
+        """Into the connection, if there is one; a loss is noticed where it is read."""
+        with contextlib.suppress(tornado.websocket.WebSocketClosedError):
+            if self.socket:
+                written = self.socket.write_message(to_json(frame))
+                written.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def resolve(self, cid: object) -> str:
+        """Takes out of the outbox what is confirmed or given up; its text."""
+        if cid == self.in_flight:
+            self.in_flight = ""
+        return self.outbox.pop(str(cid), "")
+
+    def report_unsent(self, text: str, reason: str) -> None:
+        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
+
+    def people(self, most: int) -> str:
+        names = [f"{HOST_MARK} {name}" if name in self.hosts else name for name in [*self.members][:most]]
+        more = [self.words["js_more"].format(n=self.count - len(names))] if self.count > len(names) else []
+        return self.words["term_here"].format(names=", ".join([*names, *more]))
+
+    def now(self) -> datetime.datetime:
+        """By the room's clock, in our time zone."""
+        return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
+
+    def state(self) -> str:
+        """The word for how the connection is."""
+        if self.connected:
+            return "js_state_away" if self.store_away else "js_state_connected"
+        if self.connected is None:
+            return "js_state_connecting"
+        return "js_state_restarting" if self.restarting else "js_state_waiting"
+
+
+def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
+    """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
+    match frame:
+        case {"kind": "delete", "to": int(seq)} if seq in recent:
+            return words["term_deleted"].format(name=recent[seq][0])
+        case {"kind": "react", "to": int(seq), "counts": {**counts}} if seq in recent:
+            signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
+            return f"{signs} · {': '.join(recent[seq])}"
+        case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
+            return words["term_pinned"].format(name=shown(name), text=text)
+        case {"kind": "pin", "message": None}:
+            return words["term_unpinned"]
+        case {"type": "cleared", "by": str(by)}:
+            return words["term_cleared"].format(name=shown(by))
+        case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
+            clock = datetime.datetime.fromtimestamp(until / 1000)
+            return words["term_muted" if until else "term_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
+        case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
+            keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
+            keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
+            by = shown(f"{frame['by']}: ") if "by" in frame else ""
+            return by + " ".join(words[key].format(n=every) for key in keys)
+    return ""
+
+
+# --- what the user asks for ---
+
+
+def obey(client: Client, text: str) -> bool:
+    """Says what was typed, or does what stands after a slash. Whether the user wants to stay."""
+    command, _, rest = text.strip().partition(" ")
+    if command in COMMANDS:
+        client.view.notice(COMMANDS[command](client, rest.strip()))
+    elif command in ACTS:
+        act(client, command, rest.strip())
+    elif command == "/quit":
+        return False
+    elif re.match("/(?!/)", command):
+        client.view.notice(client.words["term_no_command"].format(command=shown(command)))
+    elif command:
+        client.say(text.removeprefix("/"))
+    return True
+
+
+def who(client: Client, rest: str) -> str:
+    return client.people(client.count)
+
+
+def help(client: Client, rest: str) -> str:
+    return client.words["term_help"] + ("\n" + client.words["term_help_host"] if client.is_host else "")
+
+
+def room_time(client: Client, wish: str) -> str:
+    """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
+    end = "/" + wish.lower().replace(" ", "_")
+    zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)] if wish else [""]
+    if not zones:
+        return client.words["term_no_zone"].format(zone=shown(wish))
+    zone = min(zones, key=lambda zone: (len(zone), zone))  # the one that was meant, where it was named in full
+    now = client.now().astimezone(zoneinfo.ZoneInfo(zone) if zone else None)
+    return client.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
+
+
+def act(client: Client, command: str, rest: str) -> None:
+    """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+    try:
+        client.send(ACTS[command](client, rest))
+    except ValueError:
+        client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
+
+
+def note_frame(client: Client, name: str, **fields: Any) -> dict[str, Any]:
+    """The frame for something that is done to the last message of somebody, or of all. Raises ValueError for none."""
+    wanted = name_key(name)
+    to = max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == wanted)
+    return {"type": "note", "to": to, **fields}
+
+
+def mute_frame(client: Client, rest: str) -> dict[str, Any]:
+    name, _, minutes = rest.rpartition(" ")
+    return {"type": "mute", "name": name.strip(), "seconds": 60 * int(minutes)}
+
+
+def clear_frame(client: Client, rest: str) -> dict[str, Any]:
+    """Raises ValueError where it isn't meant: it can't be undone."""
+    if rest != "yes":
+        raise ValueError
+    return {"type": "clear"}
+
+
+COMMANDS = {"/who": who, "/help": help, "/time": room_time}
+# What becomes a frame; ValueError where what stands behind the command makes no sense.
+ACTS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
+    "/delete-last": lambda client, name: note_frame(client, name or client.name, kind="delete"),
+    "/pin": lambda client, name: note_frame(client, name, kind="pin", value=True),
+    "/unpin": lambda client, _: note_frame(client, "", kind="pin", value=False),
+    "/mute": mute_frame,
+    "/remove": lambda client, name: {"type": "remove", "name": name, "seconds": REMOVE_SECONDS},
+    "/lock": lambda client, _: {"type": "mode", "talk": "hosts"},
+    "/open": lambda client, _: {"type": "mode", "talk": "everyone"},
+    "/slow": lambda client, seconds: {"type": "mode", "every": int(seconds)},
+    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"},
+    "/clear": clear_frame,
+}
+
+
+# === Terminal views ===================================================================================================
+# How a Client is seen and fed: a Screen is for a person at a terminal, Lines are for pipes.
+
+PENDING_ROWS = 3  # shown of what isn't sent yet
+WAITS = {"js_state_connected": "js_sending", "js_state_away": "js_waiting_store"}  # else js_waiting: for the connection
 NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; legible on black and on white
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
-
-
-class Ended(Exception):  # noqa: N818 - a fact, not an error
-    """The client can't go on; why, for its user."""
 
 
 def safe(text: str) -> str:
@@ -4105,312 +5534,23 @@ def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_colu
     return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
 
 
-def parse_any(raw: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} for anything else."""
-    try:
-        return parse_object(raw)
-    except Refused:
-        return {}
-
-
-class Client:
-    """One session in a room: it comes back after every loss, where it was, and what isn't confirmed is said again."""
-
-    view: Lines
-
-    def __init__(self, config: Config, language: str) -> None:
-        self.url, self.name, self.password = config.join or "", config.name, config.password
-        self.history = config.history
-        self.language, self.words = language, WORDS[language]
-        self.headers = {"Accept": "application/json", "Accept-Language": language}
-        self.let_in = False  # the room knows our session
-        self.clock_ahead = 0.0  # the room's clock, of ours, in s
-        self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
-        self.socket: tornado.websocket.WebSocketClientConnection | None = None
-        self.connected: bool | None = None  # None: for the first time
-        self.restarting = self.store_away = False
-        self.backoff = Backoff(RETRY_SECONDS)
-        self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
-        self.replay_end = 0  # up to this seq it is history
-        self.skipped = 0  # and up to this one, older than what the user wants
-        self.members: dict[str, None] = {}
-        self.count = 0
-        self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
-        self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
-        self.hold_until = 0.0  # nothing is said before, in s of time.monotonic
-        self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
-
-    async def log_in(self) -> None:
-        """A session under our name, the same one if we have it. Raises Ended if the room says no, and UNREACHED."""
-        answer = await self.post("login", nickname=self.name, password=self.password)
-        told = parse_any(answer.body)
-        if answer.code >= 500:
-            raise OSError(told.get("text", answer.reason))
-        match told:
-            case {"name": str(name)}:
-                self.name = shown(name)
-            case {"text": str(reason)}:
-                free = self.words["term_free"].format(name=told["suggestion"]) if "suggestion" in told else ""
-                raise Ended(f"{reason} {free}".rstrip())
-            case _:
-                raise self.no_room(f"{answer.code} {answer.reason}")
-        self.headers["Cookie"] = "; ".join(line.split(";")[0] for line in answer.headers.get_list("Set-Cookie"))
-        with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
-            date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
-            self.clock_ahead = date.timestamp() + 0.5 - time.time()
-
-    async def post(self, path: str, **form: str) -> tornado.httpclient.HTTPResponse:
-        body = urllib.parse.urlencode(form)
-        request = tornado.httpclient.HTTPRequest(self.url + path, "POST", self.headers, body, follow_redirects=False)
-        return await tornado.httpclient.AsyncHTTPClient().fetch(request, raise_error=False)
-
-    async def log_out(self) -> None:
-        """Gives the name back, so that it is free for whoever comes next."""
-        if self.handshake:  # one that is still under way would bring the name back
-            await asyncio.wait([self.handshake], timeout=LOGOUT_SECONDS)
-        with contextlib.suppress(*UNREACHED, TimeoutError):
-            await asyncio.wait_for(self.post("logout"), LOGOUT_SECONDS)
-
-    # --- connection ---
-
-    async def stay(self) -> NoReturn:
-        """Keeps connected. Raises Ended."""
-        while True:
-            try:
-                if self.epoch and not self.let_in:
-                    await self.log_in()
-                await self.connect()
-            except UNREACHED as error:
-                if not self.epoch:
-                    raise self.unreachable(error) from None
-            else:
-                await self.converse()
-            self.connected = False
-            self.update()
-            await self.backoff()
-
-    async def connect(self) -> None:
-        """A new socket, which goes on after the newest message heard. Raises UNREACHED."""
-        self.in_flight = ""
-        self.update()
-        place = {"after": self.after, "epoch": self.epoch} | ({"at": self.at} if self.at else {})
-        url = f"ws{self.url.removeprefix('http')}chat?{urllib.parse.urlencode(place if self.epoch else {})}"
-        request = tornado.httpclient.HTTPRequest(url, headers=self.headers)
-        self.handshake = asyncio.ensure_future(tornado.websocket.websocket_connect(request, ping_interval=PING_SECONDS))
-        self.socket = await asyncio.shield(self.handshake)
-
-    async def converse(self) -> None:
-        """Hears what the room says until the connection ends. Raises Ended if there is no coming back."""
-        assert self.socket is not None
-        try:
-            while (raw := await self.socket.read_message()) is not None:
-                self.receive(raw)
-                self.update()
-        finally:
-            self.socket.close()
-        code, reason = self.socket.close_code, self.socket.close_reason or ""
-        if word := self.words.get(f"js_closed_{code}"):
-            raise Ended(word.format(name=self.name))
-        if code == 4401:  # restarted without a lasting store
-            if not self.let_in or reason == "logout":
-                raise Ended(self.words.get(f"login_why_{reason}", reason))
-            self.let_in = False
-        if not self.epoch:
-            raise self.unreachable(ConnectionError(reason or "silence"))
-        self.restarting |= code == 1001
-
-    def no_room(self, reason: str) -> Ended:
-        return Ended(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
-
-    def unreachable(self, error: Exception) -> Ended:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Ended(self.words["term_unreachable"].format(url=self.url, reason=shown(reason)))
-
-    # --- frames ---
-
-    def receive(self, raw: str | bytes) -> None:
-        """Everything that the server says comes here; what only newer clients know is skipped. Raises Ended."""
-        match frame := parse_any(raw):
-            case {"type": "welcome", "name": str(), "title": str(), "members": [*_], "count": int(), "epoch": str(),
-                  "seq": int(), "recovered": bool(), "missed": int(), "reset": bool(),
-                  "limits": {"history": int()}}:  # fmt: skip
-                self.on_welcome(frame)
-            case {"type": "message", "seq": int(), "ts": int(ts), "name": str(), "text": str()} if ts in TIMES:
-                self.on_message(frame)
-            case {"type": "joined" | "left", "names": [*_], "count": int()}:
-                self.on_passage(frame)
-            case {"type": "refused", "code": str(), "text": str()}:
-                self.on_refused(frame)
-            case {"type": "store", "available": bool(available)}:
-                self.store_away, self.hold_until = not available, 0
-            case {"type": "time", "ts": int(ts)} if ts in TIMES:
-                self.clock_ahead = ts / 1000 - time.time()
-            case _ if not self.epoch:
-                raise self.no_room(str(raw))
-
-    def on_welcome(self, frame: Mapping[str, Any]) -> None:
-        """The beginning of a connection, or of a new history."""
-        first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
-        self.name, self.count = shown(frame["name"]), frame["count"]
-        self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.connected = self.let_in = True
-        self.restarting = self.store_away = False
-        self.hold_until = 0
-        self.backoff.reset()
-        if not frame["recovered"]:  # what was before won't come
-            self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
-        if first:
-            self.skipped = frame["seq"] - self.history
-            title, hint = shown(frame["title"]), self.words["term_hint"]
-            self.view.notice(f"{title} · {self.people(NAMES_IN_LINE)} · {hint}", minor=True)
-        if frame["reset"]:
-            self.skipped = 0
-            self.view.notice(self.words["js_reset"])
-        if frame["missed"]:
-            self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
-
-    def on_message(self, frame: Mapping[str, Any]) -> None:
-        """Somebody said something; if it is what we said, it is confirmed."""
-        if frame["seq"] > self.after:
-            self.after, self.at = frame["seq"], frame["ts"]
-        if frame["seq"] > self.skipped:
-            self.view.message({**frame, "text": self.text_of(frame)})
-        if shown(frame["name"]) == self.name:
-            self.settle(frame.get("cid"))
-
-    def text_of(self, frame: Mapping[str, Any]) -> str:
-        """The text, and below it the address of a picture."""
-        match frame.get("picture"):
-            case {"id": str(id)}:
-                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
-        return str(frame["text"])
-
-    def on_passage(self, frame: Mapping[str, Any]) -> None:
-        """Somebody came or went."""
-        self.count = frame["count"]
-        names = [shown(str(name)) for name in frame["names"] if name != self.name]
-        for name in names:
-            self.members.pop(name, None)
-        if frame["type"] == "joined":
-            self.members |= dict.fromkeys(names)
-        if names:
-            self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
-
-    def on_refused(self, frame: Mapping[str, Any]) -> None:
-        """What we said wasn't stored: later, or never."""
-        if frame["code"] not in PASSING_REFUSALS:
-            self.unsent(self.settle(frame.get("cid")), shown(frame["text"]))
-        elif self.in_flight and frame.get("cid") == self.in_flight:
-            told = frame.get("retry_after")
-            wait = told if isinstance(told, int | float) else HOLD_SECONDS
-            self.in_flight, self.hold_until = "", time.monotonic() + wait
-            asyncio.get_running_loop().call_later(wait + 0.02, self.update)
-
-    # --- outbox ---
-
-    def say(self, text: str) -> None:
-        try:
-            self.outbox[secrets.token_hex(12)] = clean_text(text)
-        except Refused as refused:
-            self.unsent(text, refused.sentence(self.language))
-        self.update()
-
-    def update(self) -> None:
-        """After whatever has changed: says what can be said, and lets everybody know."""
-        ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
-        if ready and self.outbox and not self.in_flight and self.socket:
-            self.in_flight, text = next(iter(self.outbox.items()))
-            with contextlib.suppress(KeyError):  # the reader will tell
-                written = self.socket.write_message(to_json({"type": "say", "text": text, "cid": self.in_flight}))
-                written.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if self.connected and not self.outbox and self.after >= self.replay_end:
-            self.idle.set()
-        else:
-            self.idle.clear()
-        self.view.update()
-
-    def settle(self, cid: object) -> str:
-        """Takes out of the outbox what is confirmed or given up; its text."""
-        if cid == self.in_flight:
-            self.in_flight = ""
-        return self.outbox.pop(str(cid), "")
-
-    def unsent(self, text: str, reason: str) -> None:
-        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
-
-    # --- what the user asks ---
-
-    def command(self, text: str) -> bool:
-        """What was typed: something to say, or after a slash something to do. Whether the user wants to stay."""
-        name, _, rest = text.strip().partition(" ")
-        if name in COMMANDS:
-            self.view.notice(COMMANDS[name](self, rest.strip()))
-        elif name == "/quit":
-            return False
-        elif re.match("/(?!/)", name):
-            self.view.notice(self.words["term_no_command"].format(command=shown(name)))
-        elif name:
-            self.say(text.removeprefix("/"))
-        return True
-
-    def who(self, rest: str) -> str:
-        return self.people(self.count)
-
-    def help(self, rest: str) -> str:
-        return self.words["term_help"]
-
-    def people(self, most: int) -> str:
-        names = [*self.members][:most]
-        more = [self.words["js_more"].format(n=self.count - len(names))] if self.count > len(names) else []
-        return self.words["term_here"].format(names=", ".join([*names, *more]))
-
-    def now(self) -> datetime.datetime:
-        """The room's clock, in our time zone."""
-        return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
-
-    def room_time(self, wish: str) -> str:
-        """The room's clock in a time zone, which may be named by its city alone; without one, in ours."""
-        end = "/" + wish.lower().replace(" ", "_")
-        zones = [zone for zone in zoneinfo.available_timezones() if f"/{zone}".lower().endswith(end)] if wish else [""]
-        if not zones:
-            return self.words["term_no_zone"].format(zone=shown(wish))
-        zone = min(zones, key=lambda zone: (len(zone), zone))  # the one that was meant, where it was named in full
-        now = self.now().astimezone(zoneinfo.ZoneInfo(zone) if zone else None)
-        return self.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
-
-    def state(self) -> str:
-        """The word for how the connection is."""
-        if self.connected:
-            return "js_state_away" if self.store_away else "js_state_connected"
-        if self.connected is None:
-            return "js_state_connecting"
-        return "js_state_restarting" if self.restarting else "js_state_waiting"
-
-
-# What a user can ask for, and who answers.
-COMMANDS = {"/who": Client.who, "/help": Client.help, "/time": Client.room_time}
-
-
-# === Terminal views ===================================================================================================
-# How a Client is seen and fed: a Screen is for a person at a terminal, Lines are for pipes.
-
-
 class Lines:
     """Pipes: a line of stdin is said, a message is a line of stdout; whatever else there is to know goes to stderr."""
 
     def __init__(self, client: Client, config: Config) -> None:
         self.client, self.config, self.words = client, config, client.words
-        self.told, self.leaving = "js_state_connected", asyncio.Event()
+        self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
+        self.hold_reason = ""  # the one that was told last
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def message(self, frame: Mapping[str, Any]) -> None:
-        """Somebody said something. Raises Ended, without a word when nobody reads any more."""
+    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+        """Raises FatalError, without a word when nobody reads any more."""
         try:
-            print(lines_for(sys.stdout, f"{shown(frame['name'])}: {frame['text']}"), flush=True)
+            print(lines_for(sys.stdout, f"{author}: {frame['text']}"), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
-            raise Ended("" if isinstance(error, BrokenPipeError) else error.strerror) from None
+            raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
         if self.config.verbose or not minor:
@@ -4418,11 +5558,14 @@ class Lines:
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
     def update(self) -> None:
-        """Tells when the connection is lost, and when it is back."""
-        if (state := self.client.state()) not in (self.told, "js_state_connecting"):
-            self.told = state
+        """Tells when the connection is lost, and when it is back; and why a host lets nobody write."""
+        if (state := self.client.state()) not in (self.state, "js_state_connecting"):
+            self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
+        if (reason := self.client.hold_reason) not in ("", self.hold_reason):
+            self.hold_reason = reason
+            self.notice(reason)
 
     async def read(self) -> None:
         """Says what comes, until it ends and all is confirmed."""
@@ -4434,16 +5577,16 @@ class Lines:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
         with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
             for line in read_lines():
-                asyncio.run_coroutine_threadsafe(self.take(line), loop).result()
+                asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
             loop.call_soon_threadsafe(self.leaving.set)
 
-    async def take(self, line: str) -> None:
-        """One line: waits until it is confirmed, or does what a person asks for who types it."""
+    async def on_line(self, line: str) -> None:
+        """Says it and waits until that is confirmed, or does what a person asks for who types it."""
         if not sys.stdin.isatty():
             if line.strip():
                 self.client.say(line)
                 await self.client.idle.wait()
-        elif not self.client.command(line):
+        elif not obey(self.client, line):
             self.leaving.set()
 
 
@@ -4474,14 +5617,14 @@ class Screen(Lines):
             lambda: f"{client.name}> ", key_bindings=keys, enable_suspend=True, erase_when_done=True
         )
 
-    def message(self, frame: Mapping[str, Any]) -> None:
+    def message(self, author: str, frame: Mapping[str, Any]) -> None:
         """With the time of the room's clock, in our zone."""
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
             self.show([f"~ {self.day}"], "2")
         head, name = f"{when:%H:%M} ", shown(frame["name"])
-        first, *rows = self.rows(f"{head}{name}: {frame['text']}")
+        first, *rows = self.rows(f"{head}{author}: {frame['text']}")
         color = f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}"
         colored = self.styled(head, "2") + first[len(head) :].replace(name, self.styled(name, color), 1)
         self.show([colored, *rows])
@@ -4505,7 +5648,8 @@ class Screen(Lines):
         """Below what is being typed: what is wrong, and what isn't sent yet."""
         texts, state = [*self.client.outbox.values()], self.client.state()
         rows = [self.words[state]] if state != "js_state_connected" else []
-        rows += [f"{self.words[WAITS.get(state, 'js_waiting')]} · {shown(text)}" for text in texts[:PENDING_ROWS]]
+        why = self.client.hold_reason or self.words[WAITS.get(state, "js_waiting")]
+        rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
         if len(texts) > PENDING_ROWS:
             rows.append(f"+ {len(texts) - PENDING_ROWS}")
         self.session.bottom_toolbar = "\n".join(rows) or None
@@ -4514,7 +5658,7 @@ class Screen(Lines):
     async def read(self) -> None:
         """Until the user leaves and has been heard."""
         with self.tools.patch_stdout.patch_stdout(raw=True), contextlib.suppress(EOFError, KeyboardInterrupt):
-            while self.client.command(await self.session.prompt_async(handle_sigint=False)):
+            while obey(self.client, await self.session.prompt_async(handle_sigint=False)):
                 pass
         if self.client.outbox:
             with contextlib.suppress(TimeoutError):
@@ -4532,7 +5676,7 @@ def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> L
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
-    """Talks in a room until its user or the room ends it. Raises Ended."""
+    """Talks in a room until its user or the room ends it. Raises FatalError."""
     locale = environ.get("LC_ALL") or environ.get("LC_MESSAGES") or environ.get("LANG") or ""
     client = Client(config, choose_language(locale.replace("_", "-")))
     try:
@@ -4542,7 +5686,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
     client.view = choose_view(client, config, environ)
     try:
         stop = stop_on_signals()
-        tasks = [asyncio.create_task(task) for task in (client.stay(), client.view.read(), stop.wait())]
+        tasks = [asyncio.create_task(task) for task in (client.keep_connected(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
@@ -4559,7 +5703,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
 
-CLIENT_SETTINGS = ("password", "history")  # of the environment, with --join
+CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
 
 
 class Parser(argparse.ArgumentParser):
@@ -4570,20 +5714,18 @@ class Parser(argparse.ArgumentParser):
         self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
         self.exit(2, f"tornchat: {message} (--help tells more)\n")
 
     def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
         """An option with a value, which may stand in one of these variables of the environment instead."""
         variables = env.split()
-        action = self.add_argument(
-            *flags, type=type, help=f"{help} [{', '.join(variables)}]" if env else help, **kwargs
-        )
+        help += f" [{', '.join(variables)}]" if env else ""
+        action = self.add_argument(*flags, type=type, help=help, **kwargs)
         self.variables[action.dest] = variables, type
 
     def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
         """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
-        variables, kind = self.variables.get(dest, ((), str))
+        variables, kind = self.variables[dest]
         for name in filter(environ.get, variables):
             try:
                 return {dest: kind(environ[name])}
@@ -4645,7 +5787,7 @@ def add_options(parser: Parser) -> None:
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
     option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
            help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action=Joined,
+    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
            metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
@@ -4655,7 +5797,14 @@ def add_options(parser: Parser) -> None:
            help="for a Redis that doesn't answer yet at the start; default 30")
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT is a host; default: made up")
+    option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
+           help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
+           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
@@ -4666,16 +5815,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
 
 
-class Joined(argparse.Action):
-    """For an option that may be given several times, each time with several values."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        """Called by argparse."""
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+# What the value of an option must be. Each of these raises ArgumentTypeError with the reason.
 
 
 def text(value: str) -> str:
-    """Any text. Raises ArgumentTypeError for none: it is an unset variable, and might leave a door open."""
+    """Any text but none, which is mostly an unset variable, and might leave a door open."""
     if not value:
         raise argparse.ArgumentTypeError("is empty")
     if any(unicodedata.category(char) == "Cs" for char in value):  # what os.fsdecode makes of bytes that are no text
@@ -4684,7 +5828,6 @@ def text(value: str) -> str:
 
 
 def host_address(value: str) -> str:
-    """An address or name of this machine. Raises ArgumentTypeError."""
     with contextlib.suppress(UnicodeError):
         value.encode("idna")
         return text(value)
@@ -4692,7 +5835,6 @@ def host_address(value: str) -> str:
 
 
 def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
-    """A number of that kind. Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError):
         if least <= (value := kind(text)) <= most:
             return value
@@ -4708,36 +5850,42 @@ patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
 
 def yes_or_no(text: str) -> bool:
-    """A switch in the environment. Raises ArgumentTypeError."""
-    if text.lower() not in ("1", "yes", "true", "on", "0", "no", "false", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-    return text.lower() in ("1", "yes", "true", "on")
+    if text.lower() in ("1", "yes", "true", "on"):
+        return True
+    if text.lower() in ("0", "no", "false", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+
+
+def transcript_readers(value: str) -> str:
+    """Raises ArgumentTypeError."""
+    if value not in ("host", "everyone", "off"):
+        raise argparse.ArgumentTypeError(f"{value!r} is neither host, everyone nor off")
+    return value
 
 
 def room_title(value: str) -> str:
-    """A title. Raises ArgumentTypeError."""
     if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
     return text(value)
 
 
 def room_name(value: str) -> str:
-    """Part of a Redis key, where braces and colons mean something. Raises ArgumentTypeError."""
+    """Part of a Redis key, where braces and colons mean something."""
     if not re.fullmatch(r"[^\s{}:]{1,64}", value):
         raise argparse.ArgumentTypeError(f"{value!r} is not 1 to 64 characters without spaces, colons and braces")
     return text(value)
 
 
-def host_names(text: str) -> tuple[str, ...]:
-    """Host names, separated by commas. Raises ArgumentTypeError."""
-    names = tuple(host_name(name) for name in map(str.strip, text.split(",")) if name)
+def host_names(text: str) -> list[str]:
+    names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
     if not names or "" in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
     return names
 
 
 def redis_url(value: str) -> str:
-    """A URL that redis-py can use. Raises ArgumentTypeError, which doesn't quote it: there may be a password in it."""
+    """A URL that redis-py can use. The reason doesn't quote it: there may be a password in it."""
     with contextlib.suppress(ValueError, TypeError, RedisError):
         url = urllib.parse.urlsplit(value)
         host = (url.hostname or "").encode("idna")
@@ -4748,7 +5896,7 @@ def redis_url(value: str) -> str:
 
 
 def room_url(text: str) -> str:
-    """The address of a room, as its routes begin. Raises ArgumentTypeError.
+    """The address of a room, as its routes begin.
 
     People leave out the scheme, and then mean our default port; or they copy the address of a page.
     """
@@ -4770,18 +5918,19 @@ def user_name(environ: Mapping[str, str]) -> str:
     return ""
 
 
-class OneASecond(logging.Filter):
-    """What visitors can cause comes once a second from each place in the code; the next line says how many there were.
-
-    What becomes of the room is always told, and so is what -v asks for.
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes to stderr what can steer no terminal, and what visitors can cause once a second from each place in the
+    code; the next line says how many there were. What becomes of the room, and what -v asks for, is always written.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was let through, how many since not
+        self.places: dict[tuple[object, ...], tuple[float, int]] = {}  # when one was written, how many since not
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))  # a traceback keeps its newlines
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Called by logging."""
         if record.levelno < logging.INFO or record.name == log.name:
             return True
         place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
@@ -4796,32 +5945,35 @@ class OneASecond(logging.Filter):
         return True
 
 
-class SafeFormatter(logging.Formatter):
-    """Log lines without anything that could steer a terminal, whoever it comes from."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Called by logging; a traceback keeps its newlines."""
-        return "\n".join(map(shown, super().format(record).split("\n")))
-
-
 def configure_logging(config: Config) -> None:
     """On stderr: warnings with -q, what becomes of the room without, requests with -v, everything with -v -v.
 
     A terminal has no need of dates, nor of lines that say what the banner says.
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    handler = logging.StreamHandler()
-    handler.addFilter(OneASecond())
-    dates = "%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z"
-    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s", dates))
     level = logging.CRITICAL if config.join else logging.WARNING  # a client tells by itself what Tornado complains of
-    logging.basicConfig(handlers=[handler], level=logging.DEBUG if config.verbose > 1 else level)
+    logging.basicConfig(
+        handlers=[LogHandler()],
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S" if terminal else "%Y-%m-%d %H:%M:%S%z",
+        level=logging.DEBUG if config.verbose > 1 else level,
+    )
     terse = config.quiet or terminal or config.inherited  # the supervisor speaks for its workers
     log.setLevel(logging.DEBUG if config.verbose else logging.WARNING if terse else logging.INFO)
 
 
+async def run(config: Config) -> None:
+    """Talks in a room, serves one, or keeps workers that do. Raises FatalError."""
+    wake_on_signals()
+    if config.join:
+        await join(config, os.environ)
+    elif config.workers > 1 and not config.inherited:
+        await supervise(config, [sys.executable, __file__, *sys.argv[1:]])
+    else:
+        await serve(config)
+
+
 def main() -> None:
-    """The program."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed standard stream must not become a socket
         pass
     os.close(descriptor)
@@ -4830,13 +5982,8 @@ def main() -> None:
     config = parse_config(sys.argv[1:], os.environ)
     configure_logging(config)
     try:
-        if config.join:
-            asyncio.run(join(config, os.environ))
-        elif config.workers > 1 and not config.inherited:
-            asyncio.run(supervise(config, [sys.executable, __file__, *sys.argv[1:]]))
-        else:
-            asyncio.run(serve(config))
-    except (StartError, Ended) as error:
+        asyncio.run(run(config))
+    except FatalError as error:
         sys.exit(lines_for(sys.stderr, f"tornchat: {error}") if str(error) else 0)
     on_stop_signals(signal.SIG_IGN)  # the rest takes no time, and must not spoil the exit code
 
@@ -4980,6 +6127,36 @@ TEXTS = {
         "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
         "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
     ),
+    "term_no_host": ("The room does not take that --host-key.", "聊天室不接受该 --host-key。"),
+    "term_help_host": (
+        "/delete-last NAME: the last message of NAME, or your own\n"
+        "/pin NAME: the last message of NAME, or of all, stands above the others; /unpin\n"
+        "/mute NAME MINUTES: NAME can only read, for so long; 0 ends it\n"
+        "/remove NAME: out of the room, for 10 minutes\n"
+        "/lock: only hosts can write; /open ends that\n"
+        "/slow SECONDS: between two messages of a member; 0 ends it\n"
+        "/door: nobody new gets in; once more ends that\n"
+        "/clear yes: deletes all that was said",
+        "/delete-last 名字：删除此人（或自己）的最后一条消息\n"
+        "/pin 名字：置顶此人（或所有人）的最后一条消息；/unpin 取消\n"
+        "/mute 名字 分钟：在此期间禁止此人发言；0 为解除\n"
+        "/remove 名字：请出聊天室 10 分钟\n"
+        "/lock：仅主持人可发言；/open 解除\n"
+        "/slow 秒数：每人两条消息的间隔；0 为解除\n"
+        "/door：不再让新人进入；再次输入则恢复\n"
+        "/clear yes：删除所有消息",
+    ),
+    "term_answer": ("{name} (to {other})", "{name}（回复{other}）"),
+    "term_deleted": ("A message of {name} was deleted.", "{name}的一条消息已删除。"),
+    "term_cleared": ("{name} deleted all that was said before.", "{name}清空了聊天室，此前的消息均已删除。"),
+    "term_pinned": ("Pinned: {name}: {text}", "置顶：{name}：{text}"),
+    "term_unpinned": ("No message is pinned any more.", "已取消置顶。"),
+    "term_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
+    "term_unmuted": ("{name} can write again.", "{name}可以发言了。"),
+    "term_locked": ("Only hosts can write.", "仅主持人可以发言。"),
+    "term_unlocked": ("Everybody can write.", "所有人都可以发言。"),
+    "term_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
+    "term_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
     "term_no_command": (
         "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
         "没有 {command} 这个命令，只有 /who /time /quit /help。要发送它，请输入 /{command}",
@@ -5008,7 +6185,21 @@ TEXTS = {
     ),
     "refused_not-json": ("That is not JSON.", "这不是 JSON。"),
     "refused_binary": ("Only text frames are understood.", "只接受文本帧。"),
-    "refused_unknown-type": ("Only frames of the type “say” are understood.", "只接受类型为“say”的帧。"),
+    "refused_unknown-type": (
+        "The type of a frame is say, note, clear, mute, remove or mode.",
+        "帧的类型须为 say、note、clear、mute、remove 或 mode。",
+    ),
+    "refused_bad-field": ("The field “{field}” is missing or wrong.", "字段“{field}”缺失或有误。"),
+    "refused_host-key": ("That is not the host’s key of this room.", "这不是本聊天室的主持密钥。"),
+    "refused_not-host": ("Only a host can do that.", "只有主持人可以这样做。"),
+    "refused_is-host": ("{name} is a host, and hosts can’t be muted or removed.", "{name}是主持人，不能禁言或移出。"),
+    "refused_no-member": ("Nobody here has the name “{name}”.", "这里没有人叫“{name}”。"),
+    "refused_no-message": ("That message is gone, or too old.", "该消息已不存在，或者太旧了。"),
+    "refused_muted": ("A host has muted you for a while.", "主持人已将您暂时禁言。"),
+    "refused_locked": ("Only hosts can write now.", "现在只有主持人可以发言。"),
+    "refused_slow": ("Everybody can write one message in {every} s.", "每人每 {every} 秒可以发一条消息。"),
+    "refused_door": ("The door is closed: nobody new can come in now.", "聊天室已关门，暂不接受新成员。"),
+    "refused_removed": ("A host has removed you from the room for a while.", "主持人已将您暂时移出聊天室。"),
     "refused_bad-cid": (
         "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ and -.",
         "cid 须由 1 到 64 个 A-Z a-z 0-9 _ - 字符组成。",
@@ -5067,25 +6258,25 @@ def page_words(language: str) -> dict[str, str]:
 # With the header's "no-referrer" a form's Origin would be "null", and on plain http, where browsers send no
 # Sec-Fetch-Site, a login would look like another page's: so the pages ask for "same-origin".
 # language=html
-PLAIN_HTML = r"""<!doctype html>
+PAGE_HTML = r"""<!doctype html>
 <html lang="{{ lang }}">
 <head>
   <meta charset="utf-8">
   <meta name="referrer" content="same-origin">
-  <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+  <meta name="viewport"
+    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
   <title>{{ title }}</title>
-  <link rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml">
+  <link id="icon" rel="icon" href="{{ root }}{{ asset("icon.svg") }}" type="image/svg+xml"
+    data-unread="{{ root }}{{ asset("icon-unread.svg") }}">
   <link rel="stylesheet" href="{{ root }}{{ asset("style.css") }}">
   <script src="{{ root }}{{ asset("theme.js") }}"></script>
 </head>
-<body class="login">
-{% block main %}{% end %}
-</body>
+{% block body %}{% end %}
 </html>
 """
 
 # language=html
-LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
+LOGIN_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <img src="{{ asset("icon.svg") }}" alt="" width="56" height="56">
     <h1 dir="auto">{{ title }}</h1>
@@ -5108,34 +6299,21 @@ LOGIN_HTML = r"""{% extends "plain.html" %}{% block main %}
     </form>
     <p class="hint">{{ kept }}</p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-ERROR_HTML = r"""{% extends "plain.html" %}{% block main %}
+ERROR_HTML = r"""{% extends "page.html" %}{% block body %}<body class="login">
   <main>
     <h1 dir="auto">{{ title }}</h1>
     <p class="error" role="alert">{{ text }}</p>
     <p><a href="{{ root }}">{{ w["error_back"] }}</a></p>
   </main>
-{% end %}
+</body>{% end %}
 """
 
 # language=html
-CHAT_HTML = r"""<!doctype html>
-<html lang="{{ lang }}">
-<head>
-  <meta charset="utf-8">
-  <meta name="referrer" content="same-origin">
-  <meta name="viewport"
-    content="width=device-width, initial-scale=1, viewport-fit=cover, interactive-widget=resizes-content">
-  <title>{{ title }}</title>
-  <link id="icon" rel="icon" href="{{ asset("icon.svg") }}" data-unread="{{ asset("icon-unread.svg") }}"
-    type="image/svg+xml">
-  <link rel="stylesheet" href="{{ asset("style.css") }}">
-  <script src="{{ asset("theme.js") }}"></script>
-  <script src="{{ asset("chat.js") }}" defer></script>
-</head>
+CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
 <body class="chat {{ view }}" data-view="{{ view }}" data-state="connecting" data-name="{{ name }}" data-now="{{ now }}"
   data-words="{{ words }}">
   <header>
@@ -5195,26 +6373,28 @@ CHAT_HTML = r"""<!doctype html>
   </div></dialog>
   <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
     <button class="plain" type="button">{{ w["chat_close"] }}</button></dialog>
-</body>
-</html>
+  <script src="{{ asset("chat.js") }}"></script>
+</body>{% end %}
 """
 
 # language=css
 STYLE_CSS = r"""
 :root {
-  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a;
-  --line: #dcdfd9; --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4;
-  --on-warn: #5c3f00; --bad: #a32c1b; --shadow: 0 1px 2px #1c232614; --code: #1c23260d;
-  --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
+  color-scheme: light; --page: #f3f4f0; --surface: #fff; --ink: #1c2326; --quiet: #59646a; --line: #dcdfd9;
+  --accent: #0f6b5c; --on-accent: #fff; --mine: #d5ece4; --warn: #ffedc4; --on-warn: #5c3f00; --bad: #a32c1b;
+  --shadow: 0 1px 2px #1c232614; --code: #1c23260d; --name: .47 .13; --face: .9 .06; --on-face: .42 .12;
 }
 :root[data-theme="dark"] {
-  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad;
-  --line: #2d373b; --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d;
-  --on-warn: #ffdf9b; --bad: #ff9f8f; --shadow: 0 0 #0000; --code: #ffffff12;
-  --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
+  color-scheme: dark; --page: #121719; --surface: #1e2629; --ink: #e4eae9; --quiet: #9aa8ad; --line: #2d373b;
+  --accent: #5fcdb3; --on-accent: #06251e; --mine: #174037; --warn: #43340d; --on-warn: #ffdf9b; --bad: #ff9f8f;
+  --shadow: 0 0 #0000; --code: #ffffff12; --name: .82 .1; --face: .36 .07; --on-face: .9 .07;
 }
 
-:root { font-size: max(100%, .6vw); }  /* 4K: not smaller than a hand can point at */
+:root {
+  font-size: max(100%, .6vw);  /* 4K: not smaller than a hand can point at */
+  --left: max(12px, env(safe-area-inset-left)); --right: max(12px, env(safe-area-inset-right));
+  --foot: max(12px, env(safe-area-inset-bottom));
+}
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -5222,36 +6402,31 @@ input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
 .chat:not(.live) .scripted { display: none !important; }
 .chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
-  margin: 0;
-  background: var(--page);
-  color: var(--ink);
-  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
-  -webkit-text-size-adjust: 100%;
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif; -webkit-text-size-adjust: 100%;
   scrollbar-color: var(--quiet) transparent;
 }
 h1, h2, p, ul { margin: 0; padding: 0; }
 a { color: var(--accent); }
 svg { width: 22px; height: 22px; fill: currentColor; vertical-align: middle; }
 button {
-  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0;
-  border-radius: 12px; background: var(--accent); color: var(--on-accent);
-  font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
+  min-width: 44px; min-height: 44px; padding: 0 16px; border: 0; border-radius: 12px; background: var(--accent);
+  color: var(--on-accent); font: inherit; font-weight: 600; cursor: pointer; touch-action: manipulation;
 }
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input:not([type="checkbox"]), textarea, select {
-  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet);
-  border-radius: 12px; background: var(--surface); color: inherit; font: inherit;
+  width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
+  background: var(--surface); color: inherit; font: inherit;
 }
 
 /* Login */
 .login main { max-width: 24rem; margin: 0 auto; padding: min(14vh, 7rem) 20px 32px; text-align: center; }
 .login h1 { margin: 8px 0 24px; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 .login form {
-  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line);
-  border-radius: 20px; background: var(--surface); box-shadow: var(--shadow);
-  text-align: start;
+  margin-bottom: 20px; padding: 24px; border: 1px solid var(--line); border-radius: 20px; background: var(--surface);
+  box-shadow: var(--shadow); text-align: start;
 }
 .login label { display: block; margin-bottom: 6px; font-weight: 600; }
 .login form button { width: 100%; min-height: 48px; }
@@ -5264,16 +6439,13 @@ input:not([type="checkbox"]), textarea, select {
 
 /* Chat: header, people, messages, composer */
 .chat {
-  display: grid;
-  grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
-  height: var(--height, 100dvh);
+  display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem; height: var(--height, 100dvh);
   overflow: hidden;
 }
 header {
-  position: relative; z-index: 3; grid-column: 1 / -1; display: flex;
-  align-items: center; gap: 12px; min-height: 56px;
-  padding: env(safe-area-inset-top) max(16px, env(safe-area-inset-right)) 0 max(16px, env(safe-area-inset-left));
-  border-bottom: 1px solid var(--line); background: var(--surface);
+  position: relative; z-index: 3; grid-column: 1 / -1; display: flex; align-items: center; gap: 12px; min-height: 56px;
+  padding: env(safe-area-inset-top) var(--right) 0 var(--left); border-bottom: 1px solid var(--line);
+  background: var(--surface);
 }
 header h1 { overflow: hidden; font-size: 1.125rem; text-overflow: ellipsis; white-space: nowrap; }
 header .plain { flex: none; border: 0; padding: 0 10px; }
@@ -5283,13 +6455,12 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 /* The state: a dot beside the title while all is well, else a strip that covers nothing new */
 #state { flex: none; color: var(--quiet); font-size: .8125rem; }
 #state::before {
-  content: ""; display: inline-block; width: .6em; height: .6em;
-  margin-inline-end: 6px; border-radius: 50%; background: #2c9c6a;
+  content: ""; display: inline-block; width: .6em; height: .6em; margin-inline-end: 6px; border-radius: 50%;
+  background: #2c9c6a;
 }
 .chat:not([data-state="connected"]) #state {
-  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px;
-  background: var(--warn); color: var(--on-warn); font-size: .9375rem;
-  text-align: center; animation: appear .2s backwards;
+  position: absolute; inset: 100% 16rem auto 0; padding: 8px 16px; background: var(--warn); color: var(--on-warn);
+  font-size: .9375rem; text-align: center; animation: appear .2s backwards;
 }
 .chat:not([data-state="connected"]) #state::before { background: #d98a00; }
 .chat[data-state="connecting"] #state { animation-delay: .6s; }
@@ -5298,10 +6469,8 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 @keyframes appear { from { opacity: 0; } }
 
 #roster {
-  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px;
-  min-height: 0;
-  padding: 16px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom)) 12px;
-  border-inline-start: 1px solid var(--line); background: var(--surface);
+  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px; min-height: 0;
+  padding: 16px var(--right) var(--foot) 12px; border-inline-start: 1px solid var(--line); background: var(--surface);
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
@@ -5318,22 +6487,16 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
-  display: flex; flex-direction: column; justify-content: flex-end;
-  max-width: 56rem; min-height: 100%; margin: 0 auto;
-  padding: 16px max(12px, env(safe-area-inset-right)) 8px max(12px, env(safe-area-inset-left));
+  display: flex; flex-direction: column; justify-content: flex-end; max-width: 56rem; min-height: 100%; margin: 0 auto;
+  padding: 16px var(--right) 8px var(--left);
 }
 [data-state="connected"] #log:empty::before {
-  content: attr(data-empty);
-  display: block;
-  padding: 32px 0;
-  color: var(--quiet);
-  text-align: center;
+  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
-  flex: none; display: grid; place-items: center; width: 32px; height: 32px;
-  border-radius: 50%; background: oklch(var(--face) var(--hue));
-  color: oklch(var(--on-face) var(--hue)); font-size: .875rem; font-weight: 700;
-  text-transform: uppercase;
+  flex: none; display: grid; place-items: center; width: 32px; height: 32px; border-radius: 50%;
+  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .875rem;
+  font-weight: 700; text-transform: uppercase;
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
@@ -5346,12 +6509,8 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message[data-day]::before, .notice { padding: 8px 12px; color: var(--quiet); font-size: .8125rem; text-align: center; }
 .message[data-day]::before { margin-bottom: 8px; font-weight: 600; }
 .bubble {
-  position: relative;
-  max-width: min(85% - 40px, 40rem);
-  padding: 7px 12px;
-  border-radius: 6px 16px 16px;
-  background: var(--surface);
-  box-shadow: var(--shadow);
+  position: relative; max-width: min(85% - 40px, 40rem); padding: 7px 12px; border-radius: 6px 16px 16px;
+  background: var(--surface); box-shadow: var(--shadow);
 }
 /* The time stands beside the last line if there is room, else below */
 .line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
@@ -5381,10 +6540,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
 [data-kind="missed"], [data-kind="reset"], [data-kind="refused"] {
-  margin: 12px auto;
-  border-radius: 12px;
-  background: var(--warn);
-  color: var(--on-warn);
+  margin: 12px auto; border-radius: 12px; background: var(--warn); color: var(--on-warn);
 }
 #outbox .bubble { border: 1px dashed var(--quiet); background: none; box-shadow: none; }
 #outbox .failed .bubble { border-color: var(--bad); }
@@ -5394,21 +6550,17 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .choices button + button { border: 1px solid var(--line); background: none; color: inherit; }
 
 #composer {
-  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap;
-  align-items: flex-end; gap: 0 8px; width: 100%; max-width: 56rem; margin: 0 auto;
-  padding: 8px max(12px, env(safe-area-inset-right)) max(12px, env(safe-area-inset-bottom))
-    max(12px, env(safe-area-inset-left));
+  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap; align-items: flex-end; gap: 0 8px; width: 100%;
+  max-width: 56rem; margin: 0 auto; padding: 8px var(--right) var(--foot) var(--left);
 }
 #box {
-  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px);
-  border-radius: 22px; resize: none;
+  flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
+  resize: none;
 }
 #send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
-#matches {
-  position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px;
-}
+#matches { position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px; }
 #matches button {
   max-width: 100%; border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003;
   overflow-wrap: anywhere;
@@ -5416,8 +6568,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
-  position: absolute; bottom: 100%; left: 50%; translate: -50%;
-  border-radius: 22px; box-shadow: 0 2px 8px #0004;
+  position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
 /* Pictures: as large as they will be, before they are there */
@@ -5442,8 +6593,8 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
-  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px;
-  background: var(--surface); color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
+  width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
+  color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
 }
 dialog div { padding: 24px; }
 dialog::backdrop { background: #0008; }
@@ -5469,8 +6620,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
-  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0;
-  box-shadow: none; outline: none;
+  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0; box-shadow: none;
+  outline: none;
 }
 .projector #invite div { padding: 1.2vw; }
 .projector #code { width: min(100%, 40vh); }
@@ -5489,10 +6640,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
   #join span { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
-    position: fixed; z-index: 2;
-    inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
-    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%;
-    transition: translate .2s, visibility .2s;
+    position: fixed; z-index: 2; inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
+    box-shadow: -8px 8px 32px #0005; visibility: hidden; translate: 100%; transition: translate .2s, visibility .2s;
   }
   #roster.open { visibility: visible; translate: 0; }
 }
@@ -6766,7 +7915,7 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 # On the icon while there is something unread.
 UNREAD_DOT = '<circle cx="50" cy="14" r="13" fill="#e5484d" stroke="#fff" stroke-width="3"/>'
 
-TEMPLATES = {"plain.html": PLAIN_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
+TEMPLATES = {"page.html": PAGE_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
     "style.css": ("text/css; charset=utf-8", STYLE_CSS),
     "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
