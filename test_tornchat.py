@@ -341,11 +341,8 @@ class Lan:
             "rate": 0.0,
             "grace_seconds": 0.2,
             "renew_seconds": 0.1,
-            "tick_seconds": 0.05,
-            "guess_seconds": 0.05,
-            "repair_seconds": 0.2,
-            "name_seconds": 0.0,
         }
+        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.2, "name_seconds": 0.0}
         quick |= {"redis_url": self.store.url, "room": self.store.room}
         daemon = await tornchat.Daemon.start(tornchat.Config(**quick | options))
         self.daemons.append(daemon)
@@ -527,14 +524,14 @@ class Browser:
             f"ws{self.url[4:]}/chat?{wanted}", headers=self.headers() | dict(headers or {}), ca_certs=self.certificates
         )
         connecting = websocket_connect(request, subprotocols=subprotocols, max_message_size=2**24)
-        self.socket = await asyncio.wait_for(connecting, PATIENCE)
+        self.socket = await asyncio.wait_for(connecting, RETURN)
         return self
 
     async def knock(self, query: str = "", **headers: str) -> int:
         """Ask for /chat with this query and these headers; the status of the answer, 101 if it is a socket."""
         request = HTTPRequest(f"ws{self.url[4:]}/chat?{query}", headers=self.headers(**headers))
         try:
-            self.socket = await asyncio.wait_for(websocket_connect(request), PATIENCE)
+            self.socket = await asyncio.wait_for(websocket_connect(request), RETURN)
         except HTTPClientError as refused:
             return refused.code
         return 101
@@ -726,10 +723,10 @@ async def raw_request(url: str, request: str, *, expect: bytes = b"") -> str:
     place = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     writer.write(request.encode("latin-1"))
-    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), RETURN)
     if expect and b" 101 " in answer:
-        answer += await asyncio.wait_for(reader.readuntil(expect), PATIENCE)
-        answer += await asyncio.wait_for(reader.readexactly(3), PATIENCE)
+        answer += await asyncio.wait_for(reader.readuntil(expect), RETURN)
+        answer += await asyncio.wait_for(reader.readexactly(3), RETURN)
     writer.close()
     return answer.decode("latin-1")
 
@@ -742,7 +739,7 @@ async def handshake(
     reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=buffer)
     head = f"GET /chat HTTP/1.1\r\nHost: {place.netloc}\r\nCookie: {cookie}\r\n{UPGRADE_LINES}\r\n"
     writer.write(head.encode() + after)
-    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), RETURN)
     return reader, writer
 
 
@@ -1318,8 +1315,8 @@ class Feeds:
     async def close(self) -> None:
         for feed, presence in zip(self.feeds, self.presences, strict=True):
             assert not [task for task in feed.tasks + presence.tasks if task.done() and not task.cancelled()]
-            await asyncio.wait_for(presence.stop(), PATIENCE)
-            await asyncio.wait_for(feed.stop(), PATIENCE)
+            await asyncio.wait_for(presence.stop(), RETURN)
+            await asyncio.wait_for(feed.stop(), RETURN)
             await feed.store.close()
         await self.flush()
         await self.redis.aclose()
@@ -1832,7 +1829,7 @@ class TestFeed(Transcripts):
 
         monkeypatch.setattr(feed.store, "drop_leases", drop_late)
         await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
-        await asyncio.wait_for(dropped.wait(), PATIENCE)
+        await asyncio.wait_for(dropped.wait(), RETURN)
         assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None
         await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
 
@@ -1871,41 +1868,34 @@ def presence(kind: str, *names: str) -> list[tornchat.Event]:
 
 class TestRoom:
     @pytest.mark.parametrize(
-        ("count", "after", "epoch", "recovered", "missed", "reset", "owed"),
+        ("count", "after", "epoch", "told", "owed"),
         [
-            (0, None, "", False, 0, False, []),
-            (50, None, "", False, 0, False, range(1, 51)),
-            (250, None, "", False, 0, False, range(151, 251)),
-            (250, 250, "e", True, 0, False, []),
-            (250, 0, "e", True, 0, False, range(1, 251)),
-            (250, 240, "", True, 0, False, range(241, 251)),
-            (250, 240, "at 240000", True, 0, False, range(241, 251)),
-            (250, 240, "at 239999", False, 0, True, range(151, 251)),
-            (250, 251, "e", False, 0, True, range(151, 251)),
-            (250, 240, "f", False, 0, True, range(151, 251)),
-            (1000, 0, "e", True, 0, False, range(1, 1001)),
-            (1001, 0, "e", False, 901, False, range(902, 1002)),
-            (1500, 0, "e", False, 1400, False, range(1401, 1501)),
-            (1500, 500, "e", True, 0, False, range(501, 1501)),
-            (1500, 499, "e", False, 901, False, range(1401, 1501)),
+            (0, None, "", (False, 0, False), []),
+            (50, None, "", (False, 0, False), range(1, 51)),
+            (250, None, "", (False, 0, False), range(151, 251)),
+            (250, 250, "e", (True, 0, False), []),
+            (250, 0, "e", (True, 0, False), range(1, 251)),
+            (250, 240, "", (True, 0, False), range(241, 251)),
+            (250, 240, "at 240000", (True, 0, False), range(241, 251)),
+            (250, 240, "at 239999", (False, 0, True), range(151, 251)),
+            (250, 251, "e", (False, 0, True), range(151, 251)),
+            (250, 240, "f", (False, 0, True), range(151, 251)),
+            (1000, 0, "e", (True, 0, False), range(1, 1001)),
+            (1001, 0, "e", (False, 901, False), range(902, 1002)),
+            (1500, 0, "e", (False, 1400, False), range(1401, 1501)),
+            (1500, 500, "e", (True, 0, False), range(501, 1501)),
+            (1500, 499, "e", (False, 901, False), range(1401, 1501)),
         ],
     )
     def test_G2_what_is_owed(
-        self,
-        count: int,
-        after: int | None,
-        epoch: str,
-        recovered: bool,
-        missed: int,
-        reset: bool,
-        owed: range | list[int],
+        self, count: int, after: int | None, epoch: str, told: tuple[bool, int, bool], owed: Iterable[int]
     ) -> None:
         """Who comes is owed exactly what it has not seen; or the newest 100, and is told how many it missed."""
         ann = Recorder(member("Ann"))
         epoch, _, at = epoch.partition("at ")
         filled_room(count).join(ann, tornchat.ResumePoint(after, epoch, int(at) if at else None))
         welcome = ann.frames[0]
-        assert (welcome["recovered"], welcome["missed"], welcome["reset"]) == (recovered, missed, reset)
+        assert (welcome["recovered"], welcome["missed"], welcome["reset"]) == told
         assert welcome["seq"] == count
         assert ann.seqs == list(owed)
 
@@ -2190,18 +2180,8 @@ class TestCommandLine(Transcripts):
         (tmp_path / "none.pem").write_text("nonsense")
         if "locked" in options:
             _, key = certificate(tmp_path)
-            lock = (
-                "openssl",
-                "pkey",
-                "-in",
-                key,
-                "-aes128",
-                "-passout",
-                "pass:hunter2",
-                "-out",
-                tmp_path / "locked.pem",
-            )
-            assert await (await asyncio.create_subprocess_exec(*lock)).wait() == 0
+            lock = ["openssl", "pkey", "-in", key, "-aes128", "-passout", "pass:hunter2"]
+            assert await (await asyncio.create_subprocess_exec(*lock, "-out", tmp_path / "locked.pem")).wait() == 0
         server = request.getfixturevalue("redis_server").port if "{redis}" in options else 0
         given = ["-p", "0", "--wait", "0", *options.format(folder=tmp_path, redis=server).split()]
         config = tornchat.parse_config([*given, *([] if "--host" in given else ["--host", "127.0.0.1"])], {})
@@ -2504,8 +2484,9 @@ class TestLogin(Transcripts):
         assert ann.cookies == {}
         await ann.login("Ann", "open säsame")
 
-    async def test_names_without_end(self, memory_lan: Lan) -> None:
+    async def test_names_without_end(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """One address may take a school's worth of names at once, then two a second; others aren't held up by it."""
+        monkeypatch.setattr(tornchat, "LOGINS_AT_ONCE", 20)
         await memory_lan.serve(trust_proxy=True)
         eve, ann = memory_lan.browser(), memory_lan.browser()
 
@@ -2688,21 +2669,20 @@ class TestLogin(Transcripts):
         assert (await poll).code == 401
         assert (await redis_lan.browser(first).ask("Ann"))[0] == 200
 
-    @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
-    async def test_forged_cookie(self, forge: Callable[[str, str, str], str], memory_lan: Lan) -> None:
+    async def test_forged_cookies(self, memory_lan: Lan) -> None:
         """A cookie that the room did not sign, or too long ago, is no session: never an error of the server."""
-        daemon = await memory_lan.serve()
-        ann = await memory_lan.login("Ann")
+        daemon, ann = await memory_lan.serve(), await memory_lan.login("Ann")
         ((name, value),) = ann.cookies.items()
-        thief = {"Cookie": f"{name}={forge(daemon.cookie_key, name, value.strip(chr(34)))}", "Host": "localhost"}
-        for method, path, status in [
-            *[("GET", "/", 302), ("GET", "/login", 200), ("GET", "/messages", 401), ("POST", "/messages", 401)],
-            *[("POST", "/logout", 303), ("GET", "/chat", 400)],
-        ]:
-            answer = await memory_lan.ask_raw(method, path, thief)
-            assert re.match(rf"HTTP/1.1 ({status}|400) ", answer), answer
-        answer = await memory_lan.ask_raw("GET", "/chat", thief | UPGRADE, expect=b"\x88")
-        assert "\x11\x31" in answer or " 400 " in answer  # 4401
+        for what, forge in FORGERIES.items():
+            thief = {"Cookie": f"{name}={forge(daemon.cookie_key, name, value.strip(chr(34)))}", "Host": "localhost"}
+            for method, path, status in [
+                *[("GET", "/", 302), ("GET", "/login", 200), ("GET", "/messages", 401), ("POST", "/messages", 401)],
+                *[("POST", "/logout", 303), ("GET", "/chat", 400)],
+            ]:
+                answer = await memory_lan.ask_raw(method, path, thief)
+                assert re.match(rf"HTTP/1.1 ({status}|400) ", answer), (what, answer)
+            answer = await memory_lan.ask_raw("GET", "/chat", thief | UPGRADE, expect=b"\x88")
+            assert "\x11\x31" in answer or " 400 " in answer, what  # 4401
         assert (await ann.fetch("/")).code == 200
 
     async def test_a_cookie_too_big(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
@@ -2711,7 +2691,7 @@ class TestLogin(Transcripts):
         reader, writer = await asyncio.open_connection("127.0.0.1", memory_lan.daemons[-1].port)
         with contextlib.suppress(ConnectionError):
             writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: a=" + b"x" * 60_000 + b"\r\n\r\n")
-            assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
+            assert await asyncio.wait_for(reader.read(), RETURN) == b""
         writer.close()
         assert (await ann.fetch("/")).code == 200
         assert len(caplog.records) <= 1
@@ -2789,7 +2769,7 @@ class TestSocket(Transcripts):
         at_bob = await bob.expect("message", seq=1)
         assert at_ann == at_bob
         assert set(at_ann) == {"type", "seq", "ts", "name", "text", "cid"}
-        assert abs(at_ann["ts"] - now) < 1000 * PATIENCE
+        assert abs(at_ann["ts"] - now) < 1000 * RETURN
         await bob.say("hi Ann")
         await ann.expect("message", name="Bob", text="hi Ann", seq=2)
 
@@ -2943,7 +2923,7 @@ class TestSocket(Transcripts):
                 await bob.quiet()
                 assert not reader.at_eof()
                 continue
-            heard = await asyncio.wait_for(reader.readuntil(b"\x11\x4dtoo many frames"), PATIENCE)
+            heard = await asyncio.wait_for(reader.readuntil(b"\x11\x4dtoo many frames"), RETURN)
             assert heard.endswith(b"\x88\x11\x11\x4dtoo many frames")
             assert heard.count(b"\x8a\x00") <= tornchat.FRAMES_A_TICK + 1
             writer.transport.abort()
@@ -2951,13 +2931,12 @@ class TestSocket(Transcripts):
 
     async def test_an_idle_member_keeps_no_task(self, memory_lan: Lan) -> None:
         """What a connection costs while nobody says anything is its place in the room, and no coroutine that waits."""
-        await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         await ann.quiet()
         before = {task.get_name() for task in asyncio.all_tasks()}
         for number in range(5):
             reader, _ = await handshake(ann.url, f"{ann.headers()['Cookie']}", masked(0x89, b"%d" % number))
-            await asyncio.wait_for(reader.readuntil(b"\x8a\x01%d" % number), PATIENCE)
+            await asyncio.wait_for(reader.readuntil(b"\x8a\x01%d" % number), RETURN)
         await ann.quiet()
         left = [task for task in asyncio.all_tasks() if task.get_name() not in before]
         assert not [task for task in left if "tornado" in repr(task)]
@@ -2967,7 +2946,7 @@ class TestSocket(Transcripts):
         ann = await memory_lan.join("Ann")
         frame = b'{"type":"say","text":"hi"}'
         reader, writer = await handshake(ann.url, after=bytes([0x81, len(frame)]) + frame)
-        head = await asyncio.wait_for(reader.readexactly(4), PATIENCE)
+        head = await asyncio.wait_for(reader.readexactly(4), RETURN)
         assert (head[0], int.from_bytes(head[2:])) == (0x88, 4401)
         writer.close()
         await ann.quiet()
@@ -3025,7 +3004,7 @@ class TestSocket(Transcripts):
         first, second = await ann.expect("time"), await ann.expect("time")
         assert set(first) == {"type", "ts"}
         assert first["ts"] < second["ts"]
-        assert abs(second["ts"] - time.time() * 1000) < 1000 * PATIENCE
+        assert abs(second["ts"] - time.time() * 1000) < 1000 * RETURN
 
     async def test_G6_a_dead_client(self, lan: Lan) -> None:
         await lan.serve(ping_seconds=0.2)
@@ -3033,7 +3012,7 @@ class TestSocket(Transcripts):
         await bob.expect("joined", names=["Ann"])
         reader, writer = await handshake(ann.url, ann.headers()["Cookie"])
         await bob.expect("left", names=["Ann"])
-        await asyncio.wait_for(reader.read(), PATIENCE)
+        await asyncio.wait_for(reader.read(), RETURN)
         writer.close()
 
     async def test_G7_a_logged_out_socket_is_deaf(self, lan: Lan) -> None:
@@ -3049,7 +3028,7 @@ class TestSocket(Transcripts):
         await other.say("I am Ann")
         await bob.expect("message", text="I am Ann", seq=1)
         writer.write(b"\x88\x80\0\0\0\0")
-        heard = await asyncio.wait_for(reader.read(), PATIENCE)
+        heard = await asyncio.wait_for(reader.read(), RETURN)
         assert heard.endswith(b"\x88\x08\x11\x31logout")  # 4401, and nothing behind it
         writer.close()
 
@@ -4764,7 +4743,7 @@ async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
 
 
 class TestAttacks(Transcripts):
-    @examples(100, 500)
+    @examples(50, 500)
     def test_any_frames_at_the_door(self, examples: int, memory_lan: Lan) -> None:
         """Whatever frames and bytes come through a socket: the daemon logs no error, and others talk on."""
         with on_stage(memory_lan) as play:
@@ -4790,7 +4769,7 @@ class TestAttacks(Transcripts):
 
             attacks()
 
-    @examples(150, 1000)
+    @examples(80, 1000)
     def test_any_request(self, examples: int, memory_lan: Lan) -> None:
         """Whatever form, query, type and header comes to any route: an answer below 500, and no error in the log."""
         with on_stage(memory_lan) as play:
@@ -4847,7 +4826,7 @@ class TestAttacks(Transcripts):
         answers: list[tuple[int, bytes]] = []
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                head, size = await asyncio.wait_for(reader.readexactly(2), PATIENCE)
+                head, size = await asyncio.wait_for(reader.readexactly(2), RETURN)
                 size = int.from_bytes(await reader.readexactly(2), "big") if size == 126 else size
                 answers += [(head & 0xF, await reader.readexactly(size))]
         writer.transport.abort()
@@ -4861,7 +4840,7 @@ class TestAttacks(Transcripts):
         daemon = await memory_lan.serve()
         ann = await memory_lan.login("Ann")
         reader, writer = await handshake(ann.url, ann.headers()["Cookie"], after=frame + masked(0x81, b"hello"))
-        assert (await asyncio.wait_for(reader.read(), PATIENCE)).endswith(b"\x88\x0a\x03\xeaunmasked")
+        assert (await asyncio.wait_for(reader.read(), RETURN)).endswith(b"\x88\x0a\x03\xeaunmasked")
         writer.close()
         assert daemon.room.seq == 0
 
@@ -4955,7 +4934,7 @@ class TestAttacks(Transcripts):
 
         drops = [asyncio.create_task(drip(opening)) for opening in slow * 10]
         await memory_lan.browser().login("Ann")
-        await asyncio.wait_for(asyncio.gather(*drops), PATIENCE)
+        await asyncio.wait_for(asyncio.gather(*drops), RETURN)
         await memory_lan.browser().login("Bob")
         assert not [record for record in caplog.records if record.name == "tornchat"]
 
@@ -4967,7 +4946,7 @@ class TestAttacks(Transcripts):
             reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
             writer.write(opening)
             with contextlib.suppress(ConnectionError):
-                await asyncio.wait_for(reader.read(), PATIENCE)
+                await asyncio.wait_for(reader.read(), RETURN)
             writer.transport.abort()
 
     async def test_G5_answers_that_nobody_takes(self, memory_lan: Lan) -> None:
@@ -5109,7 +5088,7 @@ class TestAttacks(Transcripts):
         await ann.expect("message", name="Bob")
         await ann.quiet()
         assert [frame["names"] for frame in await poll] == [["Bob"]]
-        assert await asyncio.wait_for(crowd[0][0].read(), PATIENCE) == b""
+        assert await asyncio.wait_for(crowd[0][0].read(), RETURN) == b""
         assert len(daemon.visitors.open) <= 24
         for _, writer in crowd:
             writer.transport.abort()
@@ -5156,15 +5135,8 @@ class TestAttacks(Transcripts):
         ann, nobody = memory_lan.browser(), memory_lan.browser()
         await ann.login("Ann")
         for path in [
-            *(
-                "/",
-                "//",
-                "//evil.example",
-                "//evil.example/..",
-                "/\\evil.example",
-                "/%5cevil.example",
-                "/@evil.example",
-            ),
+            *("/", "//", "//evil.example", "//evil.example/.."),
+            *("/\\evil.example", "/%5cevil.example", "/@evil.example"),
             *("/?next=//evil.example", "/login?next=//evil.example", "/login?next=https://evil.example&nickname=x"),
             *("/%0d%0aSet-Cookie:%20a=b", "/?%0d%0aLocation:%20//evil.example", "/login?why=%0d%0aX:y"),
             "/.//evil.example",
@@ -5285,7 +5257,7 @@ class TestHealth(Transcripts):
         assert answer.headers["Content-Type"].startswith("application/json")
         assert set(health) == {"status", "version", "uptime", "connections", "members", "store"}
         assert (health["version"], health["connections"], health["members"]) == (tornchat.__version__, 1, 2)
-        assert 0 <= health["uptime"] < 10 * PATIENCE
+        assert 0 <= health["uptime"] < 10 * RETURN
 
     @slow
     async def test_G8_the_store_is_gone(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -5408,7 +5380,7 @@ class TestStopping(Transcripts):
                 await ann.say("hi")
             for _ in range(moment % 5):
                 await asyncio.sleep(0)
-            await asyncio.gather(asyncio.wait_for(daemon.stop(), PATIENCE), ann.ended())
+            await asyncio.gather(asyncio.wait_for(daemon.stop(), RETURN), ann.ended())
 
     async def test_G9_what_was_said_is_stored(self, redis_lan: Lan) -> None:
         """What was on its way when the daemon stops is stored; saying the unconfirmed again doubles nothing."""
@@ -5457,7 +5429,7 @@ class TestStopping(Transcripts):
         stopping = asyncio.create_task(daemon.stop())
         await ann.expect("refused", code="unavailable", cid=cid)
         await ann.closed(1001)
-        await asyncio.wait_for(stopping, PATIENCE)
+        await asyncio.wait_for(stopping, RETURN)
         own_redis.send_signal(signal.SIGCONT)
 
     async def test_G9_names_stay(self, redis_lan: Lan) -> None:
@@ -5494,7 +5466,7 @@ class TestStopping(Transcripts):
         monkeypatch.setattr(tornchat.Feed, "run", broken)
         monkeypatch.setattr(tornchat, "stop_on_signals", asyncio.Event)
         with pytest.raises(RuntimeError, match="a bug"):
-            await asyncio.wait_for(tornchat.serve(tornchat.Config(port=0, host="127.0.0.1", quiet=True)), PATIENCE)
+            await asyncio.wait_for(tornchat.serve(tornchat.Config(port=0, host="127.0.0.1", quiet=True)), RETURN)
 
     async def test_a_start_that_fails_leaves_nothing(self) -> None:
         """A daemon that cannot start says why in one line and gives its port back."""
@@ -5517,7 +5489,7 @@ class TestOperator(Transcripts):
         """The banner says in less than 15 lines where to open the room, where messages are kept and how to stop it."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
         daemon = await memory_lan.serve(host="0.0.0.0")
-        lines = tornchat.banner(daemon.config, daemon.port).splitlines()
+        lines = tornchat.banner(daemon.config, daemon.port, "key").splitlines()
         assert len(lines) < 15
         assert re.findall(r"http://\S+", "\n".join(lines)) == [
             f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")
@@ -5530,7 +5502,7 @@ class TestOperator(Transcripts):
     async def test_banner_of_one_address(self, redis_lan: Lan) -> None:
         """A daemon bound to one address names that one and its Redis, without a password."""
         daemon = await redis_lan.serve()
-        banner = tornchat.banner(daemon.config, daemon.port)
+        banner = tornchat.banner(daemon.config, daemon.port, "key")
         assert re.findall(r"http://\S+", banner) == [daemon.url]
         assert redis_lan.store.url in banner
         assert (
@@ -5547,10 +5519,49 @@ class TestOperator(Transcripts):
         assert tornchat.local_url(config, 443) == "https://127.0.0.1/"
         assert tornchat.local_url(tornchat.Config(host="::1"), 80) == "http://[::1]/"
 
+    async def test_the_link_of_the_host(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The banner shows it at a terminal only; elsewhere the key stands in no line of the daemon, and in no page."""
+        config = tornchat.Config(host="127.0.0.1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert "http://127.0.0.1:8888/host?key=a+key\n" in tornchat.banner(config, 8888, "a key")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+        assert "key" not in tornchat.banner(config, 8888, "a key")
+        program = await memory_lan.run("-p", "0", "-v", "--host-key", "lantern")
+        ann = memory_lan.browser(await program.address())
+        assert (await ann.fetch("/host?key=lantern")).code == 302
+        await ann.login("Ann")
+        pages = [text_of(await ann.fetch(path)) for path in ("/", "/login", "/chat.js", "/join.json", "/healthz")]
+        program.signal(signal.SIGTERM)
+        code, out, err = await program.ended()
+        assert code == 0
+        assert "/host" in err
+        assert "lantern" not in "".join([out, err, *pages])
+
+    async def test_workers_have_one_key(self, redis_lan: Lan) -> None:
+        """The link that the supervisor shows is that of its workers, and of every daemon of the room."""
+        daemon = await redis_lan.serve()
+        master, slave = pty.openpty()
+        os.set_blocking(master, False)
+        where = ["--redis-url", redis_lan.store.url, "--room", redis_lan.store.room]
+        program = await Program.spawn([str(PROGRAM), "--workers", "2", "-p", "0", *where], {}, stdout=slave)
+        redis_lan.programs.append(program)
+
+        async def printed() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                program.printed += os.read(master, 65536).decode()
+            return "stops" in program.printed
+
+        await until(printed)
+        assert f"/host?key={daemon.host_key}" in program.printed
+        program.signal(signal.SIGTERM)
+        assert (await program.ended())[0] == 0
+        os.close(master)
+        os.close(slave)
+
     def test_many_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The banner shows the likeliest addresses and says how many more there are: it stays on one screen."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: [f"192.0.2.{n}" for n in range(9)])
-        lines = tornchat.banner(tornchat.Config(workers=2), 8888).splitlines()
+        lines = tornchat.banner(tornchat.Config(workers=2), 8888, "key").splitlines()
         assert len(lines) < 15
         assert "and 4 more" in "\n".join(lines)
         assert len(tornchat.lan_urls(tornchat.Config(), 8888)) == 9
@@ -6946,48 +6957,23 @@ class TestJoiningIn(Transcripts):
 
 
 MARKUP = [
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "<svg/onload=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "'><img src=x onerror=alert(1)>",
-    "</title><script>alert(1)</script>",
-    "</textarea><script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "<!--<img src=--><img src=x onerror=alert(1)>-->",
-    "<iframe srcdoc='<script>alert(1)</script>'>",
-    "<iframe src=javascript:alert(1)>",
-    "<a href=javascript:alert(1)>x</a>",
-    "<body onload=alert(1)>",
-    "<details open ontoggle=alert(1)>",
-    "<input autofocus onfocus=alert(1)>",
-    "<video><source onerror=alert(1)>",
+    *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>"),
+    *('"><svg onload=alert(1)>', "'><img src=x onerror=alert(1)>", "</title><script>alert(1)</script>"),
+    *("</textarea><script>alert(1)</script>", "</script><script>alert(1)</script>"),
+    *("<!--<img src=--><img src=x onerror=alert(1)>-->", "<iframe srcdoc='<script>alert(1)</script>'>"),
+    *("<iframe src=javascript:alert(1)>", "<a href=javascript:alert(1)>x</a>", "<body onload=alert(1)>"),
+    *("<details open ontoggle=alert(1)>", "<input autofocus onfocus=alert(1)>", "<video><source onerror=alert(1)>"),
     "<math><mtext></form><form><mglyph><style></math><img src onerror=alert(1)>",
-    "<style>*{display:none}</style>",
-    "<link rel=stylesheet href=//evil.example/x.css>",
-    "<meta http-equiv=refresh content='0;url=//evil.example'>",
-    "<base href=//evil.example/>",
-    "<object data=javascript:alert(1)>",
-    "<form action=//evil.example><button>x",
-    "javascript:alert(1)",
-    'https://a.example/"onmouseover=alert(1)//',
-    "https://a.example/'><img src=x onerror=alert(1)>",
-    "http://a.example/<svg/onload=alert(1)>",
-    "http://javascript:alert(1)@a.example/",
-    "hTtPs://a.example/&quot;onclick=alert(1)",
-    "data:text/html,<script>alert(1)</script>",
-    "`<img src=x onerror=alert(1)>`",
-    "```html\n<script>alert(1)</script>\n```",
-    "``` onload=alert(1)\n<svg/onload=alert(1)>```",
-    "{{ title }}{% raw alert(1) %}{# x #}",
-    "${alert(1)}",
-    "{name}{n}{reason}{constructor}",
-    "$& $` $' $1 {names}",
-    "&lt;img src=x onerror=alert(1)&gt;",
-    "__proto__",
-    "constructor",
-    "\ufeff<scr\u200bipt>alert(1)</scr\u200bipt>",
-    "<<script>alert(1)//<</script>",
+    *("<style>*{display:none}</style>", "<link rel=stylesheet href=//evil.example/x.css>"),
+    *("<meta http-equiv=refresh content='0;url=//evil.example'>", "<base href=//evil.example/>"),
+    *("<object data=javascript:alert(1)>", "<form action=//evil.example><button>x", "javascript:alert(1)"),
+    *('https://a.example/"onmouseover=alert(1)//', "https://a.example/'><img src=x onerror=alert(1)>"),
+    *("http://a.example/<svg/onload=alert(1)>", "http://javascript:alert(1)@a.example/"),
+    *("hTtPs://a.example/&quot;onclick=alert(1)", "data:text/html,<script>alert(1)</script>"),
+    *("`<img src=x onerror=alert(1)>`", "```html\n<script>alert(1)</script>\n```"),
+    *("``` onload=alert(1)\n<svg/onload=alert(1)>```", "{{ title }}{% raw alert(1) %}{# x #}", "${alert(1)}"),
+    *("{name}{n}{reason}{constructor}", "$& $` $' $1 {names}", "&lt;img src=x onerror=alert(1)&gt;", "__proto__"),
+    *("constructor", "\ufeff<scr\u200bipt>alert(1)</scr\u200bipt>", "<<script>alert(1)//<</script>"),
 ]
 
 
@@ -8338,7 +8324,7 @@ class StandIn:
 
     async def hears(self, type: str) -> Frame:
         """The next frame of a client."""
-        frame = await asyncio.wait_for(self.said.get(), 2 * PATIENCE)
+        frame = await asyncio.wait_for(self.said.get(), RETURN)
         assert frame["type"] == type
         return frame
 
@@ -8393,17 +8379,9 @@ class TestTerminal(Transcripts):
 
     async def test_gibberish(self) -> None:
         """A server that isn't the room's is told as such, whatever it says."""
-        frames: list[str | bytes] = [
-            "hello",
-            "[]",
-            "7",
-            "{}",
-            '{"type":"welcome"}',
-            '{"type":"time","ts":"soon"}',
-            b"\xff",
-            "[" * 5000,
-        ]
-        frames += ['{"type":"message","seq":"x"}', '{"type":"joined","names":7,"count":1}', '{"type":"refused"}']
+        frames: list[str | bytes] = ["hello", "[]", "7", "{}", b"\xff", "[" * 5000, '{"type":"refused"}']
+        frames += ['{"type":"welcome"}', '{"type":"time","ts":"soon"}']
+        frames += ['{"type":"message","seq":"x"}', '{"type":"joined","names":7,"count":1}']
         for frame in frames:
             async with StandIn(frame) as room:
                 with pytest.raises(tornchat.FatalError, match="There is no tornchat at"):
@@ -8583,7 +8561,7 @@ class TestTerminal(Transcripts):
             (WELCOME | {"seq": 2000, "missed": 7}, "Messages missed while you were away: 7"),
             (WELCOME | {"seq": 1, "reset": True, "recovered": False}, "The room has lost its history"),
             (message | {"seq": 1, "text": "anew"}, "Bob: anew"),
-            ({"type": "refused", "code": "not-host", "text": "Only a host can."}, "~ Only a host can."),
+            ({"type": "refused", "code": "not-host", "text": "Only a host can.", "cid": "x"}, "~ Only a host can."),
             ({"type": "of-tomorrow", "text": 7}, ""),
         ]:
             client.receive(json.dumps(frame))
@@ -8627,6 +8605,82 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
+    async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
+        """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
+        daemon = await lan.serve()
+        bob = await lan.join("Bob")
+        ann = await Terminal.run(lan, "--name", "Ann")
+        await ann.prompts()
+        tess = await Terminal.run(lan, "--name", "Tess", "--host-key", daemon.host_key)
+        await tess.shows("here: ★ Tess")
+        await ann.shows("~ Tess joined")
+        tess.keys("/help\r")
+        await tess.shows("/mute NAME MINUTES")
+        await bob.say("a bad joke")
+        await tess.shows("Bob: a bad joke")
+        tess.keys("/delete-last bob\r")
+        for terminal in (ann, tess):
+            await terminal.shows("~ A message of Bob was deleted.")
+        for forbid, why, allow in [
+            ("/lock", "Only hosts can write", "/open"),
+            ("/mute Ann 5", "Ann cannot write until", "/mute Ann 0"),
+            ("/slow 30", "Tess: Everybody can write. One message in 30 s.", "/slow 0"),
+        ]:
+            tess.keys(f"{forbid}\r")
+            await ann.shows(why)
+            if forbid == "/slow 30":
+                ann.keys("once\r")
+                await ann.shows("Ann: once")
+            ann.keys(f"after {forbid}\r")
+            await ann.shows(f"· after {forbid}")
+            tess.keys(f"said in {forbid[1:]}\r")
+            await ann.shows(f"★ Tess: said in {forbid[1:]}")
+            assert f"Ann: after {forbid}" not in ann.text
+            tess.keys(f"{allow}\r")
+            await ann.shows(f"Ann: after {forbid}")
+        tess.keys("/pin\r")
+        await ann.shows("~ Pinned: Ann: after /slow 30")
+        tess.keys("/unpin\r")
+        await ann.shows("~ No message is pinned any more.")
+        tess.keys("/door\r")
+        await ann.shows("Nobody new gets in.")
+        code, out, err = await run_to_end("--join", place(daemon), "--name", "Eve")
+        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        tess.keys("/door\r")
+        tess.keys("/clear yes\r")
+        await ann.shows("~ Tess deleted all that was said before.")
+        tess.keys("/remove Ann\r")
+        assert await ann.leaves() == 1
+        assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [
+            "tornchat: A host has removed you from the room for a while."
+        ]
+        again = await run_to_end("--join", place(daemon), "--name", "Ann")
+        assert again == (1, "", "tornchat: A host has removed you from the room for a while.\n")
+        tess.keys("\x04")
+        assert await tess.leaves() == 0
+
+    async def test_who_is_no_host(self, memory_lan: Lan) -> None:
+        """A wrong key is told, and what only hosts can do; authors delete what they said; answers say to whom."""
+        daemon = await memory_lan.serve()
+        code, out, err = await run_to_end("--join", place(daemon), "--host-key", "guessed")
+        assert (code, out, err) == (1, "", "tornchat: The room does not take that --host-key.\n")
+        ann, bob = await Terminal.run(memory_lan, "--name", "Ann"), await memory_lan.join("Bob")
+        await ann.prompts()
+        ann.keys("/lock\r")
+        await ann.shows("~ Only a host")
+        ann.keys("who is there?\r")
+        await bob.expect("message", seq=1)
+        await bob.send(json.dumps({"type": "say", "text": "I am", "re": 1}))
+        await ann.shows("Bob (to Ann): I am")
+        await bob.send(json.dumps({"type": "note", "to": 1, "kind": "react", "value": "✋"}))
+        await ann.shows("~ ✋ 1 · Ann: who is there?")
+        ann.keys("/delete-last\r")
+        await ann.shows("~ A message of Ann was deleted.")
+        late = await Terminal.run(memory_lan, "--name", "Late")
+        await late.shows("~ A message of Ann was deleted.")
+        await late.shows("Bob: I am")
+        assert "who is there" not in late.text
+
     @pytest.mark.parametrize(
         ("typed", "frame"),
         [
@@ -8662,7 +8716,9 @@ class TestTerminal(Transcripts):
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
         assert tornchat.obey(client, typed)
-        assert asked == ([frame] if isinstance(frame, dict) else [])
+        assert [{name: value for name, value in act.items() if name != "cid"} for act in asked] == (
+            [frame] if isinstance(frame, dict) else []
+        )
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
         assert typed.partition(" ")[0] in tornchat.help(client, "")
 
@@ -8730,10 +8786,10 @@ class TestTerminal(Transcripts):
         async with StandIn(WELCOME) as room:
             room.free.clear()
             joined = asyncio.create_task(tornchat.join(tornchat.Config(join=room.url), {}))
-            await asyncio.wait_for(room.busy.wait(), PATIENCE)
+            await asyncio.wait_for(room.busy.wait(), RETURN)
             leave.set()
             asyncio.get_running_loop().call_later(0.1, room.free.set)
-            await asyncio.wait_for(joined, PATIENCE)
+            await asyncio.wait_for(joined, RETURN)
         assert room.events == [{}, "logout"]
 
     async def test_colours(self, memory_lan: Lan) -> None:
@@ -8810,8 +8866,8 @@ class TestTerminal(Transcripts):
             await bob.expect("joined", names=["Ann"])
             await bob.say_many(2)
             assert shell.stdout is not None
-            assert await asyncio.wait_for(shell.stdout.readline(), PATIENCE) == b"Bob: 1\n"
-            assert await asyncio.wait_for(shell.stdout.readline(), PATIENCE) == b"Bob: 2\n"
+            assert await asyncio.wait_for(shell.stdout.readline(), RETURN) == b"Bob: 1\n"
+            assert await asyncio.wait_for(shell.stdout.readline(), RETURN) == b"Bob: 2\n"
             await bob.say_many(2, 3)
             await bob.expect("left", names=["Ann"])
         finally:
@@ -8933,7 +8989,7 @@ class TestTerminal(Transcripts):
             line.disappear()
             await ann.shows("Connection lost.")
             if lasting:
-                await asyncio.wait_for(daemon.outbox.exit(daemon.room.roster["ann"].sid, "Ann"), PATIENCE)
+                await asyncio.wait_for(daemon.outbox.exit(daemon.room.roster["ann"].sid, "Ann"), RETURN)
                 await lan.join("Ann")
             else:
                 line.target = (await lan.restart(port=0)).port
@@ -8983,17 +9039,15 @@ class TestTerminal(Transcripts):
         assert "not the room’s password" in err
         assert (await run_to_end("--join", place(daemon), TORNCHAT_PASSWORD="lighthouse")) == (0, "", "")
 
-    @pytest.mark.parametrize("code", [4403, 4504])
-    async def test_closed_for_good(self, code: int, memory_lan: Lan) -> None:
+    @pytest.mark.parametrize("code", [4403, 4409, 4429, 4504])
+    async def test_closed_for_good(self, code: int) -> None:
         """A close code that says "do not come back" ends the client with its reason."""
-        daemon = await memory_lan.serve()
-        ann = await Joined.run(memory_lan, "--name", "Ann")
-        ann.feed("hi")
-        assert await ann.lines(1) == ["Ann: hi"]
-        for listener in tuple(daemon.room.listeners):
-            listener.shut(code, "because")
-        ended, out, err = await ann.ended()
-        assert (ended, out, len(err.splitlines())) == (1, "", 1), err
+        async with StandIn(WELCOME) as room:
+            joined = asyncio.create_task(tornchat.join(tornchat.Config(join=room.url), {}))
+            await until(lambda: room.sockets)
+            room.sockets[0].close(code, "because")
+            with pytest.raises(tornchat.FatalError):
+                await asyncio.wait_for(joined, RETURN)
 
 
 # === Every way in =====================================================================================================
@@ -9337,7 +9391,7 @@ class TestReadme(Transcripts):
                 await ann.expect("message", name=name, text="hello from Python")
                 await ann.say("welcome")
                 await ann.expect("message", text="welcome")
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(RETURN):
                 while told not in (line := (await printed.readline()).decode()):
                     assert line
 
@@ -9663,6 +9717,7 @@ FLOODS = {
     "long headers": Attack(
         lambda n: request("GET /login", more=b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)), False, 50
     ),
+    "thousands of headers": Attack(lambda n: request("GET /login", more=b"a:\r\n" * 3800), False, 50),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
     "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
     "wrong passwords": Attack(lambda n: FORM, False, 50),

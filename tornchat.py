@@ -210,6 +210,7 @@ MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
+HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -1301,7 +1302,7 @@ class Store:
         """What the room keeps there: this, or something made up, unless there is something already."""
         kept: bytes | None = await self.redis.get(key)
         if kept is None:
-            secret = secret or secrets.token_hex(32)
+            secret = secret or secrets.token_urlsafe(16)
             await self.redis.set(key, secret, nx=True)
             kept = await self.redis.get(key)
         return kept.decode(errors="replace") if kept else secret
@@ -3004,7 +3005,6 @@ class Visitors:
         self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
-        """A new connection."""
         self.open[stream] = address
         self.wait(stream)
         if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
@@ -3025,7 +3025,6 @@ class Visitors:
                 del self.quiet[address]
 
     def leave(self, stream: tornado.iostream.IOStream) -> None:
-        """The connection is closed."""
         self.join(stream)
         self.open.pop(stream, None)
 
@@ -3152,7 +3151,6 @@ class BaseHandler(tornado.web.RequestHandler):
             self.request.headers["Origin"] = "null"
 
     def set_default_headers(self) -> None:
-        """On every answer, errors too."""
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
@@ -3162,7 +3160,8 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
         self.daemon.visitors.wait(self.stream)
-        await self.daemon.limits.turn(self.address, self.stream)
+        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS
+        await self.daemon.limits.turn(self.address, self.stream, cost)
         self.check_host()
 
     def check_host(self) -> None:
@@ -3279,7 +3278,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return taken
 
     def wants_json(self) -> bool:
-        """Whether a program asks."""
         return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
@@ -3301,11 +3299,9 @@ class BaseHandler(tornado.web.RequestHandler):
         self.explain(status_code, text)
 
     def refuse(self, refused: Refused) -> None:
-        """The answer to a wish that isn't done."""
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
-        """One sentence, on a page or as JSON."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3346,7 +3342,6 @@ class PageHandler(BaseHandler):
     """GET /: the chat page."""
 
     def get(self) -> None:
-        """Whoever has no session logs in first."""
         if self.current_user is None:
             self.redirect("login" + self.page_path())
             return
@@ -3366,7 +3361,6 @@ class NotFoundHandler(BaseHandler):
     """Everything else."""
 
     async def prepare(self) -> None:
-        """404, with the checks and headers of every route."""
         await super().prepare()
         raise tornado.web.HTTPError(404)
 
@@ -3377,7 +3371,6 @@ class HealthHandler(BaseHandler):
     only_json = True
 
     def get(self) -> None:
-        """200 while messages can be stored, else 503."""
         room = self.daemon.room
         self.set_status(200 if room.available else 503)
         self.finish(
@@ -3416,7 +3409,6 @@ class JoinHandler(BaseHandler):
     """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
 
     async def get(self, what: str) -> None:
-        """The addresses, or one of them to point a camera at."""
         if self.current_user is None:
             raise tornado.web.HTTPError(401)
         if what == "join.json":
@@ -3447,7 +3439,6 @@ class AssetHandler(BaseHandler):
     """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
 
     def get(self, name: str) -> None:
-        """The part, and for how long."""
         type, text = ASSETS[name]
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
@@ -3459,7 +3450,6 @@ class AssetHandler(BaseHandler):
 
 @functools.cache
 def asset_hash(name: str) -> str:
-    """What changes with the content."""
     return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
 
 
@@ -3565,7 +3555,6 @@ class Admission:
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        """A new session under that name. Raises Refused."""
         session = Session.make(name, before)
         await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
         return session
@@ -3573,16 +3562,12 @@ class Admission:
     async def enter_as_guest(self, address: str, before: Session | None) -> Session:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
+            name = guest_name(address)
+            if self.room.owner(name_key(name)):
+                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
             with contextlib.suppress(Taken):
-                return await self.enter_as(self.guest(address), address, before)
+                return await self.enter_as(name, address, before)
         raise Refused("unavailable", retry_after=1)
-
-    def guest(self, address: str) -> str:
-        """A free name for whoever gives none."""
-        name = guest_name(address)
-        if self.room.owner(name_key(name)):
-            name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-        return name
 
 
 class LoginHandler(BaseHandler):
@@ -3596,7 +3581,6 @@ class LoginHandler(BaseHandler):
     head = get
 
     async def post(self) -> None:
-        """A session and a name, or the form again with the reason."""
         nickname, password = self.field("nickname") or "", self.field("password") or ""
         address, known = self.request.remote_ip or "", self.browser()
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
@@ -3619,7 +3603,6 @@ class LoginHandler(BaseHandler):
             self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
 
     def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
-        """The login page."""
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3684,12 +3667,10 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         self.read()
 
     def end(self) -> None:
-        """The connection is gone."""
         self._abort()
         self.handler.on_connection_close()
 
     def read(self) -> None:
-        """Waits for more."""
         try:
             asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
         except tornado.iostream.StreamClosedError:
@@ -3812,7 +3793,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        """Joins the room. Raises Refused."""
         member = await self.admit(session)
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
@@ -3833,7 +3813,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         self.__dict__ = {name: value for name, value in vars(self).items() if name not in methods}
 
     def on_message(self, message: str | bytes) -> None:
-        """One frame of the client."""
         listener = self.listener
         if listener is None:
             return  # it has been turned away
@@ -3858,7 +3837,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return self.frames > FRAMES_A_TICK
 
     def on_pong(self, data: bytes) -> None:
-        """The client lives."""
         if self.listener:
             self.listener.heard = asyncio.get_running_loop().time()
 
@@ -3869,7 +3847,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
 
     def on_close(self) -> None:
-        """The connection is gone, for whatever reason."""
         self.daemon.sockets.discard(self)
         self.daemon.visitors.leave(self.stream)
         self.leave()
@@ -3902,13 +3879,13 @@ class SocketListener:
         self.base = 0
         self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
         self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining = False  # the stream will call drain
+        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
         self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if not (self.draining or self.stream.writing()):
+        if self.backlog is None and not self.stream.writing():
             self.transmit(data)
             return
         self.wait([(data, len(batch.events))])
@@ -3935,7 +3912,6 @@ class SocketListener:
             return
         if sent < len(data):
             self.stream.write(data[sent:])
-            self.drain_later()
 
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
@@ -3943,32 +3919,20 @@ class SocketListener:
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
         """Into the backlog, and out again as soon as the stream can take it."""
-        if self.backlog is None:
-            self.lagging = asyncio.get_running_loop().time()  # since when something waits
-            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
+        if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
+            self.backlog = collections.deque()
+            self.lagging = asyncio.get_running_loop().time()
+            self.draining = asyncio.create_task(self.drain())
         self.backlog.extend(pieces)
-        if self.stream.writing():
-            self.drain_later()
-        elif not self.draining:
-            self.drain()
 
-    def drain_later(self) -> None:
-        """Goes on with the backlog when the stream has written all that it has."""
-        if not (self.draining or self.stream.closed()):
-            self.draining = True
-            self.stream.write(b"").add_done_callback(self.drain)
-
-    def drain(self, written: asyncio.Future[None] | None = None) -> None:
+    async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
-        self.draining = False
-        while self.backlog and not self.stream.closed():
-            if self.stream.writing():
-                self.drain_later()
-                return
-            self.transmit(self.next_chunk(self.backlog))
-        self.backlog = None
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            while self.backlog:
+                await self.stream.write(self.next_chunk(self.backlog))
+        self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
+    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
@@ -3978,7 +3942,7 @@ class SocketListener:
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
             self.waiting_events -= events
-        return memoryview(b"".join(chunk))
+        return b"".join(chunk)
 
     def settled(self, outcome: Outcome) -> None:
         """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
@@ -3988,7 +3952,6 @@ class SocketListener:
             self.tell(encode_message(outcome))
 
     def refuse(self, refused: Refused) -> None:
-        """Tells this client why not."""
         self.tell(encode(refused.event(self.handler.language)))
 
     def tell(self, event: Encoded) -> None:
@@ -4016,7 +3979,6 @@ class SocketListener:
         self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
-        """The end, with a close code."""
         self.backlog = None
         self.handler.shut(code, reason)
 
@@ -4033,7 +3995,6 @@ class Cursor(NamedTuple):
     available: bool
 
     def __str__(self) -> str:
-        """As a client keeps it."""
         return "-".join(map(str, self.place)) + ("" if self.available else "!")
 
     @classmethod
@@ -4076,7 +4037,6 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
 
 
 def newest_cursor(room: Room) -> Cursor:
-    """For somebody who has been told everything."""
     return Cursor(room.place, room.available)
 
 
@@ -4176,7 +4136,6 @@ class MessagesHandler(EventHandler):
             self.listener.news.set()
 
     def tell(self, member: Member, news: News) -> None:
-        """Answers, unless nobody is there any more."""
         if self.gone:
             return
         member.told = str(news.cursor)
@@ -4265,7 +4224,6 @@ class PollListener:
         self.refused: Refused | None = None
 
     def send(self, batch: Batch) -> None:
-        """There is news."""
         self.news.set()
 
     def replay(self, events: list[Encoded]) -> None:
@@ -4276,7 +4234,6 @@ class PollListener:
         """A request needs no sign of life: its end is near."""
 
     def refuse(self, refused: Refused) -> None:
-        """The answer will say so."""
         self.refused = refused
         self.news.set()
 
@@ -4588,9 +4545,16 @@ def store_name(config: Config) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def banner(config: Config, port: int) -> str:
-    """What the operator sees: where to open the room, and what to know."""
-    urls = lan_urls(config, port)
+def host_path(key: str) -> str:
+    """What makes a host of whoever opens it."""
+    return "host?" + urllib.parse.urlencode({"key": key})
+
+
+def banner(config: Config, port: int, host_key: str) -> str:
+    """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
+    for a person at a terminal: what goes elsewhere may be a log that others read.
+    """
+    urls, terminal = lan_urls(config, port), sys.stdout.isatty()
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
@@ -4598,6 +4562,7 @@ def banner(config: Config, port: int) -> str:
         f"  on this machine  {local_url(config, port)}{moved}",
         *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
         *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
+        *([f"  for the host     {local_url(config, port)}{host_path(host_key)}"] if terminal else []),
         f"  messages         {kept}",
     ]
     if config.workers > 1:
@@ -4608,7 +4573,7 @@ def banner(config: Config, port: int) -> str:
             "  and this machine's firewall must let Python in.",
         ]
     lines.append("  Ctrl+C stops.")
-    return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
+    return "\n".join(lines) + (qr_code(urls[0]) if urls and terminal else "")
 
 
 def qr_code(url: str) -> str:
@@ -4883,20 +4848,20 @@ class Daemon:
         await self.server.close_all_connections()
 
 
-async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
+async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[T]]) -> T:
     """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises FatalError."""
-    deadline = time.monotonic() + config.wait
-    for tried in itertools.count():
+    deadline, waiting = time.monotonic() + config.wait, False
+    while True:
         try:
-            await reach()
-            return
+            return await reach()
         except STORE_ERRORS as error:
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
                 raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
-        if not tried:
+        if not waiting:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
+        waiting = True
         await asyncio.sleep(config.retry_seconds)
 
 
@@ -4913,7 +4878,7 @@ async def serve(config: Config) -> None:
     stop = stop_on_signals()
     if config.inherited:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
-    announce(config, daemon.port)
+    announce(config, daemon.port, daemon.host_key)
     stopped = asyncio.create_task(stop.wait())
     tasks = [*daemon.feed.tasks, *daemon.presence.tasks]
     await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -4945,11 +4910,11 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        await wait_for_redis(config, store.read_clock)
+        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, config.host_key))
     finally:
         await store.close()
     stop = stop_on_signals()
-    announce(config, int(ports[0].getsockname()[1]))
+    announce(config, int(ports[0].getsockname()[1]), config.host_key or kept_key)
     descriptors = [port.fileno() for port in ports]
     async with asyncio.TaskGroup() as workers:
         for number in range(1, config.workers + 1):
@@ -5029,9 +4994,9 @@ def on_stop_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def announce(config: Config, port: int) -> None:
+def announce(config: Config, port: int, host_key: str) -> None:
     """Says where the room is: to a person with the banner, to the log of a service in a line."""
-    print_out(config, banner(config, port))
+    print_out(config, banner(config, port, host_key))
     log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
 
 
@@ -5126,7 +5091,7 @@ class Client:
 
     async def become_host(self) -> None:
         """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch("host?" + urllib.parse.urlencode({"key": self.host_key}))
+        answer = await self.fetch(host_path(self.host_key))
         if answer.code >= 400 and not self.epoch:
             raise FatalError(self.words["term_no_host"])
         if answer.code >= 400:  # the room was restarted, and has another key
@@ -5186,7 +5151,7 @@ class Client:
             self.socket.close()
         code, reason = self.socket.close_code, self.socket.close_reason or ""
         if word := self.words.get(f"js_closed_{code}"):
-            raise FatalError(word.format(name=self.name))
+            raise FatalError(shown(reason) if code == 4403 and reason else word.format(name=self.name))
         if code == 4401:  # restarted without a lasting store
             if not self.let_in or reason == "logout":
                 raise FatalError(self.words.get(f"login_why_{reason}", reason))
@@ -5295,18 +5260,18 @@ class Client:
 
     def on_refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never. An act isn't tried again."""
-        code, reason = frame["code"], shown(frame["text"])
-        if not self.in_flight or frame.get("cid") != self.in_flight:
-            self.view.notice(reason)
-        elif code not in PASSING_REFUSALS:
-            self.report_unsent(self.resolve(self.in_flight), reason)
-        else:
+        cid, code, reason = str(frame.get("cid", "")), frame["code"], shown(frame["text"])
+        if cid in self.outbox and code not in PASSING_REFUSALS:
+            self.report_unsent(self.resolve(cid), reason)
+        elif cid in self.outbox:
             seconds = frame.get("retry_after")
             if not isinstance(seconds, int | float):
                 seconds = math.inf if code == "locked" else HOLD_SECONDS  # a mode ends the lock
             self.in_flight, self.hold_until = "", time.monotonic() + seconds
             self.hold_reason = reason if code in HOST_REFUSALS else ""
             asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
+        elif cid:  # without one it ends the connection, and is told then
+            self.view.notice(reason)
 
     def on_act(self, frame: Mapping[str, Any]) -> None:
         """A host, or an author, did something."""
@@ -5383,7 +5348,7 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
     match frame:
         case {"kind": "delete", "to": int(seq)} if seq in recent:
             return words["term_deleted"].format(name=recent[seq][0])
-        case {"kind": "react", "to": int(seq), "counts": {**counts}} if seq in recent:
+        case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in recent:
             signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
             return f"{signs} · {': '.join(recent[seq])}"
         case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
@@ -5443,8 +5408,11 @@ def room_time(client: Client, wish: str) -> str:
 
 def act(client: Client, command: str, rest: str) -> None:
     """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+    if not client.connected:
+        client.view.notice(client.words[client.state()])
+        return
     try:
-        client.send(ACTS[command](client, rest))
+        client.send(ACTS[command](client, rest) | {"cid": secrets.token_hex(12)})
     except ValueError:
         client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
 
@@ -5798,13 +5766,10 @@ def add_options(parser: Parser) -> None:
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
     option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT is a host; default: made up")
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up; a terminal is shown it")
     option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
            help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
-           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
