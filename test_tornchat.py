@@ -15,7 +15,7 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
-    TORNCHAT_PICTURES=folder python -m pytest -k Pictures    what the page looks like
+    TORNCHAT_SCREENSHOTS=folder python -m pytest -k TestPictures   what the page looks like
 
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
     python test_tornchat.py bench floods             ... what clients cost that mean ill
@@ -37,6 +37,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import bisect
 import collections
 import contextlib
@@ -79,6 +80,7 @@ import unicodedata
 import urllib.parse
 import uuid
 import weakref
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
@@ -2005,6 +2007,7 @@ EVERY_OPTION: list[tuple[str, object, list[str], object, dict[str, str], object]
     ("room", "lobby", ["--room", "blue"], "blue", {"TORNCHAT_ROOM": "red"}, "red"),
     ("history", 100, ["--history", "5"], 5, {"TORNCHAT_HISTORY": "7"}, 7),
     ("rate", 2.0, ["--rate", "0"], 0.0, {"TORNCHAT_RATE": "0.5"}, 0.5),
+    ("pictures", 32, ["--pictures", "0"], 0, {"TORNCHAT_PICTURES": "64"}, 64),
     ("wait", 30, ["--wait", "0.5"], 0.5, {"TORNCHAT_WAIT": "5"}, 5),
     ("allow_host", (), ["--allow-host", "a"], ["a"], {"TORNCHAT_ALLOW_HOST": "c, d"}, ["c", "d"]),
     ("trust_proxy", False, ["--trust-proxy"], True, {"TORNCHAT_TRUST_PROXY": "1"}, True),
@@ -2050,7 +2053,7 @@ OPTIONS = (*TEXT_OPTIONS, "certfile", "keyfile", "port", "history", "rate", "wor
 
 WRONG_LINES = (
     "--port eighty|--port 70000|--port -1|--history many|--history -1|--history 1001|--rate fast|--rate -1"
-    "|--rate nan|--redis-url http://a:secret@127.0.0.1/|--redis-url redis://:secret@127.0.0.1:port/"
+    "|--rate nan|--pictures -1|--pictures 1.5|--redis-url http://a:secret@127.0.0.1/|--redis-url redis://:secret@127.0.0.1:port/"
     "|--redis-url nonsense|--redis-url redis://a/abc|--redis-url redis://a/1/2|--redis-url redis://a..b/0"
     "|--redis-url unix://run/redis.sock|--colour red|stray|--keyfile key.pem|--host a..b|--wait -1|--room a:b"
     "|--join http://|--join http://host:port/|--join|--title a\x1bb|--join http://host:99999/|--join http://[::1/"
@@ -3641,6 +3644,307 @@ class TestMessages(Transcripts):
         await until(lambda: len(os.listdir("/dev/fd")) <= before and len(asyncio.all_tasks()) <= tasks)
         assert ann.after == 0
         assert await ann.poll() == []
+
+
+# === Pictures =========================================================================================================
+
+
+def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    """One of PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(*more: bytes, width: int = 8, height: int = 6) -> bytes:
+    """With more chunks before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + 8 * b"\x99") * 6))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixels + chunk(b"IEND")
+
+
+def gif(*more: bytes, width: int = 8, height: int = 6, wide: int = 8) -> bytes:
+    """With more blocks before its one image, which is so wide."""
+    screen = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\xcc\x33\x33\xff\xff\xff"
+    pixels = b"\x07\x32\x80" + 48 * b"\0" + b"\x81\0"
+    return screen + b"".join(more) + b"," + struct.pack("<HHHHB", 0, 0, wide, 6, 0) + pixels + b";"
+
+
+def webp(*chunks: tuple[bytes, bytes]) -> bytes:
+    body = b"WEBP" + b"".join(
+        kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for kind, body in chunks
+    )
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def canvas(width: int, height: int) -> tuple[bytes, bytes]:
+    """The chunk of WebP that tells how large everything is."""
+    return b"VP8X", bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+
+
+JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAFA3PEY8MlBGQUZaVVBfeMiCeG5uePWvuZHI//////////////////////////////////////////////"
+    "//////2wBDAVVaWnhpeOuCguv/////////////////////////////////////////////////////////////////////////wAARCAAGAAgDASIA"
+    "AhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAL/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QAFQEBAQAAAAAAAAAAAAAAAAAAAgP/xAAUEQEAAAAA"
+    "AAAAAAAAAAAAAAAA/9oADAMBAAIRAxEAPwCABXf/2Q=="
+)
+FRAME = JPEG.index(b"\xff\xc0")  # of it: there its height and width stand
+LOSSY = b"VP8 ", base64.b64decode("cAEAnQEqCAAGAAdAliWgAnQBQAAA/tomxcMhiPyS9SflYIgA")
+LOSSLESS = b"VP8L", base64.b64decode("LwdAAQAH0Jkyd6b/gYjofwA=")
+PAGE = b"<html><script>alert(1)</script></html>"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>'
+
+PICTURES = {
+    "png": ("image/png", png()),
+    "png, with a text": ("image/png", png(chunk(b"tEXt", b"Title\0A < B"))),
+    "jpeg": ("image/jpeg", JPEG),
+    "gif": ("image/gif", gif()),
+    "gif, with a pause": ("image/gif", gif(b"!\xf9\x04\0\x0a\0\0\0")),
+    "webp, lossy": ("image/webp", webp(LOSSY)),
+    "webp, lossless": ("image/webp", webp(LOSSLESS)),
+    "webp, extended": ("image/webp", webp(canvas(8, 6), LOSSY)),
+}
+LIES = {
+    "nothing": b"",
+    "text": b"hello",
+    "svg": SVG,
+    "svg, as xml": b'<?xml version="1.0"?>' + SVG,
+    "html": PAGE,
+    "html, with a mark": b"\xef\xbb\xbf<!doctype html>" + PAGE,
+    "a script": b"alert(1)",
+    "pdf": b"%PDF-1.4\n1 0 obj",
+    "zip": b"PK\3\4" + bytes(26),
+    "a program": b"MZ" + bytes(60),
+    "bmp": b"BM" + bytes(52),
+    "tiff": b"II*\0" + bytes(20),
+    "ico": b"\0\0\1\0\1\0" + bytes(16),
+    "avif": b"\0\0\0\x20ftypavif" + bytes(20),
+    "png: only the beginning": png()[:8],
+    "png: cut": png()[:-20],
+    "png: without its end": png()[:-12],
+    "png: a wrong checksum": png().replace(b"IDAT", b"IDAt"),
+    "png: without a header": png()[:8] + png()[33:],
+    "png: two headers": png()[:33] + png()[8:],
+    "png: without pixels": png()[:33] + chunk(b"IEND"),
+    "png: a chunk that never ends": png()[:33] + b"\xff\xff\xff\xffIDAT" + png()[33:],
+    "png, then a page": png() + PAGE,
+    "png, then a zip": png() + b"PK\3\4" + bytes(26),
+    "png, a page in it": png(chunk(b"tEXt", b"Title\0" + PAGE)),
+    "png: no pixels": png(width=0),
+    "png: 30,000 x 30,000": png(width=30_000, height=30_000),
+    "png: 40,000,000 x 1": png(width=40_000_000, height=1),
+    "jpeg: only the beginning": JPEG[:4],
+    "jpeg: cut": JPEG[:-20],
+    "jpeg: without its end": JPEG[:-2],
+    "jpeg that never ends": JPEG[:-2] + 1_000_000 * b"\xff",
+    "jpeg: two frames": JPEG[: FRAME + 19] + JPEG[FRAME:],
+    "jpeg, then a page": JPEG + PAGE,
+    "jpeg, a page in it": JPEG[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(PAGE)) + PAGE + JPEG[2:],
+    "a page, then jpeg": PAGE + JPEG,
+    "jpeg: 30,000 x 30,000": JPEG[: FRAME + 5] + struct.pack(">HH", 30_000, 30_000) + JPEG[FRAME + 9 :],
+    "gif: only the beginning": b"GIF89a",
+    "gif that is a script": b"GIF89a/*" + bytes(40) + b"*/=1;alert(1);",
+    "gif: cut": gif()[:-10],
+    "gif: without an image": gif()[:19] + b";",
+    "gif: an image wider than all": gif(wide=9000),
+    "gif, then a page": gif() + PAGE,
+    "gif, a page in it": gif(b"!\xfe" + bytes([len(PAGE)]) + PAGE + b"\0"),
+    "gif: 30,000 x 30,000": gif(width=30_000, height=30_000),
+    "webp: only the beginning": webp()[:12],
+    "webp that is a sound": webp(LOSSY).replace(b"WEBP", b"WAVE"),
+    "webp: cut": webp(LOSSY)[:-10],
+    "webp: larger than it says": webp(canvas(8, 7), LOSSY),
+    "webp, then a page": webp(LOSSY) + PAGE,
+    "webp, a page in it": webp(LOSSY, (b"XMP ", PAGE)),
+    "webp: 16,000 x 16,000": webp(canvas(16_000, 16_000), (b"ANMF", bytes(16))),
+    "1.1 MB": png(chunk(b"teXt", bytes(1_100_000))),
+    "2.2 MB, of whatever": bytes(2_000_000),
+}
+
+
+async def upload(browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png") -> tuple[int, Frame]:
+    """Send a picture; the status and what the JSON says."""
+    answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind)
+    return answer.code, json.loads(answer.body)
+
+
+async def show(browser: Browser, picture: str, text: str = "") -> Frame:
+    """Say something with a picture."""
+    cid = next(browser.cids)
+    await browser.send(json.dumps({"type": "say", "text": text, "cid": cid, "picture": picture}))
+    return await browser.expect("message", cid=cid, text=text)
+
+
+class TestPictureStore:
+    async def test_shown(self, lan: Lan) -> None:
+        """What is sent as a picture is seen by everybody, with its size beforehand; to plain lines it is an address."""
+        await lan.serve()
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        wscat = await lan.browser().connect(subprotocols=["text"], nickname="Cat")
+        status, picture = await upload(ann)
+        assert (status, picture["width"], picture["height"]) == (201, 8, 6)
+        await ann.expect("joined", names=["Cat"])
+        await show(ann, picture["id"], "look")
+        await bob.expect("message", name="Ann", text="look", picture=picture)
+        answer = await ann.fetch("/messages", form={"picture": picture["id"]})
+        assert (answer.code, json.loads(answer.body)["picture"]) == (201, picture)
+        await bob.expect("message", name="Ann", text="", picture=picture)
+        seen = await bob.fetch(f"/pictures/{picture['id']}")
+        assert (seen.code, seen.body) == (200, PICTURES["png"][1])
+        line = f"[picture /pictures/{picture['id']}]"
+        while (heard := str(await wscat.read())).startswith("~~~"):
+            pass
+        assert [heard, await wscat.read()] == [f"Ann: look\n    {line}", f"Ann: {line}"]
+        newcomer = await lan.join("Eve")
+        await newcomer.expect("message", text="look", picture=picture)
+
+    @pytest.mark.parametrize("what", PICTURES)
+    async def test_types(self, memory_lan: Lan, what: str) -> None:
+        """The type is taken from the bytes, and nothing can be done with a picture but look at it."""
+        kind, data = PICTURES[what]
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        status, picture = await upload(ann, data, "text/html")
+        assert (status, picture["width"], picture["height"]) == (201, 8, 6)
+        seen = await ann.fetch(f"/pictures/{picture['id']}")
+        assert seen.body == data
+        for header, value in {
+            "Content-Type": kind,
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; sandbox",
+            "Cache-Control": "private, max-age=31536000, immutable",
+        }.items():
+            assert seen.headers[header] == value
+
+    async def test_lies(self, memory_lan: Lan) -> None:
+        """Whatever says that it is a picture, and isn't one from its first byte to its last, is refused in words."""
+        daemon = await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        for what, data in LIES.items():
+            status, told = await upload(ann, data)
+            assert (status, told["code"]) in ((415, "bad-picture"), (413, "too-long")), what
+            assert told["text"].endswith("."), what
+        assert await daemon.store.redis.keys("*picture*") == []
+        assert (await upload(ann))[0] == 201
+
+    async def test_bounded(self, lan: Lan) -> None:
+        """Of a thousand pictures the newest that 32 MB hold are kept, whichever daemon took them; the rest is gone."""
+        first = await lan.serve()
+        second = await lan.serve() if lan.store.lasts else first
+        ids = [f"{number:016x}-8x6-{'0' * 16}" for number in range(1000)]
+        data = PICTURES["png"][1].ljust(100_000, b"\0")
+        for number, id in enumerate(ids):
+            await (first, second)[number % 2].store.add_picture(id, data)
+        kept = 32 * 2**20 // len(data)
+        ann = await lan.join("Ann", first)
+        for daemon in (first, second):
+            eve = ann.tab(daemon)
+            for id, status in ((ids[-1], 200), (ids[-kept], 200), (ids[-kept - 1], 404), (ids[0], 404)):
+                assert (await eve.fetch(f"/pictures/{id}")).code == status
+        keys = await first.store.redis.keys(f"{first.store.picture}*")
+        assert sum([await first.store.redis.strlen(key) for key in keys]) <= 32 * 2**20
+        assert len(keys) == kept == await first.store.redis.hlen(first.store.pictures)
+
+    async def test_two_daemons(self, redis_lan: Lan) -> None:
+        """What one daemon has taken can be said and seen through another, and after a restart."""
+        one, other = await redis_lan.serve(), await redis_lan.serve()
+        ann, bob = await redis_lan.join("Ann", one), await redis_lan.join("Bob", other)
+        _, picture = await upload(ann, JPEG)
+        await (there := ann.tab(other)).connect()
+        await there.expect("welcome", name="Ann")
+        await show(there, picture["id"])
+        await bob.expect("message", name="Ann", picture=picture)
+        again = await redis_lan.restart()
+        assert (await bob.tab(again).fetch(f"/pictures/{picture['id']}")).body == JPEG
+
+    async def test_members_only(self, memory_lan: Lan) -> None:
+        """Without a member's cookie nobody sees or sends a picture; a picture is said by who has sent it alone."""
+        await memory_lan.serve()
+        ann, bob, stranger = await memory_lan.join("Ann"), await memory_lan.join("Bob"), memory_lan.browser()
+        _, picture = await upload(ann)
+        assert (await stranger.fetch(f"/pictures/{picture['id']}")).code == 403
+        status, told = await upload(stranger)
+        assert (status, told["code"]) == (401, "no-session")
+        evil = await ann.fetch("/pictures", "POST", body=PICTURES["png"][1], Origin="http://evil.example")
+        assert evil.code == 403
+        for number, id in enumerate((picture["id"], picture["id"][:-1], "x", "0" * 16 + "-8x6-" + "0" * 16, 7, ["x"])):
+            await bob.send(json.dumps({"type": "say", "text": "mine", "cid": f"c{number}", "picture": id}))
+            await bob.expect("refused", code="no-picture", cid=f"c{number}")
+        gone = await ann.fetch(f"/pictures/{picture['id'][:-1]}z")
+        assert gone.code == 404
+
+    async def test_pace(self, memory_lan: Lan) -> None:
+        """A picture and the message that shows it cost the pace of ten messages; one comes in at a time."""
+        daemon = await memory_lan.serve(rate=2.0)
+        ann = await memory_lan.join("Ann")
+        _, picture = await upload(ann)
+        await show(ann, picture["id"])
+        await ann.say("and another thing")
+        await ann.expect("refused", code="too-fast")
+        bob = await memory_lan.join("Bob")
+        _, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+        head = "POST /pictures HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99"
+        writer.write(f"{head}\r\nCookie: {bob.headers()['Cookie']}\r\n\r\nhalf".encode())
+
+        async def is_taken(count: int = 1) -> bool:
+            return len(daemon.uploads) == count
+
+        await until(is_taken)
+        status, told = await upload(bob)
+        assert (status, told["code"]) == (429, "too-fast")
+        writer.close()
+        await until(functools.partial(is_taken, 0))
+        assert (await upload(bob))[0] == 201
+
+    async def test_none(self, memory_lan: Lan) -> None:
+        """With --pictures 0 the room takes none, and says so; its page has no button for it."""
+        await memory_lan.serve(pictures=0)
+        ann = await memory_lan.join("Ann")
+        status, told = await upload(ann)
+        assert (status, told["text"]) == (404, "This room takes no pictures.")
+        assert 'id="pick" class="plain" type="button" aria-label="Add a picture"\n      hidden' in text_of(
+            await ann.fetch("/")
+        )
+
+    async def test_store_away(self, own_lan: Lan, own_redis: RedisServer) -> None:
+        """While the store is away a picture is refused for now, and one that cannot be read isn't said to be gone."""
+        await own_lan.serve()
+        ann = await own_lan.join("Ann")
+        _, picture = await upload(ann)
+        own_redis.kill()
+        await ann.expect("store", available=False)
+        assert (await ann.fetch(f"/pictures/{picture['id']}")).code == 503
+        status, told = await upload(ann)
+        assert (status, told["code"]) == (503, "unavailable")
+
+    async def test_slow_reader(self, memory_lan: Lan) -> None:
+        """Who asks for a large picture and doesn't take it is cut off, and has cost the daemon a piece of it."""
+        daemon = await memory_lan.serve(answer_seconds=0.2)
+        ann = await memory_lan.join("Ann")
+        _, picture = await upload(ann, png(chunk(b"teXt", bytes(1_000_000))))
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(slow, ("127.0.0.1", daemon.port))
+        reader, writer = await asyncio.open_connection(sock=slow, limit=1024)
+        head = f"GET /pictures/{picture['id']} HTTP/1.1\r\nHost: localhost"
+        writer.write(f"{head}\r\nCookie: {ann.headers()['Cookie']}\r\n\r\n".encode())
+        assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        here = slow.getsockname()
+
+        async def is_cut() -> bool:
+            return here not in [stream.socket.getpeername() for stream in daemon.visitors.open]
+
+        assert await until(is_cut) > 0.1
+        writer.close()
+
+    async def test_terminal(self, memory_lan: Lan) -> None:
+        """In the terminal a picture is an address that can be opened."""
+        daemon = await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        _, picture = await upload(ann)
+        await show(ann, picture["id"], "look")
+        ear = await Joined.run(memory_lan, "--name", "ear")
+        address = f"[picture http://127.0.0.1:{daemon.port}/pictures/{picture['id']}]"
+        assert await ear.lines(2) == ["Ann: look", f"    {address}"]
 
 
 # === Presence =========================================================================================================
@@ -6738,7 +7042,7 @@ class TestEveryone(Transcripts):
                 outline = await ann.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
                 assert outline != "none", order
                 await ann.page.keyboard.press("Tab")
-            assert order == ["join", "scroller", "box", "send", "members", "theme", "sound", "notify"]
+            assert order == ["join", "scroller", "pick", "box", "send", "members", "theme", "sound"]
             assert await ann.page.get_attribute("html", "lang") == "en"
             ann.well_behaved()
 
@@ -6828,8 +7132,8 @@ class TestLongRoom(Transcripts):
 class TestPictures(Transcripts):
     @slow
     async def test_pictures(self, memory_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The page as people see it: to be looked at, in TORNCHAT_PICTURES or in pytest's folder."""
-        folder = Path(os.environ.get("TORNCHAT_PICTURES", tmp_path))
+        """The page as people see it: to be looked at, in TORNCHAT_SCREENSHOTS or in pytest's folder."""
+        folder = Path(os.environ.get("TORNCHAT_SCREENSHOTS", tmp_path))
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
         daemon = await memory_lan.serve(title="Class 5b", host="")
         people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}
