@@ -65,9 +65,9 @@ The file, top to bottom; a section uses only what stands above it, but for the p
   wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
   Outbox (what may be stored, and in which order), Feed (commits, reads, repairs), Presence (leases, who has left),
   Limits by address (paces, visitors), Web (checks of a request, cookie, language, pages, QR code), Login (password,
-  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures (taken, measured, shown),
-  Addresses and banner (what is printed at the start), Application (routes, Daemon, workers, signals), Terminal client (--join), Terminal views (how that looks),
-  Command line (options, log), Pages (words in each language, HTML, style, script)
+  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures (taken, measured, shown), Addresses
+  and banner (what is printed at the start), Application (routes, Daemon, workers, signals), Terminal client (--join),
+  Terminal views (how that looks), Command line (options, log), Pages (words in each language, HTML, style, script)
 """
 
 from __future__ import annotations
