@@ -42,6 +42,10 @@ as soon as there are events after SEQ, or when 25 s are over; what is more than 
 Give back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers
 with the stored message, or with what is refused. GET /healthz says how the daemon is.
 
+A picture is sent first: POST /pictures (its bytes: PNG, JPEG, WebP or GIF, at most 1 MB and 40 megapixels) answers
+{"id":ID,"width":W,"height":H}, and "picture":ID in a say (or picture=ID) shows it; members load /pictures/ID. The room
+keeps the newest 32 MB of them (--pictures MB). In plain lines a picture is [picture /pictures/ID].
+
 Words of the source:
   session       a browser or program that has logged in: a sid and a name, signed in its cookie
   member        a session under its name in the room; each of its connections, and each poll that waits, is a listener
@@ -61,9 +65,9 @@ The file, top to bottom; a section uses only what stands above it, but for the p
   wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
   Outbox (what may be stored, and in which order), Feed (commits, reads, repairs), Presence (leases, who has left),
   Limits by address (paces, visitors), Web (checks of a request, cookie, language, pages, QR code), Login (password,
-  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Addresses and banner (what is printed at the
-  start), Application (routes, Daemon, workers, signals), Terminal client (--join), Terminal views (how that looks),
-  Command line (options, log), Pages (words in each language, HTML, style, script)
+  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures (taken, measured, shown), Addresses
+  and banner (what is printed at the start), Application (routes, Daemon, workers, signals), Terminal client (--join),
+  Terminal views (how that looks), Command line (options, log), Pages (words in each language, HTML, style, script)
 """
 
 from __future__ import annotations
@@ -105,12 +109,14 @@ import secrets
 import socket
 import ssl
 import string
+import struct
 import threading
 import time
 import types
 import unicodedata
 import urllib.parse
 import weakref
+import zlib
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -211,6 +217,7 @@ MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
+HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -220,6 +227,14 @@ DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being anno
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
+PICTURE_BYTES = 1024 * 1024  # of one picture; pages draw theirs smaller
+PICTURE_PIXELS = 40_000_000  # what a large camera takes: 160 MB in the browser of whoever sees it
+PICTURE_SIDE = 16_383  # the longest of WebP
+PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
+PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
+PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
+UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
+TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
 COOKIES = 10  # with the session's name that are looked at, 15 us each
@@ -255,6 +270,7 @@ class Config:
     room: str = "lobby"
     history: int = 100
     rate: float = 2.0
+    pictures: int = 32  # MB of them in the store; 0: none
     allow_host: Sequence[str] = ()
     trust_proxy: bool = False
     certfile: str = ""
@@ -288,6 +304,7 @@ class Config:
     goodbye_seconds: float = 2  # for a client to take our close code and answer it
     header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
     body_seconds: float = 10  # for its body
+    picture_seconds: float = 30  # for one that is a picture
     answer_seconds: float = 30  # for the client to take the answer, or 64 KB of a long one
 
 
@@ -296,6 +313,7 @@ class Config:
 # No input or output here, no clock, no Tornado.
 
 CID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+PICTURE = re.compile(r"[0-9a-f]{16}-([0-9]{1,5})x([0-9]{1,5})-[0-9a-f]{16}")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # What could steer a terminal, or deceive its reader: controls but newline, and the marks of bidirectional text.
 STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -334,11 +352,19 @@ class Taken(Refused):
 
 
 class Say(NamedTuple):
-    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0."""
+    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0, and `picture`
+    the id of one, or "".
+    """
 
     text: str
     cid: str
     re: int = 0
+    picture: str = ""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Those of the event that it proposes."""
+        return ({"re": self.re} if self.re else {}) | ({"picture": self.picture} if self.picture else {}) or NO_DETAILS
 
 
 def parse_object(raw: str | bytes) -> dict[str, Any]:
@@ -361,10 +387,14 @@ def parse_frame(raw: str | bytes) -> Say | Act:
 def parse_say(fields: Mapping[str, Any]) -> Say:
     """What is to be said, of a frame or a form. Raises Refused, with the cid once that is known to be one."""
     with told_with_cid(fields) as cid:
-        text = fields.get("text")
+        picture = fields.get("picture", "")
+        if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
+            raise Refused("no-picture")
+        text = fields.get("text", "" if picture else None)
         if not isinstance(text, str):
             raise Refused("bad-frame", "no-text")
-        return Say(clean_text(text), cid, number_field(fields, "re", 1, MOST_MESSAGES, 0))
+        cleaned = clean_text(text, may_be_empty=bool(picture))
+        return Say(cleaned, cid, number_field(fields, "re", 1, MOST_MESSAGES, 0), picture)
 
 
 @contextlib.contextmanager
@@ -378,6 +408,20 @@ def told_with_cid(fields: Mapping[str, Any]) -> Iterator[str]:
     except Refused as refused:
         refused.cid = cid
         raise
+
+
+def picture_id(key: str, browser: str, name: str) -> str:
+    """The id under which this browser alone can say the picture of that name: what is shown is never another's, and
+    goes with its own message.
+    """
+    return f"{name}-{hmac.new(key.encode(), f'{browser} {name}'.encode(), 'sha256').hexdigest()[:16]}"
+
+
+def picture_fields(id: str) -> dict[str, object]:
+    """A picture as clients are told of it: its id, which tells its size."""
+    match = PICTURE.fullmatch(id)
+    assert match
+    return {"id": id, "width": int(match[1]), "height": int(match[2])}
 
 
 def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
@@ -396,7 +440,7 @@ def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], d
     raise Refused("bad-frame", "bad-field", field=name)
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, *, may_be_empty: bool = False) -> str:
     """The text as it is stored: newlines as \\n, no control characters. Raises Refused."""
     text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").rstrip()
     if len(text) > TEXT_CHARS:
@@ -406,6 +450,8 @@ def clean_text(text: str) -> str:
     except UnicodeEncodeError:
         raise Refused("bad-frame", "surrogate") from None
     if all(unicodedata.category(char) in UNSEEN or char in BLANKS for char in text):
+        if may_be_empty:
+            return ""
         raise Refused("empty")
     return text
 
@@ -608,7 +654,7 @@ OPEN_MODE = types.MappingProxyType({"talk": "everyone", "every": 0, "door": "ope
 class Event(NamedTuple):
     """What happened, as the feed keeps it: a `message`, or a notice (all others), which has the seq before it.
 
-    `details` are what only some have: a message `host`, `re` and `deleted`, an act what its frame says.
+    `details` are what only some have: a message `host`, `re`, `picture` and `deleted`, an act what its frame says.
     """
 
     type: str
@@ -624,7 +670,8 @@ class Event(NamedTuple):
 
 FIELDS = Event._fields[:-2]
 DETAILS = {"to": int, "kind": str, "value": str | bool, "by": str, "name": str, "sid": str, "seconds": int,
-           "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int}  # fmt: skip
+           "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int,
+           "picture": str}  # fmt: skip
 NEEDED = {"note": {"to", "kind", "value"}, "muted": {"name", "seconds"}, "removed": {"name", "seconds"}}
 
 
@@ -660,6 +707,8 @@ def are_details(type: str, details: object) -> bool:
     if not isinstance(details, Mapping) or not NEEDED.get(type, set()) <= details.keys():
         return False
     "".join(value for value in details.values() if isinstance(value, str)).encode()
+    if "picture" in details and not PICTURE.fullmatch(details["picture"]):
+        return False
     return all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
 
 
@@ -726,7 +775,9 @@ def line_of(event: Mapping[str, Any]) -> str:
             return f"~~~ a message of {event['name']} was deleted ~~~"
         case "message":
             answered = f" (to {event['to']})" if "to" in event else ""
-            return f"{badge(event)}{event['name']}{answered}: {event['text']}".replace("\n", "\n    ")
+            picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
+            text = "\n".join(filter(None, (event["text"], picture)))
+            return f"{badge(event)}{event['name']}{answered}: {text}".replace("\n", "\n    ")
         case "joined" | "left" as what:
             return f"~~~ {', '.join(event['names'])} {what} ~~~"
         case "welcome":
@@ -776,6 +827,8 @@ def encode_message(event: Event, answered: str = "") -> Encoded:
         message["cid"] = event.cid
     if event.details:
         message |= event.details
+    if "picture" in event.details:
+        message["picture"] = picture_fields(event.details["picture"])
     return encode(message, line_of(message | {"to": answered}) if answered else None)
 
 
@@ -1085,6 +1138,8 @@ class Store:
     leases   sorted set: a member's key -> when it lapses, in ms of the store's clock
     state    hash: `epoch`, the name of the history, and what acts have made of the room (State); written like names
     secret   signs the cookies of all daemons
+    pictures hash: id -> "ms bytes": when it came, and what it counts
+    picture:ID  its bytes
     host_key makes hosts at all daemons
     """
 
@@ -1098,6 +1153,8 @@ class Store:
         self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
         self.leases, self.state = prefix + "leases", prefix + "state"
         self.secret, self.host_key = prefix + "secret", prefix + "host_key"
+        self.pictures, self.picture = prefix + "pictures", prefix + "picture:"
+        self.transfers = asyncio.Semaphore(TRANSFERS_AT_ONCE)
         self.clock_ahead = 0.0  # of time.monotonic, in ms
 
     # --- the feed ---
@@ -1311,6 +1368,40 @@ class Store:
     @bounded
     async def drop_leases(self, keys: Iterable[str]) -> None:
         await self.redis.zrem(self.leases, *keys)
+
+    # --- pictures ---
+
+    async def add_picture(self, id: str, data: bytes) -> None:
+        """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
+        if beyond := await self.put_picture(id, data):
+            await self.drop_pictures(beyond)
+
+    @bounded
+    async def put_picture(self, id: str, data: bytes) -> list[str]:
+        """Stores it; the ids of those that have to go."""
+        async with self.transfers, self.redis.pipeline() as pipe:
+            counted = max(len(data), PICTURE_LEAST_BYTES)
+            pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
+            *_, index = await pipe.hgetall(self.pictures).execute()
+        pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
+        sizes = itertools.accumulate(size for _, size, _ in pictures)
+        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+
+    @bounded
+    async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
+        """A piece of a picture from there on, and how many bytes all of it has: 0 if it is gone."""
+        async with self.transfers, self.redis.pipeline(transaction=False) as pipe:
+            pipe.getrange(self.picture + id, start, start + CHUNK_BYTES - 1).strlen(self.picture + id)
+            piece, size = await pipe.execute()
+        return piece, size
+
+    @bounded
+    async def drop_pictures(self, ids: Iterable[str], before: int = 0) -> None:
+        """Deletes pictures, and all that came before that time, in ms."""
+        index = await self.redis.hgetall(self.pictures) if before else {}
+        if ids := [*ids, *(id.decode() for id, about in index.items() if int(about.split()[0]) < before)]:
+            async with self.redis.pipeline() as pipe:
+                await pipe.delete(*(self.picture + id for id in ids)).hdel(self.pictures, *ids).execute()
 
     # --- the clock ---
 
@@ -1912,9 +2003,7 @@ class Outbox:
             done(self.message(seq, member, say))
             return
         self.check_space(say.cid)
-        self.propose(
-            "message", member, done, cid=say.cid, text=say.text, details={"re": say.re} if say.re else NO_DETAILS
-        )
+        self.propose("message", member, done, cid=say.cid, text=say.text, details=say.details)
 
     def check_space(self, cid: str) -> None:
         """Raises Refused if too much waits already."""
@@ -1956,7 +2045,7 @@ class Outbox:
         ts, text = self.room.ts, say.text
         if found := self.room.ring.find(seq):
             ts, text = found.ts, found.fields()["text"]
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text)
+        return Event("message", seq, ts, member.sid, say.cid, member.name, text, details=say.details)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2239,6 +2328,8 @@ class Feed:
         self.erased: collections.deque[Id] = collections.deque(
             maxlen=RING_MESSAGES
         )  # entries of deleted messages alone
+        self.pictures: set[str] = set()  # ... and their pictures
+        self.cleared_at = 0  # before then no picture is left, in ms of the store's clock
         self.erase_from_store = False
         self.secret, self.host_key = self.config.secret, self.config.host_key
         self.unsure = True  # the store may hold something else than was absorbed: look
@@ -2433,32 +2524,40 @@ class Feed:
                 for listener in tuple(member.listeners):
                     listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
             elif event.type == "cleared":
-                self.forget_before(event.place[:2])
+                self.forget_before(event)
             elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
                 self.blank({found.entry})
 
     # --- what is deleted ---
 
-    def forget_before(self, id: Id) -> None:
-        """The room was cleared with this entry: nothing before it is kept, or given back to the store."""
+    def forget_before(self, cleared: Event) -> None:
+        """The room was cleared: nothing before that is kept, or given back to the store."""
+        id = cleared.place[:2]
         for window in (self.kept, self.extent):
             window.keep(each for each in window.entries if each[0].id >= id)
         self.notices = collections.deque(each for each in self.notices if each >= id)
-        self.cleared, self.erase_from_store = id, True
+        self.cleared, self.cleared_at, self.erase_from_store = id, cleared.ts, True
 
     def blank(self, ids: set[Id]) -> None:
         """Takes deleted texts out of these entries, as they are kept; what holds nothing else goes from the store."""
         for at, (entry, messages, size) in enumerate(self.kept.entries):
             if entry.id in ids:
                 self.kept.entries[at] = entry._replace(raw=self.without_deleted(entry)), messages, size
-                if all(map(self.is_deleted, decode_events(entry.raw))):
+                events = decode_events(entry.raw)
+                deleted = [event for event in events if self.is_deleted(event)]
+                self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
+                if len(deleted) == len(events):
                     self.erased.append(entry.id)
-                    self.erase_from_store = True
+                self.erase_from_store = True
         self.kept.drop(set(self.erased) & ids)
 
     def without_deleted(self, entry: Entry) -> bytes:
-        events = decode_events(entry.raw)
-        return encode_events(event._replace(text="") if self.is_deleted(event) else event for event in events)
+        return encode_events(
+            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
+            if self.is_deleted(event)
+            else event
+            for event in decode_events(entry.raw)
+        )
 
     def is_deleted(self, event: Event) -> bool:
         return event.type == "message" and self.room.state.is_deleted(event.seq)
@@ -2469,6 +2568,8 @@ class Feed:
             await self.store.delete(self.erased)
         if self.cleared > NO_ENTRY:
             await self.store.trim(self.cleared)
+        await self.store.drop_pictures(self.pictures, self.cleared_at)
+        self.pictures.clear()
         self.erase_from_store = False
 
     # --- where the store holds something else ---
@@ -2576,7 +2677,7 @@ class Feed:
         self.room.adopt(epoch or str(newest.id[0]), self.last, roster, history, state)
         for event in history:
             if event.type == "cleared":
-                self.forget_before(event.place[:2])
+                self.forget_before(event)
         self.blank({kept.entry for seq in self.room.state.notes if (kept := self.room.ring.find(seq))})
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
@@ -2861,7 +2962,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_later(self.rest, turn.release)
+            loop.call_later(self.rest if cost else 0, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -2911,7 +3012,6 @@ class Visitors:
         self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
-        """A new connection."""
         self.open[stream] = address
         self.wait(stream)
         if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
@@ -2932,7 +3032,6 @@ class Visitors:
                 del self.quiet[address]
 
     def leave(self, stream: tornado.iostream.IOStream) -> None:
-        """The connection is closed."""
         self.join(stream)
         self.open.pop(stream, None)
 
@@ -2962,9 +3061,10 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-STATUSES = {"no-session": 401, "logout": 401, "password": 403, "host-key": 403, "not-host": 403, "door": 403,
-            "removed": 403, "muted": 403, "locked": 403, "no-message": 404, "no-member": 404, "is-host": 409,
-            "taken": 409, "name-lost": 409, "too-long": 413, "too-fast": 429, "slow": 429, "too-many-tabs": 429,
+STATUSES = {"no-session": 401, "logout": 401, "password": 403, "host-key": 403, "not-host": 403, "not-member": 403,
+            "door": 403, "removed": 403, "muted": 403, "locked": 403, "no-message": 404, "no-member": 404,
+            "no-picture": 404, "is-host": 409, "taken": 409, "name-lost": 409, "too-long": 413, "bad-picture": 415,
+            "too-fast": 429, "slow": 429, "too-many-tabs": 429,
             "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
 
@@ -3058,7 +3158,6 @@ class BaseHandler(tornado.web.RequestHandler):
             self.request.headers["Origin"] = "null"
 
     def set_default_headers(self) -> None:
-        """On every answer, errors too."""
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
@@ -3068,7 +3167,8 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
         self.daemon.visitors.wait(self.stream)
-        await self.daemon.limits.turn(self.address, self.stream)
+        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS
+        await self.daemon.limits.turn(self.address, self.stream, cost)
         self.check_host()
 
     def check_host(self) -> None:
@@ -3150,6 +3250,8 @@ class BaseHandler(tornado.web.RequestHandler):
     def take(self, member: Member, wish: Say | Act, done: Done) -> None:
         """Takes a message or an act, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
+        if isinstance(wish, Say) and wish.picture not in ("", self.picture_id(member, wish.picture.rpartition("-")[0])):
+            raise Refused("no-picture", cid=wish.cid)
         if paced:
             limits.pace(limits.messages, self.address, wish.cid, cost=0)
             limits.pace(limits.says, member.sid[:BROWSER_CHARS], wish.cid)
@@ -3159,6 +3261,9 @@ class BaseHandler(tornado.web.RequestHandler):
         self.daemon.outbox.say(member, wish, done)  # only what that takes counts
         if paced:
             limits.pace(limits.messages, self.address, wish.cid, cost=1 + len(wish.text.encode()) // MESSAGE_BYTES)
+
+    def picture_id(self, member: Member, name: str) -> str:
+        return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -3180,7 +3285,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return taken
 
     def wants_json(self) -> bool:
-        """Whether a program asks."""
         return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
@@ -3202,11 +3306,9 @@ class BaseHandler(tornado.web.RequestHandler):
         self.explain(status_code, text)
 
     def refuse(self, refused: Refused) -> None:
-        """The answer to a wish that isn't done."""
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
-        """One sentence, on a page or as JSON."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3247,7 +3349,6 @@ class PageHandler(BaseHandler):
     """GET /: the chat page."""
 
     def get(self) -> None:
-        """Whoever has no session logs in first."""
         if self.current_user is None:
             self.redirect("login" + self.page_path())
             return
@@ -3255,6 +3356,7 @@ class PageHandler(BaseHandler):
             "chat.html",
             name=self.current_user.name,
             view="projector" if self.page_path() else "window",
+            pictures=self.daemon.config.pictures > 0,
             now=round(1000 * time.time()),
             words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
@@ -3266,7 +3368,6 @@ class NotFoundHandler(BaseHandler):
     """Everything else."""
 
     async def prepare(self) -> None:
-        """404, with the checks and headers of every route."""
         await super().prepare()
         raise tornado.web.HTTPError(404)
 
@@ -3277,7 +3378,6 @@ class HealthHandler(BaseHandler):
     only_json = True
 
     def get(self) -> None:
-        """200 while messages can be stored, else 503."""
         room = self.daemon.room
         self.set_status(200 if room.available else 503)
         self.finish(
@@ -3316,7 +3416,6 @@ class JoinHandler(BaseHandler):
     """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
 
     async def get(self, what: str) -> None:
-        """The addresses, or one of them to point a camera at."""
         if self.current_user is None:
             raise tornado.web.HTTPError(401)
         if what == "join.json":
@@ -3347,7 +3446,6 @@ class AssetHandler(BaseHandler):
     """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
 
     def get(self, name: str) -> None:
-        """The part, and for how long."""
         type, text = ASSETS[name]
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
@@ -3359,7 +3457,6 @@ class AssetHandler(BaseHandler):
 
 @functools.cache
 def asset_hash(name: str) -> str:
-    """What changes with the content."""
     return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
 
 
@@ -3465,7 +3562,6 @@ class Admission:
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        """A new session under that name. Raises Refused."""
         session = Session.make(name, before)
         await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
         return session
@@ -3473,16 +3569,12 @@ class Admission:
     async def enter_as_guest(self, address: str, before: Session | None) -> Session:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
+            name = guest_name(address)
+            if self.room.owner(name_key(name)):
+                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
             with contextlib.suppress(Taken):
-                return await self.enter_as(self.guest(address), address, before)
+                return await self.enter_as(name, address, before)
         raise Refused("unavailable", retry_after=1)
-
-    def guest(self, address: str) -> str:
-        """A free name for whoever gives none."""
-        name = guest_name(address)
-        if self.room.owner(name_key(name)):
-            name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-        return name
 
 
 class LoginHandler(BaseHandler):
@@ -3496,7 +3588,6 @@ class LoginHandler(BaseHandler):
     head = get
 
     async def post(self) -> None:
-        """A session and a name, or the form again with the reason."""
         nickname, password = self.field("nickname") or "", self.field("password") or ""
         address, known = self.request.remote_ip or "", self.browser()
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
@@ -3519,7 +3610,6 @@ class LoginHandler(BaseHandler):
             self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
 
     def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
-        """The login page."""
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3584,12 +3674,10 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         self.read()
 
     def end(self) -> None:
-        """The connection is gone."""
         self._abort()
         self.handler.on_connection_close()
 
     def read(self) -> None:
-        """Waits for more."""
         try:
             asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
         except tornado.iostream.StreamClosedError:
@@ -3606,9 +3694,8 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         for _ in range(FRAMES_A_TURN):
             before = len(self.unread)
             frame = self.next_frame()
-            if frame is None and not self.client_terminated:
-                self.read()
             if frame is None:
+                self.read()
                 return
             self.handle(*frame)
             if self.handler.count(before - len(self.unread)):
@@ -3638,19 +3725,19 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
     def handle(self, first: int, payload: bytes) -> None:
         """A control frame, or a part of a message."""
         opcode, is_final = first & 0xF, first & 0x80
-        if opcode & 0x8 and is_final:
+        is_control, is_continued = bool(opcode & 0x8), opcode == 0
+        if is_control and is_final:
             try:
                 self._handle_message(opcode, payload)
             except UnicodeDecodeError:  # in the reason of a close
                 self._abort()
-        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
             self._abort()
-        elif is_final:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = 0, b""
-            self._handle_message(opcode, message)
         else:
-            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
+            if is_final:
+                self._handle_message(opcode, message)
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3698,7 +3785,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
                     await self.write_message(to_json(refused.event(self.language)))
             self.close(CLOSE_CODES[refused.code], self.reason(refused))
-        self.forget_handshake()
+        self.request.headers.clear()  # nobody needs them any more, for as long as the connection lasts
 
     def reason(self, refused: Refused) -> str:
         """The sentence, as much of it as a closing frame takes."""
@@ -3712,7 +3799,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        """Joins the room. Raises Refused."""
         member = await self.admit(session)
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
@@ -3722,18 +3808,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.daemon.visitors.join(self.stream)
             self.daemon.room.join(self.listener, seen)
 
-    def forget_handshake(self) -> None:
-        """Drops what only the handshake needed, and the methods that Tornado has put in the place of HTTP's, which make
-        the dictionary of attributes a large one: a fifth of what an idle connection would keep.
-        """
-        self.request.headers.clear()
-        for name in SECURITY_HEADERS:
-            self.clear_header(name)
-        methods = vars(tornado.web.RequestHandler)
-        self.__dict__ = {name: value for name, value in vars(self).items() if name not in methods}
-
     def on_message(self, message: str | bytes) -> None:
-        """One frame of the client."""
         listener = self.listener
         if listener is None:
             return  # it has been turned away
@@ -3758,7 +3833,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return self.frames > FRAMES_A_TICK
 
     def on_pong(self, data: bytes) -> None:
-        """The client lives."""
         if self.listener:
             self.listener.heard = asyncio.get_running_loop().time()
 
@@ -3769,7 +3843,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
 
     def on_close(self) -> None:
-        """The connection is gone, for whatever reason."""
         self.daemon.sockets.discard(self)
         self.daemon.visitors.leave(self.stream)
         self.leave()
@@ -3802,13 +3875,13 @@ class SocketListener:
         self.base = 0
         self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
         self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining = False  # the stream will call drain
+        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
         self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if not (self.draining or self.stream.writing()):
+        if self.backlog is None and not self.stream.writing():
             self.transmit(data)
             return
         self.wait([(data, len(batch.events))])
@@ -3835,7 +3908,6 @@ class SocketListener:
             return
         if sent < len(data):
             self.stream.write(data[sent:])
-            self.drain_later()
 
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
@@ -3843,32 +3915,20 @@ class SocketListener:
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
         """Into the backlog, and out again as soon as the stream can take it."""
-        if self.backlog is None:
-            self.lagging = asyncio.get_running_loop().time()  # since when something waits
-            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
+        if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
+            self.backlog = collections.deque()
+            self.lagging = asyncio.get_running_loop().time()
+            self.draining = asyncio.create_task(self.drain())
         self.backlog.extend(pieces)
-        if self.stream.writing():
-            self.drain_later()
-        elif not self.draining:
-            self.drain()
 
-    def drain_later(self) -> None:
-        """Goes on with the backlog when the stream has written all that it has."""
-        if not (self.draining or self.stream.closed()):
-            self.draining = True
-            self.stream.write(b"").add_done_callback(self.drain)
-
-    def drain(self, written: asyncio.Future[None] | None = None) -> None:
+    async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
-        self.draining = False
-        while self.backlog and not self.stream.closed():
-            if self.stream.writing():
-                self.drain_later()
-                return
-            self.transmit(self.next_chunk(self.backlog))
-        self.backlog = None
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            while self.backlog:
+                await self.stream.write(self.next_chunk(self.backlog))
+        self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
+    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
@@ -3878,7 +3938,7 @@ class SocketListener:
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
             self.waiting_events -= events
-        return memoryview(b"".join(chunk))
+        return b"".join(chunk)
 
     def settled(self, outcome: Outcome) -> None:
         """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
@@ -3888,7 +3948,6 @@ class SocketListener:
             self.tell(encode_message(outcome))
 
     def refuse(self, refused: Refused) -> None:
-        """Tells this client why not."""
         self.tell(encode(refused.event(self.handler.language)))
 
     def tell(self, event: Encoded) -> None:
@@ -3916,7 +3975,6 @@ class SocketListener:
         self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
-        """The end, with a close code."""
         self.backlog = None
         self.handler.shut(code, reason)
 
@@ -3933,7 +3991,6 @@ class Cursor(NamedTuple):
     available: bool
 
     def __str__(self) -> str:
-        """As a client keeps it."""
         return "-".join(map(str, self.place)) + ("" if self.available else "!")
 
     @classmethod
@@ -3976,7 +4033,6 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
 
 
 def newest_cursor(room: Room) -> Cursor:
-    """For somebody who has been told everything."""
     return Cursor(room.place, room.available)
 
 
@@ -3988,15 +4044,37 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
     return told if told and told.place >= room.notices_after else newest_cursor(room)
 
 
-class MessagesHandler(BaseHandler):
-    """GET and POST /messages."""
+class EventHandler(BaseHandler):
+    """What a member asks for without a socket."""
 
     only_json = True
-    listener: PollListener | None = None
     gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
+
+    def on_connection_close(self) -> None:
+        """The client has hung up: nothing is kept for it."""
+        super().on_connection_close()
+        self.gone = True
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.daemon.config
+        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        self.daemon.presence.release(member, max(config.grace_seconds, rest))
+
+    def refuse(self, refused: Refused) -> None:
+        """A refusal is an event here too."""
+        if refused.retry_after:
+            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
+        self.finish(refused.event(self.language))
+
+
+class MessagesHandler(EventHandler):
+    """GET and POST /messages."""
+
+    listener: PollListener | None = None
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
@@ -4049,14 +4127,11 @@ class MessagesHandler(BaseHandler):
         await daemon.limits.turn(self.address, self.stream, cost=0)
 
     def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
-        self.gone = True
         if self.listener:
             self.listener.news.set()
 
     def tell(self, member: Member, news: News) -> None:
-        """Answers, unless nobody is there any more."""
         if self.gone:
             return
         member.told = str(news.cursor)
@@ -4083,21 +4158,9 @@ class MessagesHandler(BaseHandler):
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid", "re")}
+        values = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
         number = whole_number(values.pop("re") or "")
         return {name: value for name, value in (*values.items(), ("re", number)) if value is not None}
-
-    def release(self, member: Member) -> None:
-        """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.daemon.presence.release(member, max(config.grace_seconds, rest))
-
-    def refuse(self, refused: Refused) -> None:
-        """A refusal is an event here too."""
-        if refused.retry_after:
-            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
-        self.finish(refused.event(self.language))
 
 
 class ActsHandler(MessagesHandler):
@@ -4157,7 +4220,6 @@ class PollListener:
         self.refused: Refused | None = None
 
     def send(self, batch: Batch) -> None:
-        """There is news."""
         self.news.set()
 
     def replay(self, events: list[Encoded]) -> None:
@@ -4168,7 +4230,6 @@ class PollListener:
         """A request needs no sign of life: its end is near."""
 
     def refuse(self, refused: Refused) -> None:
-        """The answer will say so."""
         self.refused = refused
         self.news.set()
 
@@ -4177,6 +4238,229 @@ class PollListener:
     def shut(self, code: int, reason: str) -> None:
         """The end of the session, or of the daemon."""
         self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
+
+
+# === Pictures =========================================================================================================
+# POST /pictures and GET /pictures/ID. What a file is is read from its bytes, and it must be that from the first to the
+# last one. It comes whole, bounded in size and number; it goes piece by piece, so that a slow reader costs one piece.
+
+
+def measure_picture(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels. Raises Refused where it is no whole picture of the types that all browsers show."""
+    measure = {"image/png": png_size, "image/jpeg": jpeg_size, "image/webp": webp_size, "image/gif": gif_size}
+    kind = picture_type(data)
+    if kind is None:
+        raise Refused("bad-picture", "picture-type")
+    try:
+        width, height = measure[kind](data)
+    except (ValueError, IndexError, struct.error):
+        raise Refused("bad-picture", "picture-broken") from None
+    if MARKUP.search(data):
+        raise Refused("bad-picture", "picture-broken")
+    if not 0 < width * height <= PICTURE_PIXELS or max(width, height) > PICTURE_SIDE:
+        raise Refused("bad-picture", "picture-pixels", limit=PICTURE_PIXELS // 1_000_000, side=PICTURE_SIDE)
+    return width, height
+
+
+MARKUP = re.compile(rb"(?i)<(?:!doctype|html[\s>]|script|iframe|svg\s+\w)")  # a page that would also be a picture
+SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
+AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
+
+
+def picture_type(data: bytes) -> str | None:
+    """As the first bytes tell it, for Content-Type."""
+    if data[:4] == b"RIFF":
+        return "image/webp" if data[8:12] == b"WEBP" else None
+    signatures = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif"}
+    return next((f"image/{kind}" for start, kind in signatures.items() if data.startswith(start)), None)
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
+    at, kinds = 8, list[bytes]()
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
+        if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
+            raise ValueError
+        at += 12 + length
+        kinds.append(kind)
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds or kinds.index(b"IEND") < len(kinds) - 1:
+        raise ValueError
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Of its only frame (JPEG B.2.2), where the end of the image is that of the file. Raises ValueError."""
+    at, sizes, scans = 2, list[tuple[int, int]](), 0
+    while marker := SEGMENT.match(data, at):
+        kind, at = marker[1][0], marker.end()
+        if kind == 0xD9 and at == len(data) and scans and len(sizes) == 1:
+            return sizes[0]
+        (length,) = struct.unpack_from(">H", data, at)
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            sizes.append((width, height))
+        at += length
+        if kind == 0xDA and (after := AFTER_PIXELS.search(data, at)):
+            scans, at = scans + 1, after.start()
+    raise ValueError
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
+    at, sizes, filled = 12, set[tuple[int, int]](), False
+    if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
+        raise ValueError
+    while at < len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        head = int.from_bytes(data[at + 8 : at + 18], "little")
+        if kind == b"VP8X":
+            sizes.add(((head >> 32 & 0xFFFFFF) + 1, (head >> 56 & 0xFFFFFF) + 1))
+        elif kind == b"VP8L":
+            sizes.add(((head >> 8 & 0x3FFF) + 1, (head >> 22 & 0x3FFF) + 1))
+        elif kind == b"VP8 ":
+            sizes.add((head >> 48 & 0x3FFF, head >> 64 & 0x3FFF))
+        filled |= kind in (b"VP8L", b"VP8 ", b"ANMF")
+        at += 8 + length + length % 2
+    if at != len(data) or not filled or len(sizes) != 1:
+        raise ValueError
+    return sizes.pop()
+
+
+def gif_size(data: bytes) -> tuple[int, int]:
+    """Of its screen (GIF89a 18), on which all images are, where its trailer ends the file. Raises ValueError."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at, images = 13 + gif_colors(flags), 0
+    while (kind := data[at]) != 0x3B:
+        if kind == 0x2C:
+            left, top, wide, high, flags = struct.unpack_from("<HHHHB", data, at + 1)
+            if left + wide > width or top + high > height:
+                raise ValueError
+            at, images = at + 11 + gif_colors(flags), images + 1
+        elif kind == 0x21:
+            at += 2
+        else:
+            raise ValueError
+        while data[at]:
+            at += 1 + data[at]
+        at += 1
+    if at + 1 != len(data) or not images:
+        raise ValueError
+    return width, height
+
+
+def gif_colors(flags: int) -> int:
+    """How many bytes the table of colours has that these flags announce."""
+    return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
+
+
+@tornado.web.stream_request_body
+class PicturesHandler(EventHandler):
+    """POST /pictures: takes one, and tells the id to say it with."""
+
+    sender: Member | None = None
+    refused: Refused | None = None
+
+    async def prepare(self) -> None:
+        """Whoever may not send one hears so when all of it has come: who is still sending doesn't listen."""
+        await super().prepare()
+        self.received = bytearray()
+        connection: Any = self.request.connection
+        connection.set_max_body_size(2 * PICTURE_BYTES)
+        connection.set_body_timeout(self.daemon.config.picture_seconds)
+        try:
+            self.begin(await self.admit(self.current_user))
+        except Refused as refused:
+            self.refused = refused
+
+    def begin(self, member: Member) -> None:
+        """One at a time of a browser, at its pace and that of its address; hosts have none. Raises Refused."""
+        limits, uploads, browser = self.daemon.limits, self.daemon.uploads, member.sid[:BROWSER_CHARS]
+        if not self.daemon.config.pictures:
+            raise Refused("no-picture", "pictures-off")
+        if browser in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+            raise Refused("too-fast", retry_after=1)
+        if not self.daemon.room.is_host(member):
+            if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
+                raise silenced
+            limits.pace(limits.messages, self.address, cost=0)
+            limits.pace(limits.says, browser, cost=PICTURE_COST)
+            limits.pace(limits.messages, self.address, cost=PICTURE_COST)
+        self.sender = member
+        uploads.add(browser)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Of what is refused or too large nothing is kept."""
+        if self.sender and len(self.received) <= PICTURE_BYTES:
+            self.received += chunk
+
+    async def post(self) -> None:
+        """201 when the store has it."""
+        if self.sender is None:
+            raise self.refused or Refused("unavailable")
+        if len(self.received) > PICTURE_BYTES:
+            raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
+        width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
+        id = self.picture_id(self.sender, f"{secrets.token_hex(8)}-{width}x{height}")
+        try:
+            await self.daemon.store.add_picture(id, data)
+        except STORE_ERRORS:
+            raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        self.set_status(201)
+        self.finish(picture_fields(id))
+        self.release(self.sender)
+
+    def on_finish(self) -> None:
+        """Called by Tornado when the answer is out."""
+        self.end()
+
+    def on_connection_close(self) -> None:
+        """The client has hung up."""
+        super().on_connection_close()
+        self.end()
+
+    def end(self) -> None:
+        if self.sender:
+            self.daemon.uploads.discard(self.sender.sid[:BROWSER_CHARS])
+
+
+class PictureHandler(BaseHandler):
+    """GET /pictures/ID: for members, and for nothing but to be looked at."""
+
+    async def get(self, id: str) -> None:
+        """Its bytes, kept by the browser for good."""
+        if self.current_user is None:
+            raise Refused("not-member", "no-session")
+        try:
+            piece, size = await self.daemon.store.read_picture(id)
+        except STORE_ERRORS:
+            raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        if not size:
+            raise Refused("no-picture")
+        self.set_header("Content-Type", picture_type(piece) or "application/octet-stream")
+        self.set_header("Content-Length", size)
+        self.set_header("Content-Security-Policy", "default-src 'none'; sandbox")
+        self.set_header("Cache-Control", f"private, max-age={PICTURE_DAYS * 86400}, immutable")
+        try:
+            await self.send(id, piece, size)
+        except STORE_ERRORS:  # gone, as the client, the picture or the store may be: the answer stays incomplete
+            self.stream.close()
+
+    async def send(self, id: str, piece: bytes, size: int) -> None:
+        """Each piece when the one before has been taken. Raises STORE_ERRORS."""
+        sent = 0
+        while True:
+            self.write(piece)
+            async with asyncio.timeout(self.daemon.config.answer_seconds):
+                await self.flush()
+            sent += len(piece)
+            if sent >= size:
+                return
+            piece, _ = await self.daemon.store.read_picture(id, sent)
+            if not piece:
+                raise ConnectionError("the picture is gone")
 
 
 # === Addresses and banner =============================================================================================
@@ -4315,6 +4599,8 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
             (r"/host", HostHandler, context),
             (r"/chat", ChatSocket, context),
             (r"/messages", MessagesHandler, context),
+            (r"/pictures", PicturesHandler, context),
+            (rf"/pictures/({PICTURE.pattern.replace('(', '(?:')})", PictureHandler, context),
             (r"/acts", ActsHandler, context),
             (r"/transcript", TranscriptHandler, context),
             (r"/healthz", HealthHandler, context),
@@ -4464,6 +4750,7 @@ class Daemon:
         self.started = time.monotonic()
         self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
+        self.uploads: set[str] = set()  # browsers that are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
@@ -4934,13 +5221,20 @@ class Client:
         if seq > self.skipped and deleted:
             self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
         elif seq > self.skipped:
-            self.view.message(self.author(frame), frame)
+            self.view.message(self.author(frame), {**frame, "text": self.text_of(frame)})
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
+
+    def text_of(self, frame: Mapping[str, Any]) -> str:
+        """The text, and below it the address of a picture."""
+        match frame.get("picture"):
+            case {"id": str(id)}:
+                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
+        return str(frame["text"])
 
     def author(self, frame: Mapping[str, Any]) -> str:
         """Who says it: a host has the badge, and whoever answers says whom."""
@@ -5455,6 +5749,8 @@ def add_options(parser: Parser) -> None:
            help="messages shown to a newcomer; default 100")
     option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
+    option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
+           help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
     option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
@@ -5510,6 +5806,7 @@ def number_between(text: str, least: float, most: float, kind: type[int] | type[
 port_number = functools.partial(number_between, least=0, most=65535, kind=int)
 worker_count = functools.partial(number_between, least=1, most=64, kind=int)
 history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
+picture_megabytes = functools.partial(number_between, least=0, most=100_000, kind=int)
 message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
 patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
@@ -5713,6 +6010,20 @@ TEXTS = {
     "chat_theme_dark": ("Dark", "深色"),
     "chat_sound": ("Sound", "提示音"),
     "chat_notify": ("Notifications", "系统通知"),
+    "chat_picture": ("Add a picture", "添加图片"),
+    "chat_attached": ("Pictures to send", "待发送的图片"),
+    "chat_viewer": ("Picture", "图片"),
+    "js_picture": ("Picture", "图片"),
+    "js_picture_of": ("Picture from {name}", "{name}发送的图片"),
+    "js_picture_gone": ("This picture is no longer kept.", "图片已不再保存。"),
+    "js_picture_again": ("This picture could not be loaded: try again", "图片加载失败，点此重试"),
+    "js_picture_remove": ("Picture: take it out", "图片：点此移除"),
+    "js_picture_lost": ("the picture is gone since the page was loaded again", "页面重新加载后图片已丢失"),
+    "js_no_picture": (
+        "“{name}” was not added: it is no picture that can be shown here.",
+        "未添加“{name}”：它不是可以在此显示的图片。",
+    ),
+    "js_uploading": ("Sending… {n} %", "正在发送… {n}%"),
     "js_state_connecting": ("Connecting…", "正在连接…"),
     "js_state_connected": ("Connected", "已连接"),
     "js_state_polling": ("Connected, by polling", "已连接（轮询）"),
@@ -5879,6 +6190,21 @@ TEXTS = {
         "“{name}” could be mistaken for the room itself. Please choose another name.",
         "“{name}”容易被误认为聊天室本身，请换一个昵称。",
     ),
+    "refused_no-picture": ("There is no such picture any more.", "图片已不存在。"),
+    "refused_pictures-off": ("This room takes no pictures.", "本聊天室不接收图片。"),
+    "refused_picture-type": (
+        "That is no picture that can be shown: PNG, JPEG, WebP and GIF can.",
+        "无法显示此文件，仅支持 PNG、JPEG、WebP 和 GIF 图片。",
+    ),
+    "refused_picture-broken": (
+        "The picture is incomplete, or there is something else in the file.",
+        "图片不完整，或文件中含有其他内容。",
+    ),
+    "refused_picture-pixels": (
+        "A picture has at most {limit} million pixels, and {side} on a side.",
+        "图片不得超过 {limit} 百万像素，每边不得超过 {side} 像素。",
+    ),
+    "refused_picture-large": ("The picture is larger than {limit} KB.", "图片超过 {limit} KB。"),
     "refused_no-session": ("Please log in first.", "请先登录。"),
     "refused_logout": ("You have logged out.", "您已退出。"),
     "refused_bad-wait": ("“wait” is a number of seconds, from 0 to {limit}.", "“wait”须为 0 到 {limit} 之间的秒数。"),
@@ -5973,6 +6299,13 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <button id="newer" type="button" hidden></button>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
+    <div id="attached" role="group" aria-live="polite" aria-label="{{ w["chat_attached"] }}" hidden></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <button id="pick" class="plain" type="button" aria-label="{{ w["chat_picture"] }}"
+      {{ "" if pictures else "hidden" }} data-off="{{ w["refused_pictures-off"] }}">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path fill-rule="evenodd" d="M5 3h14a3 3 0 0 1 3 3v12a3 3 0 0 1-3
+        3H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zm0 2a1 1 0 0 0-1 1v10l4-4 4 4 5-5 3 3V6a1 1 0 0 0-1-1zm3 1.500a2 2 0 0 1 0
+        4 2 2 0 0 1 0-4z"/></svg></button>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
       placeholder="{{ w["chat_placeholder"] }}" title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
     <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
@@ -6001,6 +6334,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
+  <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
+    <button class="plain" type="button">{{ w["chat_close"] }}</button></dialog>
   <script src="{{ asset("chat.js") }}"></script>
 </body>{% end %}
 """
@@ -6199,6 +6534,26 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
+/* Pictures: as large as they will be, before they are there */
+#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
+#attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
+#attached button::after {
+  content: "×"; position: absolute; inset: 2px 2px auto auto; width: 22px; border-radius: 50%;
+  background: var(--ink); color: var(--surface); line-height: 22px;
+}
+#attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture {
+  display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
+  max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
+  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+}
+.picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
+.picture.gone { min-width: 10rem; padding: 8px; }
+.text:empty { display: none; }
+#viewer { width: fit-content; max-width: none; max-height: none; padding: 8px; }
+#large { display: block; max-width: calc(100vw - 40px); max-height: calc(100dvh - 100px); margin: 0 auto 8px; }
+
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
   width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
@@ -6375,7 +6730,7 @@ const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, close: closeInvite,
+  addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
 } = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
 const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
@@ -6512,11 +6867,12 @@ function messageRow(name, text, ...foot) {
   return row;
 }
 
-function showMessage({seq, ts, name, text}, away) {
+function showMessage({seq, ts, name, text, picture}, away) {
   if (shown.has(seq)) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(name, text, time);
+  if (picture) row.querySelector('.line').before(pictureOf(picture, name));
   Object.assign(row.dataset, {seq, ts});
   const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
@@ -6693,7 +7049,10 @@ function fitScreen() {  // some phones draw their keyboard over the page; a read
 const shelf = `tornchat:${location.pathname}:`;
 
 function keep(key, text, storage = 'sessionStorage') {
-  try { window[storage].setItem(shelf + key, text); } catch { /* only a reload will tell */ }
+  try {
+    if (text) window[storage].setItem(shelf + key, text);
+    else window[storage].removeItem(shelf + key);
+  } catch { /* only a reload will tell */ }
 }
 
 function kept(key, storage = 'sessionStorage') {
@@ -6701,7 +7060,7 @@ function kept(key, storage = 'sessionStorage') {
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said']) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
 }
 
 // === Attention: what is unread, and what may tell of it ===
@@ -6735,7 +7094,7 @@ function attract({seq, name, text}, away) {
   if (away && seq > readTo) showUnread(unread + 1);
   if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
   if (sound.checked && (away || mentions(text, me).length)) chime();
-  if (notify.checked && away) popUp(name, text);
+  if (notify.checked && away) popUp(name, text || words.picture);
 }
 
 function chime() {
@@ -6826,11 +7185,12 @@ let offer = null;                 // {start, names, turn}: a name that is being 
 function submit(event) {
   event.preventDefault();
   const text = box.value.trimEnd().replace(/^(\s*\n)+/, '');  // the first line keeps its indentation
-  if (!text || fitBox() < 0 || phase === 'closed' || projector) return;
+  if (!(text || attached.length) || fitBox() < 0 || phase === 'closed' || projector) return;
   setBox('');
-  remember(text);
+  if (text) remember(text);
   removeNewLine();
   outbox.push({cid: newCid(), name: me, text, failed: ''});
+  sendAttached();
   outboxChanged();
   toBottom();
 }
@@ -6848,6 +7208,10 @@ function recall(step) {  // only over an empty box or what was recalled, unchang
   recalled += step;
   setBox(said[recalled] || '');
   return true;
+}
+
+function focusBox() {  // a phone would open its keyboard
+  if (matchMedia('(hover: hover)').matches) box.focus();
 }
 
 function setBox(text) {
@@ -6924,7 +7288,11 @@ let holdUntil = 0;
 
 function restoreOutbox() {
   outbox = JSON.parse(kept('outbox') || '[]');
-  for (const item of outbox) if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+  for (const item of outbox) {
+    if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+    const lost = item.picture && restorePicture(item);
+    item.failed ||= lost || '';
+  }
 }
 
 function outboxChanged() {
@@ -6941,7 +7309,8 @@ function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
-  link.say({type: 'say', text: item.text, cid: item.cid});
+  if (item.picture && !item.picture.id) upload(item);
+  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id});
 }
 
 function takeOut(cid) {
@@ -6949,6 +7318,7 @@ function takeOut(cid) {
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
   outboxRows.delete(cid);
+  keep(`picture-${cid}`, '');
   outboxChanged();
   return row;
 }
@@ -6967,12 +7337,15 @@ function refused({cid, code, text, retry_after: seconds}) {
 
 function tryAgain(item) {
   Object.assign(item, {name: me, failed: ''});
+  if (item.picture?.blob) delete item.picture.id;  // it may have been another session's
   outboxChanged();
 }
 
 function edit(item) {
   setBox(box.value ? `${item.text}\n${box.value}` : item.text);
   box.focus();
+  if (item.picture?.blob) attached.push(item.picture);
+  showAttached();
   takeOut(item.cid).remove();
 }
 
@@ -6982,12 +7355,14 @@ function statusOf(item) {
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
   const seconds = Math.ceil((holdUntil - performance.now()) / 1000);
-  return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
+  if (seconds > 0) return fill(words.waiting_seconds, {n: seconds});
+  return item.sent ? fill(words.uploading, {n: item.sent}) : words.sending;
 }
 
 function outboxRow(item) {
   const choices = [makeButton(words.try_again, () => tryAgain(item)), makeButton(words.edit, () => edit(item))];
   const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', ...choices));
+  if (item.picture) row.querySelector('.line').before(pictureOf(item.picture, me));
   outboxRows.set(item.cid, row);
   outboxList.append(row);
   return row;
@@ -7001,6 +7376,145 @@ function drawOutbox() {
     status.setAttribute('role', item.failed ? 'alert' : 'none');
     setText(status, statusOf(item));
   }
+}
+
+// === Pictures: drawn anew before they are sent, which makes them small and leaves out where a photo was taken ===
+const PICTURE_BYTES = 2 ** 20;    // what the server takes
+const DRAWINGS = [[1600, .85], [1600, .6], [1000, .6], [600, .5]];  // the longer side and the quality, till it fits
+const attached = [];              // {blob, width, height}: to be sent with what is in the box
+let uploading = null;
+
+function pictureOf(picture, name) {  // in the outbox it has a blob, in the log an id; its frame is as large before
+  const {id, width, height, blob} = picture;
+  const alt = fill(words.picture_of, {name});
+  const image = Object.assign(make('img', ''), {alt, loading: 'lazy', onerror: () => missing(frame, image)});
+  const frame = makeButton('', () => {
+    if (!image.isConnected) return frame.replaceWith(pictureOf(picture, name));  // it failed
+    Object.assign(large, {src: image.src, alt});
+    viewer.showModal();
+  });
+  Object.assign(frame, {className: 'picture', disabled: Boolean(blob)});
+  if (!blob) image.src = `pictures/${id}`;
+  frame.append(blob ? canvasOf(blob, width, height, alt) : image);
+  frame.style.setProperty('--wide', width);
+  frame.style.setProperty('--high', height);
+  return frame;
+}
+
+function canvasOf(source, width, height, label) {
+  const canvas = Object.assign(make('canvas', ''), {width, height, role: 'img', ariaLabel: label});
+  const show = (bitmap) => canvas.getContext('2d').drawImage(bitmap, 0, 0, width, height);
+  createImageBitmap(source).then(show, () => {});
+  return canvas;
+}
+
+async function missing(frame, image) {  // deleted, or is only the way to it cut?
+  const gone = await fetch(image.src).then(({status}) => status === 404, () => false);
+  frame.replaceChildren(gone ? words.picture_gone : words.picture_again);
+  frame.classList.add('gone');
+  frame.disabled = gone;
+}
+
+async function attach(files) {
+  for (const file of projector ? [] : files) {
+    const picture = pick.hidden ? null : await redraw(file).catch(() => null);
+    if (picture) attached.push(picture);
+    else draw(() => notice('refused', pick.hidden ? pick.dataset.off : fill(words.no_picture, {name: file.name})));
+  }
+  showAttached();
+  focusBox();
+}
+
+async function redraw(file) {  // null where it can't be made to fit; throws where the browser sees no picture in it
+  const bitmap = await createImageBitmap(file);
+  for (const [side, quality] of DRAWINGS) {
+    const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+    const [width, height] = [bitmap.width, bitmap.height].map((pixels) => Math.ceil(scale * pixels));
+    const canvas = Object.assign(make('canvas', ''), {width, height});
+    const context = Object.assign(canvas.getContext('2d'), {imageSmoothingQuality: 'high', fillStyle: '#fff'});
+    for (const type of ['image/webp', 'image/jpeg']) {  // a browser that can't make the first one makes a PNG of it
+      if (type === 'image/jpeg') context.fillRect(0, 0, width, height);
+      context.drawImage(bitmap, 0, 0, width, height);
+      const blob = await new Promise((done) => { canvas.toBlob(done, type, quality); });
+      if (blob.type === type && blob.size <= PICTURE_BYTES) return {blob, width, height};
+    }
+  }
+  return null;
+}
+
+function showAttached() {
+  attachedList.replaceChildren(...attached.map((picture) => {
+    const button = makeButton('', () => {
+      attached.splice(attached.indexOf(picture), 1);
+      showAttached();
+      box.focus();
+    });
+    button.append(canvasOf(picture.blob, picture.width, picture.height, words.picture_remove));
+    return button;
+  }));
+  attachedList.hidden = !attached.length;
+}
+
+function sendAttached() {  // the first one with the text, each of the others as a message of its own
+  for (const [at, picture] of attached.splice(0).entries()) {
+    if (at) outbox.push({cid: newCid(), name: me, text: '', failed: ''});
+    outbox.at(-1).picture = picture;
+    shelve(outbox.at(-1));
+  }
+  showAttached();
+}
+
+function shelve(item) {  // for a reload
+  const reader = new FileReader();
+  reader.onload = () => { if (outbox.includes(item)) keep(`picture-${item.cid}`, reader.result); };
+  reader.readAsDataURL(item.picture.blob);
+}
+
+function restorePicture({cid, picture}) {
+  const [, data] = kept(`picture-${cid}`).split(',');
+  picture.blob = data && new Blob([Uint8Array.from(atob(data), (char) => char.charCodeAt(0))]);
+  return picture.blob || picture.id ? '' : words.picture_lost;
+}
+
+function upload(item) {  // its answer leads to the message that shows it
+  const request = new XMLHttpRequest();
+  uploading?.abort();
+  uploading = request;
+  request.responseType = 'json';
+  request.upload.onprogress = ({loaded, total}) => {
+    [saidAt, item.sent] = [performance.now(), Math.floor(100 * loaded / total)];
+    drawOutbox();
+  };
+  request.onloadend = () => {
+    if (uploading !== request || inFlight !== item.cid) return;
+    const {status, statusText, response} = request;
+    const passing = !status || status === 401 || status >= 500;
+    [inFlight, item.sent] = ['', 0];
+    const fault = {text: statusText, ...response, cid: item.cid, ...(passing && {code: 'unavailable'})};
+    if (status !== 201) return refused(fault);
+    item.picture.id = response.id;
+    outboxChanged();
+  };
+  request.open('POST', 'pictures');
+  request.send(item.picture.blob);
+}
+
+function onPaste(event) {  // cells of an office bring a picture of themselves along, but are meant as text
+  const {files, types} = event.clipboardData;
+  if (!files.length || (types.includes('text/plain') && types.includes('text/html'))) return;
+  event.preventDefault();
+  attach([...files]);
+}
+
+function onDrag(event) {  // a file that is let go would be opened in place of the room
+  if (!event.dataTransfer.types.includes('Files')) return;
+  event.preventDefault();
+  if (event.type === 'drop') attach([...event.dataTransfer.files]);
+}
+
+function onChoice() {
+  attach([...fileChoice.files]);
+  fileChoice.value = '';
 }
 
 // === Frames: everything that the server says comes through here ===
@@ -7303,7 +7817,7 @@ composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
 lineBreak.onclick = breakLine;
-for (const button of [send, lineBreak, matchList]) {  // a phone would close its keyboard
+for (const button of [send, lineBreak, pick, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
 newer.onclick = toNewer;
@@ -7325,6 +7839,11 @@ copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
 closeInvite.onclick = () => invite.close();
 invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
+pick.onclick = () => fileChoice.click();
+fileChoice.onchange = onChoice;
+viewer.onclick = () => viewer.close();
+window.onpaste = onPaste;
+window.ondragover = window.ondrop = onDrag;
 window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
@@ -7343,7 +7862,7 @@ restoreOutbox();
 connect();
 setInterval(tick, 1000);
 if (projector) openInvite();
-else if (matchMedia('(hover: hover)').matches) box.focus();  // a phone would open its keyboard
+else focusBox();
 """
 
 # language=svg
