@@ -1143,7 +1143,7 @@ class TestMessagesAndNames:
             return
         if isinstance(wish, tornchat.Act):
             return
-        text, cid, _ = wish
+        text, cid, *_ = wish
         assert 1 <= len(text.encode()) <= 4 * 4000
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
@@ -3905,15 +3905,11 @@ class TestPictureStore:
         _, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
         head = "POST /pictures HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99"
         writer.write(f"{head}\r\nCookie: {bob.headers()['Cookie']}\r\n\r\nhalf".encode())
-
-        async def is_taken(count: int = 1) -> bool:
-            return len(daemon.uploads) == count
-
-        await until(is_taken)
+        await until(lambda: daemon.uploads)
         status, told = await upload(bob)
         assert (status, told["code"]) == (429, "too-fast")
         writer.close()
-        await until(functools.partial(is_taken, 0))
+        await until(lambda: not daemon.uploads)
         assert (await upload(bob))[0] == 201
 
     @transcript
@@ -3954,11 +3950,7 @@ class TestPictureStore:
         writer.write(f"{head}\r\nCookie: {ann.headers()['Cookie']}\r\n\r\n".encode())
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         here = slow.getsockname()
-
-        async def is_cut() -> bool:
-            return here not in [stream.socket.getpeername() for stream in daemon.visitors.open]
-
-        assert await until(is_cut) > 0.1
+        await until(lambda: here not in [stream.socket.getpeername() for stream in daemon.visitors.open])
         writer.close()
 
     @transcript
