@@ -1149,7 +1149,6 @@ class TestMessagesAndNames:
         if isinstance(wish, tornchat.Act):
             return
         text, cid = wish.text, wish.cid
-
         assert 1 <= len(text.encode()) <= 4 * 4000
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
@@ -3915,11 +3914,7 @@ class TestPictureStore:
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         here = slow.getsockname()
 
-        async def is_cut() -> bool:
-            return here not in [stream.socket.getpeername() for stream in daemon.visitors.open]
-
-        await until(is_cut)
-
+        await until(lambda: here not in [stream.socket.getpeername() for stream in daemon.visitors.open])
         writer.close()
 
     async def test_terminal(self, memory_lan: Lan) -> None:
@@ -7047,7 +7042,7 @@ class TestEveryone(Transcripts):
             await ann.page.wait_for_selector("#nickname")
 
     async def test_weight(self, memory_lan: Lan) -> None:
-        """The chat is less than 62 KB of HTML, CSS and JavaScript, uncompressed."""
+        """The chat is less than 88 KB of HTML, CSS and JavaScript, uncompressed."""
         ann = await memory_lan.login("Ann")
         parts = ("/", "/style.css", "/theme.js", "/chat.js")
         assert sum([len((await ann.fetch(part)).body) for part in parts]) < 88_000
