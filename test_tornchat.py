@@ -1383,12 +1383,12 @@ class TestFeed(Transcripts):
     async def test_the_secret(self, feeds: Feeds) -> None:
         """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
         given = await feeds.start(secret="from the operator")
-        assert given.secret == "from the operator"
+        assert given.store.secret == "from the operator"
         assert not await feeds.redis.exists(feeds.place.key("secret"))
         first, second = await feeds.start(), await feeds.start()
-        assert first.secret == second.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
+        assert first.store.secret == second.store.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
         await feeds.redis.set(feeds.place.key("secret"), "another one")
-        await until(lambda: first.secret == second.secret == "another one")
+        await until(lambda: first.store.secret == second.store.secret == "another one")
 
     async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
         """A cid sent again with another text is confirmed with the text that was stored."""
@@ -1525,7 +1525,7 @@ class TestFeed(Transcripts):
         second = await feeds.start()
         say(first, ann, "after", "c1")
         await feeds.settled(2)
-        assert second.secret == first.secret
+        assert second.store.secret == first.store.secret
         assert [frame["text"] for frame in ann.of("message")] == ["before", "after"]
         assert (ann.closed, len(ann.of("welcome"))) == ([], 1)
         assert [*second.room.roster] == [tornchat.name_key("Ann")]
@@ -1624,13 +1624,13 @@ class TestFeed(Transcripts):
         await feeds.settled(501)
         assert await feeds.redis.xlen(feeds.key) < 210 + 21 + 100  # Redis trims by whole nodes of 100 entries
         assert len(feed.outbox.stored) == 100
-        assert 200 <= feed.extent.messages <= 210
-        assert 20 <= len(feed.notices) <= 21
+        assert 200 <= feed.memory.extent.messages <= 210
+        assert 20 <= len(feed.memory.notices) <= 21
         for _ in range(200):  # of which each is off and on again, and nobody talks
             await feed.outbox.exit("sid-Eve", "Eve")
             await feed.outbox.enter("sid-Eve", "Eve")
-        assert len(feed.extent.entries) <= 210
-        assert len(feed.kept.entries) <= 501 + 21 + 100
+        assert len(feed.memory.extent.entries) <= 210
+        assert len(feed.memory.kept.entries) <= 501 + 21 + 100
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 
@@ -1645,7 +1645,7 @@ class TestFeed(Transcripts):
             say(feed, ann, f"{n}" + "x" * 3000)
         await feeds.settled(400)
         assert len(feed.room.ring.kept) == 100
-        assert feed.kept.size <= 50_000
+        assert feed.memory.kept.size <= 50_000
         assert await feeds.redis.xlen(feeds.key) < 220 + 100
         bob = await feeds.enter(await feeds.start(), "Bob")
         assert bob.seqs == list(range(301, 401))
@@ -1683,7 +1683,7 @@ class TestFeed(Transcripts):
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
-        began = feed.last[0] + 1
+        began = feed.memory.last[0] + 1
         thief = tornchat.Event("joined", 0, began, "sid-thief", "~1", "Ann")
         async with feeds.redis.pipeline() as pipe:
             pipe.hset(feeds.place.key("state"), "epoch", began).delete(feeds.key, feeds.place.key("names"))
@@ -1709,7 +1709,7 @@ class TestFeed(Transcripts):
         monkeypatch.setattr(feed.store, "read_state", failing)
         async with feeds.redis.pipeline() as pipe:
             pipe.delete(feeds.key).hset(feeds.place.key("state"), "epoch", "another")
-            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.last[0] + 1}-1")
+            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.memory.last[0] + 1}-1")
             await pipe.execute()
         await until(lambda: ann.of("welcome")[-1]["reset"] is True)
         say(feed, ann, "on")
@@ -2637,7 +2637,7 @@ class TestLogin(Transcripts):
         ann = await redis_lan.login("Ann", at=first)
         with redis.Redis.from_url(redis_lan.store.url) as client:
             client.set(redis_lan.store.key("secret"), "new")
-        await until(lambda: first.feed.secret == second.feed.secret == "new")
+        await until(lambda: first.store.secret == second.store.secret == "new")
         assert (await ann.fetch("/")).code == 302
         bob = await redis_lan.join("Bob", at=first)
         await (await bob.tab(at=second).connect()).expect("welcome", name="Bob")
@@ -3918,7 +3918,7 @@ async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
     return {"host": tess, "author": bob}.get(who) or lan.browser()
 
 
-class TestHost:
+class TestHost(Transcripts):
     @pytest.mark.parametrize("way", ["socket", "POST /acts"])
     @pytest.mark.parametrize("who", MAY)
     async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
@@ -7420,7 +7420,9 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def same() -> bool:
             for person in self.people:
                 person.say_refused()
-            rooms = {(feed.room.epoch, feed.room.seq, feed.last, len(feed.outbox.waiting)) for feed in self.feeds}
+            rooms = {
+                (feed.room.epoch, feed.room.seq, feed.memory.last, len(feed.outbox.waiting)) for feed in self.feeds
+            }
             length = await self.feeds[0].store.redis.xlen(self.feeds[0].store.feed)
             return len(rooms) == 1 and bool(length) and not any(person.unconfirmed() for person in self.people)
 
@@ -8582,7 +8584,7 @@ class TestTerminal(Transcripts):
             await ann.shows("Ann: once")
             ann.keys("next\r")
             await ann.shows("Ann: next")
-            assert [message.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [message.encoded.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
             assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
             ann.keys("\x03")
             assert await ann.leaves() == 0
@@ -8601,7 +8603,9 @@ class TestTerminal(Transcripts):
         await memory_lan.serve(port=port)
         await ann.shows("The room has lost its history")
         await ann.shows("Ann: still there?")
-        assert [message.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
+        assert [message.encoded.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == [
+            "still there?"
+        ]
 
     @slow
     @pytest.mark.parametrize("lasting", [False, True])
