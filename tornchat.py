@@ -8,7 +8,8 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
-                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded)
+                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded);
+                                /help lists its commands; --host-key KEY: as a host
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
@@ -17,7 +18,7 @@ address for others, with a QR code where the package segno is installed; /?view=
 /?transport=polling goes without a WebSocket.
 
 A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
-0 stopped on request, 1 could not start or join, 2 wrong usage.
+0 stopped on request, 1 could not start, join or stay (the name is taken, a host has removed you), 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -27,7 +28,8 @@ last message seen, epoch of the last welcome) and gets what it missed, or a welc
 the history that it knows; the same cid sent again is stored once. Log in first with POST /login (nickname=Ann), or
 open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the like.
 
-Whoever opens /host?key=KEY (--host-key, else made up) is a host: its messages carry "host":true, `hosts` has its name.
+Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` has its name. The key is --host-key, or
+made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
   {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
@@ -39,6 +41,10 @@ Without a socket, GET /messages?after=SEQ&epoch=EPOCH&at=TS&wait=25 answers {"ev
 as soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests.
 Give back `last` too, and no joined or left is missed between two of them. POST /messages (text=hi, cid=...) answers
 with the stored message, or with what is refused. GET /healthz says how the daemon is.
+
+A picture is sent first: POST /pictures (its bytes: PNG, JPEG, WebP or GIF, at most 1 MB and 40 megapixels) answers
+{"id":ID,"width":W,"height":H}, and "picture":ID in a say (or picture=ID) shows it; members load /pictures/ID. The room
+keeps the newest 32 MB of them (--pictures MB). In plain lines a picture is [picture /pictures/ID].
 
 Words of the source:
   session       a browser or program that has logged in: a sid and a name, signed in its cookie
@@ -55,8 +61,14 @@ Words of the source:
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Acts, Store, Room, Outbox, Memory, Feed, Presence, Limits by address, Web,
-  Login, Sockets, Polling, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
+  Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
+  wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
+  Outbox (what may be stored, and in which order), Memory (what is known of the feed), Feed (commits, reads, repairs),
+  Presence (leases, who has left), Limits by address (paces, visitors), Web (checks of a request, cookie, language,
+  pages, QR code), Login (password, name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures
+  (taken, measured, shown), Addresses and banner (what is printed at the start), Application (routes, Daemon, workers,
+  signals), Terminal client (--join), Terminal views (how that looks), Command line (options, log), Pages (words in each
+  language, HTML, style, script)
 """
 
 from __future__ import annotations
@@ -98,12 +110,14 @@ import secrets
 import socket
 import ssl
 import string
+import struct
 import threading
 import time
 import types
 import unicodedata
 import urllib.parse
 import weakref
+import zlib
 import zoneinfo
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +218,7 @@ MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
+HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -213,6 +228,14 @@ DRAWINGS_AT_ONCE = 10  # QR codes of addresses that lead here without being anno
 DRAWINGS_A_SECOND = 0.1
 URL_CHARS = 300  # of an address of the room: the longest host name and a path
 LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some twenty
+PICTURE_BYTES = 1024 * 1024  # of one picture; pages draw theirs smaller
+PICTURE_PIXELS = 40_000_000  # what a large camera takes: 160 MB in the browser of whoever sees it
+PICTURE_SIDE = 16_383  # the longest of WebP
+PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
+PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
+PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
+UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
+TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
 COOKIES = 10  # with the session's name that are looked at, 15 us each
@@ -248,6 +271,7 @@ class Config:
     room: str = "lobby"
     history: int = 100
     rate: float = 2.0
+    pictures: int = 32  # MB of them in the store; 0: none
     allow_host: Sequence[str] = ()
     trust_proxy: bool = False
     certfile: str = ""
@@ -281,6 +305,7 @@ class Config:
     goodbye_seconds: float = 2  # for a client to take our close code and answer it
     header_seconds: float = 15  # for a request to come, up to its body: from the last answer, or from the start
     body_seconds: float = 10  # for its body
+    picture_seconds: float = 30  # for one that is a picture
     answer_seconds: float = 30  # for the client to take the answer, or 64 KB of a long one
 
 
@@ -289,6 +314,7 @@ class Config:
 # No input or output here, no clock, no Tornado.
 
 CID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+PICTURE = re.compile(r"[0-9a-f]{16}-([0-9]{1,5})x([0-9]{1,5})-[0-9a-f]{16}")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # What could steer a terminal, or deceive its reader: controls but newline, and the marks of bidirectional text.
 STEERING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -327,11 +353,19 @@ class Taken(Refused):
 
 
 class Say(NamedTuple):
-    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0."""
+    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0, and `picture`
+    the id of one, or "".
+    """
 
     text: str
     cid: str
     re: int = 0
+    picture: str = ""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Those of the event that it proposes."""
+        return ({"re": self.re} if self.re else {}) | ({"picture": self.picture} if self.picture else {}) or NO_DETAILS
 
 
 def parse_object(raw: str | bytes) -> dict[str, Any]:
@@ -354,10 +388,14 @@ def parse_frame(raw: str | bytes) -> Say | Act:
 def parse_say(fields: Mapping[str, Any]) -> Say:
     """What is to be said, of a frame or a form. Raises Refused, with the cid once that is known to be one."""
     with told_with_cid(fields) as cid:
-        text = fields.get("text")
+        picture = fields.get("picture", "")
+        if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
+            raise Refused("no-picture")
+        text = fields.get("text", "" if picture else None)
         if not isinstance(text, str):
             raise Refused("bad-frame", "no-text")
-        return Say(clean_text(text), cid, number_field(fields, "re", 1, MOST_MESSAGES, 0))
+        cleaned = clean_text(text, may_be_empty=bool(picture))
+        return Say(cleaned, cid, number_field(fields, "re", 1, MOST_MESSAGES, 0), picture)
 
 
 @contextlib.contextmanager
@@ -371,6 +409,20 @@ def told_with_cid(fields: Mapping[str, Any]) -> Iterator[str]:
     except Refused as refused:
         refused.cid = cid
         raise
+
+
+def picture_id(key: str, browser: str, name: str) -> str:
+    """The id under which this browser alone can say the picture of that name: what is shown is never another's, and
+    goes with its own message.
+    """
+    return f"{name}-{hmac.new(key.encode(), f'{browser} {name}'.encode(), 'sha256').hexdigest()[:16]}"
+
+
+def picture_fields(id: str) -> dict[str, object]:
+    """A picture as clients are told of it: its id, which tells its size."""
+    match = PICTURE.fullmatch(id)
+    assert match
+    return {"id": id, "width": int(match[1]), "height": int(match[2])}
 
 
 def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
@@ -389,7 +441,7 @@ def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], d
     raise Refused("bad-frame", "bad-field", field=name)
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, *, may_be_empty: bool = False) -> str:
     """The text as it is stored: newlines as \\n, no control characters. Raises Refused."""
     text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").rstrip()
     if len(text) > TEXT_CHARS:
@@ -399,6 +451,8 @@ def clean_text(text: str) -> str:
     except UnicodeEncodeError:
         raise Refused("bad-frame", "surrogate") from None
     if all(unicodedata.category(char) in UNSEEN or char in BLANKS for char in text):
+        if may_be_empty:
+            return ""
         raise Refused("empty")
     return text
 
@@ -601,7 +655,7 @@ OPEN_MODE = types.MappingProxyType({"talk": "everyone", "every": 0, "door": "ope
 class Event(NamedTuple):
     """What happened, as the feed keeps it: a `message`, or a notice (all others), which has the seq before it.
 
-    `details` are what only some have: a message `host`, `re` and `deleted`, an act what its frame says.
+    `details` are what only some have: a message `host`, `re`, `picture` and `deleted`, an act what its frame says.
     """
 
     type: str
@@ -617,7 +671,8 @@ class Event(NamedTuple):
 
 FIELDS = Event._fields[:-2]
 DETAILS = {"to": int, "kind": str, "value": str | bool, "by": str, "name": str, "sid": str, "seconds": int,
-           "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int}  # fmt: skip
+           "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int,
+           "picture": str}  # fmt: skip
 NEEDED = {"note": {"to", "kind", "value"}, "muted": {"name", "seconds"}, "removed": {"name", "seconds"}}
 
 
@@ -653,6 +708,8 @@ def are_details(type: str, details: object) -> bool:
     if not isinstance(details, Mapping) or not NEEDED.get(type, set()) <= details.keys():
         return False
     "".join(value for value in details.values() if isinstance(value, str)).encode()
+    if "picture" in details and not PICTURE.fullmatch(details["picture"]):
+        return False
     return all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
 
 
@@ -723,7 +780,9 @@ def line_of(event: Mapping[str, Any]) -> str:
             return f"~~~ a message of {event['name']} was deleted ~~~"
         case "message":
             answered = f" (to {event['to']})" if "to" in event else ""
-            return f"{badge(event)}{event['name']}{answered}: {event['text']}".replace("\n", "\n    ")
+            picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
+            text = "\n".join(filter(None, (event["text"], picture)))
+            return f"{badge(event)}{event['name']}{answered}: {text}".replace("\n", "\n    ")
         case "joined" | "left" as what:
             return f"~~~ {', '.join(event['names'])} {what} ~~~"
         case "welcome":
@@ -773,6 +832,8 @@ def encode_message(event: Event, answered: str = "") -> Encoded:
         message["cid"] = event.cid
     if event.details:
         message |= event.details
+    if "picture" in event.details:
+        message["picture"] = picture_fields(event.details["picture"])
     return encode(message, line_of(message | {"to": answered}) if answered else None)
 
 
@@ -1149,6 +1210,8 @@ class Store:
     leases   sorted set: a member's key -> when it lapses, in ms of the store's clock
     state    hash: `epoch`, the name of the history, and what acts have made of the room (State); written like names
     secret   signs the cookies of all daemons
+    pictures hash: id -> "ms bytes": when it came, and what it counts
+    picture:ID  its bytes
     host_key makes hosts at all daemons
     """
 
@@ -1162,6 +1225,8 @@ class Store:
         self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
         self.leases, self.state = prefix + "leases", prefix + "state"
         self.prefix, self.secret, self.host_key = prefix, config.secret, config.host_key
+        self.pictures, self.picture = prefix + "pictures", prefix + "picture:"
+        self.transfers = asyncio.Semaphore(TRANSFERS_AT_ONCE)
         self.clock_ahead = 0.0  # of time.monotonic, in ms
 
     # --- the feed ---
@@ -1383,6 +1448,40 @@ class Store:
     @bounded
     async def drop_leases(self, keys: Iterable[str]) -> None:
         await self.redis.zrem(self.leases, *keys)
+
+    # --- pictures ---
+
+    async def add_picture(self, id: str, data: bytes) -> None:
+        """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
+        if beyond := await self.put_picture(id, data):
+            await self.drop_pictures(beyond)
+
+    @bounded
+    async def put_picture(self, id: str, data: bytes) -> list[str]:
+        """Stores it; the ids of those that have to go."""
+        async with self.transfers, self.redis.pipeline() as pipe:
+            counted = max(len(data), PICTURE_LEAST_BYTES)
+            pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
+            *_, index = await pipe.hgetall(self.pictures).execute()
+        pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
+        sizes = itertools.accumulate(size for _, size, _ in pictures)
+        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+
+    @bounded
+    async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
+        """A piece of a picture from there on, and how many bytes all of it has: 0 if it is gone."""
+        async with self.transfers, self.redis.pipeline(transaction=False) as pipe:
+            pipe.getrange(self.picture + id, start, start + CHUNK_BYTES - 1).strlen(self.picture + id)
+            piece, size = await pipe.execute()
+        return piece, size
+
+    @bounded
+    async def drop_pictures(self, ids: Iterable[str], before: int = 0) -> None:
+        """Deletes pictures, and all that came before that time, in ms."""
+        index = await self.redis.hgetall(self.pictures) if before else {}
+        if ids := [*ids, *(id.decode() for id, about in index.items() if int(about.split()[0]) < before)]:
+            async with self.redis.pipeline() as pipe:
+                await pipe.delete(*(self.picture + id for id in ids)).hdel(self.pictures, *ids).execute()
 
     # --- the clock ---
 
@@ -1912,9 +2011,7 @@ class Outbox:
             done(self.message(seq, member, say))
             return
         self.check_space(say.cid)
-        self.propose(
-            "message", member, done, cid=say.cid, text=say.text, details={"re": say.re} if say.re else NO_DETAILS
-        )
+        self.propose("message", member, done, cid=say.cid, text=say.text, details=say.details)
 
     def check_space(self, cid: str) -> None:
         """Raises Refused if too much waits already."""
@@ -1956,7 +2053,7 @@ class Outbox:
         ts, text = self.room.ts, say.text
         if found := self.room.ring.find(seq):
             ts, text = found.ts, found.encoded.fields()["text"]
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text)
+        return Event("message", seq, ts, member.sid, say.cid, member.name, text, details=say.details)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2229,7 +2326,7 @@ class Memory:
         self.kept = Window(RING_MESSAGES, RING_BYTES)
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
-        self.cleared = NO_ENTRY  # that which cleared the room last
+        self.cleared: Event | None = None
         self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
 
     def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
@@ -2253,31 +2350,40 @@ class Memory:
         return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry)
 
     def blank(self, entry: Entry) -> bytes:
-        """What is stored in an entry, without the deleted texts."""
-        events = decode_events(entry.raw)
-        return encode_events(event._replace(text="") if self.holds_deleted(event) else event for event in events)
+        """What is stored in an entry, without what is deleted."""
+        return encode_events(
+            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
+            if self.holds_deleted(event)
+            else event
+            for event in decode_events(entry.raw)
+        )
 
     def holds_deleted(self, event: Event) -> bool:
         return event.type == "message" and self.is_deleted(event.seq)
 
-    def erase(self, ids: set[Id]) -> set[Id]:
-        """Forgets what is deleted in these entries; those that hold nothing else."""
-        erased = set()
+    def erase(self, ids: set[Id]) -> tuple[set[Id], set[str]]:
+        """Forgets what is deleted in these entries; those that hold nothing else, and the pictures that it had."""
+        erased: set[Id] = set()
+        pictures: set[str] = set()
         for at, (entry, messages, size) in enumerate(self.kept.entries):
             if entry.id in ids:
                 self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
-                if all(map(self.holds_deleted, decode_events(entry.raw))):
+                events = decode_events(entry.raw)
+                deleted = [event for event in events if self.holds_deleted(event)]
+                pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
+                if len(deleted) == len(events):
                     erased.add(entry.id)
         self.erased += erased
         self.kept.keep(lambda kept: kept not in erased)
-        return erased
+        return erased, pictures
 
-    def clear(self, id: Id) -> None:
-        """The room was cleared with this entry: what stood before it is forgotten."""
+    def clear(self, cleared: Event) -> None:
+        """The room was cleared: what stood before that is forgotten."""
+        id = cleared.place[:2]
         for window in (self.kept, self.extent):
             window.keep(lambda kept: kept >= id)
         self.notices = collections.deque(kept for kept in self.notices if kept >= id)
-        self.cleared = id
+        self.cleared = cleared
 
     def surplus(self) -> set[Id]:
         """Forgets the oldest entries without a message, once they are too many; which ones."""
@@ -2327,8 +2433,9 @@ class Feed:
         self.memory = Memory(self.room.is_deleted)  # what was absorbed
         self.names: dict[str, str | None] = {}  # to be written beside the feed
         self.state: dict[str, str] = {}  # ... and these fields of the State
-        self.to_erase: set[Id] = set()  # then these are to be deleted
-        self.to_trim = False  # ... and what stood before the room was cleared
+        self.to_erase: set[Id] = set()  # then these entries are to be deleted
+        self.pictures: set[str] = set()  # ... with these pictures
+        self.to_trim = False  # ... and all from before the room was cleared
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
         self.asked: set[asyncio.Event] = set()  # who waits for the next look
@@ -2372,9 +2479,13 @@ class Feed:
         if surplus := self.memory.surplus() | self.to_erase:
             await self.store.delete(surplus)
             self.to_erase.clear()
-        if self.to_trim:
-            await self.store.trim(self.memory.cleared)
+        if self.to_trim and (cleared := self.memory.cleared):
+            await self.store.trim(cleared.place[:2])
+            await self.store.drop_pictures((), cleared.ts)
             self.to_trim = False
+        if self.pictures:
+            await self.store.drop_pictures(self.pictures)
+            self.pictures.clear()
 
     # --- committing ---
 
@@ -2503,18 +2614,20 @@ class Feed:
                 for listener in tuple(member.listeners):
                     listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
             elif event.type == "cleared":
-                self.clear(event.place[:2])
+                self.clear(event)
             elif event.details.get("kind") == "delete":
                 self.erase([event.details["to"]])
 
-    def clear(self, id: Id) -> None:
-        """The room was cleared with this entry: the store is to forget what stood before it, as we do."""
-        self.memory.clear(id)
+    def clear(self, cleared: Event) -> None:
+        """The room was cleared: the store is to forget what stood before that, as we do."""
+        self.memory.clear(cleared)
         self.to_trim = True
 
     def erase(self, seqs: Iterable[int]) -> None:
         """These messages may be deleted: the store is to forget them, as we do."""
-        self.to_erase |= self.memory.erase({found.entry for seq in seqs if (found := self.room.ring.find(seq))})
+        erased, pictures = self.memory.erase({kept.entry for seq in seqs if (kept := self.room.ring.find(seq))})
+        self.to_erase |= erased
+        self.pictures |= pictures
 
     # --- where the store holds something else ---
 
@@ -2572,7 +2685,7 @@ class Feed:
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
         self.to_erase |= set(self.memory.erased)  # an older state of it may hold what was deleted since
-        self.to_trim = self.memory.cleared > NO_ENTRY
+        self.to_trim = True
         log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
         self.keep_quiet()
 
@@ -2593,7 +2706,7 @@ class Feed:
         self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
         for event in history:
             if event.type == "cleared":
-                self.clear(event.place[:2])
+                self.clear(event)
         self.erase(self.room.state.notes)
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
@@ -2868,7 +2981,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_later(self.rest, turn.release)
+            loop.call_later(self.rest if cost else 0, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -2918,7 +3031,6 @@ class Visitors:
         self.crowded = False  # one has been closed for a newcomer: the door opens no wider than that
 
     def come(self, stream: tornado.iostream.IOStream, address: str) -> None:
-        """A new connection."""
         self.open[stream] = address
         self.wait(stream)
         if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
@@ -2939,7 +3051,6 @@ class Visitors:
                 del self.quiet[address]
 
     def leave(self, stream: tornado.iostream.IOStream) -> None:
-        """The connection is closed."""
         self.join(stream)
         self.open.pop(stream, None)
 
@@ -2969,9 +3080,10 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-STATUSES = {"no-session": 401, "logout": 401, "password": 403, "host-key": 403, "not-host": 403, "door": 403,
-            "removed": 403, "muted": 403, "locked": 403, "no-message": 404, "no-member": 404, "is-host": 409,
-            "taken": 409, "name-lost": 409, "too-long": 413, "too-fast": 429, "slow": 429, "too-many-tabs": 429,
+STATUSES = {"no-session": 401, "logout": 401, "password": 403, "host-key": 403, "not-host": 403, "not-member": 403,
+            "door": 403, "removed": 403, "muted": 403, "locked": 403, "no-message": 404, "no-member": 404,
+            "no-picture": 404, "is-host": 409, "taken": 409, "name-lost": 409, "too-long": 413, "bad-picture": 415,
+            "too-fast": 429, "slow": 429, "too-many-tabs": 429,
             "unavailable": 503}  # of HTTP, for the same; else 400  # fmt: skip
 LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")  # names that no public DNS can give to another machine
 
@@ -3065,7 +3177,6 @@ class BaseHandler(tornado.web.RequestHandler):
             self.request.headers["Origin"] = "null"
 
     def set_default_headers(self) -> None:
-        """On every answer, errors too."""
         for name, value in SECURITY_HEADERS.items():
             self.set_header(name, value)
         self.set_header("Server", "tornchat")
@@ -3075,7 +3186,8 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
         self.daemon.visitors.wait(self.stream)
-        await self.daemon.limits.turn(self.address, self.stream)
+        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS
+        await self.daemon.limits.turn(self.address, self.stream, cost)
         self.check_host()
 
     def check_host(self) -> None:
@@ -3157,6 +3269,8 @@ class BaseHandler(tornado.web.RequestHandler):
     def take(self, member: Member, wish: Say | Act, done: Done) -> None:
         """Takes a message or an act, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
+        if isinstance(wish, Say) and wish.picture not in ("", self.picture_id(member, wish.picture.rpartition("-")[0])):
+            raise Refused("no-picture", cid=wish.cid)
         if paced:
             limits.pace(limits.messages, self.address, wish.cid, cost=0)
             limits.pace(limits.says, member.sid[:BROWSER_CHARS], wish.cid)
@@ -3166,6 +3280,9 @@ class BaseHandler(tornado.web.RequestHandler):
         self.daemon.outbox.say(member, wish, done)  # only what that takes counts
         if paced:
             limits.pace(limits.messages, self.address, wish.cid, cost=1 + len(wish.text.encode()) // MESSAGE_BYTES)
+
+    def picture_id(self, member: Member, name: str) -> str:
+        return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -3187,7 +3304,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return taken
 
     def wants_json(self) -> bool:
-        """Whether a program asks."""
         return self.only_json or "application/json" in self.request.headers.get("Accept", "")
 
     def log_exception(self, *error: Any) -> None:
@@ -3209,11 +3325,9 @@ class BaseHandler(tornado.web.RequestHandler):
         self.explain(status_code, text)
 
     def refuse(self, refused: Refused) -> None:
-        """The answer to a wish that isn't done."""
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
-        """One sentence, on a page or as JSON."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3254,7 +3368,6 @@ class PageHandler(BaseHandler):
     """GET /: the chat page."""
 
     def get(self) -> None:
-        """Whoever has no session logs in first."""
         if self.current_user is None:
             self.redirect("login" + self.page_path())
             return
@@ -3262,6 +3375,7 @@ class PageHandler(BaseHandler):
             "chat.html",
             name=self.current_user.name,
             view="projector" if self.page_path() else "window",
+            pictures=self.daemon.config.pictures > 0,
             now=round(1000 * time.time()),
             words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
@@ -3273,7 +3387,6 @@ class NotFoundHandler(BaseHandler):
     """Everything else."""
 
     async def prepare(self) -> None:
-        """404, with the checks and headers of every route."""
         await super().prepare()
         raise tornado.web.HTTPError(404)
 
@@ -3284,7 +3397,6 @@ class HealthHandler(BaseHandler):
     only_json = True
 
     def get(self) -> None:
-        """200 while messages can be stored, else 503."""
         room = self.daemon.room
         self.set_status(200 if room.available else 503)
         self.finish(
@@ -3323,7 +3435,6 @@ class JoinHandler(BaseHandler):
     """GET /join.json and /qr.svg?url=...: what the page's panel for those who want to join shows, to members."""
 
     async def get(self, what: str) -> None:
-        """The addresses, or one of them to point a camera at."""
         if self.current_user is None:
             raise tornado.web.HTTPError(401)
         if what == "join.json":
@@ -3354,7 +3465,6 @@ class AssetHandler(BaseHandler):
     """GET /style.css and its like: kept by browsers for as long as the hash in the URL stays the same."""
 
     def get(self, name: str) -> None:
-        """The part, and for how long."""
         type, text = ASSETS[name]
         self.set_header("Content-Type", type)
         fresh = self.get_query_argument("v", "") == asset_hash(name)
@@ -3366,7 +3476,6 @@ class AssetHandler(BaseHandler):
 
 @functools.cache
 def asset_hash(name: str) -> str:
-    """What changes with the content."""
     return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
 
 
@@ -3472,7 +3581,6 @@ class Admission:
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        """A new session under that name. Raises Refused."""
         session = Session.make(name, before)
         await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
         return session
@@ -3480,16 +3588,12 @@ class Admission:
     async def enter_as_guest(self, address: str, before: Session | None) -> Session:
         """A new session under a free name that is made from the address. Raises Refused."""
         for _ in range(5):  # others may take the same one meanwhile
+            name = guest_name(address)
+            if self.room.owner(name_key(name)):
+                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
             with contextlib.suppress(Taken):
-                return await self.enter_as(self.guest(address), address, before)
+                return await self.enter_as(name, address, before)
         raise Refused("unavailable", retry_after=1)
-
-    def guest(self, address: str) -> str:
-        """A free name for whoever gives none."""
-        name = guest_name(address)
-        if self.room.owner(name_key(name)):
-            name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-        return name
 
 
 class LoginHandler(BaseHandler):
@@ -3503,7 +3607,6 @@ class LoginHandler(BaseHandler):
     head = get
 
     async def post(self) -> None:
-        """A session and a name, or the form again with the reason."""
         nickname, password = self.field("nickname") or "", self.field("password") or ""
         address, known = self.request.remote_ip or "", self.browser()
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
@@ -3526,7 +3629,6 @@ class LoginHandler(BaseHandler):
             self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
 
     def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
-        """The login page."""
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3591,12 +3693,10 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         self.read()
 
     def end(self) -> None:
-        """The connection is gone."""
         self._abort()
         self.handler.on_connection_close()
 
     def read(self) -> None:
-        """Waits for more."""
         try:
             asyncio.ensure_future(self.stream.read_bytes(CHUNK_BYTES, partial=True)).add_done_callback(self.take)
         except tornado.iostream.StreamClosedError:
@@ -3613,9 +3713,8 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         for _ in range(FRAMES_A_TURN):
             before = len(self.unread)
             frame = self.next_frame()
-            if frame is None and not self.client_terminated:
-                self.read()
             if frame is None:
+                self.read()
                 return
             self.handle(*frame)
             if self.handler.count(before - len(self.unread)):
@@ -3645,19 +3744,19 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
     def handle(self, first: int, payload: bytes) -> None:
         """A control frame, or a part of a message."""
         opcode, is_final = first & 0xF, first & 0x80
-        if opcode & 0x8 and is_final:
+        is_control, is_continued = bool(opcode & 0x8), opcode == 0
+        if is_control and is_final:
             try:
                 self._handle_message(opcode, payload)
             except UnicodeDecodeError:  # in the reason of a close
                 self._abort()
-        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
             self._abort()
-        elif is_final:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = 0, b""
-            self._handle_message(opcode, message)
         else:
-            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
+            if is_final:
+                self._handle_message(opcode, message)
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3705,7 +3804,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
                     await self.write_message(to_json(refused.event(self.language)))
             self.close(CLOSE_CODES[refused.code], self.reason(refused))
-        self.forget_handshake()
+        self.request.headers.clear()  # nobody needs them any more, for as long as the connection lasts
 
     def reason(self, refused: Refused) -> str:
         """The sentence, as much of it as a closing frame takes."""
@@ -3719,7 +3818,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
     async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        """Joins the room. Raises Refused."""
         member = await self.admit(session)
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
@@ -3729,18 +3827,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.daemon.visitors.join(self.stream)
             self.daemon.room.join(self.listener, seen)
 
-    def forget_handshake(self) -> None:
-        """Drops what only the handshake needed, and the methods that Tornado has put in the place of HTTP's, which make
-        the dictionary of attributes a large one: a fifth of what an idle connection would keep.
-        """
-        self.request.headers.clear()
-        for name in SECURITY_HEADERS:
-            self.clear_header(name)
-        methods = vars(tornado.web.RequestHandler)
-        self.__dict__ = {name: value for name, value in vars(self).items() if name not in methods}
-
     def on_message(self, message: str | bytes) -> None:
-        """One frame of the client."""
         listener = self.listener
         if listener is None:
             return  # it has been turned away
@@ -3765,7 +3852,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         return self.frames > FRAMES_A_TICK
 
     def on_pong(self, data: bytes) -> None:
-        """The client lives."""
         if self.listener:
             self.listener.heard = asyncio.get_running_loop().time()
 
@@ -3776,7 +3862,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
 
     def on_close(self) -> None:
-        """The connection is gone, for whatever reason."""
         self.daemon.sockets.discard(self)
         self.daemon.visitors.leave(self.stream)
         self.leave()
@@ -3809,13 +3894,13 @@ class SocketListener:
         self.base = 0
         self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
         self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining = False  # the stream will call drain
+        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
         self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if not (self.draining or self.stream.writing()):
+        if self.backlog is None and not self.stream.writing():
             self.transmit(data)
             return
         self.wait([(data, len(batch.events))])
@@ -3842,7 +3927,6 @@ class SocketListener:
             return
         if sent < len(data):
             self.stream.write(data[sent:])
-            self.drain_later()
 
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
@@ -3850,32 +3934,20 @@ class SocketListener:
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
         """Into the backlog, and out again as soon as the stream can take it."""
-        if self.backlog is None:
-            self.lagging = asyncio.get_running_loop().time()  # since when something waits
-            self.backlog = collections.deque()  # most connections never need one, and an empty one has 600 bytes
+        if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
+            self.backlog = collections.deque()
+            self.lagging = asyncio.get_running_loop().time()
+            self.draining = asyncio.create_task(self.drain())
         self.backlog.extend(pieces)
-        if self.stream.writing():
-            self.drain_later()
-        elif not self.draining:
-            self.drain()
 
-    def drain_later(self) -> None:
-        """Goes on with the backlog when the stream has written all that it has."""
-        if not (self.draining or self.stream.closed()):
-            self.draining = True
-            self.stream.write(b"").add_done_callback(self.drain)
-
-    def drain(self, written: asyncio.Future[None] | None = None) -> None:
+    async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
-        self.draining = False
-        while self.backlog and not self.stream.closed():
-            if self.stream.writing():
-                self.drain_later()
-                return
-            self.transmit(self.next_chunk(self.backlog))
-        self.backlog = None
+        with contextlib.suppress(tornado.iostream.StreamClosedError):
+            while self.backlog:
+                await self.stream.write(self.next_chunk(self.backlog))
+        self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> memoryview:
+    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
@@ -3885,7 +3957,7 @@ class SocketListener:
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
             self.waiting_events -= events
-        return memoryview(b"".join(chunk))
+        return b"".join(chunk)
 
     def settled(self, outcome: Outcome) -> None:
         """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
@@ -3895,7 +3967,6 @@ class SocketListener:
             self.tell(encode_message(outcome))
 
     def refuse(self, refused: Refused) -> None:
-        """Tells this client why not."""
         self.tell(encode(refused.event(self.handler.language)))
 
     def tell(self, event: Encoded) -> None:
@@ -3923,7 +3994,6 @@ class SocketListener:
         self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
-        """The end, with a close code."""
         self.backlog = None
         self.handler.shut(code, reason)
 
@@ -3940,7 +4010,6 @@ class Cursor(NamedTuple):
     available: bool
 
     def __str__(self) -> str:
-        """As a client keeps it."""
         return "-".join(map(str, self.place)) + ("" if self.available else "!")
 
     @classmethod
@@ -3983,7 +4052,6 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
 
 
 def newest_cursor(room: Room) -> Cursor:
-    """For somebody who has been told everything."""
     return Cursor(room.place, room.available)
 
 
@@ -3995,15 +4063,37 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
     return told if told and told.place >= room.notices_after else newest_cursor(room)
 
 
-class MessagesHandler(BaseHandler):
-    """GET and POST /messages."""
+class EventHandler(BaseHandler):
+    """What a member asks for without a socket."""
 
     only_json = True
-    listener: PollListener | None = None
     gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
+
+    def on_connection_close(self) -> None:
+        """The client has hung up: nothing is kept for it."""
+        super().on_connection_close()
+        self.gone = True
+
+    def release(self, member: Member) -> None:
+        """The name stays until the next request is due; whoever has hung up has closed the tab."""
+        config = self.daemon.config
+        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        self.daemon.presence.release(member, max(config.grace_seconds, rest))
+
+    def refuse(self, refused: Refused) -> None:
+        """A refusal is an event here too."""
+        if refused.retry_after:
+            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
+        self.finish(refused.event(self.language))
+
+
+class MessagesHandler(EventHandler):
+    """GET and POST /messages."""
+
+    listener: PollListener | None = None
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
@@ -4056,14 +4146,11 @@ class MessagesHandler(BaseHandler):
         await daemon.limits.turn(self.address, self.stream, cost=0)
 
     def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
         super().on_connection_close()
-        self.gone = True
         if self.listener:
             self.listener.news.set()
 
     def tell(self, member: Member, news: News) -> None:
-        """Answers, unless nobody is there any more."""
         if self.gone:
             return
         member.told = str(news.cursor)
@@ -4090,21 +4177,9 @@ class MessagesHandler(BaseHandler):
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid", "re")}
+        values = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
         number = whole_number(values.pop("re") or "")
         return {name: value for name, value in (*values.items(), ("re", number)) if value is not None}
-
-    def release(self, member: Member) -> None:
-        """The name stays until the next request is due; whoever has hung up has closed the tab."""
-        config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
-        self.daemon.presence.release(member, max(config.grace_seconds, rest))
-
-    def refuse(self, refused: Refused) -> None:
-        """A refusal is an event here too."""
-        if refused.retry_after:
-            self.set_header("Retry-After", str(math.ceil(refused.retry_after)))
-        self.finish(refused.event(self.language))
 
 
 class ActsHandler(MessagesHandler):
@@ -4164,7 +4239,6 @@ class PollListener:
         self.refused: Refused | None = None
 
     def send(self, batch: Batch) -> None:
-        """There is news."""
         self.news.set()
 
     def replay(self, events: list[Encoded]) -> None:
@@ -4175,7 +4249,6 @@ class PollListener:
         """A request needs no sign of life: its end is near."""
 
     def refuse(self, refused: Refused) -> None:
-        """The answer will say so."""
         self.refused = refused
         self.news.set()
 
@@ -4184,6 +4257,229 @@ class PollListener:
     def shut(self, code: int, reason: str) -> None:
         """The end of the session, or of the daemon."""
         self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
+
+
+# === Pictures =========================================================================================================
+# POST /pictures and GET /pictures/ID. What a file is is read from its bytes, and it must be that from the first to the
+# last one. It comes whole, bounded in size and number; it goes piece by piece, so that a slow reader costs one piece.
+
+
+def measure_picture(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels. Raises Refused where it is no whole picture of the types that all browsers show."""
+    measure = {"image/png": png_size, "image/jpeg": jpeg_size, "image/webp": webp_size, "image/gif": gif_size}
+    kind = picture_type(data)
+    if kind is None:
+        raise Refused("bad-picture", "picture-type")
+    try:
+        width, height = measure[kind](data)
+    except (ValueError, IndexError, struct.error):
+        raise Refused("bad-picture", "picture-broken") from None
+    if MARKUP.search(data):
+        raise Refused("bad-picture", "picture-broken")
+    if not 0 < width * height <= PICTURE_PIXELS or max(width, height) > PICTURE_SIDE:
+        raise Refused("bad-picture", "picture-pixels", limit=PICTURE_PIXELS // 1_000_000, side=PICTURE_SIDE)
+    return width, height
+
+
+MARKUP = re.compile(rb"(?i)<(?:!doctype|html[\s>]|script|iframe|svg\s+\w)")  # a page that would also be a picture
+SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
+AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
+
+
+def picture_type(data: bytes) -> str | None:
+    """As the first bytes tell it, for Content-Type."""
+    if data[:4] == b"RIFF":
+        return "image/webp" if data[8:12] == b"WEBP" else None
+    signatures = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif"}
+    return next((f"image/{kind}" for start, kind in signatures.items() if data.startswith(start)), None)
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
+    at, kinds = 8, list[bytes]()
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
+        if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
+            raise ValueError
+        at += 12 + length
+        kinds.append(kind)
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds or kinds.index(b"IEND") < len(kinds) - 1:
+        raise ValueError
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Of its only frame (JPEG B.2.2), where the end of the image is that of the file. Raises ValueError."""
+    at, sizes, scans = 2, list[tuple[int, int]](), 0
+    while marker := SEGMENT.match(data, at):
+        kind, at = marker[1][0], marker.end()
+        if kind == 0xD9 and at == len(data) and scans and len(sizes) == 1:
+            return sizes[0]
+        (length,) = struct.unpack_from(">H", data, at)
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            sizes.append((width, height))
+        at += length
+        if kind == 0xDA and (after := AFTER_PIXELS.search(data, at)):
+            scans, at = scans + 1, after.start()
+    raise ValueError
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
+    at, sizes, filled = 12, set[tuple[int, int]](), False
+    if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
+        raise ValueError
+    while at < len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        head = int.from_bytes(data[at + 8 : at + 18], "little")
+        if kind == b"VP8X":
+            sizes.add(((head >> 32 & 0xFFFFFF) + 1, (head >> 56 & 0xFFFFFF) + 1))
+        elif kind == b"VP8L":
+            sizes.add(((head >> 8 & 0x3FFF) + 1, (head >> 22 & 0x3FFF) + 1))
+        elif kind == b"VP8 ":
+            sizes.add((head >> 48 & 0x3FFF, head >> 64 & 0x3FFF))
+        filled |= kind in (b"VP8L", b"VP8 ", b"ANMF")
+        at += 8 + length + length % 2
+    if at != len(data) or not filled or len(sizes) != 1:
+        raise ValueError
+    return sizes.pop()
+
+
+def gif_size(data: bytes) -> tuple[int, int]:
+    """Of its screen (GIF89a 18), on which all images are, where its trailer ends the file. Raises ValueError."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at, images = 13 + gif_colors(flags), 0
+    while (kind := data[at]) != 0x3B:
+        if kind == 0x2C:
+            left, top, wide, high, flags = struct.unpack_from("<HHHHB", data, at + 1)
+            if left + wide > width or top + high > height:
+                raise ValueError
+            at, images = at + 11 + gif_colors(flags), images + 1
+        elif kind == 0x21:
+            at += 2
+        else:
+            raise ValueError
+        while data[at]:
+            at += 1 + data[at]
+        at += 1
+    if at + 1 != len(data) or not images:
+        raise ValueError
+    return width, height
+
+
+def gif_colors(flags: int) -> int:
+    """How many bytes the table of colours has that these flags announce."""
+    return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
+
+
+@tornado.web.stream_request_body
+class PicturesHandler(EventHandler):
+    """POST /pictures: takes one, and tells the id to say it with."""
+
+    sender: Member | None = None
+    refused: Refused | None = None
+
+    async def prepare(self) -> None:
+        """Whoever may not send one hears so when all of it has come: who is still sending doesn't listen."""
+        await super().prepare()
+        self.received = bytearray()
+        connection: Any = self.request.connection
+        connection.set_max_body_size(2 * PICTURE_BYTES)
+        connection.set_body_timeout(self.daemon.config.picture_seconds)
+        try:
+            self.begin(await self.admit(self.current_user))
+        except Refused as refused:
+            self.refused = refused
+
+    def begin(self, member: Member) -> None:
+        """One at a time of a browser, at its pace and that of its address; hosts have none. Raises Refused."""
+        limits, uploads, browser = self.daemon.limits, self.daemon.uploads, member.sid[:BROWSER_CHARS]
+        if not self.daemon.config.pictures:
+            raise Refused("no-picture", "pictures-off")
+        if browser in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+            raise Refused("too-fast", retry_after=1)
+        if not self.daemon.room.is_host(member):
+            if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
+                raise silenced
+            limits.pace(limits.messages, self.address, cost=0)
+            limits.pace(limits.says, browser, cost=PICTURE_COST)
+            limits.pace(limits.messages, self.address, cost=PICTURE_COST)
+        self.sender = member
+        uploads.add(browser)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Of what is refused or too large nothing is kept."""
+        if self.sender and len(self.received) <= PICTURE_BYTES:
+            self.received += chunk
+
+    async def post(self) -> None:
+        """201 when the store has it."""
+        if self.sender is None:
+            raise self.refused or Refused("unavailable")
+        if len(self.received) > PICTURE_BYTES:
+            raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
+        width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
+        id = self.picture_id(self.sender, f"{secrets.token_hex(8)}-{width}x{height}")
+        try:
+            await self.daemon.store.add_picture(id, data)
+        except STORE_ERRORS:
+            raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        self.set_status(201)
+        self.finish(picture_fields(id))
+        self.release(self.sender)
+
+    def on_finish(self) -> None:
+        """Called by Tornado when the answer is out."""
+        self.end()
+
+    def on_connection_close(self) -> None:
+        """The client has hung up."""
+        super().on_connection_close()
+        self.end()
+
+    def end(self) -> None:
+        if self.sender:
+            self.daemon.uploads.discard(self.sender.sid[:BROWSER_CHARS])
+
+
+class PictureHandler(BaseHandler):
+    """GET /pictures/ID: for members, and for nothing but to be looked at."""
+
+    async def get(self, id: str) -> None:
+        """Its bytes, kept by the browser for good."""
+        if self.current_user is None:
+            raise Refused("not-member", "no-session")
+        try:
+            piece, size = await self.daemon.store.read_picture(id)
+        except STORE_ERRORS:
+            raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        if not size:
+            raise Refused("no-picture")
+        self.set_header("Content-Type", picture_type(piece) or "application/octet-stream")
+        self.set_header("Content-Length", size)
+        self.set_header("Content-Security-Policy", "default-src 'none'; sandbox")
+        self.set_header("Cache-Control", f"private, max-age={PICTURE_DAYS * 86400}, immutable")
+        try:
+            await self.send(id, piece, size)
+        except STORE_ERRORS:  # gone, as the client, the picture or the store may be: the answer stays incomplete
+            self.stream.close()
+
+    async def send(self, id: str, piece: bytes, size: int) -> None:
+        """Each piece when the one before has been taken. Raises STORE_ERRORS."""
+        sent = 0
+        while True:
+            self.write(piece)
+            async with asyncio.timeout(self.daemon.config.answer_seconds):
+                await self.flush()
+            sent += len(piece)
+            if sent >= size:
+                return
+            piece, _ = await self.daemon.store.read_picture(id, sent)
+            if not piece:
+                raise ConnectionError("the picture is gone")
 
 
 # === Addresses and banner =============================================================================================
@@ -4264,9 +4560,16 @@ def store_name(config: Config) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
-def banner(config: Config, port: int) -> str:
-    """What the operator sees: where to open the room, and what to know."""
-    urls = lan_urls(config, port)
+def host_path(key: str) -> str:
+    """What makes a host of whoever opens it."""
+    return "host?" + urllib.parse.urlencode({"key": key})
+
+
+def banner(config: Config, port: int, host_key: str) -> str:
+    """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
+    for a person at a terminal: what goes elsewhere may be a log that others read.
+    """
+    urls, terminal = lan_urls(config, port), sys.stdout is not None and sys.stdout.isatty()
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
@@ -4274,6 +4577,7 @@ def banner(config: Config, port: int) -> str:
         f"  on this machine  {local_url(config, port)}{moved}",
         *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
         *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
+        *([f"  for the host     {local_url(config, port)}{host_path(host_key)}"] if terminal else []),
         f"  messages         {kept}",
     ]
     if config.workers > 1:
@@ -4284,7 +4588,7 @@ def banner(config: Config, port: int) -> str:
             "  and this machine's firewall must let Python in.",
         ]
     lines.append("  Ctrl+C stops.")
-    return "\n".join(lines) + (qr_code(urls[0]) if urls and sys.stdout.isatty() else "")
+    return "\n".join(lines) + (qr_code(urls[0]) if urls and terminal else "")
 
 
 def qr_code(url: str) -> str:
@@ -4314,6 +4618,8 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
             (r"/host", HostHandler, context),
             (r"/chat", ChatSocket, context),
             (r"/messages", MessagesHandler, context),
+            (r"/pictures", PicturesHandler, context),
+            (rf"/pictures/({PICTURE.pattern.replace('(', '(?:')})", PictureHandler, context),
             (r"/acts", ActsHandler, context),
             (r"/transcript", TranscriptHandler, context),
             (r"/healthz", HealthHandler, context),
@@ -4463,6 +4769,7 @@ class Daemon:
         self.started = time.monotonic()
         self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
+        self.uploads: set[str] = set()  # browsers that are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
@@ -4556,20 +4863,20 @@ class Daemon:
         await self.server.close_all_connections()
 
 
-async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[object]]) -> None:
+async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[T]]) -> T:
     """Tries until the Redis can be used: one that isn't up yet has `--wait` seconds. Raises FatalError."""
-    deadline = time.monotonic() + config.wait
-    for tried in itertools.count():
+    deadline, waiting = time.monotonic() + config.wait, False
+    while True:
         try:
-            await reach()
-            return
+            return await reach()
         except STORE_ERRORS as error:
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
             reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
                 raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
-        if not tried:
+        if not waiting:
             log.warning("waiting up to %g s for the Redis at %s: %s", config.wait, store_name(config), reason)
+        waiting = True
         await asyncio.sleep(config.retry_seconds)
 
 
@@ -4586,7 +4893,7 @@ async def serve(config: Config) -> None:
     stop = stop_on_signals()
     if config.inherited:
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
-    announce(config, daemon.port)
+    announce(config, daemon.port, daemon.host_key)
     stopped = asyncio.create_task(stop.wait())
     tasks = [*daemon.feed.tasks, *daemon.presence.tasks]
     await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -4618,11 +4925,11 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        await wait_for_redis(config, store.read_clock)
+        await wait_for_redis(config, store.keep_secrets)
     finally:
         await store.close()
     stop = stop_on_signals()
-    announce(config, int(ports[0].getsockname()[1]))
+    announce(config, int(ports[0].getsockname()[1]), store.host_key)
     descriptors = [port.fileno() for port in ports]
     async with asyncio.TaskGroup() as workers:
         for number in range(1, config.workers + 1):
@@ -4702,9 +5009,9 @@ def on_stop_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def announce(config: Config, port: int) -> None:
+def announce(config: Config, port: int, host_key: str) -> None:
     """Says where the room is: to a person with the banner, to the log of a service in a line."""
-    print_out(config, banner(config, port))
+    print_out(config, banner(config, port, host_key))
     log.info("started: tornchat %s on port %d, messages in %s", __version__, port, store_name(config))
 
 
@@ -4799,7 +5106,7 @@ class Client:
 
     async def become_host(self) -> None:
         """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch("host?" + urllib.parse.urlencode({"key": self.host_key}))
+        answer = await self.fetch(host_path(self.host_key))
         if answer.code >= 400 and not self.epoch:
             raise FatalError(self.words["term_no_host"])
         if answer.code >= 400:  # the room was restarted, and has another key
@@ -4859,7 +5166,7 @@ class Client:
             self.socket.close()
         code, reason = self.socket.close_code, self.socket.close_reason or ""
         if word := self.words.get(f"js_closed_{code}"):
-            raise FatalError(word.format(name=self.name))
+            raise FatalError(shown(reason) if code == 4403 and reason else word.format(name=self.name))
         if code == 4401:  # restarted without a lasting store
             if not self.let_in or reason == "logout":
                 raise FatalError(self.words.get(f"login_why_{reason}", reason))
@@ -4933,13 +5240,20 @@ class Client:
         if seq > self.skipped and deleted:
             self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
         elif seq > self.skipped:
-            self.view.message(self.author(frame), frame)
+            self.view.message(self.author(frame), {**frame, "text": self.text_of(frame)})
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
+
+    def text_of(self, frame: Mapping[str, Any]) -> str:
+        """The text, and below it the address of a picture."""
+        match frame.get("picture"):
+            case {"id": str(id)}:
+                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
+        return str(frame["text"])
 
     def author(self, frame: Mapping[str, Any]) -> str:
         """Who says it: a host has the badge, and whoever answers says whom."""
@@ -4961,18 +5275,18 @@ class Client:
 
     def on_refused(self, frame: Mapping[str, Any]) -> None:
         """What we said wasn't stored: later, or never. An act isn't tried again."""
-        code, reason = frame["code"], shown(frame["text"])
-        if not self.in_flight or frame.get("cid") != self.in_flight:
-            self.view.notice(reason)
-        elif code not in PASSING_REFUSALS:
-            self.report_unsent(self.resolve(self.in_flight), reason)
-        else:
+        cid, code, reason = str(frame.get("cid", "")), frame["code"], shown(frame["text"])
+        if cid in self.outbox and code not in PASSING_REFUSALS:
+            self.report_unsent(self.resolve(cid), reason)
+        elif cid in self.outbox:
             seconds = frame.get("retry_after")
             if not isinstance(seconds, int | float):
                 seconds = math.inf if code == "locked" else HOLD_SECONDS  # a mode ends the lock
             self.in_flight, self.hold_until = "", time.monotonic() + seconds
             self.hold_reason = reason if code in HOST_REFUSALS else ""
             asyncio.get_running_loop().call_later(seconds + 0.02, self.update)
+        elif cid:  # without one it ends the connection, and is told then
+            self.view.notice(reason)
 
     def on_act(self, frame: Mapping[str, Any]) -> None:
         """A host, or an author, did something."""
@@ -5049,7 +5363,7 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
     match frame:
         case {"kind": "delete", "to": int(seq)} if seq in recent:
             return words["term_deleted"].format(name=recent[seq][0])
-        case {"kind": "react", "to": int(seq), "counts": {**counts}} if seq in recent:
+        case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in recent:
             signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
             return f"{signs} · {': '.join(recent[seq])}"
         case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
@@ -5109,8 +5423,11 @@ def room_time(client: Client, wish: str) -> str:
 
 def act(client: Client, command: str, rest: str) -> None:
     """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+    if not client.connected:
+        client.view.notice(client.words[client.state()])
+        return
     try:
-        client.send(ACTS[command](client, rest))
+        client.send(ACTS[command](client, rest) | {"cid": secrets.token_hex(12)})
     except ValueError:
         client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
 
@@ -5451,6 +5768,8 @@ def add_options(parser: Parser) -> None:
            help="messages shown to a newcomer; default 100")
     option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
            help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
+    option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
+           help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
     option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
            help="a public name under which the room may be opened; repeatable, or with commas")
     option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
@@ -5506,6 +5825,7 @@ def number_between(text: str, least: float, most: float, kind: type[int] | type[
 port_number = functools.partial(number_between, least=0, most=65535, kind=int)
 worker_count = functools.partial(number_between, least=1, most=64, kind=int)
 history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
+picture_megabytes = functools.partial(number_between, least=0, most=100_000, kind=int)
 message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
 patience = functools.partial(number_between, least=0, most=86400, kind=float)
 
@@ -5709,6 +6029,20 @@ TEXTS = {
     "chat_theme_dark": ("Dark", "深色"),
     "chat_sound": ("Sound", "提示音"),
     "chat_notify": ("Notifications", "系统通知"),
+    "chat_picture": ("Add a picture", "添加图片"),
+    "chat_attached": ("Pictures to send", "待发送的图片"),
+    "chat_viewer": ("Picture", "图片"),
+    "js_picture": ("Picture", "图片"),
+    "js_picture_of": ("Picture from {name}", "{name}发送的图片"),
+    "js_picture_gone": ("This picture is no longer kept.", "图片已不再保存。"),
+    "js_picture_again": ("This picture could not be loaded: try again", "图片加载失败，点此重试"),
+    "js_picture_remove": ("Picture: take it out", "图片：点此移除"),
+    "js_picture_lost": ("the picture is gone since the page was loaded again", "页面重新加载后图片已丢失"),
+    "js_no_picture": (
+        "“{name}” was not added: it is no picture that can be shown here.",
+        "未添加“{name}”：它不是可以在此显示的图片。",
+    ),
+    "js_uploading": ("Sending… {n} %", "正在发送… {n}%"),
     "js_state_connecting": ("Connecting…", "正在连接…"),
     "js_state_connected": ("Connected", "已连接"),
     "js_state_polling": ("Connected, by polling", "已连接（轮询）"),
@@ -5770,9 +6104,10 @@ TEXTS = {
     "term_hint": ("/help tells what you can do", "输入 /help 查看帮助"),
     "term_help": (
         "/who: who is here\n/time Asia/Shanghai: the room’s clock, there\n/quit, Ctrl-C, Ctrl-D: leave\n"
-        "//text: says “/text”\nAlt-Enter: a new line\nUp, Down, Ctrl-R: what you said before",
+        "//text: says “/text”\n/delete-last: deletes what you said last\nAlt-Enter: a new line\n"
+        "Up, Down, Ctrl-R: what you said before",
         "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
-        "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
+        "//文字：发送“/文字”\n/delete-last：删除自己的最后一条消息\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
     ),
     "term_no_host": ("The room does not take that --host-key.", "聊天室不接受该 --host-key。"),
     "term_help_host": (
@@ -5805,8 +6140,8 @@ TEXTS = {
     "term_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
     "term_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
     "term_no_command": (
-        "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
-        "没有 {command} 这个命令，只有 /who /time /quit /help。要发送它，请输入 /{command}",
+        "There is no command {command}; /help lists them. To say that: /{command}",
+        "没有 {command} 这个命令，输入 /help 查看帮助。要发送它，请输入 /{command}",
     ),
     "term_time": ("By the room’s clock it is {time} ({zone}).", "聊天室的时间是 {time}（{zone}）。"),
     "term_no_zone": (
@@ -5874,6 +6209,21 @@ TEXTS = {
         "“{name}” could be mistaken for the room itself. Please choose another name.",
         "“{name}”容易被误认为聊天室本身，请换一个昵称。",
     ),
+    "refused_no-picture": ("There is no such picture any more.", "图片已不存在。"),
+    "refused_pictures-off": ("This room takes no pictures.", "本聊天室不接收图片。"),
+    "refused_picture-type": (
+        "That is no picture that can be shown: PNG, JPEG, WebP and GIF can.",
+        "无法显示此文件，仅支持 PNG、JPEG、WebP 和 GIF 图片。",
+    ),
+    "refused_picture-broken": (
+        "The picture is incomplete, or there is something else in the file.",
+        "图片不完整，或文件中含有其他内容。",
+    ),
+    "refused_picture-pixels": (
+        "A picture has at most {limit} million pixels, and {side} on a side.",
+        "图片不得超过 {limit} 百万像素，每边不得超过 {side} 像素。",
+    ),
+    "refused_picture-large": ("The picture is larger than {limit} KB.", "图片超过 {limit} KB。"),
     "refused_no-session": ("Please log in first.", "请先登录。"),
     "refused_logout": ("You have logged out.", "您已退出。"),
     "refused_bad-wait": ("“wait” is a number of seconds, from 0 to {limit}.", "“wait”须为 0 到 {limit} 之间的秒数。"),
@@ -5968,6 +6318,13 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <button id="newer" type="button" hidden></button>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
+    <div id="attached" role="group" aria-live="polite" aria-label="{{ w["chat_attached"] }}" hidden></div>
+    <input id="file" type="file" accept="image/*" multiple hidden>
+    <button id="pick" class="plain" type="button" aria-label="{{ w["chat_picture"] }}"
+      {{ "" if pictures else "hidden" }} data-off="{{ w["refused_pictures-off"] }}">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path fill-rule="evenodd" d="M5 3h14a3 3 0 0 1 3 3v12a3 3 0 0 1-3
+        3H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zm0 2a1 1 0 0 0-1 1v10l4-4 4 4 5-5 3 3V6a1 1 0 0 0-1-1zm3 1.500a2 2 0 0 1 0
+        4 2 2 0 0 1 0-4z"/></svg></button>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
       placeholder="{{ w["chat_placeholder"] }}" title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
     <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
@@ -5996,6 +6353,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
+  <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
+    <button class="plain" type="button">{{ w["chat_close"] }}</button></dialog>
   <script src="{{ asset("chat.js") }}"></script>
 </body>{% end %}
 """
@@ -6194,6 +6553,26 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
 }
 
+/* Pictures: as large as they will be, before they are there */
+#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
+#attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
+#attached button::after {
+  content: "×"; position: absolute; inset: 2px 2px auto auto; width: 22px; border-radius: 50%;
+  background: var(--ink); color: var(--surface); line-height: 22px;
+}
+#attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture {
+  display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
+  max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
+  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+}
+.picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
+.picture.gone { min-width: 10rem; padding: 8px; }
+.text:empty { display: none; }
+#viewer { width: fit-content; max-width: none; max-height: none; padding: 8px; }
+#large { display: block; max-width: calc(100vw - 40px); max-height: calc(100dvh - 100px); margin: 0 auto 8px; }
+
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
   width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
@@ -6370,7 +6749,7 @@ const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, close: closeInvite,
+  addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
 } = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
 const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
@@ -6507,11 +6886,12 @@ function messageRow(name, text, ...foot) {
   return row;
 }
 
-function showMessage({seq, ts, name, text}, away) {
+function showMessage({seq, ts, name, text, picture}, away) {
   if (shown.has(seq)) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(name, text, time);
+  if (picture) row.querySelector('.line').before(pictureOf(picture, name));
   Object.assign(row.dataset, {seq, ts});
   const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
@@ -6688,7 +7068,10 @@ function fitScreen() {  // some phones draw their keyboard over the page; a read
 const shelf = `tornchat:${location.pathname}:`;
 
 function keep(key, text, storage = 'sessionStorage') {
-  try { window[storage].setItem(shelf + key, text); } catch { /* only a reload will tell */ }
+  try {
+    if (text) window[storage].setItem(shelf + key, text);
+    else window[storage].removeItem(shelf + key);
+  } catch { /* only a reload will tell */ }
 }
 
 function kept(key, storage = 'sessionStorage') {
@@ -6696,7 +7079,7 @@ function kept(key, storage = 'sessionStorage') {
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said']) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
 }
 
 // === Attention: what is unread, and what may tell of it ===
@@ -6730,7 +7113,7 @@ function attract({seq, name, text}, away) {
   if (away && seq > readTo) showUnread(unread + 1);
   if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
   if (sound.checked && (away || mentions(text, me).length)) chime();
-  if (notify.checked && away) popUp(name, text);
+  if (notify.checked && away) popUp(name, text || words.picture);
 }
 
 function chime() {
@@ -6821,11 +7204,12 @@ let offer = null;                 // {start, names, turn}: a name that is being 
 function submit(event) {
   event.preventDefault();
   const text = box.value.trimEnd().replace(/^(\s*\n)+/, '');  // the first line keeps its indentation
-  if (!text || fitBox() < 0 || phase === 'closed' || projector) return;
+  if (!(text || attached.length) || fitBox() < 0 || phase === 'closed' || projector) return;
   setBox('');
-  remember(text);
+  if (text) remember(text);
   removeNewLine();
   outbox.push({cid: newCid(), name: me, text, failed: ''});
+  sendAttached();
   outboxChanged();
   toBottom();
 }
@@ -6843,6 +7227,10 @@ function recall(step) {  // only over an empty box or what was recalled, unchang
   recalled += step;
   setBox(said[recalled] || '');
   return true;
+}
+
+function focusBox() {  // a phone would open its keyboard
+  if (matchMedia('(hover: hover)').matches) box.focus();
 }
 
 function setBox(text) {
@@ -6919,7 +7307,11 @@ let holdUntil = 0;
 
 function restoreOutbox() {
   outbox = JSON.parse(kept('outbox') || '[]');
-  for (const item of outbox) if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+  for (const item of outbox) {
+    if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
+    const lost = item.picture && restorePicture(item);
+    item.failed ||= lost || '';
+  }
 }
 
 function outboxChanged() {
@@ -6936,7 +7328,8 @@ function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
-  link.say({type: 'say', text: item.text, cid: item.cid});
+  if (item.picture && !item.picture.id) upload(item);
+  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id});
 }
 
 function takeOut(cid) {
@@ -6944,6 +7337,7 @@ function takeOut(cid) {
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
   outboxRows.delete(cid);
+  keep(`picture-${cid}`, '');
   outboxChanged();
   return row;
 }
@@ -6962,12 +7356,15 @@ function refused({cid, code, text, retry_after: seconds}) {
 
 function tryAgain(item) {
   Object.assign(item, {name: me, failed: ''});
+  if (item.picture?.blob) delete item.picture.id;  // it may have been another session's
   outboxChanged();
 }
 
 function edit(item) {
   setBox(box.value ? `${item.text}\n${box.value}` : item.text);
   box.focus();
+  if (item.picture?.blob) attached.push(item.picture);
+  showAttached();
   takeOut(item.cid).remove();
 }
 
@@ -6977,12 +7374,14 @@ function statusOf(item) {
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
   const seconds = Math.ceil((holdUntil - performance.now()) / 1000);
-  return seconds > 0 ? fill(words.waiting_seconds, {n: seconds}) : words.sending;
+  if (seconds > 0) return fill(words.waiting_seconds, {n: seconds});
+  return item.sent ? fill(words.uploading, {n: item.sent}) : words.sending;
 }
 
 function outboxRow(item) {
   const choices = [makeButton(words.try_again, () => tryAgain(item)), makeButton(words.edit, () => edit(item))];
   const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', ...choices));
+  if (item.picture) row.querySelector('.line').before(pictureOf(item.picture, me));
   outboxRows.set(item.cid, row);
   outboxList.append(row);
   return row;
@@ -6996,6 +7395,145 @@ function drawOutbox() {
     status.setAttribute('role', item.failed ? 'alert' : 'none');
     setText(status, statusOf(item));
   }
+}
+
+// === Pictures: drawn anew before they are sent, which makes them small and leaves out where a photo was taken ===
+const PICTURE_BYTES = 2 ** 20;    // what the server takes
+const DRAWINGS = [[1600, .85], [1600, .6], [1000, .6], [600, .5]];  // the longer side and the quality, till it fits
+const attached = [];              // {blob, width, height}: to be sent with what is in the box
+let uploading = null;
+
+function pictureOf(picture, name) {  // in the outbox it has a blob, in the log an id; its frame is as large before
+  const {id, width, height, blob} = picture;
+  const alt = fill(words.picture_of, {name});
+  const image = Object.assign(make('img', ''), {alt, loading: 'lazy', onerror: () => missing(frame, image)});
+  const frame = makeButton('', () => {
+    if (!image.isConnected) return frame.replaceWith(pictureOf(picture, name));  // it failed
+    Object.assign(large, {src: image.src, alt});
+    viewer.showModal();
+  });
+  Object.assign(frame, {className: 'picture', disabled: Boolean(blob)});
+  if (!blob) image.src = `pictures/${id}`;
+  frame.append(blob ? canvasOf(blob, width, height, alt) : image);
+  frame.style.setProperty('--wide', width);
+  frame.style.setProperty('--high', height);
+  return frame;
+}
+
+function canvasOf(source, width, height, label) {
+  const canvas = Object.assign(make('canvas', ''), {width, height, role: 'img', ariaLabel: label});
+  const show = (bitmap) => canvas.getContext('2d').drawImage(bitmap, 0, 0, width, height);
+  createImageBitmap(source).then(show, () => {});
+  return canvas;
+}
+
+async function missing(frame, image) {  // deleted, or is only the way to it cut?
+  const gone = await fetch(image.src).then(({status}) => status === 404, () => false);
+  frame.replaceChildren(gone ? words.picture_gone : words.picture_again);
+  frame.classList.add('gone');
+  frame.disabled = gone;
+}
+
+async function attach(files) {
+  for (const file of projector ? [] : files) {
+    const picture = pick.hidden ? null : await redraw(file).catch(() => null);
+    if (picture) attached.push(picture);
+    else draw(() => notice('refused', pick.hidden ? pick.dataset.off : fill(words.no_picture, {name: file.name})));
+  }
+  showAttached();
+  focusBox();
+}
+
+async function redraw(file) {  // null where it can't be made to fit; throws where the browser sees no picture in it
+  const bitmap = await createImageBitmap(file);
+  for (const [side, quality] of DRAWINGS) {
+    const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+    const [width, height] = [bitmap.width, bitmap.height].map((pixels) => Math.ceil(scale * pixels));
+    const canvas = Object.assign(make('canvas', ''), {width, height});
+    const context = Object.assign(canvas.getContext('2d'), {imageSmoothingQuality: 'high', fillStyle: '#fff'});
+    for (const type of ['image/webp', 'image/jpeg']) {  // a browser that can't make the first one makes a PNG of it
+      if (type === 'image/jpeg') context.fillRect(0, 0, width, height);
+      context.drawImage(bitmap, 0, 0, width, height);
+      const blob = await new Promise((done) => { canvas.toBlob(done, type, quality); });
+      if (blob.type === type && blob.size <= PICTURE_BYTES) return {blob, width, height};
+    }
+  }
+  return null;
+}
+
+function showAttached() {
+  attachedList.replaceChildren(...attached.map((picture) => {
+    const button = makeButton('', () => {
+      attached.splice(attached.indexOf(picture), 1);
+      showAttached();
+      box.focus();
+    });
+    button.append(canvasOf(picture.blob, picture.width, picture.height, words.picture_remove));
+    return button;
+  }));
+  attachedList.hidden = !attached.length;
+}
+
+function sendAttached() {  // the first one with the text, each of the others as a message of its own
+  for (const [at, picture] of attached.splice(0).entries()) {
+    if (at) outbox.push({cid: newCid(), name: me, text: '', failed: ''});
+    outbox.at(-1).picture = picture;
+    shelve(outbox.at(-1));
+  }
+  showAttached();
+}
+
+function shelve(item) {  // for a reload
+  const reader = new FileReader();
+  reader.onload = () => { if (outbox.includes(item)) keep(`picture-${item.cid}`, reader.result); };
+  reader.readAsDataURL(item.picture.blob);
+}
+
+function restorePicture({cid, picture}) {
+  const [, data] = kept(`picture-${cid}`).split(',');
+  picture.blob = data && new Blob([Uint8Array.from(atob(data), (char) => char.charCodeAt(0))]);
+  return picture.blob || picture.id ? '' : words.picture_lost;
+}
+
+function upload(item) {  // its answer leads to the message that shows it
+  const request = new XMLHttpRequest();
+  uploading?.abort();
+  uploading = request;
+  request.responseType = 'json';
+  request.upload.onprogress = ({loaded, total}) => {
+    [saidAt, item.sent] = [performance.now(), Math.floor(100 * loaded / total)];
+    drawOutbox();
+  };
+  request.onloadend = () => {
+    if (uploading !== request || inFlight !== item.cid) return;
+    const {status, statusText, response} = request;
+    const passing = !status || status === 401 || status >= 500;
+    [inFlight, item.sent] = ['', 0];
+    const fault = {text: statusText, ...response, cid: item.cid, ...(passing && {code: 'unavailable'})};
+    if (status !== 201) return refused(fault);
+    item.picture.id = response.id;
+    outboxChanged();
+  };
+  request.open('POST', 'pictures');
+  request.send(item.picture.blob);
+}
+
+function onPaste(event) {  // cells of an office bring a picture of themselves along, but are meant as text
+  const {files, types} = event.clipboardData;
+  if (!files.length || (types.includes('text/plain') && types.includes('text/html'))) return;
+  event.preventDefault();
+  attach([...files]);
+}
+
+function onDrag(event) {  // a file that is let go would be opened in place of the room
+  if (!event.dataTransfer.types.includes('Files')) return;
+  event.preventDefault();
+  if (event.type === 'drop') attach([...event.dataTransfer.files]);
+}
+
+function onChoice() {
+  attach([...fileChoice.files]);
+  fileChoice.value = '';
 }
 
 // === Frames: everything that the server says comes through here ===
@@ -7298,7 +7836,7 @@ composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
 lineBreak.onclick = breakLine;
-for (const button of [send, lineBreak, matchList]) {  // a phone would close its keyboard
+for (const button of [send, lineBreak, pick, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
 newer.onclick = toNewer;
@@ -7320,6 +7858,11 @@ copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
 closeInvite.onclick = () => invite.close();
 invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
+pick.onclick = () => fileChoice.click();
+fileChoice.onchange = onChoice;
+viewer.onclick = () => viewer.close();
+window.onpaste = onPaste;
+window.ondragover = window.ondrop = onDrag;
 window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
@@ -7338,7 +7881,7 @@ restoreOutbox();
 connect();
 setInterval(tick, 1000);
 if (projector) openInvite();
-else if (matchMedia('(hover: hover)').matches) box.focus();  // a phone would open its keyboard
+else focusBox();
 """
 
 # language=svg
