@@ -9488,53 +9488,38 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {cpu:18.1f}  {p50:6.1f}  {p99:6.1f}  {flood:19,.0f}  {memory:9.1f}")
 
 
-class Meter(Proxy):
-    """A proxy before a daemon that counts what goes through it."""
-
-    requests = bytes = 0
-
-    async def ask(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
-        while data := await client.read(65536):
-            self.requests, self.bytes = self.requests + data.count(b" HTTP/1.1\r\n"), self.bytes + len(data)
-            server.write(data)
-
-    async def answer(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        while data := await server.read(65536):
-            self.bytes += len(data)
-            client.write(data)
-
-
-async def follow(browser: Browser, wait: float, pause: float, delays: list[float]) -> NoReturn:
+async def follow(browser: Browser, wait: float, pause: float, polls: list[float], delays: list[float]) -> NoReturn:
     """Note how late each message comes: by polls that wait so long, with a pause between them, or by an open socket."""
     while True:
-        events = [await browser.frame()] if browser.socket else await browser.poll(wait)
-        delays += [time.perf_counter() - float(event["text"]) for event in events if event and "text" in event]
+        if browser.socket:
+            events = [await browser.frame() or {}]
+        else:
+            polls.append(time.perf_counter())
+            events = await browser.poll(wait)
+        delays += [time.perf_counter() - float(event["text"]) for event in events if "text" in event]
         await asyncio.sleep(pause)
 
 
 async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: int = 20) -> None:
     """Prints what it costs to follow a chat in this way, in which somebody says something every three seconds."""
-    lan, delays = Lan(Store("")), list[float]()
+    lan, polls, delays = Lan(Store("")), list[float](), list[float]()
     with Chat("--rate", "0") as chat:
-        async with Meter(chat.port) as meter:
-            talker = await lan.login("Talker", at=f"http://127.0.0.1:{chat.port}")
-            people = [await lan.login(f"P{n}", at=meter.http[:-1]) for n in range(members)]
-            for person in people:
-                await (person.connect() if way == "WebSocket" else person.poll())
-            meter.requests, meter.bytes, spent = 0, 0, chat.cpu()
-            tasks = [asyncio.create_task(follow(person, wait, pause, delays)) for person in people]
-            for _ in range(20):
-                await asyncio.sleep(3)
-                await talker.post(f"{time.perf_counter():.6f}")
-            await asyncio.sleep(2.5)
-            spent = chat.cpu() - spent
-            for task in tasks:
-                task.cancel()
+        talker, *people = [await lan.login(f"P{n}", at=f"http://127.0.0.1:{chat.port}") for n in range(members + 1)]
+        for person in people:
+            await (person.connect() if way == "WebSocket" else person.poll())
+        spent = chat.cpu()
+        tasks = [asyncio.create_task(follow(person, wait, pause, polls, delays)) for person in people]
+        for _ in range(20):
+            await asyncio.sleep(3)
+            await talker.post(f"{time.perf_counter():.6f}")
+        await asyncio.sleep(2.5)
+        spent = (chat.cpu() - spent) / len(delays) * 1e6
+        for task in tasks:
+            task.cancel()
     assert len(delays) == 20 * members, "a message is missing, or came twice"
     print(
-        f"{way:20} 20 messages in a minute: {meter.requests / members:4.1f} requests and {meter.bytes / members:6.0f}"
-        f" bytes a member; {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f};"
-        f" {spent / len(delays) * 1e6:4.0f} us of CPU for each delivery"
+        f"{way:20} 20 messages in a minute: {len(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU for each"
+        f" delivery, {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f}"
     )
 
 
