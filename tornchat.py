@@ -6085,9 +6085,10 @@ TEXTS = {
     "term_hint": ("/help tells what you can do", "输入 /help 查看帮助"),
     "term_help": (
         "/who: who is here\n/time Asia/Shanghai: the room’s clock, there\n/quit, Ctrl-C, Ctrl-D: leave\n"
-        "//text: says “/text”\nAlt-Enter: a new line\nUp, Down, Ctrl-R: what you said before",
+        "//text: says “/text”\n/delete-last: deletes what you said last\nAlt-Enter: a new line\n"
+        "Up, Down, Ctrl-R: what you said before",
         "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
-        "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
+        "//文字：发送“/文字”\n/delete-last：删除自己的最后一条消息\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
     ),
     "term_no_host": ("The room does not take that --host-key.", "聊天室不接受该 --host-key。"),
     "term_help_host": (
@@ -6120,8 +6121,8 @@ TEXTS = {
     "term_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
     "term_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
     "term_no_command": (
-        "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
-        "没有 {command} 这个命令，只有 /who /time /quit /help。要发送它，请输入 /{command}",
+        "There is no command {command}; /help lists them. To say that: /{command}",
+        "没有 {command} 这个命令，输入 /help 查看帮助。要发送它，请输入 /{command}",
     ),
     "term_time": ("By the room’s clock it is {time} ({zone}).", "聊天室的时间是 {time}（{zone}）。"),
     "term_no_zone": (
