@@ -7041,12 +7041,6 @@ class TestEveryone(Transcripts):
             await ann.page.click("#logout button")
             await ann.page.wait_for_selector("#nickname")
 
-    async def test_weight(self, memory_lan: Lan) -> None:
-        """The chat is less than 88 KB of HTML, CSS and JavaScript, uncompressed."""
-        ann = await memory_lan.login("Ann")
-        parts = ("/", "/style.css", "/theme.js", "/chat.js")
-        assert sum([len((await ann.fetch(part)).body) for part in parts]) < 88_000
-
 
 @slow
 class TestLongRoom(Transcripts):
