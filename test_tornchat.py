@@ -3761,7 +3761,7 @@ async def show(browser: Browser, picture: str, text: str = "") -> Frame:
     return await browser.expect("message", cid=cid, text=text)
 
 
-class TestPictureStore:
+class TestPictureStore(Transcripts):
     async def test_shown(self, lan: Lan) -> None:
         """What is sent as a picture is seen by everybody, with its size beforehand; to plain lines it is an address."""
         await lan.serve()
