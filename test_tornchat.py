@@ -4166,8 +4166,9 @@ async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
 class TestHost(Transcripts):
     @pytest.mark.parametrize("way", ["socket", "POST /acts"])
     @pytest.mark.parametrize("who", MAY)
-    async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
+    async def test_who_may(self, who: str, way: str, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every act by everybody, by both ways: who may, may; all others are refused, and nothing changes."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         daemon = await lan.serve()
         tess, bob, eve = await join_as_host(lan), await lan.join("Bob"), await lan.join("Eve")
         await bob.say("from Bob")
