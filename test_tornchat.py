@@ -280,7 +280,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def own_lan(own_redis: RedisServer) -> Lan:
-    return Lan(Store(own_redis.url))
+    return Lan(Store(own_redis.url), repair_seconds=0.2)
 
 
 @pytest.fixture(params=["fakeredis", "redis"])
@@ -332,8 +332,8 @@ def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 class Lan:
     """What one test starts: daemons over one store, and browsers. Closed when the test ends."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, **options: Any) -> None:
+        self.store, self.options = store, options
         self.daemons: list[tornchat.Daemon] = []
         self.browsers: list[Browser] = []
         self.programs: list[Program] = []
@@ -347,8 +347,8 @@ class Lan:
             "grace_seconds": 0.2,
             "renew_seconds": 0.1,
         }
-        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.2, "name_seconds": 0.0}
-        quick |= {"redis_url": self.store.url, "room": self.store.room}
+        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.05, "name_seconds": 0.0}
+        quick |= {"redis_url": self.store.url, "room": self.store.room} | self.options
         daemon = await tornchat.Daemon.start(tornchat.Config(**quick | options))
         self.daemons.append(daemon)
         return daemon
@@ -1290,6 +1290,7 @@ class Feeds:
         self.presences: list[tornchat.Presence] = []
         self.key = store.key("feed").decode()
         self.redis = self.connect()()
+        self.repair_seconds = 0.05  # more where a test has the store forget: a few looks of the daemons
 
     def connect(self) -> Callable[..., Any]:
         if self.place.url:
@@ -1299,7 +1300,7 @@ class Feeds:
     async def start(self, kind: type[tornchat.Store] = tornchat.Store, **options: Any) -> tornchat.Feed:
         """One more daemon's feed, at work."""
         quick: dict[str, Any] = {"rate": 0.0, "tick_seconds": 0.05, "retry_seconds": 0.1, "room": self.place.room}
-        quick |= {"repair_seconds": 0.2, "name_seconds": 0.0}
+        quick |= {"repair_seconds": self.repair_seconds, "name_seconds": 0.0}
         feed = await open_feed(kind, self.connect(), tornchat.Config(**quick | options))
         presence = tornchat.Presence(feed, tornchat.Admission(feed, tornchat.Limits(0)).keep_few)
         presence.start()
@@ -1424,6 +1425,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
+        feeds.repair_seconds = 0.2
         first, second = await feeds.start(), await feeds.start()
         ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
         say(first, ann, "all have seen this")
@@ -1444,6 +1446,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_another_history(self, feeds: Feeds) -> None:
         """Entries of the same numbers that are others: the store's word counts, and everybody is told `reset`."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         for n in range(1, 4):
@@ -1463,6 +1466,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_forgotten_by_all(self, feeds: Feeds) -> None:
         """The tail of the feed and all daemons are gone. A client that knows it comes back: `at` tells `reset`."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         for n in range(1, 4):
@@ -1517,6 +1521,7 @@ class TestFeed(Transcripts):
 
     async def test_a_daemon_starts_on_what_was_flushed(self, feeds: Feeds) -> None:
         """A store is flushed while a daemon starts: it waits for the others, and all sign with the one secret."""
+        feeds.repair_seconds = 0.2
         first = await feeds.start()
         ann = await feeds.enter(first, "Ann")
         say(first, ann, "before")
@@ -1593,6 +1598,7 @@ class TestFeed(Transcripts):
     async def test_G8_the_feed_is_something_else(self, redis_feeds: Feeds) -> None:
         """A feed that is no stream makes the store unavailable; when it is gone the room goes on, after a reset."""
         feeds = redis_feeds
+        feeds.repair_seconds = 0.2
         feed = await feeds.start(confirm_seconds=0.2)
         ann = await feeds.enter(feed, "Ann")
         await feeds.redis.set(feeds.key, "nonsense")
@@ -1681,6 +1687,7 @@ class TestFeed(Transcripts):
 
     async def test_G7_name_lost(self, feeds: Feeds) -> None:
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
         began = feed.last[0] + 1
@@ -1697,6 +1704,7 @@ class TestFeed(Transcripts):
 
     async def test_the_store_fails_while_it_is_read_anew(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A store that goes away while a replaced history is read anew is read again when it is back."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         read_state, failures = feed.store.read_state, iter([redis.ConnectionError("away"), OSError("away")])
@@ -7423,7 +7431,7 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def snapshot_lan(snapshot_redis: RedisServer) -> Lan:
-    return Lan(Store(snapshot_redis.url))
+    return Lan(Store(snapshot_redis.url), repair_seconds=0.2)
 
 
 CROWD = r"""
