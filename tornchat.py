@@ -5192,13 +5192,19 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.is_host, self.hosts = frame.get("host") is True, [shown(str(name)) for name in frame.get("hosts", ())]
+        self.is_host = frame.get("host") is True
+        self.on_act({"type": "hosts", "names": frame.get("hosts")})
         self.connected = self.let_in = True
         self.restarting = self.store_away = False
         self.hold_until = 0
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
+        match frame:
+            case {"cleared": int(cleared)} if cleared > self.after:
+                self.after, self.at = cleared, 0
+                if not first:
+                    self.on_act({"type": "cleared", "seq": cleared})
         if first:
             self.skipped = frame["seq"] - self.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
@@ -5221,28 +5227,13 @@ class Client:
         if seq > self.skipped and deleted:
             self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
         elif seq > self.skipped:
-            self.view.message(self.author(frame), {**frame, "text": self.text_of(frame)})
+            self.view.message(frame)
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
-
-    def text_of(self, frame: Mapping[str, Any]) -> str:
-        """The text, and below it the address of a picture."""
-        match frame.get("picture"):
-            case {"id": str(id)}:
-                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
-        return str(frame["text"])
-
-    def author(self, frame: Mapping[str, Any]) -> str:
-        """Who says it: a host has the badge, and whoever answers says whom."""
-        badge = f"{HOST_MARK} " if frame.get("host") is True else ""
-        match frame:
-            case {"re": int(seq)} if seq in self.recent:
-                return badge + self.words["term_answer"].format(name=shown(frame["name"]), other=self.recent[seq][0])
-        return badge + shown(frame["name"])
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
@@ -5341,6 +5332,7 @@ class Client:
 
 def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
     """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
+    by = shown(f"{frame['by']}: ") if "by" in frame else ""
     match frame:
         case {"kind": "delete", "to": int(seq)} if seq in recent:
             return words["term_deleted"].format(name=recent[seq][0])
@@ -5351,15 +5343,14 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
             return words["term_pinned"].format(name=shown(name), text=text)
         case {"kind": "pin", "message": None}:
             return words["term_unpinned"]
-        case {"type": "cleared", "by": str(by)}:
-            return words["term_cleared"].format(name=shown(by))
+        case {"type": "cleared"}:
+            return by + words["term_cleared"]
         case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
             clock = datetime.datetime.fromtimestamp(until / 1000)
             return words["term_muted" if until else "term_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
         case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
             keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
             keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
-            by = shown(f"{frame['by']}: ") if "by" in frame else ""
             return by + " ".join(words[key].format(n=every) for key in keys)
     return ""
 
@@ -5508,10 +5499,21 @@ class Lines:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+    def said(self, frame: Mapping[str, Any]) -> str:
+        """Who says it, with the badge of a host, and to whom; what, and below it the address of a picture."""
+        name, text = shown(frame["name"]), frame["text"]
+        match frame:
+            case {"re": int(seq)} if seq in self.client.recent:
+                name = self.words["term_answer"].format(name=name, other=self.client.recent[seq][0])
+        match frame:
+            case {"picture": {"id": str(id)}}:
+                text = f"{text}\n[picture {self.client.url}pictures/{id}]".lstrip("\n")
+        return f"{HOST_MARK} {name}: {text}" if frame.get("host") is True else f"{name}: {text}"
+
+    def message(self, frame: Mapping[str, Any]) -> None:
         """Raises FatalError, without a word when nobody reads any more."""
         try:
-            print(lines_for(sys.stdout, f"{author}: {frame['text']}"), flush=True)
+            print(lines_for(sys.stdout, self.said(frame)), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
@@ -5581,14 +5583,14 @@ class Screen(Lines):
             lambda: f"{client.name}> ", key_bindings=keys, enable_suspend=True, erase_when_done=True
         )
 
-    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+    def message(self, frame: Mapping[str, Any]) -> None:
         """With the time of the room's clock, in our zone."""
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
             self.show([f"~ {self.day}"], "2")
         head, name = f"{when:%H:%M} ", shown(frame["name"])
-        first, *rows = self.rows(f"{head}{author}: {frame['text']}")
+        first, *rows = self.rows(head + self.said(frame))
         color = f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}"
         colored = self.styled(head, "2") + first[len(head) :].replace(name, self.styled(name, color), 1)
         self.show([colored, *rows])
@@ -6111,7 +6113,7 @@ TEXTS = {
     ),
     "term_answer": ("{name} (to {other})", "{name}（回复{other}）"),
     "term_deleted": ("A message of {name} was deleted.", "{name}的一条消息已删除。"),
-    "term_cleared": ("{name} deleted all that was said before.", "{name}清空了聊天室，此前的消息均已删除。"),
+    "term_cleared": ("All that was said before is deleted.", "此前的消息均已删除。"),
     "term_pinned": ("Pinned: {name}: {text}", "置顶：{name}：{text}"),
     "term_unpinned": ("No message is pinned any more.", "已取消置顶。"),
     "term_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
