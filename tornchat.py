@@ -4550,7 +4550,7 @@ def banner(config: Config, port: int, host_key: str) -> str:
     """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
     for a person at a terminal: what goes elsewhere may be a log that others read.
     """
-    urls, terminal = lan_urls(config, port), sys.stdout.isatty()
+    urls, terminal = lan_urls(config, port), sys.stdout is not None and sys.stdout.isatty()
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
