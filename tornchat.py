@@ -4912,19 +4912,21 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     stop = stop_on_signals()
     announce(config, int(ports[0].getsockname()[1]), config.host_key or kept_key)
     descriptors = [port.fileno() for port in ports]
-    async with asyncio.TaskGroup() as workers:
-        for number in range(1, config.workers + 1):
-            workers.create_task(keep_worker(number, command, descriptors, stop))
+    async with asyncio.TaskGroup() as group:
+        numbers = range(1, config.workers + 1)
+        workers = [group.create_task(keep_worker(number, command, descriptors)) for number in numbers]
         await stop.wait()
         print_out(config, "tornchat: stopping")
+        for worker in workers:
+            worker.cancel()
     log.info("stopped")
 
 
-async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int], stop: asyncio.Event) -> None:
+async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
     """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
     pause = Backoff(WORKER_PAUSE_SECONDS)
     environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
-    while not stop.is_set():
+    while True:
         began = time.monotonic()
         worker = await asyncio.create_subprocess_exec(
             *command,
@@ -4933,13 +4935,10 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
             env=environ,
             start_new_session=True,  # Ctrl+C is for us; we pass it on
         )
-        ended, stopped = asyncio.create_task(worker.wait()), asyncio.create_task(stop.wait())
-        await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
+        try:
+            code = await worker.wait()
+        finally:  # we may have been cancelled
             await end_worker(worker)
-            return
-        stopped.cancel()
-        code = ended.result()
         log.error("worker %d has ended with code %d: another one is started", number, code)
         if time.monotonic() - began > WORKER_PAUSE_SECONDS:
             pause.reset()
