@@ -3174,7 +3174,7 @@ class BaseHandler(tornado.web.RequestHandler):
     def check_host(self) -> None:
         """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
-        if not is_our_host(name, self.daemon.hosts):
+        if not is_our_host(name, self.daemon.hostnames):
             web_log.warning(
                 "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
                 name[:100] or "(none)",
@@ -4748,7 +4748,9 @@ class Daemon:
         self.config, self.ports, self.tls = config, ports, tls
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
-        self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
+        self.hostnames = frozenset(
+            host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host)
+        )
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
         self.uploads: set[str] = set()  # browsers that are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
@@ -5613,7 +5615,7 @@ class Screen(Lines):
         """Below what is being typed: what is wrong, and what isn't sent yet."""
         texts, state = [*self.client.outbox.values()], self.client.state()
         rows = [self.words[state]] if state != "js_state_connected" else []
-        why = self.client.hold_reason or self.words[WAITS.get(state, "js_waiting")]
+        why = (self.client.connected and self.client.hold_reason) or self.words[WAITS.get(state, "js_waiting")]
         rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
         if len(texts) > PENDING_ROWS:
             rows.append(f"+ {len(texts) - PENDING_ROWS}")
