@@ -8339,7 +8339,7 @@ class TestTerminal(Transcripts):
     async def test_a_bug_of_our_own(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """What goes wrong in the client is not blamed on the room."""
 
-        def broken(self: tornchat.Lines, author: str, frame: Frame) -> None:
+        def broken(self: tornchat.Lines, frame: Frame) -> None:
             raise KeyError("a bug")
 
         monkeypatch.setattr(tornchat.Lines, "message", broken)
@@ -8527,8 +8527,10 @@ class TestTerminal(Transcripts):
             (open_mode | {"door": "closed"}, "~ Ann: Everybody can write. Nobody new gets in.~"),
             ({"type": "muted", "name": "Bob", "until": 1795166143321}, "~ Bob cannot write until "),
             ({"type": "muted", "name": "Bob", "until": 0}, "~ Bob can write again."),
-            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann deleted all that was said before."),
+            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann: All that was said before is deleted."),
             (message | {"seq": 1005, "re": 1002}, " Bob: hi"),
+            (WELCOME | {"seq": 1007, "cleared": 1006}, "~ All that was said before is deleted."),
+            (WELCOME | {"seq": 1007, "cleared": 1006}, ""),
             (note | {"kind": "delete"}, ""),
         ]:  # fmt: skip
             client.receive(json.dumps(frame))
@@ -8581,7 +8583,8 @@ class TestTerminal(Transcripts):
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         tess.keys("/door\r")
         tess.keys("/clear yes\r")
-        await ann.shows("~ Tess deleted all that was said before.")
+        await ann.shows("~ Tess: All that was said before is deleted.")
+        assert await run_to_end("--join", place(daemon)) == (0, "", "")
         tess.keys("/remove Ann\r")
         assert await ann.leaves() == 1
         assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [

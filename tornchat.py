@@ -3193,7 +3193,7 @@ class BaseHandler(tornado.web.RequestHandler):
     def check_host(self) -> None:
         """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
-        if not is_our_host(name, self.daemon.hosts):
+        if not is_our_host(name, self.daemon.hostnames):
             web_log.warning(
                 "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
                 name[:100] or "(none)",
@@ -4767,7 +4767,9 @@ class Daemon:
         self.config, self.ports, self.tls = config, ports, tls
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
-        self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
+        self.hostnames = frozenset(
+            host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host)
+        )
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
         self.uploads: set[str] = set()  # browsers that are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
@@ -4931,19 +4933,21 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     stop = stop_on_signals()
     announce(config, int(ports[0].getsockname()[1]), store.host_key)
     descriptors = [port.fileno() for port in ports]
-    async with asyncio.TaskGroup() as workers:
-        for number in range(1, config.workers + 1):
-            workers.create_task(keep_worker(number, command, descriptors, stop))
+    async with asyncio.TaskGroup() as group:
+        numbers = range(1, config.workers + 1)
+        workers = [group.create_task(keep_worker(number, command, descriptors)) for number in numbers]
         await stop.wait()
         print_out(config, "tornchat: stopping")
+        for worker in workers:
+            worker.cancel()
     log.info("stopped")
 
 
-async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int], stop: asyncio.Event) -> None:
+async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
     """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
     pause = Backoff(WORKER_PAUSE_SECONDS)
     environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
-    while not stop.is_set():
+    while True:
         began = time.monotonic()
         worker = await asyncio.create_subprocess_exec(
             *command,
@@ -4952,13 +4956,10 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
             env=environ,
             start_new_session=True,  # Ctrl+C is for us; we pass it on
         )
-        ended, stopped = asyncio.create_task(worker.wait()), asyncio.create_task(stop.wait())
-        await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
+        try:
+            code = await worker.wait()
+        finally:  # we may have been cancelled
             await end_worker(worker)
-            return
-        stopped.cancel()
-        code = ended.result()
         log.error("worker %d has ended with code %d: another one is started", number, code)
         if time.monotonic() - began > WORKER_PAUSE_SECONDS:
             pause.reset()
@@ -5211,13 +5212,19 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.is_host, self.hosts = frame.get("host") is True, [shown(str(name)) for name in frame.get("hosts", ())]
+        self.is_host = frame.get("host") is True
+        self.on_act({"type": "hosts", "names": frame.get("hosts")})
         self.connected = self.let_in = True
         self.restarting = self.store_away = False
         self.hold_until = 0
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
+        match frame:
+            case {"cleared": int(cleared)} if cleared > self.after:
+                self.after, self.at = cleared, 0
+                if not first:
+                    self.on_act({"type": "cleared", "seq": cleared})
         if first:
             self.skipped = frame["seq"] - self.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
@@ -5240,28 +5247,13 @@ class Client:
         if seq > self.skipped and deleted:
             self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
         elif seq > self.skipped:
-            self.view.message(self.author(frame), {**frame, "text": self.text_of(frame)})
+            self.view.message(frame)
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
-
-    def text_of(self, frame: Mapping[str, Any]) -> str:
-        """The text, and below it the address of a picture."""
-        match frame.get("picture"):
-            case {"id": str(id)}:
-                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
-        return str(frame["text"])
-
-    def author(self, frame: Mapping[str, Any]) -> str:
-        """Who says it: a host has the badge, and whoever answers says whom."""
-        badge = f"{HOST_MARK} " if frame.get("host") is True else ""
-        match frame:
-            case {"re": int(seq)} if seq in self.recent:
-                return badge + self.words["term_answer"].format(name=shown(frame["name"]), other=self.recent[seq][0])
-        return badge + shown(frame["name"])
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
@@ -5360,6 +5352,7 @@ class Client:
 
 def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
     """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
+    by = shown(f"{frame['by']}: ") if "by" in frame else ""
     match frame:
         case {"kind": "delete", "to": int(seq)} if seq in recent:
             return words["term_deleted"].format(name=recent[seq][0])
@@ -5370,15 +5363,14 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
             return words["term_pinned"].format(name=shown(name), text=text)
         case {"kind": "pin", "message": None}:
             return words["term_unpinned"]
-        case {"type": "cleared", "by": str(by)}:
-            return words["term_cleared"].format(name=shown(by))
+        case {"type": "cleared"}:
+            return by + words["term_cleared"]
         case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
             clock = datetime.datetime.fromtimestamp(until / 1000)
             return words["term_muted" if until else "term_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
         case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
             keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
             keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
-            by = shown(f"{frame['by']}: ") if "by" in frame else ""
             return by + " ".join(words[key].format(n=every) for key in keys)
     return ""
 
@@ -5527,10 +5519,21 @@ class Lines:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+    def said(self, frame: Mapping[str, Any]) -> str:
+        """Who says it, with the badge of a host, and to whom; what, and below it the address of a picture."""
+        name, text = shown(frame["name"]), frame["text"]
+        match frame:
+            case {"re": int(seq)} if seq in self.client.recent:
+                name = self.words["term_answer"].format(name=name, other=self.client.recent[seq][0])
+        match frame:
+            case {"picture": {"id": str(id)}}:
+                text = f"{text}\n[picture {self.client.url}pictures/{id}]".lstrip("\n")
+        return f"{HOST_MARK} {name}: {text}" if frame.get("host") is True else f"{name}: {text}"
+
+    def message(self, frame: Mapping[str, Any]) -> None:
         """Raises FatalError, without a word when nobody reads any more."""
         try:
-            print(lines_for(sys.stdout, f"{author}: {frame['text']}"), flush=True)
+            print(lines_for(sys.stdout, self.said(frame)), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
@@ -5600,14 +5603,14 @@ class Screen(Lines):
             lambda: f"{client.name}> ", key_bindings=keys, enable_suspend=True, erase_when_done=True
         )
 
-    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+    def message(self, frame: Mapping[str, Any]) -> None:
         """With the time of the room's clock, in our zone."""
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
             self.show([f"~ {self.day}"], "2")
         head, name = f"{when:%H:%M} ", shown(frame["name"])
-        first, *rows = self.rows(f"{head}{author}: {frame['text']}")
+        first, *rows = self.rows(head + self.said(frame))
         color = f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}"
         colored = self.styled(head, "2") + first[len(head) :].replace(name, self.styled(name, color), 1)
         self.show([colored, *rows])
@@ -5631,7 +5634,7 @@ class Screen(Lines):
         """Below what is being typed: what is wrong, and what isn't sent yet."""
         texts, state = [*self.client.outbox.values()], self.client.state()
         rows = [self.words[state]] if state != "js_state_connected" else []
-        why = self.client.hold_reason or self.words[WAITS.get(state, "js_waiting")]
+        why = (self.client.connected and self.client.hold_reason) or self.words[WAITS.get(state, "js_waiting")]
         rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
         if len(texts) > PENDING_ROWS:
             rows.append(f"+ {len(texts) - PENDING_ROWS}")
@@ -6130,7 +6133,7 @@ TEXTS = {
     ),
     "term_answer": ("{name} (to {other})", "{name}（回复{other}）"),
     "term_deleted": ("A message of {name} was deleted.", "{name}的一条消息已删除。"),
-    "term_cleared": ("{name} deleted all that was said before.", "{name}清空了聊天室，此前的消息均已删除。"),
+    "term_cleared": ("All that was said before is deleted.", "此前的消息均已删除。"),
     "term_pinned": ("Pinned: {name}: {text}", "置顶：{name}：{text}"),
     "term_unpinned": ("No message is pinned any more.", "已取消置顶。"),
     "term_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
