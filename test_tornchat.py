@@ -9614,6 +9614,8 @@ def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> b
 
 FORM = request("POST /login", b"nickname=x&password=y")
 LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
+SIGN = '{"type":"note","to":1,"kind":"react","value":"👍"}'.encode()
+PICTURE = b"\x89PNG\r\n\x1a\n" + (b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4, "big")) * 87_000
 FLOODS = {
     "messages": Attack(lambda n: masked(0x81, b'{"type":"say","text":"x"}') * 1000, connections=1),
     "nonsense": Attack(lambda n: masked(0x81, b"x") * 1000, connections=1),
@@ -9625,6 +9627,8 @@ FLOODS = {
         lambda n: request(f"GET /qr.svg?url=http://localhost/{random.random()}"), sockets=False
     ),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
+    "signs": Attack(lambda n: masked(0x81, SIGN) * 1000, connections=100, names=100),
+    "pictures": Attack(lambda n: request("POST /pictures", PICTURE), False, 100, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
     "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
