@@ -8,7 +8,8 @@
   python tornchat.py            serve the room on port 8888 and print its addresses
   python tornchat.py -p 9000    on another port
   python tornchat.py --join URL talk in a room from the terminal; in a pipe: say its lines, print messages
-                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded)
+                                (python -m pip install prompt_toolkit: edit what you type; NO_COLOR is heeded);
+                                /help lists its commands; --host-key KEY: as a host
 
 Everybody on the same network opens a printed address, types a nickname and talks. The last 100 messages wait
 for whoever comes later. Without a Redis they live as long as this process; with one (--redis-url or REDIS_URL)
@@ -17,7 +18,7 @@ address for others, with a QR code where the package segno is installed; /?view=
 /?transport=polling goes without a WebSocket.
 
 A flag beats its environment variable; an empty variable counts as unset, but the password's is refused. Exit codes:
-0 stopped on request, 1 could not start or join, 2 wrong usage.
+0 stopped on request, 1 could not start, join or stay (the name is taken, a host has removed you), 2 wrong usage.
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
@@ -27,7 +28,8 @@ last message seen, epoch of the last welcome) and gets what it missed, or a welc
 the history that it knows; the same cid sent again is stored once. Log in first with POST /login (nickname=Ann), or
 open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the like.
 
-Whoever opens /host?key=KEY (--host-key, else made up) is a host: its messages carry "host":true, `hosts` has its name.
+Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` has its name. The key is --host-key, or
+made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
   {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
@@ -59,8 +61,13 @@ Words of the source:
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
-  Limits and settings, Messages and names, Acts, Store, Room, Outbox, Feed, Presence, Limits by address, Web, Login,
-  Sockets, Polling, Pictures, Addresses and banner, Application, Terminal client, Terminal views, Command line, Pages
+  Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
+  wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
+  Outbox (what may be stored, and in which order), Feed (commits, reads, repairs), Presence (leases, who has left),
+  Limits by address (paces, visitors), Web (checks of a request, cookie, language, pages, QR code), Login (password,
+  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures (taken, measured, shown), Addresses
+  and banner (what is printed at the start), Application (routes, Daemon, workers, signals), Terminal client (--join),
+  Terminal views (how that looks), Command line (options, log), Pages (words in each language, HTML, style, script)
 """
 
 from __future__ import annotations
@@ -2955,7 +2962,7 @@ class Limits:
                 await asyncio.sleep(wait)
                 self.requests.take(address, loop.time(), cost)
         finally:
-            loop.call_later(self.rest, turn.release)
+            loop.call_later(self.rest if cost else 0, turn.release)
 
     @staticmethod
     def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
@@ -3687,9 +3694,8 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         for _ in range(FRAMES_A_TURN):
             before = len(self.unread)
             frame = self.next_frame()
-            if frame is None and not self.client_terminated:
-                self.read()
             if frame is None:
+                self.read()
                 return
             self.handle(*frame)
             if self.handler.count(before - len(self.unread)):
@@ -3719,19 +3725,19 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
     def handle(self, first: int, payload: bytes) -> None:
         """A control frame, or a part of a message."""
         opcode, is_final = first & 0xF, first & 0x80
-        if opcode & 0x8 and is_final:
+        is_control, is_continued = bool(opcode & 0x8), opcode == 0
+        if is_control and is_final:
             try:
                 self._handle_message(opcode, payload)
             except UnicodeDecodeError:  # in the reason of a close
                 self._abort()
-        elif opcode & 0x8 or bool(opcode) == bool(self.opcode):  # continues nothing, or begins within another message
+        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
             self._abort()
-        elif is_final:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = 0, b""
-            self._handle_message(opcode, message)
         else:
-            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            opcode, message = self.opcode or opcode, self.message + payload
+            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
+            if is_final:
+                self._handle_message(opcode, message)
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3779,7 +3785,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
                     await self.write_message(to_json(refused.event(self.language)))
             self.close(CLOSE_CODES[refused.code], self.reason(refused))
-        self.forget_handshake()
+        self.request.headers.clear()  # nobody needs them any more, for as long as the connection lasts
 
     def reason(self, refused: Refused) -> str:
         """The sentence, as much of it as a closing frame takes."""
@@ -3801,16 +3807,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.listener = SocketListener(self, member)
             self.daemon.visitors.join(self.stream)
             self.daemon.room.join(self.listener, seen)
-
-    def forget_handshake(self) -> None:
-        """Drops what only the handshake needed, and the methods that Tornado has put in the place of HTTP's, which make
-        the dictionary of attributes a large one: a fifth of what an idle connection would keep.
-        """
-        self.request.headers.clear()
-        for name in SECURITY_HEADERS:
-            self.clear_header(name)
-        methods = vars(tornado.web.RequestHandler)
-        self.__dict__ = {name: value for name, value in vars(self).items() if name not in methods}
 
     def on_message(self, message: str | bytes) -> None:
         listener = self.listener
@@ -4554,7 +4550,7 @@ def banner(config: Config, port: int, host_key: str) -> str:
     """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
     for a person at a terminal: what goes elsewhere may be a log that others read.
     """
-    urls, terminal = lan_urls(config, port), sys.stdout.isatty()
+    urls, terminal = lan_urls(config, port), sys.stdout is not None and sys.stdout.isatty()
     kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     lines = [
@@ -4910,7 +4906,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, config.host_key))
+        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, ""))
     finally:
         await store.close()
     stop = stop_on_signals()
@@ -5765,11 +5761,12 @@ def add_options(parser: Parser) -> None:
            help="for a Redis that doesn't answer yet at the start; default 30")
     option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
     option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up; a terminal is shown it")
     option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
            help="who may download what was said: host, everyone or off; default host")
     option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
+    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
+           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
+           "only")
     option("--join", metavar="URL", type=room_url,
            help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
            "--history is how many earlier messages are shown")
@@ -6088,9 +6085,10 @@ TEXTS = {
     "term_hint": ("/help tells what you can do", "输入 /help 查看帮助"),
     "term_help": (
         "/who: who is here\n/time Asia/Shanghai: the room’s clock, there\n/quit, Ctrl-C, Ctrl-D: leave\n"
-        "//text: says “/text”\nAlt-Enter: a new line\nUp, Down, Ctrl-R: what you said before",
+        "//text: says “/text”\n/delete-last: deletes what you said last\nAlt-Enter: a new line\n"
+        "Up, Down, Ctrl-R: what you said before",
         "/who：成员\n/time Asia/Shanghai：聊天室在该时区的时间\n/quit、Ctrl-C、Ctrl-D：退出\n"
-        "//文字：发送“/文字”\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
+        "//文字：发送“/文字”\n/delete-last：删除自己的最后一条消息\nAlt-Enter：换行\n上下方向键、Ctrl-R：调出说过的话",
     ),
     "term_no_host": ("The room does not take that --host-key.", "聊天室不接受该 --host-key。"),
     "term_help_host": (
@@ -6123,8 +6121,8 @@ TEXTS = {
     "term_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
     "term_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
     "term_no_command": (
-        "There is no command {command}, only /who /time /quit /help. To say that: /{command}",
-        "没有 {command} 这个命令，只有 /who /time /quit /help。要发送它，请输入 /{command}",
+        "There is no command {command}; /help lists them. To say that: /{command}",
+        "没有 {command} 这个命令，输入 /help 查看帮助。要发送它，请输入 /{command}",
     ),
     "term_time": ("By the room’s clock it is {time} ({zone}).", "聊天室的时间是 {time}（{zone}）。"),
     "term_no_zone": (
