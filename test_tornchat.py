@@ -3762,6 +3762,12 @@ async def upload(browser: Browser, data: bytes = PICTURES["png"][1], kind: str =
     return answer.code, json.loads(answer.body)
 
 
+async def say_picture(browser: Browser, picture: str) -> tuple[int, Frame]:
+    """Say nothing but a picture, by POST /messages; the status and what the JSON says."""
+    answer = await browser.fetch("/messages", form={"picture": picture})
+    return answer.code, json.loads(answer.body)
+
+
 async def show(browser: Browser, picture: str, text: str = "") -> Frame:
     """Say something with a picture."""
     cid = next(browser.cids)
@@ -3780,8 +3786,8 @@ class TestPictureStore(Transcripts):
         await ann.expect("joined", names=["Cat"])
         await show(ann, picture["id"], "look")
         await bob.expect("message", name="Ann", text="look", picture=picture)
-        answer = await ann.fetch("/messages", form={"picture": picture["id"]})
-        assert (answer.code, json.loads(answer.body)["picture"]) == (201, picture)
+        status, said = await say_picture(ann, picture["id"])
+        assert (status, said["picture"]) == (201, picture)
         await bob.expect("message", name="Ann", text="", picture=picture)
         seen = await bob.fetch(f"/pictures/{picture['id']}")
         assert (seen.code, seen.body) == (200, PICTURES["png"][1])
@@ -3934,6 +3940,49 @@ class TestPictureStore(Transcripts):
         ear = await Joined.run(memory_lan, "--name", "ear")
         address = f"[picture http://127.0.0.1:{daemon.port}/pictures/{picture['id']}]"
         assert await ear.lines(2) == ["Ann: look", f"    {address}"]
+
+    async def test_deleted(self, lan: Lan) -> None:
+        """With its message a picture is deleted, and with the room cleared all that came before."""
+        daemon = await lan.serve()
+        tess, ann, bob = await join_as_host(lan), await lan.join("Ann"), await lan.join("Bob")
+        pictures = [(await upload(sender))[1]["id"] for sender in (ann, bob)]
+
+        async def kept() -> list[str]:
+            answers = [await tess.fetch(f"/pictures/{id}") for id in pictures]
+            return [id for id, answer in zip(pictures, answers, strict=True) if answer.code == 200]
+
+        async def are_kept(*wanted: str) -> bool:
+            return await kept() == [*wanted]
+
+        for sender, id in zip((ann, bob), pictures, strict=True):
+            await sender.connect()
+            await until_frame(sender, "welcome")
+            status, _ = await say_picture(sender, id)
+            assert status == 201
+        await ann.send(json.dumps(note(1, "delete")))
+        await until(lambda: are_kept(pictures[1]))
+        eve = await lan.join("Eve")
+        assert "picture" not in await eve.expect("message", seq=1, deleted=True)
+        await eve.expect("message", seq=2, picture={"id": pictures[1], "width": 8, "height": 6})
+        assert (await post_act(tess, {"type": "clear"}))[0] == 201
+        await until(lambda: are_kept())
+        assert await daemon.store.redis.keys("*picture*") == []
+        status, picture = await upload(bob)
+        pictures.append(picture["id"])
+        daemon.feed.ring_for_look()
+        await bob.say("later")
+        await until_frame(bob, "message", text="later")
+        assert await kept() == pictures[2:]
+
+    async def test_hosts_decide(self, memory_lan: Lan) -> None:
+        """Who may not write sends no picture either; a host has no pace."""
+        await memory_lan.serve(rate=0.1)
+        tess, bob = await join_as_host(memory_lan), await memory_lan.join("Bob")
+        assert [(await upload(tess))[0] for _ in range(3)] == [201, 201, 201]
+        await post_act(tess, {"type": "mode", "talk": "hosts"})
+        await until_frame(bob, "mode")
+        status, told = await upload(bob)
+        assert (status, told["code"]) == (403, "locked")
 
 
 # === Presence =========================================================================================================
@@ -7111,6 +7160,183 @@ class TestLongRoom(Transcripts):
             }""")
             assert (sum(slices), len(slices) > 1) == (1000, True)
             assert await ann.page.locator("#log .message").count() == 1000
+
+
+GIVE = """async ([way, name, type, content, width, height]) => {
+    const canvas = new OffscreenCanvas(width, height);
+    const pen = canvas.getContext('2d');
+    for (let at = 0; at < 40; at += 1) {
+        pen.fillStyle = `hsl(${at * 9} 70% 50%)`;
+        pen.fillRect(at * width / 40, 0, width / 40, height);
+    }
+    const files = new DataTransfer();
+    files.items.add(new File([content || await canvas.convertToBlob({type})], name, {type}));
+    const event = {
+        choose: () => new Event('change'),
+        paste: () => new ClipboardEvent('paste', {clipboardData: files, bubbles: true, cancelable: true}),
+        drop: () => new DragEvent('drop', {dataTransfer: files, bubbles: true, cancelable: true}),
+    }[way]();
+    if (way === 'choose') fileChoice.files = files.files;
+    const target = {choose: fileChoice, paste: box, drop: log}[way];
+    return target.dispatchEvent(event);
+}"""
+
+
+async def give(
+    window: Window,
+    way: str,
+    name: str = "photo.jpg",
+    kind: str = "image/jpeg",
+    content: str = "",
+    size: tuple[int, int] = (3000, 2000),
+) -> None:
+    """A file, a striped photo if nothing else is in it, comes into the page; the browser doesn't go where it leads."""
+    assert await window.page.evaluate(GIVE, [way, name, kind, content, *size]) == (way == "choose")
+
+
+@slow
+class TestPicturesInWindows(Transcripts):
+    async def test_ways(self, memory_lan: Lan) -> None:
+        """A picture is chosen, pasted or dropped, drawn smaller, and goes with the text in the box; all see it."""
+        async with windows(memory_lan) as (ann, bob):
+            await ann.login("Ann")
+            await bob.login("Bob")
+            for count, way in enumerate(("choose", "paste", "drop"), 1):
+                await give(ann, way)
+                await ann.page.locator("#attached button").wait_for()
+                await ann.say(way)
+                await bob.shows("#log .message", way)
+                seen = "[...document.querySelectorAll('#log img')].filter((image) => image.naturalWidth === 1600)"
+                await bob.holds(f"{seen}.length === {count}")
+            await give(ann, "paste")
+            await ann.holds("attached.length === 1")
+            await give(ann, "paste", size=(40, 30))
+            await ann.holds("attached.length === 2")
+            await ann.page.locator("#attached button").first.click()
+            await ann.keys("Enter")
+            await bob.shows_messages("choose", "paste", "drop", "")
+            assert await bob.page.locator("#log .picture").last.evaluate("(frame) => frame.clientWidth") == 44
+            await ann.shows_messages("choose", "paste", "drop", "")
+            ann.well_behaved()
+            bob.well_behaved()
+
+    async def test_no_picture(self, memory_lan: Lan) -> None:
+        """What is no picture is refused in words before it is sent; a text with a picture of itself is a text."""
+        async with window(memory_lan) as ann:
+            for way, name, kind, content in (
+                ("drop", "notes.pdf", "application/pdf", "%PDF-1.4"),
+                ("paste", "drawing.svg", "image/svg+xml", SVG.decode()),
+                ("choose", "photo.png", "image/png", "no photo"),
+            ):
+                await give(ann, way, name, kind, content)
+                await ann.shows("#log .notice", f"“{name}” was not added")
+            assert await ann.page.locator("#attached button").count() == 0
+            await ann.say("still here")
+            await ann.shows_messages("still here")
+        await memory_lan.serve(pictures=0)
+        async with window(memory_lan, place(memory_lan.daemons[-1]) + "/") as ann:
+            assert await ann.page.locator("#pick").is_hidden()
+            await give(ann, "drop")
+            await ann.shows("#log .notice", "This room takes no pictures.")
+
+    @pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1280, 800), ("dark", 390, 780)])
+    async def test_large(self, memory_lan: Lan, scheme: str, width: int, height: int) -> None:
+        """The log knows a picture's size before it comes; a tap shows it large, Escape leads back. axe has no fault."""
+        axe = NODE_MODULES / "axe-core" / "axe.min.js"
+        script = axe.read_text(encoding="utf-8") if axe.exists() else ""
+        looks: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
+        held = asyncio.Event()
+
+        async def hold(route: Any) -> None:
+            await held.wait()
+            await route.continue_()
+
+        async with window(memory_lan, **looks) as ann:
+            await ann.page.route("**/pictures/*", hold)
+            await give(ann, "drop")
+            await ann.page.locator("#attached canvas").wait_for()
+            await self.find_nothing(ann, script)
+            await ann.keys("Enter")
+            frame = ann.page.locator("#log .picture")
+            before = await frame.bounding_box()
+            held.set()
+            await ann.holds("document.querySelector('#log img').complete")
+            assert before == await frame.bounding_box()
+            assert before is not None
+            assert before["width"] / before["height"] == pytest.approx(1.5, abs=0.02)
+            await frame.focus()
+            await ann.page.keyboard.press("Enter")
+            await ann.holds("viewer.open && large.naturalWidth === 1600")
+            assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
+            await self.find_nothing(ann, script)
+            await ann.page.keyboard.press("Escape")
+            await ann.holds("!viewer.open && document.activeElement.className === 'picture'")
+            assert await ann.page.locator("#log img").get_attribute("alt") == "Picture from Ann"
+
+    async def find_nothing(self, window: Window, script: str) -> None:
+        if script:
+            await window.page.evaluate(script)
+            result = await window.page.evaluate("axe.run()")
+            assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]] == []
+
+    async def test_pending(self, memory_lan: Lan) -> None:
+        """A picture that doesn't get through waits like text, over a reload too; then it is sent once, in its turn."""
+        async with window(memory_lan, restarts=True) as ann:
+            await ann.page.route("**/pictures", lambda route: route.abort())
+            await give(ann, "paste")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.say("the board")
+            await ann.say("as I said")
+            await ann.shows("#outbox .status", "Sends in")
+            await ann.holds("sessionStorage.length >= 3")
+            await ann.page.reload()
+            await ann.shows("#outbox .message", "the board")
+            assert await ann.page.locator("#outbox canvas").count() == 1
+            await ann.page.unroute("**/pictures")
+            await ann.shows_messages("the board", "as I said")
+            await ann.holds("document.querySelector('#log img').naturalWidth === 1600")
+            await ann.holds("!Object.keys(sessionStorage).some((key) => key.includes('picture'))")
+
+    async def test_taken_back(self, memory_lan: Lan) -> None:
+        """What the room refuses can be tried again, or taken back into the box, with its text."""
+        async with window(memory_lan, restarts=True) as ann:
+            refusal = json.dumps({"type": "refused", "code": "bad-picture", "text": "Not that one."})
+            await ann.page.route("**/pictures", lambda route: route.fulfill(status=415, body=refusal))
+            await give(ann, "paste")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.say("the board")
+            await ann.shows("#outbox .status", "Not sent: Not that one.")
+            await ann.page.locator("#outbox .choices button").last.click()
+            await ann.written("the board")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.page.unroute("**/pictures")
+            await ann.keys("Enter")
+            await ann.shows_messages("the board")
+            ann.problems.clear()
+
+    async def test_gone(self, memory_lan: Lan) -> None:
+        """A picture that is no longer kept says so in its place; one that could not be loaded is tried again."""
+        async with window(memory_lan, restarts=True) as ann:
+            await give(ann, "drop")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.keys("Enter")
+            frame = ann.page.locator("#log .picture")
+            await frame.wait_for()
+            box = await frame.bounding_box()
+            await ann.page.route("**/pictures/*", lambda route: route.abort())
+            await ann.page.reload()
+            await ann.shows("#log .picture", "could not be loaded")
+            await ann.page.unroute("**/pictures/*")
+            await frame.click()
+            await ann.holds("document.querySelector('#log img')?.naturalWidth === 1600")
+            store = memory_lan.daemons[-1].store
+            await store.drop_pictures([], before=store.now() + 1)
+            await ann.page.route("**/pictures/*", lambda route: route.continue_())  # past the browser's own copies
+            await ann.page.reload()
+            await ann.shows("#log .picture", "no longer kept")
+            after = await frame.bounding_box()
+            assert (box and (box["width"], box["height"])) == (after and (after["width"], after["height"]))
+            ann.problems.clear()
 
 
 class TestPictures(Transcripts):

@@ -7872,7 +7872,7 @@ invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // b
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
 viewer.onclick = () => viewer.close();
-window.onpaste = onPaste;
+document.onpaste = onPaste;
 window.ondragover = window.ondrop = onDrag;
 window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
