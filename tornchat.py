@@ -3055,12 +3055,9 @@ class Visitors:
         self.join(stream)
         self.open.pop(stream, None)
 
-    def make_room(self) -> bool:
-        """Closes a visitor's connection, if there is one."""
-        if self.quiet:
-            self.close_one(max(self.quiet, key=lambda address: len(self.quiet[address])))
-            return True
-        return False
+    def make_room(self) -> None:
+        """Closes one, of the address with most of them."""
+        self.close_one(max(self.quiet, key=lambda address: len(self.quiet[address])))
 
     def close_one(self, address: str) -> None:
         """The one that has been quiet for longest."""
@@ -4672,9 +4669,12 @@ class Door(socket.socket):
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
         try:
-            if self.full() and not self.visitors.make_room():
+            if (full := self.full()) and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            return super().accept()
+            newcomer = super().accept()  # nobody has to leave before somebody is there
+            if full:
+                self.visitors.make_room()
+            return newcomer
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
