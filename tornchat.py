@@ -6040,6 +6040,10 @@ TEXTS = {
     "chat_theme_dark": ("Dark", "深色"),
     "chat_sound": ("Sound", "提示音"),
     "chat_notify": ("Notifications", "系统通知"),
+    "chat_reply": ("What you reply to", "回复的消息"),
+    "chat_sort": ("Messages of the last hour", "最近一小时的消息"),
+    "chat_sort_time": ("In order", "按时间"),
+    "chat_sort_empty": ("No message of the last hour has this sign.", "最近一小时没有带此标记的消息。"),
     "chat_picture": ("Add a picture", "添加图片"),
     "chat_attached": ("Pictures to send", "待发送的图片"),
     "chat_viewer": ("Picture", "图片"),
@@ -6107,6 +6111,24 @@ TEXTS = {
     "js_copied": ("Copied", "已复制"),
     "js_copy_by_hand": ("Marked: copy it by hand", "已选中，请手动复制"),
     "js_you": ("you", "我"),
+    "js_host": ("Host", "主持人"),
+    "js_deleted": ("This message was deleted.", "此消息已删除。"),
+    "js_cleared": ("All that was said before was deleted.", "此前的消息均已删除。"),
+    "js_choices": ("What to do with the message of {name}", "对{name}的消息进行操作"),
+    "js_reply": ("Reply", "回复"),
+    "js_copy": ("Copy the text", "复制文字"),
+    "js_pin": ("Pin above the messages", "置顶"),
+    "js_unpin": ("Unpin", "取消置顶"),
+    "js_delete": ("Delete", "删除"),
+    "js_delete_ask": ("Delete this message on every screen? This can’t be undone.", "从所有人的屏幕上删除此消息？无法撤销。"),
+    "js_keep": ("Keep it", "保留"),
+    "js_answer": ("to {name}:", "回复{name}："),
+    "js_answer_gone": ("to a message that is not here any more", "回复的消息已不在此处"),
+    "js_no_answer": ("Don’t reply to it", "取消回复"),
+    "js_back": ("Back", "返回"),
+    "js_offline": ("That needs the connection: try again in a moment.", "需要连接聊天室，请稍后再试。"),
+    "js_most": ("Most {sign}", "最多{sign}"),
+    "js_hands": ("Hands up {sign}", "举手{sign}"),
     "js_more": ("and {n} more", "还有 {n} 人"),
     "term_unreachable": ("{url} cannot be reached: {reason}", "无法连接 {url}：{reason}"),
     "term_no_room": ("There is no tornchat at {url}: {reason}", "{url} 不是 tornchat 聊天室：{reason}"),
@@ -6314,6 +6336,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <p id="state" class="scripted"><span id="state-text" role="status"></span>
       <span id="state-wait" aria-hidden="true"></span>
       <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
+    <select id="sort" class="scripted" aria-label="{{ w["chat_sort"] }}" hidden>
+      <option value="">{{ w["chat_sort_time"] }}</option></select>
     <button id="join" class="plain scripted" type="button" aria-haspopup="dialog">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3h8v8H3zm2 2v4h4V5zm8-2h8v8h-8zm2 2v4h4V5zM3 13h8v8H3zm2
         2v4h4v-4zm8-2h3v3h-3zm5 0h3v3h-3zm-5 5h3v3h-3zm5 0h3v3h-3z"/></svg> <span>{{ w["chat_join"] }}</span></button>
@@ -6325,8 +6349,11 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
   <main id="scroller" tabindex="0"><noscript>{{ w["chat_needs_script"] }}</noscript><div id="content">
     <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
     <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
+  <section id="sorted" tabindex="0" aria-label="{{ w["chat_sort"] }}" data-empty="{{ w["chat_sort_empty"] }}" hidden>
+  </section>
   <form id="composer" class="scripted" aria-label="{{ w["chat_placeholder"] }}">
     <button id="newer" type="button" hidden></button>
+    <div id="reply" role="group" aria-label="{{ w["chat_reply"] }}" hidden></div>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
     <div id="attached" role="group" aria-live="polite" aria-label="{{ w["chat_attached"] }}" hidden></div>
@@ -6364,6 +6391,7 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
+  <dialog id="menu"></dialog>
   <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
     <button class="plain" type="button">{{ w["chat_close"] }}</button></dialog>
   <script src="{{ asset("chat.js") }}"></script>
@@ -6476,7 +6504,7 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 .settings select { width: auto; min-height: 36px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
 input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color: var(--accent); }
 
-#scroller { grid-area: 2 / 1; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
+#scroller { grid-area: 2 / 1; overflow: hidden auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
@@ -6583,6 +6611,77 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .text:empty { display: none; }
 #viewer { width: fit-content; max-width: none; max-height: none; padding: 8px; }
 #large { display: block; max-width: calc(100vw - 40px); max-height: calc(100dvh - 100px); margin: 0 auto 8px; }
+
+/* What is done to messages: the button of the menu, the menu, signs, replies, deletion */
+.badge {
+  flex: none; padding: 0 7px; border-radius: 9px; background: var(--accent); color: var(--on-accent);
+  font-size: .6875rem; font-weight: 700; line-height: 18px;
+}
+.more { align-self: center; min-width: 32px; min-height: 32px; padding: 0; background: none; color: var(--quiet); }
+.more::before { content: "⋯"; font-size: 1.25rem; line-height: 1; }
+.more:not(:focus-visible, .message:hover > *) { opacity: 0; }
+.mine .more { order: -1; }
+.past :is(.more, .signs) { display: none; }
+@media (hover: none) {  /* a finger holds the message instead */
+  .more:not(:focus-visible) { position: absolute; width: 1px; min-width: 0; min-height: 0; clip-path: inset(50%); }
+  .bubble { user-select: none; -webkit-user-select: none; -webkit-touch-callout: none; }
+}
+#menu {
+  inset: var(--y) auto auto var(--x); width: 17.5rem; margin: 0; padding: 6px; border: 1px solid var(--line);
+  border-radius: 16px; text-align: start;
+}
+#menu::backdrop { background: none; }
+#menu button {
+  display: block; width: 100%; padding: 0 12px; background: none; color: inherit; font-weight: 400; text-align: start;
+}
+#menu button:is(:hover, [aria-pressed="true"]) { background: var(--code); filter: none; }
+#menu .bad { color: var(--bad); font-weight: 700; }
+#menu p { padding: 8px 12px; }
+#menu .offered {
+  display: grid; grid-template-columns: repeat(6, 1fr); margin-bottom: 6px; padding: 0 0 6px;
+  border-block-end: 1px solid var(--line);
+}
+#menu .offered button { min-width: 0; padding: 0; font-size: 1.375rem; text-align: center; }
+#menu .offered [aria-pressed="true"] { box-shadow: inset 0 0 0 2px var(--accent); }
+.copied { position: absolute; opacity: 0; }
+.signs { display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 1px; }
+.sign {
+  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background: var(--code) padding-box;
+  color: inherit; font-size: .8125rem; font-variant-numeric: tabular-nums;
+}
+.sign:disabled { background: var(--code); color: inherit; }
+.sign[aria-pressed="true"] { box-shadow: inset 0 0 0 1.5px var(--accent); color: var(--accent); }
+.quote {
+  display: block; max-width: 100%; min-height: 32px; margin: 2px 0 5px; padding: 0 10px; overflow: hidden;
+  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px;
+  background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; text-align: start;
+  text-overflow: ellipsis; white-space: nowrap;
+}
+.quote:disabled { border-color: var(--quiet); background: var(--code); }
+.quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
+@media (any-pointer: coarse) {
+  .sign { min-width: 44px; min-height: 44px; margin: -6px -4px; border: 8px solid transparent; }
+  .quote { min-height: 44px; }
+}
+.deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.deleted .text { color: var(--quiet); font-style: italic; }
+.found .bubble { outline: 2px solid var(--accent); outline-offset: 2px; }
+.back { display: block; margin: 6px 0 4px; font-size: .875rem; }
+#reply { display: flex; flex-basis: 100%; align-items: center; gap: 8px; min-width: 0; padding-bottom: 6px; }
+#reply .quote { flex: 1; min-height: 44px; margin: 0; background: var(--surface); }
+#reply .plain { flex: none; padding: 0; border: 0; border-radius: 50%; color: var(--quiet); font-size: 1.25rem; }
+#sort { flex: none; width: auto; max-width: 10rem; min-height: 44px; padding: 4px 8px; border-color: var(--line); }
+#sorted {
+  z-index: 1; grid-area: 2 / 1; overflow: hidden auto; background: var(--page); overflow-wrap: anywhere;
+  padding: 4px max(var(--right), 50% - 28rem) 16px max(var(--left), 50% - 28rem);
+}
+#sorted:empty::before {
+  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
+}
+@media (max-width: 48rem) {
+  #menu { inset: auto 0 0; width: 100%; max-width: 100%; padding: 12px 12px var(--foot); border-radius: 20px 20px 0 0; }
+  #menu::backdrop { background: #0006; }
+}
 
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
@@ -6758,6 +6857,7 @@ function mentions(text, name) {  // where @name stands and the name does not go 
 // === DOM: the only place that makes elements, and text only ever as text ===
 const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
+  sort, sorted, reply: replyLine, menu,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
   addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
@@ -6885,25 +6985,35 @@ function keepPlace(body, top) {  // its top stays, or comes into view
   onScroll();
 }
 
-function messageRow(name, text, ...foot) {
+function whoLine(name, host) {  // the badge is the frame's word: no name and no text can bring it along
+  if (!host) return make('bdi', 'who', name);
+  return make('div', 'who', make('bdi', '', name), ' ', make('small', 'badge', words.host));
+}
+
+function messageRow({name, text, picture, host, re}, ...foot) {
   const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
-  const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
+  const bubble = make('div', 'bubble', whoLine(name, host), make('div', 'line', body, ...foot));
+  if (re) bubble.lastChild.before(quoteOf(re));
+  if (picture) bubble.lastChild.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
   row.classList.toggle('mention', name !== me && !projector && bubble.querySelector('mark') !== null);
   row.dataset.name = name;
+  if (host) row.dataset.host = '';
   return row;
 }
 
-function showMessage({seq, ts, name, text, picture}, away) {
+function showMessage(frame, away) {
+  const {seq, ts, name, deleted, counts} = frame;
   if (shown.has(seq)) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
-  const row = messageRow(name, text, time);
-  if (picture) row.querySelector('.line').before(pictureOf(picture, name));
+  const row = messageRow(frame, time);
   Object.assign(row.dataset, {seq, ts});
+  if (deleted) deleteText(row);
+  else addChoices(row, counts);
   const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
   const missed = !following && name !== me;
@@ -6924,7 +7034,8 @@ function settle(row) {  // what a message shows of its day and its author depend
   let above = row.previousElementSibling;
   while (above && !above.dataset.ts) above = above.previousElementSibling;
   const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
-  const goesOn = above === row.previousElementSibling && above?.dataset.name === name;
+  const goesOn = above === row.previousElementSibling && above?.dataset.name === name &&
+    above.dataset.host === row.dataset.host;
   row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
@@ -7090,7 +7201,7 @@ function kept(key, storage = 'sessionStorage') {
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
 }
 
 // === Attention: what is unread, and what may tell of it ===
@@ -7219,7 +7330,8 @@ function submit(event) {
   setBox('');
   if (text) remember(text);
   removeNewLine();
-  outbox.push({cid: newCid(), name: me, text, failed: ''});
+  outbox.push({cid: newCid(), name: me, text, failed: '', ...reply});
+  setReply(null);
   sendAttached();
   outboxChanged();
   toBottom();
@@ -7295,6 +7407,7 @@ function onKey(event) {
   if (event.isComposing || event.keyCode === 229) return;  // 229: Safari ends a composition before its Enter
   const plain = !event.shiftKey && !event.ctrlKey && !event.altKey && !event.metaKey;
   if (event.key === 'Enter' && !event.shiftKey) return submit(event);
+  if (event.key === 'Escape' && !offer) setReply(null);
   if (event.key === 'Escape') showOffer(null);
   if (event.key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
   else if (!(plain && event.key.startsWith('Arrow') && recall({ArrowUp: -1, ArrowDown: 1}[event.key]))) return;
@@ -7340,7 +7453,7 @@ function pump() {
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
   if (item.picture && !item.picture.id) upload(item);
-  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id});
+  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id, re: item.epoch === epoch ? item.re : undefined});
 }
 
 function takeOut(cid) {
@@ -7355,7 +7468,10 @@ function takeOut(cid) {
 
 function refused({cid, code, text, retry_after: seconds}) {
   const item = outbox.find((entry) => entry.cid === cid);
-  if (!item) return draw(() => notice('refused', text));
+  if (!item) {
+    wishes.clear();
+    return draw(() => notice('refused', text));
+  }
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
@@ -7374,6 +7490,7 @@ function tryAgain(item) {
 function edit(item) {
   setBox(box.value ? `${item.text}\n${box.value}` : item.text);
   box.focus();
+  if (item.re && !reply) setReply({re: item.re, epoch: item.epoch});
   if (item.picture?.blob) attached.push(item.picture);
   showAttached();
   takeOut(item.cid).remove();
@@ -7391,8 +7508,7 @@ function statusOf(item) {
 
 function outboxRow(item) {
   const choices = [makeButton(words.try_again, () => tryAgain(item)), makeButton(words.edit, () => edit(item))];
-  const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', ...choices));
-  if (item.picture) row.querySelector('.line').before(pictureOf(item.picture, me));
+  const row = messageRow({...item, name: me}, make('p', 'status'), make('p', 'choices', ...choices));
   outboxRows.set(item.cid, row);
   outboxList.append(row);
   return row;
@@ -7547,6 +7663,321 @@ function onChoice() {
   fileChoice.value = '';
 }
 
+// === Notes: what is done to messages. The menu of one, its signs, and what it answers ===
+const HOLD_TO_OPEN_MS = 450;      // a finger on a message
+const SLIP_PX = 10;               // then it is no longer held, but moved
+const SWIPE_PX = 64;              // to the side, to reply
+const HOUR_MS = 3600000;
+const HAND = '✋';                // hands go up one after the other: they are not sorted by their number
+let isHost = false;
+let pinnedSeq = 0;
+let mine = new Map();             // seq -> one's own sign
+let wishes = new Map();           // the same, on its way
+let signs = [];                   // that one can react with
+let reply = null;                 // {re, epoch}: what the next message answers
+let menuRow = null;
+let tabStop = null;               // of the log's many menu buttons the one that Tab leads to
+let touch = null;                 // the finger on a message
+let sortedDue = false;
+const back = Object.assign(makeButton(words.back), {className: 'plain back'});
+
+function act(frame) {  // unlike a message it does not wait for the connection
+  if (phase === 'connected') link.say({...frame, cid: newCid()});
+  else draw(() => notice('refused', words.offline));
+}
+
+function react(seq, sign) {
+  const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
+  wishes.set(seq, value);
+  act({type: 'note', to: seq, kind: 'react', value});
+}
+
+function welcomeNotes(frame) {
+  ({host: isHost, signs} = frame);
+  pinnedSeq = frame.pinned?.seq;
+  mine = new Map(Object.entries(frame.mine).map(([seq, sign]) => [Number(seq), sign]));
+  wishes.clear();
+  offerSorting();
+  draw(() => {
+    clearLog(frame.cleared);
+    for (const row of log.querySelectorAll('[data-counts]')) showSigns(row, JSON.parse(row.dataset.counts));
+  });
+}
+
+function noted({to, kind, counts, message}) {
+  if (kind === 'pin') pinnedSeq = message?.seq;
+  if (kind === 'react' && wishes.has(to)) {
+    mine.set(to, wishes.get(to));
+    wishes.delete(to);
+  }
+  draw(() => {
+    const row = shown.get(to);
+    if (row && kind === 'delete') deleteText(row);
+    if (row && kind === 'react') showSigns(row, counts);
+  });
+}
+
+function addChoices(row, counts) {
+  if (!projector) {
+    const more = Object.assign(makeButton('', () => openMenu(row)), {className: 'more', tabIndex: -1});
+    more.setAttribute('aria-label', fill(words.choices, {name: isolate(row.dataset.name)}));
+    more.setAttribute('aria-haspopup', 'dialog');
+    row.append(more);
+    if (!row.nextSibling) stopAt(more);
+  }
+  if (counts) showSigns(row, counts);
+}
+
+function stopAt(button) {
+  if (tabStop) tabStop.tabIndex = -1;
+  tabStop = button || null;
+  if (tabStop) tabStop.tabIndex = 0;
+}
+
+function onLogKey(event) {
+  const step = {ArrowUp: -1, ArrowDown: 1}[event.key];
+  if (!step || !event.target.matches('.more')) return;
+  const all = [...log.querySelectorAll('.more')];
+  all[all.indexOf(event.target) + step]?.focus();
+  event.preventDefault();
+}
+
+function showSigns(row, counts) {  // a sign that stays keeps its button, and with it the focus
+  const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
+  const list = bubble.querySelector('.signs') || make('div', 'signs');
+  const buttons = Object.entries(counts).map(([sign, count]) => {
+    const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
+    Object.assign(button, {className: 'sign', value: sign, disabled: projector});
+    button.setAttribute('aria-pressed', mine.get(seq) === sign);
+    setText(button, `${sign} ${count}`);
+    return button;
+  });
+  const focused = list.contains(document.activeElement) && document.activeElement;
+  row.dataset.counts = JSON.stringify(counts);
+  list.setAttribute('aria-live', 'off');  // thirty hands are not thirty announcements
+  list.replaceChildren(...buttons);
+  if (buttons.length) bubble.append(list);
+  else list.remove();
+  if (focused) (focused.isConnected ? focused : row.querySelector('.more')).focus();
+  sortSoon();
+}
+
+function deleteText(row) {  // its place stays, and says so; nothing of it is left in the page
+  if (menuRow === row) menu.close();
+  if (row.contains(document.activeElement)) scroller.focus();
+  for (const part of row.querySelectorAll('.picture, .quote, .fold, .signs, .more')) part.remove();
+  const text = row.querySelector('.text');
+  text.className = 'text';
+  text.replaceChildren(words.deleted);
+  row.classList.remove('mention');
+  row.classList.add('deleted');
+  delete row.dataset.counts;
+  if (!tabStop?.isConnected) stopAt([...log.querySelectorAll('.more')].at(-1));
+  fillQuotes(`[data-re="${row.dataset.seq}"]`);
+  sortSoon();
+}
+
+function clearLog(upTo) {
+  if (![...shown.keys()].some((seq) => seq <= upTo)) return;
+  const rest = [...log.children].filter(({dataset: {seq}}) => seq > upTo);
+  if (menuRow && !rest.includes(menuRow)) menu.close();
+  for (const seq of [...shown.keys()].filter((number) => number <= upTo)) shown.delete(seq);
+  log.replaceChildren();
+  [newLine, unseen] = [null, 0];
+  notice('cleared', words.cleared);
+  log.append(...rest);
+  settle(rest[0]);
+  showUnread(0);
+  fillQuotes('');
+  sortSoon();
+}
+
+// A message's menu: beside its button, or at the foot of a phone's screen
+function openMenu(row) {
+  const seq = Number(row.dataset.seq);
+  if (!seq || !row.querySelector('.more')) return;  // of a history that is lost, or deleted
+  const choose = (text, todo) => makeButton(text, () => {
+    menu.close();
+    todo();
+  });
+  const pin = seq === pinnedSeq;
+  const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
+  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
+  if (isHost || row.dataset.name === me) choices.push(makeButton(words.delete, () => askToDelete(seq)));
+  const offered = signs.map((sign) => {
+    const button = choose(sign, () => react(seq, sign));
+    button.setAttribute('aria-pressed', mine.get(seq) === sign);
+    return button;
+  });
+  menuRow = row;
+  menu.ariaLabel = `${row.dataset.name}: ${firstLine(row)}`;
+  menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
+  menu.showModal();
+  placeMenu(row.querySelector('.more').getBoundingClientRect());
+}
+
+function noteOn(to, kind) {
+  return {type: 'note', to, kind};
+}
+
+function placeMenu({left, top, bottom}) {
+  const [width, height] = [menu.offsetWidth, menu.offsetHeight];
+  const below = bottom + height < innerHeight;
+  menu.style.setProperty('--x', `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`);
+  menu.style.setProperty('--y', `${below ? bottom : Math.max(8, top - height)}px`);
+}
+
+function askToDelete(seq) {
+  const sure = makeButton(words.delete, () => {
+    menu.close();
+    act(noteOn(seq, 'delete'));
+  });
+  sure.className = 'bad';
+  menu.ariaLabel = words.delete_ask;
+  menu.replaceChildren(make('p', '', words.delete_ask), sure, makeButton(words.keep, () => menu.close()));
+  sure.focus();
+}
+
+function copyMessage(row) {  // a page by plain http has no other way to the clipboard
+  const area = Object.assign(make('textarea', 'copied'), {value: row.querySelector('.text').innerText, readOnly: true});
+  menu.append(area);
+  area.select();
+  document.execCommand('copy');
+  menu.close();
+}
+
+// Replies: quoted in one line, which leads to the message, and back
+function firstLine(row) {
+  return row.querySelector('.text').textContent.trim().split('\n', 1)[0] || words.picture;
+}
+
+function quoteOf(re) {
+  const quote = makeButton('', () => leadTo(quote));
+  quote.className = 'quote';
+  quote.dataset.re = re;
+  return fillQuote(quote);
+}
+
+function fillQuote(quote) {
+  const row = shown.get(Number(quote.dataset.re));
+  if (row) quote.style.setProperty('--hue', hueOf(row.dataset.name));
+  const [to, text] = row ? words.answer.split('{name}') : [words.answer_gone];
+  quote.replaceChildren(to, ...(row ? [make('bdi', '', row.dataset.name), `${text} `, firstLine(row)] : []));
+  quote.disabled = !row;
+  return quote;
+}
+
+function fillQuotes(which) {
+  for (const quote of document.querySelectorAll(`.quote${which}`)) fillQuote(quote);
+}
+
+function leadTo(quote) {
+  const [target, from] = [shown.get(Number(quote.dataset.re)), quote.closest('#log .message')];
+  forgetFound();
+  if (!target) return fillQuote(quote);
+  target.classList.add('found');
+  showInLog(target);
+  if (!from) return;
+  target.querySelector('.bubble').append(back);
+  back.onclick = () => {
+    forgetFound();
+    showInLog(from);
+    quote.focus({preventScroll: true});
+  };
+  back.focus({preventScroll: true});
+}
+
+function showInLog(row) {
+  row.scrollIntoView({block: 'center'});
+  steer();
+  onScroll();
+}
+
+function forgetFound() {
+  back.remove();
+  log.querySelector('.found')?.classList.remove('found');
+}
+
+function replyTo(re) {
+  setReply({re, epoch});
+  box.focus();
+}
+
+function setReply(next) {
+  reply = next;
+  keep('reply', reply ? JSON.stringify(reply) : '');
+  replyLine.hidden = !reply;
+  const cancel = Object.assign(makeButton('×', () => {
+    setReply(null);
+    box.focus();
+  }), {className: 'plain', ariaLabel: words.no_answer});
+  replyLine.replaceChildren(...(reply ? [quoteOf(reply.re), cancel] : []));
+}
+
+function onTouchStart({touches, target}) {
+  endTouch();
+  const row = target.closest('.message');
+  if (touches.length > 1 || !row || target.closest('a')) return;
+  const [{clientX: x, clientY: y}] = touches;
+  touch = {row, x, y, swiped: 0, held: false, timer: setTimeout(() => {
+    touch.held = true;
+    openMenu(row);
+  }, HOLD_TO_OPEN_MS)};
+}
+
+function onTouchMove({touches: [{clientX, clientY}]}) {
+  if (!touch) return;
+  const [dx, dy] = [clientX - touch.x, Math.abs(clientY - touch.y)];
+  if (Math.hypot(dx, dy) > SLIP_PX) clearTimeout(touch.timer);
+  if (touch.held || dy > SWIPE_PX / 2) return;
+  touch.swiped = Math.max(0, Math.min(dx, SWIPE_PX));
+  touch.row.style.translate = `${touch.swiped}px`;
+}
+
+function onTouchEnd(event) {
+  if (touch?.held) event.preventDefault();  // or the finger that opened the menu would choose in it
+  if (touch?.swiped === SWIPE_PX && touch.row.querySelector('.more')) replyTo(Number(touch.row.dataset.seq));
+  endTouch();
+}
+
+function endTouch() {
+  clearTimeout(touch?.timer);
+  touch?.row.style.removeProperty('translate');
+  touch = null;
+}
+
+// Questions as polls: the last hour's messages with a sign, in place of the log
+function offerSorting() {
+  const texts = signs.map((sign) => fill(sign === HAND ? words.hands : words.most, {sign}));
+  if (sort.length === 1) sort.append(...signs.map((sign, at) => new Option(texts[at], sign)));
+  sort.hidden = !(isHost || projector);
+}
+
+function sortSoon() {
+  if (sort.value && !sortedDue) requestAnimationFrame(drawSorted);
+  sortedDue = sort.value !== '';
+}
+
+function drawSorted() {
+  sortedDue = false;
+  const [sign, since] = [sort.value, serverTime() - HOUR_MS];
+  const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
+  const rows = [...log.children].filter((row) => countOf(row));
+  if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
+  sorted.replaceChildren(...rows.map(copyOf));
+  sorted.hidden = sign === '';
+  scroller.inert = sign !== '';
+}
+
+function copyOf(row) {  // to be read
+  const copy = row.cloneNode(true);
+  copy.classList.remove('run', 'mine', 'found');
+  delete copy.dataset.day;
+  for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
+  for (const button of copy.querySelectorAll('button')) button.disabled = true;
+  return copy;
+}
+
 // === Frames: everything that the server says comes through here ===
 let me = document.body.dataset.name;
 let epoch = '';
@@ -7572,6 +8003,8 @@ function receive(frame) {
     case 'welcome': return welcomed(frame);
     case 'message': return arrived(frame);
     case 'stored': return stored(frame);
+    case 'note': return noted(frame);
+    case 'cleared': return draw(() => clearLog(frame.seq));
     case 'joined': return passed(frame, 'add');
     case 'left': return passed(frame, 'delete');
     case 'refused': return refused(frame);
@@ -7586,6 +8019,7 @@ function welcomed(frame) {
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
+  welcomeNotes(frame);
   showUnread(unread);
   showRoster();
   storeChanged(true);
@@ -7596,6 +8030,7 @@ function welcomed(frame) {
 function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where it goes on, and what will be missing
   if (reset || (epoch && epoch !== room)) {
     [after, at, readTo, firstReplayEnd] = [null, 0, 0, -1];
+    setReply(null);
     draw(forgetHistory);
   }
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
@@ -7615,8 +8050,10 @@ function arrived(frame) {
     pending?.remove();
     showMessage(frame, away);
   });
-  if (fresh && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
-  if (frame.seq === replayEnd) draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
+  if (fresh && !frame.deleted && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
+  if (frame.seq !== replayEnd) return;
+  draw(() => fillQuotes(''));
+  draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
 }
 
 function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
@@ -7661,8 +8098,8 @@ function openPolls(hear, ended) {
   const hangUp = new AbortController();
   const {signal} = hangUp;
 
-  async function ask(query, options) {
-    const answer = await fetch(`messages${query}`, {...options, signal});
+  async function ask(path, options) {
+    const answer = await fetch(path, {...options, signal});
     heard = performance.now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
@@ -7681,7 +8118,7 @@ function openPolls(hear, ended) {
       const query = resumePoint();
       query.set('wait', wait);
       query.set('last', last);
-      const answer = await ask(`?${query}`);
+      const answer = await ask(`messages?${query}`);
       last = answer.last;
       if (!signal.aborted) hear(answer.events);
     }
@@ -7689,7 +8126,7 @@ function openPolls(hear, ended) {
 
   async function post(frame) {
     const headers = {'Content-Type': 'application/json'};
-    const event = await ask('', {method: 'POST', headers, body: JSON.stringify(frame)});
+    const event = await ask(frame.type === 'say' ? 'messages' : 'acts', {method: 'POST', headers, body: JSON.stringify(frame)});
     if (!signal.aborted) hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
   }
 
@@ -7871,6 +8308,16 @@ closeInvite.onclick = () => invite.close();
 invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
+menu.onclick = ({target}) => { if (target === menu) menu.close(); };
+menu.onclose = () => { menuRow = null; };
+log.addEventListener('focusin', ({target}) => { if (target.matches('.more')) stopAt(target); });
+log.onkeydown = onLogKey;
+log.addEventListener('touchstart', onTouchStart, {passive: true});
+log.addEventListener('touchmove', onTouchMove, {passive: true});
+log.ontouchend = onTouchEnd;
+log.ontouchcancel = endTouch;
+log.oncontextmenu = (event) => { if (touch) event.preventDefault(); };  // a finger's: ours comes instead
+sort.onchange = drawSorted;
 viewer.onclick = () => viewer.close();
 document.onpaste = onPaste;
 window.ondragover = window.ondrop = onDrag;
@@ -7888,6 +8335,7 @@ document.body.classList.add('live');
 restoreChoices();
 watchNetwork();
 setBox(kept('draft'));
+setReply(JSON.parse(kept('reply') || 'null'));
 restoreOutbox();
 connect();
 setInterval(tick, 1000);
