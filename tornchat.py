@@ -3035,7 +3035,7 @@ class Visitors:
         self.open[stream] = address
         self.wait(stream)
         if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
-            self.close_one(address)
+            self.make_room(address)
 
     def wait(self, stream: tornado.iostream.IOStream) -> None:
         """A request has come, or a poll has ended."""
@@ -3055,12 +3055,9 @@ class Visitors:
         self.join(stream)
         self.open.pop(stream, None)
 
-    def make_room(self) -> None:
-        """Closes one, of the address with most of them."""
-        self.close_one(max(self.quiet, key=lambda address: len(self.quiet[address])))
-
-    def close_one(self, address: str) -> None:
-        """The one that has been quiet for longest."""
+    def make_room(self, address: str = "") -> None:
+        """Closes the connection that has been quiet for longest: of that address, or of the one with most of them."""
+        address = address or max(self.quiet, key=lambda address: len(self.quiet[address]))
         stream = next(iter(self.quiet[address]))
         self.leave(stream)
         stream.close()
