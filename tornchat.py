@@ -218,7 +218,7 @@ MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
-HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
+HEADERS_A_REQUEST = 100  # one with 3,000, which takes 8 ms to read, counts as thirty requests
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -239,7 +239,7 @@ UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which
 TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
-COOKIES = 10  # with the session's name that are looked at, 15 us each
+COOKIES_READ = 10  # of those that have the name of the session's, 15 us each
 ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
 MOST_MESSAGES = 10**15  # of a room: a seq above that is none
 EVERY_SECONDS = 3600  # the slowest pace that a host can set
@@ -3181,7 +3181,7 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
         self.daemon.visitors.wait(self.stream)
-        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS
+        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS_A_REQUEST
         await self.daemon.limits.turn(self.address, self.stream, cost)
         self.check_host()
 
@@ -3220,7 +3220,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """
         name, key = self.daemon.cookie, self.daemon.cookie_key
         cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
-        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES : -1]:
+        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES_READ : -1]:
             signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
             if signed:
                 session = Session.parse(signed.decode(errors="replace"))
