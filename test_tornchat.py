@@ -8522,6 +8522,14 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
                   "limits": {"text": 4000, "history": 100}}  # fmt: skip
 
 
+def client_of(url: str = "http://h/", *, at_a_screen: bool = False) -> tornchat.Client:
+    """A client in this process, which prints what it hears."""
+    config = tornchat.Config(join=url)
+    client = tornchat.Client(config, "en")
+    client.view = tornchat.Screen(client, config, colors=False) if at_a_screen else tornchat.Lines(client, config)
+    return client
+
+
 class TestTerminal(Transcripts):
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(13, 40))
     @hypothesis.example("é" * 100, 20)
@@ -8678,7 +8686,7 @@ class TestTerminal(Transcripts):
         assert abs((there - here).total_seconds() - 8 * 3600) <= 1
         store_clock = memory_lan.daemons[0].store.now() / 1000
         assert abs(here.replace(tzinfo=datetime.UTC).timestamp() - store_clock) < RETURN
-        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        client = client_of()
         client.receive(json.dumps({"type": "time", "ts": round((time.time() + 86400) * 1000)}))
         assert abs(client.now().timestamp() - time.time() - 86400) < 1
 
@@ -8710,9 +8718,7 @@ class TestTerminal(Transcripts):
 
     def test_what_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         """In words: what was missed, that the history is lost, what was not sent; and another day."""
-        config = tornchat.Config(join="http://h/")
-        client = tornchat.Client(config, "en")
-        client.view = tornchat.Screen(client, config, colors=False)
+        client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "seq": 1000, "ts": 1}
         for frame, told in [
             (WELCOME, "here: Ann"),
@@ -8732,9 +8738,7 @@ class TestTerminal(Transcripts):
 
     def test_what_hosts_do_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         """So are badges, answers, what was deleted, pinned and reacted to, who can write, and who is muted."""
-        config = tornchat.Config(join="http://h/")
-        client = tornchat.Client(config, "en")
-        client.view = tornchat.Screen(client, config, colors=False)
+        client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "ts": 1}
         pinned = message | {"seq": 990, "text": "Pages 7 to 9"}
         note: Frame = {"type": "note", "to": 1001}
@@ -8872,8 +8876,7 @@ class TestTerminal(Transcripts):
         said = [("Ann", "one"), ("Bob", "two"), ("Old Tom", "three")]
         messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
                     for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
-        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
-        client.view = tornchat.Lines(client, tornchat.Config(join="http://h/"))
+        client = client_of()
         for known in (WELCOME | {"host": True, "seq": 3}, *messages):
             client.receive(json.dumps(known))
         asked: list[Any] = []
@@ -8918,10 +8921,8 @@ class TestTerminal(Transcripts):
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""
         message = {"type": "message", "name": "Bob", "text": "hi", "seq": 1001, "ts": 1795166143321}
         async with StandIn(WELCOME, message) as room:
-            config = tornchat.Config(join=room.url)
-            client = tornchat.Client(config, "en")
+            client = client_of(room.url)
             await client.log_in()
-            client.view = tornchat.Lines(client, config)
             staying = asyncio.create_task(client.keep_connected())
             await until(lambda: client.at == message["ts"])
             room.sockets[0].close(1001)
@@ -8932,9 +8933,7 @@ class TestTerminal(Transcripts):
     async def test_a_loss_not_noticed_yet(self) -> None:
         """What is said into a connection that has just broken waits for the next one."""
         async with StandIn(WELCOME) as room:
-            config = tornchat.Config(join=room.url)
-            client = tornchat.Client(config, "en")
-            client.view = tornchat.Lines(client, config)
+            client = client_of(room.url)
             await client.connect()
             client.connected, connection = True, client.socket and client.socket.protocol
             assert isinstance(connection, tornado.websocket.WebSocketProtocol13)
