@@ -5992,7 +5992,7 @@ class TestProcess(Transcripts):
     @slow
     @pytest.mark.parametrize("signals", [1, 2])
     async def test_a_second_signal(self, signals: int, own_redis: RedisServer, own_lan: Lan) -> None:
-        """A stop that cannot finish its work, for the store is silent, ends all the same; a second one at once."""
+        """A stop that cannot finish its work, for the store is silent, ends in order; a second one at once."""
         program = await own_lan.run("-p", "0")
         ann = await own_lan.join("Ann", at=await program.address())
         own_redis.send_signal(signal.SIGSTOP)
@@ -6004,6 +6004,9 @@ class TestProcess(Transcripts):
         if signals == 2:
             program.signal(signal.SIGTERM)
         await program.ended()
+        own_redis.send_signal(signal.SIGCONT)
+        assert await ann.ended() == (1001 if signals == 1 else None)
+        assert [frame["code"] for frame in ann.seen("refused")] == ["unavailable"] * (2 - signals)
 
 
 # === Two real windows =================================================================================================
