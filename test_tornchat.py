@@ -1388,12 +1388,12 @@ class TestFeed(Transcripts):
     async def test_the_secret(self, feeds: Feeds) -> None:
         """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
         given = await feeds.start(secret="from the operator")
-        assert given.secret == "from the operator"
+        assert given.store.secret == "from the operator"
         assert not await feeds.redis.exists(feeds.place.key("secret"))
         first, second = await feeds.start(), await feeds.start()
-        assert first.secret == second.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
+        assert first.store.secret == second.store.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
         await feeds.redis.set(feeds.place.key("secret"), "another one")
-        await until(lambda: first.secret == second.secret == "another one")
+        await until(lambda: first.store.secret == second.store.secret == "another one")
 
     async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
         """A cid sent again with another text is confirmed with the text that was stored."""
@@ -1530,7 +1530,7 @@ class TestFeed(Transcripts):
         second = await feeds.start()
         say(first, ann, "after", "c1")
         await feeds.settled(2)
-        assert second.secret == first.secret
+        assert second.store.secret == first.store.secret
         assert [frame["text"] for frame in ann.of("message")] == ["before", "after"]
         assert (ann.closed, len(ann.of("welcome"))) == ([], 1)
         assert [*second.room.roster] == [tornchat.name_key("Ann")]
@@ -1630,13 +1630,13 @@ class TestFeed(Transcripts):
         await feeds.settled(501)
         assert await feeds.redis.xlen(feeds.key) < 210 + 21 + 100  # Redis trims by whole nodes of 100 entries
         assert len(feed.outbox.stored) == 100
-        assert 200 <= feed.extent.messages <= 210
-        assert 20 <= len(feed.notices) <= 21
+        assert 200 <= feed.memory.extent.messages <= 210
+        assert 20 <= len(feed.memory.notices) <= 21
         for _ in range(200):  # of which each is off and on again, and nobody talks
             await feed.outbox.exit("sid-Eve", "Eve")
             await feed.outbox.enter("sid-Eve", "Eve")
-        assert len(feed.extent.entries) <= 210
-        assert len(feed.kept.entries) <= 501 + 21 + 100
+        assert len(feed.memory.extent.entries) <= 210
+        assert len(feed.memory.kept.entries) <= 501 + 21 + 100
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 
@@ -1651,7 +1651,7 @@ class TestFeed(Transcripts):
             say(feed, ann, f"{n}" + "x" * 3000)
         await feeds.settled(400)
         assert len(feed.room.ring.kept) == 100
-        assert feed.kept.size <= 50_000
+        assert feed.memory.kept.size <= 50_000
         assert await feeds.redis.xlen(feeds.key) < 220 + 100
         bob = await feeds.enter(await feeds.start(), "Bob")
         assert bob.seqs == list(range(301, 401))
@@ -1690,7 +1690,7 @@ class TestFeed(Transcripts):
         feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
-        began = feed.last[0] + 1
+        began = feed.memory.last[0] + 1
         thief = tornchat.Event("joined", 0, began, "sid-thief", "~1", "Ann")
         async with feeds.redis.pipeline() as pipe:
             pipe.hset(feeds.place.key("state"), "epoch", began).delete(feeds.key, feeds.place.key("names"))
@@ -1717,7 +1717,7 @@ class TestFeed(Transcripts):
         monkeypatch.setattr(feed.store, "read_state", failing)
         async with feeds.redis.pipeline() as pipe:
             pipe.delete(feeds.key).hset(feeds.place.key("state"), "epoch", "another")
-            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.last[0] + 1}-1")
+            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.memory.last[0] + 1}-1")
             await pipe.execute()
         await until(lambda: ann.of("welcome")[-1]["reset"] is True)
         say(feed, ann, "on")
@@ -2631,7 +2631,7 @@ class TestLogin(Transcripts):
         ann = await redis_lan.login("Ann", at=first)
         with redis.Redis.from_url(redis_lan.store.url) as client:
             client.set(redis_lan.store.key("secret"), "new")
-        await until(lambda: first.feed.secret == second.feed.secret == "new")
+        await until(lambda: first.store.secret == second.store.secret == "new")
         assert (await ann.fetch("/")).code == 302
         bob = await redis_lan.join("Bob", at=first)
         await (await bob.tab(at=second).connect()).expect("welcome", name="Bob")
@@ -3762,6 +3762,12 @@ async def upload(browser: Browser, data: bytes = PICTURES["png"][1], kind: str =
     return answer.code, json.loads(answer.body)
 
 
+async def say_picture(browser: Browser, picture: str) -> tuple[int, Frame]:
+    """Say nothing but a picture, by POST /messages; the status and what the JSON says."""
+    answer = await browser.fetch("/messages", form={"picture": picture})
+    return answer.code, json.loads(answer.body)
+
+
 async def show(browser: Browser, picture: str, text: str = "") -> Frame:
     """Say something with a picture."""
     cid = next(browser.cids)
@@ -3780,8 +3786,8 @@ class TestPictureStore(Transcripts):
         await ann.expect("joined", names=["Cat"])
         await show(ann, picture["id"], "look")
         await bob.expect("message", name="Ann", text="look", picture=picture)
-        answer = await ann.fetch("/messages", form={"picture": picture["id"]})
-        assert (answer.code, json.loads(answer.body)["picture"]) == (201, picture)
+        status, said = await say_picture(ann, picture["id"])
+        assert (status, said["picture"]) == (201, picture)
         await bob.expect("message", name="Ann", text="", picture=picture)
         seen = await bob.fetch(f"/pictures/{picture['id']}")
         assert (seen.code, seen.body) == (200, PICTURES["png"][1])
@@ -3934,6 +3940,49 @@ class TestPictureStore(Transcripts):
         ear = await Joined.run(memory_lan, "--name", "ear")
         address = f"[picture http://127.0.0.1:{daemon.port}/pictures/{picture['id']}]"
         assert await ear.lines(2) == ["Ann: look", f"    {address}"]
+
+    async def test_deleted(self, lan: Lan) -> None:
+        """With its message a picture is deleted, and with the room cleared all that came before."""
+        daemon = await lan.serve()
+        tess, ann, bob = await join_as_host(lan), await lan.join("Ann"), await lan.join("Bob")
+        pictures = [(await upload(sender))[1]["id"] for sender in (ann, bob)]
+
+        async def kept() -> list[str]:
+            answers = [await tess.fetch(f"/pictures/{id}") for id in pictures]
+            return [id for id, answer in zip(pictures, answers, strict=True) if answer.code == 200]
+
+        async def are_kept(*wanted: str) -> bool:
+            return await kept() == [*wanted]
+
+        for sender, id in zip((ann, bob), pictures, strict=True):
+            await sender.connect()
+            await until_frame(sender, "welcome")
+            status, _ = await say_picture(sender, id)
+            assert status == 201
+        await ann.send(json.dumps(note(1, "delete")))
+        await until(lambda: are_kept(pictures[1]))
+        eve = await lan.join("Eve")
+        assert "picture" not in await eve.expect("message", seq=1, deleted=True)
+        await eve.expect("message", seq=2, picture={"id": pictures[1], "width": 8, "height": 6})
+        assert (await post_act(tess, {"type": "clear"}))[0] == 201
+        await until(lambda: are_kept())
+        assert await daemon.store.redis.keys("*picture*") == []
+        status, picture = await upload(bob)
+        pictures.append(picture["id"])
+        daemon.feed.ring_for_look()
+        await bob.say("later")
+        await until_frame(bob, "message", text="later")
+        assert await kept() == pictures[2:]
+
+    async def test_hosts_decide(self, memory_lan: Lan) -> None:
+        """Who may not write sends no picture either; a host has no pace."""
+        await memory_lan.serve(rate=0.1)
+        tess, bob = await join_as_host(memory_lan), await memory_lan.join("Bob")
+        assert [(await upload(tess))[0] for _ in range(3)] == [201, 201, 201]
+        await post_act(tess, {"type": "mode", "talk": "hosts"})
+        await until_frame(bob, "mode")
+        status, told = await upload(bob)
+        assert (status, told["code"]) == (403, "locked")
 
 
 # === Presence =========================================================================================================
@@ -7116,6 +7165,183 @@ class TestLongRoom(Transcripts):
             assert await ann.page.locator("#log .message").count() == 1000
 
 
+GIVE = """async ([way, name, type, content, width, height]) => {
+    const canvas = new OffscreenCanvas(width, height);
+    const pen = canvas.getContext('2d');
+    for (let at = 0; at < 40; at += 1) {
+        pen.fillStyle = `hsl(${at * 9} 70% 50%)`;
+        pen.fillRect(at * width / 40, 0, width / 40, height);
+    }
+    const files = new DataTransfer();
+    files.items.add(new File([content || await canvas.convertToBlob({type})], name, {type}));
+    const event = {
+        choose: () => new Event('change'),
+        paste: () => new ClipboardEvent('paste', {clipboardData: files, bubbles: true, cancelable: true}),
+        drop: () => new DragEvent('drop', {dataTransfer: files, bubbles: true, cancelable: true}),
+    }[way]();
+    if (way === 'choose') fileChoice.files = files.files;
+    const target = {choose: fileChoice, paste: box, drop: log}[way];
+    return target.dispatchEvent(event);
+}"""
+
+
+async def give(
+    window: Window,
+    way: str,
+    name: str = "photo.jpg",
+    kind: str = "image/jpeg",
+    content: str = "",
+    size: tuple[int, int] = (3000, 2000),
+) -> None:
+    """A file, a striped photo if nothing else is in it, comes into the page; the browser doesn't go where it leads."""
+    assert await window.page.evaluate(GIVE, [way, name, kind, content, *size]) == (way == "choose")
+
+
+@slow
+class TestPicturesInWindows(Transcripts):
+    async def test_ways(self, memory_lan: Lan) -> None:
+        """A picture is chosen, pasted or dropped, drawn smaller, and goes with the text in the box; all see it."""
+        async with windows(memory_lan) as (ann, bob):
+            await ann.login("Ann")
+            await bob.login("Bob")
+            for count, way in enumerate(("choose", "paste", "drop"), 1):
+                await give(ann, way)
+                await ann.page.locator("#attached button").wait_for()
+                await ann.say(way)
+                await bob.shows("#log .message", way)
+                seen = "[...document.querySelectorAll('#log img')].filter((image) => image.naturalWidth === 1600)"
+                await bob.holds(f"{seen}.length === {count}")
+            await give(ann, "paste")
+            await ann.holds("attached.length === 1")
+            await give(ann, "paste", size=(40, 30))
+            await ann.holds("attached.length === 2")
+            await ann.page.locator("#attached button").first.click()
+            await ann.keys("Enter")
+            await bob.shows_messages("choose", "paste", "drop", "")
+            assert await bob.page.locator("#log .picture").last.evaluate("(frame) => frame.clientWidth") == 44
+            await ann.shows_messages("choose", "paste", "drop", "")
+            ann.well_behaved()
+            bob.well_behaved()
+
+    async def test_no_picture(self, memory_lan: Lan) -> None:
+        """What is no picture is refused in words before it is sent; a text with a picture of itself is a text."""
+        async with window(memory_lan) as ann:
+            for way, name, kind, content in (
+                ("drop", "notes.pdf", "application/pdf", "%PDF-1.4"),
+                ("paste", "drawing.svg", "image/svg+xml", SVG.decode()),
+                ("choose", "photo.png", "image/png", "no photo"),
+            ):
+                await give(ann, way, name, kind, content)
+                await ann.shows("#log .notice", f"“{name}” was not added")
+            assert await ann.page.locator("#attached button").count() == 0
+            await ann.say("still here")
+            await ann.shows_messages("still here")
+        await memory_lan.serve(pictures=0)
+        async with window(memory_lan, place(memory_lan.daemons[-1]) + "/") as ann:
+            assert await ann.page.locator("#pick").is_hidden()
+            await give(ann, "drop")
+            await ann.shows("#log .notice", "This room takes no pictures.")
+
+    @pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1280, 800), ("dark", 390, 780)])
+    async def test_large(self, memory_lan: Lan, scheme: str, width: int, height: int) -> None:
+        """The log knows a picture's size before it comes; a tap shows it large, Escape leads back. axe has no fault."""
+        axe = NODE_MODULES / "axe-core" / "axe.min.js"
+        script = axe.read_text(encoding="utf-8") if axe.exists() else ""
+        looks: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
+        held = asyncio.Event()
+
+        async def hold(route: Any) -> None:
+            await held.wait()
+            await route.continue_()
+
+        async with window(memory_lan, **looks) as ann:
+            await ann.page.route("**/pictures/*", hold)
+            await give(ann, "drop")
+            await ann.page.locator("#attached canvas").wait_for()
+            await self.find_nothing(ann, script)
+            await ann.keys("Enter")
+            frame = ann.page.locator("#log .picture")
+            before = await frame.bounding_box()
+            held.set()
+            await ann.holds("document.querySelector('#log img').complete")
+            assert before == await frame.bounding_box()
+            assert before is not None
+            assert before["width"] / before["height"] == pytest.approx(1.5, abs=0.02)
+            await frame.focus()
+            await ann.page.keyboard.press("Enter")
+            await ann.holds("viewer.open && large.naturalWidth === 1600")
+            assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
+            await self.find_nothing(ann, script)
+            await ann.page.keyboard.press("Escape")
+            await ann.holds("!viewer.open && document.activeElement.className === 'picture'")
+            assert await ann.page.locator("#log img").get_attribute("alt") == "Picture from Ann"
+
+    async def find_nothing(self, window: Window, script: str) -> None:
+        if script:
+            await window.page.evaluate(script)
+            result = await window.page.evaluate("axe.run()")
+            assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]] == []
+
+    async def test_pending(self, memory_lan: Lan) -> None:
+        """A picture that doesn't get through waits like text, over a reload too; then it is sent once, in its turn."""
+        async with window(memory_lan, restarts=True) as ann:
+            await ann.page.route("**/pictures", lambda route: route.abort())
+            await give(ann, "paste")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.say("the board")
+            await ann.say("as I said")
+            await ann.shows("#outbox .status", "Sends in")
+            await ann.holds("sessionStorage.length >= 3")
+            await ann.page.reload()
+            await ann.shows("#outbox .message", "the board")
+            assert await ann.page.locator("#outbox canvas").count() == 1
+            await ann.page.unroute("**/pictures")
+            await ann.shows_messages("the board", "as I said")
+            await ann.holds("document.querySelector('#log img').naturalWidth === 1600")
+            await ann.holds("!Object.keys(sessionStorage).some((key) => key.includes('picture'))")
+
+    async def test_taken_back(self, memory_lan: Lan) -> None:
+        """What the room refuses can be tried again, or taken back into the box, with its text."""
+        async with window(memory_lan, restarts=True) as ann:
+            refusal = json.dumps({"type": "refused", "code": "bad-picture", "text": "Not that one."})
+            await ann.page.route("**/pictures", lambda route: route.fulfill(status=415, body=refusal))
+            await give(ann, "paste")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.say("the board")
+            await ann.shows("#outbox .status", "Not sent: Not that one.")
+            await ann.page.locator("#outbox .choices button").last.click()
+            await ann.written("the board")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.page.unroute("**/pictures")
+            await ann.keys("Enter")
+            await ann.shows_messages("the board")
+            ann.problems.clear()
+
+    async def test_gone(self, memory_lan: Lan) -> None:
+        """A picture that is no longer kept says so in its place; one that could not be loaded is tried again."""
+        async with window(memory_lan, restarts=True) as ann:
+            await give(ann, "drop")
+            await ann.page.locator("#attached button").wait_for()
+            await ann.keys("Enter")
+            frame = ann.page.locator("#log .picture")
+            await frame.wait_for()
+            box = await frame.bounding_box()
+            await ann.page.route("**/pictures/*", lambda route: route.abort())
+            await ann.page.reload()
+            await ann.shows("#log .picture", "could not be loaded")
+            await ann.page.unroute("**/pictures/*")
+            await frame.click()
+            await ann.holds("document.querySelector('#log img')?.naturalWidth === 1600")
+            store = memory_lan.daemons[-1].store
+            await store.drop_pictures([], before=store.now() + 1)
+            await ann.page.route("**/pictures/*", lambda route: route.continue_())  # past the browser's own copies
+            await ann.page.reload()
+            await ann.shows("#log .picture", "no longer kept")
+            after = await frame.bounding_box()
+            assert (box and (box["width"], box["height"])) == (after and (after["width"], after["height"]))
+            ann.problems.clear()
+
+
 class TestPictures(Transcripts):
     @slow
     async def test_pictures(self, memory_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7659,7 +7885,9 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def same() -> bool:
             for person in self.people:
                 person.say_refused()
-            rooms = {(feed.room.epoch, feed.room.seq, feed.last, len(feed.outbox.waiting)) for feed in self.feeds}
+            rooms = {
+                (feed.room.epoch, feed.room.seq, feed.memory.last, len(feed.outbox.waiting)) for feed in self.feeds
+            }
             length = await self.feeds[0].store.redis.xlen(self.feeds[0].store.feed)
             return len(rooms) == 1 and bool(length) and not any(person.unconfirmed() for person in self.people)
 
@@ -8340,7 +8568,7 @@ class TestTerminal(Transcripts):
     async def test_a_bug_of_our_own(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """What goes wrong in the client is not blamed on the room."""
 
-        def broken(self: tornchat.Lines, author: str, frame: Frame) -> None:
+        def broken(self: tornchat.Lines, frame: Frame) -> None:
             raise KeyError("a bug")
 
         monkeypatch.setattr(tornchat.Lines, "message", broken)
@@ -8528,8 +8756,10 @@ class TestTerminal(Transcripts):
             (open_mode | {"door": "closed"}, "~ Ann: Everybody can write. Nobody new gets in.~"),
             ({"type": "muted", "name": "Bob", "until": 1795166143321}, "~ Bob cannot write until "),
             ({"type": "muted", "name": "Bob", "until": 0}, "~ Bob can write again."),
-            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann deleted all that was said before."),
+            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann: All that was said before is deleted."),
             (message | {"seq": 1005, "re": 1002}, " Bob: hi"),
+            (WELCOME | {"seq": 1007, "cleared": 1006}, "~ All that was said before is deleted."),
+            (WELCOME | {"seq": 1007, "cleared": 1006}, ""),
             (note | {"kind": "delete"}, ""),
         ]:  # fmt: skip
             client.receive(json.dumps(frame))
@@ -8582,7 +8812,8 @@ class TestTerminal(Transcripts):
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         tess.keys("/door\r")
         tess.keys("/clear yes\r")
-        await ann.shows("~ Tess deleted all that was said before.")
+        await ann.shows("~ Tess: All that was said before is deleted.")
+        assert await run_to_end("--join", place(daemon)) == (0, "", "")
         tess.keys("/remove Ann\r")
         assert await ann.leaves() == 1
         assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [
@@ -8887,7 +9118,7 @@ class TestTerminal(Transcripts):
             await ann.shows("Ann: once")
             ann.keys("next\r")
             await ann.shows("Ann: next")
-            assert [message.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [message.encoded.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
             assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
             ann.keys("\x03")
             assert await ann.leaves() == 0
@@ -8906,7 +9137,9 @@ class TestTerminal(Transcripts):
         await memory_lan.serve(port=port)
         await ann.shows("The room has lost its history")
         await ann.shows("Ann: still there?")
-        assert [message.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
+        assert [message.encoded.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == [
+            "still there?"
+        ]
 
     @slow
     @pytest.mark.parametrize("lasting", [False, True])
@@ -9610,6 +9843,8 @@ def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> b
 
 FORM = request("POST /login", b"nickname=x&password=y")
 LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
+SIGN = '{"type":"note","to":1,"kind":"react","value":"👍"}'.encode()
+PICTURE = b"\x89PNG\r\n\x1a\n" + (b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4, "big")) * 87_000
 FLOODS = {
     "messages": Attack(lambda n: masked(0x81, b'{"type":"say","text":"x"}') * 1000, connections=1),
     "nonsense": Attack(lambda n: masked(0x81, b"x") * 1000, connections=1),
@@ -9621,6 +9856,8 @@ FLOODS = {
         lambda n: request(f"GET /qr.svg?url=http://localhost/{random.random()}"), sockets=False
     ),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
+    "signs": Attack(lambda n: masked(0x81, SIGN) * 1000, connections=100, names=100),
+    "pictures": Attack(lambda n: request("POST /pictures", PICTURE), False, 100, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
     "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
