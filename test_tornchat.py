@@ -8769,13 +8769,13 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
-    async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
+    async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
-        daemon = await lan.serve()
-        bob = await lan.join("Bob")
-        ann = await Terminal.run(lan, "--name", "Ann")
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         await ann.prompts()
-        tess = await Terminal.run(lan, "--name", "Tess", "--host-key", daemon.host_key)
+        tess = await Terminal.run(memory_lan, "--name", "Tess", "--host-key", daemon.host_key)
         await tess.shows("here: ★ Tess")
         await ann.shows("~ Tess joined")
         tess.keys("/help\r")
