@@ -6041,7 +6041,7 @@ class TestProcess(Transcripts):
     @slow
     @pytest.mark.parametrize("signals", [1, 2])
     async def test_a_second_signal(self, signals: int, own_redis: RedisServer, own_lan: Lan) -> None:
-        """A stop that cannot finish its work, for the store is silent, ends all the same; a second one at once."""
+        """A stop that cannot finish its work, for the store is silent, ends in order; a second one at once."""
         program = await own_lan.run("-p", "0")
         ann = await own_lan.join("Ann", at=await program.address())
         own_redis.send_signal(signal.SIGSTOP)
@@ -6053,6 +6053,9 @@ class TestProcess(Transcripts):
         if signals == 2:
             program.signal(signal.SIGTERM)
         await program.ended()
+        own_redis.send_signal(signal.SIGCONT)
+        assert await ann.ended() == (1001 if signals == 1 else None)
+        assert [frame["code"] for frame in ann.seen("refused")] == ["unavailable"] * (2 - signals)
 
 
 # === Two real windows =================================================================================================
@@ -8771,13 +8774,13 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
-    async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
+    async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
-        daemon = await lan.serve()
-        bob = await lan.join("Bob")
-        ann = await Terminal.run(lan, "--name", "Ann")
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         await ann.prompts()
-        tess = await Terminal.run(lan, "--name", "Tess", "--host-key", daemon.host_key)
+        tess = await Terminal.run(memory_lan, "--name", "Tess", "--host-key", daemon.host_key)
         await tess.shows("here: ★ Tess")
         await ann.shows("~ Tess joined")
         tess.keys("/help\r")
