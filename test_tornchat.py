@@ -3751,6 +3751,11 @@ LIES = {
     "webp, then a page": webp(LOSSY) + PAGE,
     "webp, a page in it": webp(LOSSY, (b"XMP ", PAGE)),
     "webp: 16,000 x 16,000": webp(canvas(16_000, 16_000), (b"ANMF", bytes(16))),
+    "png: 80,000 chunks": png(80_000 * chunk(b"tEXt")),
+    "jpeg: 200,000 segments": JPEG[:2] + 200_000 * b"\xff\xe0\0\2" + JPEG[2:],
+    "gif: 200,000 blocks": gif(b"!\xfe" + 200_000 * b"\1x" + b"\0"),
+    "gif: 200,000 extensions": gif(200_000 * b"!\xfe\0"),
+    "webp: 100,000 chunks": webp(LOSSY, *(100_000 * [(b"XMP ", b"")])),
     "1.1 MB": png(chunk(b"teXt", bytes(1_100_000))),
     "2.2 MB, of whatever": bytes(2_000_000),
 }
@@ -9844,7 +9849,6 @@ def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> b
 FORM = request("POST /login", b"nickname=x&password=y")
 LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
 SIGN = '{"type":"note","to":1,"kind":"react","value":"👍"}'.encode()
-PICTURE = b"\x89PNG\r\n\x1a\n" + (b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4, "big")) * 87_000
 FLOODS = {
     "messages": Attack(lambda n: masked(0x81, b'{"type":"say","text":"x"}') * 1000, connections=1),
     "nonsense": Attack(lambda n: masked(0x81, b"x") * 1000, connections=1),
@@ -9857,7 +9861,7 @@ FLOODS = {
     ),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
     "signs": Attack(lambda n: masked(0x81, SIGN) * 1000, connections=100, names=100),
-    "pictures": Attack(lambda n: request("POST /pictures", PICTURE), False, 100, 100),
+    "pictures": Attack(lambda n: request("POST /pictures", LIES["png: 80,000 chunks"]), False, 100, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
     "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
