@@ -8239,7 +8239,7 @@ class TestManyDaemons(Transcripts):
         address = await frozen.address()
         async with talkers(redis_lan, ["Ann"], address) as one, talkers(redis_lan, ["Bob"], place(other)) as two:
             people = [*one, *two]
-            # One at a time, as clients do: what is confirmed too late is refused, and would be said again behind the next.
+            # One at a time, as clients do: what is confirmed too late is refused, and said again behind the next.
             talking = asyncio.gather(*(person.talk(range(400), in_flight=1) for person in people))
             await until(lambda: heard_from(people, 50))
             frozen.signal(signal.SIGSTOP)

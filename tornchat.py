@@ -6120,7 +6120,10 @@ TEXTS = {
     "js_pin": ("Pin above the messages", "置顶"),
     "js_unpin": ("Unpin", "取消置顶"),
     "js_delete": ("Delete", "删除"),
-    "js_delete_ask": ("Delete this message on every screen? This can’t be undone.", "从所有人的屏幕上删除此消息？无法撤销。"),
+    "js_delete_ask": (
+        "Delete this message on every screen? This can’t be undone.",
+        "从所有人的屏幕上删除此消息？无法撤销。",
+    ),
     "js_keep": ("Keep it", "保留"),
     "js_answer": ("to {name}:", "回复{name}："),
     "js_answer_gone": ("to a message that is not here any more", "回复的消息已不在此处"),
@@ -7453,7 +7456,10 @@ function pump() {
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
   if (item.picture && !item.picture.id) upload(item);
-  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id, re: item.epoch === epoch ? item.re : undefined});
+  else {
+    const re = item.epoch === epoch ? item.re : undefined;  // the number is of another message in another history
+    link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id, re});
+  }
 }
 
 function takeOut(cid) {
@@ -8126,7 +8132,8 @@ function openPolls(hear, ended) {
 
   async function post(frame) {
     const headers = {'Content-Type': 'application/json'};
-    const event = await ask(frame.type === 'say' ? 'messages' : 'acts', {method: 'POST', headers, body: JSON.stringify(frame)});
+    const path = frame.type === 'say' ? 'messages' : 'acts';
+    const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
     if (!signal.aborted) hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
   }
 
