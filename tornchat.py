@@ -217,6 +217,7 @@ CROWD = 200  # people behind one address who may all write at the pace of one (-
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
+TRANSCRIPT_COST = 100  # requests: 10,000 messages take a daemon some 0.3 s
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
@@ -975,18 +976,22 @@ class State:
         """Takes an event; with a note comes the `message` that it is about, as it was sent and with its `sid`."""
         match event.type:
             case "message":
-                if self.mode["every"]:
-                    self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
-                return
+                self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
+                if len(self.said) > PACES:
+                    since = event.ts - 1000 * self.mode["every"]
+                    self.said = {mark: ts for mark, ts in self.said.items() if ts > since}
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
             case "left" if event.text == LOGOUT and self.is_host(event.sid, event.name):
+                self.ended = {sid: until for sid, until in self.ended.items() if until > event.ts}
                 self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
                 self.changed |= {"hosts", "ended"}
             case "mode":
                 self.mode |= event.details
                 self.changed.add("mode")
+                if not self.mode["every"]:
+                    self.said.clear()
             case "muted" | "removed":
                 self.restrict(event)
             case "cleared":
@@ -2051,10 +2056,12 @@ class Outbox:
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
         """As it was stored; where that has been forgotten, as it is said now."""
-        ts, text = self.room.ts, say.text
+        event = Event("message", seq, self.room.ts, member.sid, say.cid, member.name, say.text, details=say.details)
         if found := self.room.ring.find(seq):
-            ts, text = found.ts, found.encoded.fields()["text"]
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text, details=say.details)
+            fields = found.encoded.fields()
+            gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or say.details)
+        return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2210,9 +2217,12 @@ class Outbox:
         if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
             return Refused("removed", retry_after=wait)
         if type == "joined":
-            if owner not in ("", sid):
-                return Taken(proposal.name)
             becomes_host = "host" in proposal.details and not state.is_host(sid, proposal.name)
+            inherits = (
+                becomes_host and not present and name_key(proposal.name) in state.hosts
+            )  # a host's, from elsewhere
+            if owner not in ("", sid) and not inherits:
+                return Taken(proposal.name)
             return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
         here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
         if not (owner == sid and present) and not here:
@@ -3525,9 +3535,12 @@ class Admission:
         """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
         if before and before.host:
             return
-        state, marks = self.room.state, marks_of(before.sid if before else "", name)
-        if wait := state.waits(state.barred, (*marks, "from " + self.origin(address)), self.feed.store.now()):
+        state, now = self.room.state, self.feed.store.now()
+        browser, key = marks_of(before.sid if before else "", name)
+        if wait := state.waits(state.barred, (browser, "from " + self.origin(address)), now):
             raise Refused("removed", retry_after=wait)
+        if wait := state.waits(state.barred, (key, ""), now):
+            raise Refused("removed", "removed-name", retry_after=wait, name=name)
         if before is None and state.mode["door"] == "closed":
             raise Refused("door")
 
@@ -3624,9 +3637,10 @@ class LoginHandler(BaseHandler):
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
-            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
+            wrong = refused.code == "password"
+            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
 
-    def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
+    def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3635,7 +3649,7 @@ class LoginHandler(BaseHandler):
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
-            wrong_password=self.get_status() == 403,
+            wrong_password=wrong_password,
             path=self.page_path(),
             kept=kept,
         )
@@ -4202,17 +4216,25 @@ class TranscriptHandler(BaseHandler):
             raise Refused("no-session")
         if daemon.config.transcript == "host" and not session.host:
             raise Refused("not-host")
-        json_lines = self.get_query_argument("format", "txt") == "json"
-        date = datetime.datetime.now().astimezone()
-        name = urllib.parse.quote(f"{daemon.config.title}-{date:%Y-%m-%d}.{'json' if json_lines else 'txt'}")
-        self.set_header("Content-Type", "application/x-ndjson" if json_lines else "text/plain; charset=UTF-8")
-        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{name}")
-        names: collections.OrderedDict[int, str] = collections.OrderedDict()  # who said what, for the answers
+        await daemon.limits.turn(self.address, self.stream, cost=TRANSCRIPT_COST)
+        as_json = self.get_query_argument("format", "txt") == "json"
+        name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
+        self.set_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=UTF-8")
+        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}")
+        try:
+            await self.send_all(as_json)
+        except STORE_ERRORS:  # gone, as the client may be, or too slow: half a file must not look like a whole one
+            self.stream.close()
+
+    async def send_all(self, as_json: bool) -> None:
+        """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
+        daemon = self.daemon
+        names: dict[int, str] = {}  # who said what, for the answers
         async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
             for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
                 if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
                     names[event.seq] = event.name
-                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), json_lines))
+                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
             async with asyncio.timeout(daemon.config.answer_seconds):
                 await self.flush()
 
@@ -6217,6 +6239,10 @@ TEXTS = {
     "refused_locked": ("Only hosts can write now.", "现在只有主持人可以发言。"),
     "refused_slow": ("Everybody can write one message in {every} s.", "每人每 {every} 秒可以发一条消息。"),
     "refused_door": ("The door is closed: nobody new can come in now.", "聊天室已关门，暂不接受新成员。"),
+    "refused_removed-name": (
+        "A host has removed somebody named “{name}” for a while: please choose another name.",
+        "主持人已将名为“{name}”的成员暂时移出，请换一个昵称。",
+    ),
     "refused_removed": ("A host has removed you from the room for a while.", "主持人已将您暂时移出聊天室。"),
     "refused_bad-cid": (
         "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ and -.",
