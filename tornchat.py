@@ -6365,8 +6365,10 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <p id="state" class="scripted"><span id="state-text" role="status"></span>
       <span id="state-wait" aria-hidden="true"></span>
       <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
-    <select id="sort" class="scripted" aria-label="{{ w["chat_sort"] }}" hidden>
-      <option value="">{{ w["chat_sort_time"] }}</option></select>
+    <label id="sorting" class="scripted" hidden><span id="sort-sign"></span>
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 5h18v2H3zm0 6h12v2H3zm0 6h6v2H3z"/></svg>
+      <select id="sort" aria-label="{{ w["chat_sort"] }}"><option value="">{{ w["chat_sort_time"] }}</option></select>
+    </label>
     <button id="join" class="plain scripted" type="button" aria-haspopup="dialog">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3h8v8H3zm2 2v4h4V5zm8-2h8v8h-8zm2 2v4h4V5zM3 13h8v8H3zm2
         2v4h4v-4zm8-2h3v3h-3zm5 0h3v3h-3zm-5 5h3v3h-3zm5 0h3v3h-3z"/></svg> <span>{{ w["chat_join"] }}</span></button>
@@ -6664,7 +6666,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   display: block; width: 100%; padding: 0 12px; background: none; color: inherit; font-weight: 400; text-align: start;
 }
 #menu button:is(:hover, [aria-pressed="true"]) { background: var(--code); filter: none; }
-#menu .bad { color: var(--bad); font-weight: 700; }
+#menu .bad { color: var(--bad); }
 #menu p { padding: 8px 12px; }
 #menu .offered {
   display: grid; grid-template-columns: repeat(6, 1fr); margin-bottom: 6px; padding: 0 0 6px;
@@ -6689,7 +6691,8 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .quote:disabled { border-color: var(--quiet); background: var(--code); }
 .quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
 @media (any-pointer: coarse) {
-  .sign { min-width: 44px; min-height: 44px; margin: -6px -4px; border: 8px solid transparent; }
+  .signs { gap: 0; margin: -4px -4px -6px; }
+  .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
   .quote { min-height: 44px; }
 }
 .deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
@@ -6699,11 +6702,15 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #reply { display: flex; flex-basis: 100%; align-items: center; gap: 8px; min-width: 0; padding-bottom: 6px; }
 #reply .quote { flex: 1; min-height: 44px; margin: 0; background: var(--surface); }
 #reply .plain { flex: none; padding: 0; border: 0; border-radius: 50%; color: var(--quiet); font-size: 1.25rem; }
-#sort { flex: none; width: auto; max-width: 10rem; min-height: 44px; padding: 4px 8px; border-color: var(--line); }
+#sorting { position: relative; flex: none; min-width: 44px; margin-inline-start: auto; line-height: 44px; text-align: center; }
+#sorting:has(:focus-visible) { outline: 3px solid var(--accent); border-radius: 12px; }
+#sorting:not([hidden]) ~ #join { margin-inline-start: 0; }
+#sort { position: absolute; inset: 0; min-height: 44px; padding: 0; opacity: 0; cursor: pointer; }
 #sorted {
   z-index: 1; grid-area: 2 / 1; overflow: hidden auto; background: var(--page); overflow-wrap: anywhere;
-  padding: 4px max(var(--right), 50% - 28rem) 16px max(var(--left), 50% - 28rem);
+  padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
+#sorted:not([hidden]) ~ #composer #newer { display: none; }
 #sorted:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
@@ -6737,7 +6744,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector { grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) minmax(12rem, 27vw); font-size: 1rem; }
 .projector :is(#composer, #roster, #join, #people, #invite .choices) { display: none; }
 .projector #scroller { grid-row: 2 / 3; }
-.projector #content { max-width: none; padding-inline: 2vw; }
+.projector #content { max-width: none; }
+.projector :is(#content, #sorted) { padding-inline: 2vw; }
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
@@ -6886,7 +6894,7 @@ function mentions(text, name) {  // where @name stands and the name does not go 
 // === DOM: the only place that makes elements, and text only ever as text ===
 const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
-  sort, sorted, reply: replyLine, menu,
+  sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
   addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
@@ -7780,7 +7788,7 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
   const buttons = Object.entries(counts).map(([sign, count]) => {
     const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
     Object.assign(button, {className: 'sign', value: sign, disabled: projector});
-    button.setAttribute('aria-pressed', mine.get(seq) === sign);
+    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
     setText(button, `${sign} ${count}`);
     return button;
   });
@@ -7835,7 +7843,9 @@ function openMenu(row) {
   const pin = seq === pinnedSeq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
   if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
-  if (isHost || row.dataset.name === me) choices.push(makeButton(words.delete, () => askToDelete(seq)));
+  if (isHost || row.dataset.name === me) {
+    choices.push(Object.assign(makeButton(words.delete, () => askToDelete(seq)), {className: 'bad'}));
+  }
   const offered = signs.map((sign) => {
     const button = choose(sign, () => react(seq, sign));
     button.setAttribute('aria-pressed', mine.get(seq) === sign);
@@ -7982,7 +7992,7 @@ function endTouch() {
 function offerSorting() {
   const texts = signs.map((sign) => fill(sign === HAND ? words.hands : words.most, {sign}));
   if (sort.length === 1) sort.append(...signs.map((sign, at) => new Option(texts[at], sign)));
-  sort.hidden = !(isHost || projector);
+  sorting.hidden = !(isHost || projector);
 }
 
 function sortSoon() {
@@ -7999,6 +8009,7 @@ function drawSorted() {
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
   scroller.inert = sign !== '';
+  setText(sortSign, sign);
 }
 
 function copyOf(row) {  // to be read
