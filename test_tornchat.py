@@ -4433,7 +4433,11 @@ def everything_in(redis_server: RedisServer) -> str:
     client, found = redis_server.client, []
     for key in client.scan_iter("*"):
         kind = client.type(key)
-        read = {b"stream": client.xrange, b"hash": client.hgetall, b"string": client.get}
+        read: dict[object, Callable[[Any], object]] = {
+            b"stream": client.xrange,
+            b"hash": client.hgetall,
+            b"string": client.get,
+        }
         found.append(read[kind](key) if kind in read else b"")
     return "".join(f"{value!r}" for value in found)
 
@@ -4520,6 +4524,7 @@ class TestNotes(Transcripts):
         await lan.serve()
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         await ann.say("who agrees?")
+        sign: object
         for who, sign in ((ann, "👍"), (bob, "❓"), (bob, "👍"), (bob.tab(), "👍"), (ann, ""), (ann, "✋")):
             assert (await post_act(who, note(1, "react", value=sign)))[0] == 201
         await until_frame(bob, "note", kind="react", counts={"👍": 1, "✋": 1})

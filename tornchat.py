@@ -6702,7 +6702,9 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #reply { display: flex; flex-basis: 100%; align-items: center; gap: 8px; min-width: 0; padding-bottom: 6px; }
 #reply .quote { flex: 1; min-height: 44px; margin: 0; background: var(--surface); }
 #reply .plain { flex: none; padding: 0; border: 0; border-radius: 50%; color: var(--quiet); font-size: 1.25rem; }
-#sorting { position: relative; flex: none; min-width: 44px; margin-inline-start: auto; line-height: 44px; text-align: center; }
+#sorting {
+  position: relative; flex: none; min-width: 44px; margin-inline-start: auto; line-height: 44px; text-align: center;
+}
 #sorting:has(:focus-visible) { outline: 3px solid var(--accent); border-radius: 12px; }
 #sorting:not([hidden]) ~ #join { margin-inline-start: 0; }
 #sort { position: absolute; inset: 0; min-height: 44px; padding: 0; opacity: 0; cursor: pointer; }
