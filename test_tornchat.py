@@ -505,8 +505,8 @@ class Browser:
         events: list[Frame] = answer["events"]
         return events
 
-    async def post(self, text: str, cid: str | None = None) -> tuple[int, Frame]:
-        form = {"text": text} | ({"cid": cid} if cid else {})
+    async def post(self, text: str, cid: str | None = None, **more: str) -> tuple[int, Frame]:
+        form = {"text": text} | ({"cid": cid} if cid else {}) | more
         answer = await self.fetch("/messages", form=form)
         return answer.code, json.loads(answer.body)
 
@@ -4259,6 +4259,379 @@ class TestHost(Transcripts):
             await eve.expect("welcome", mode=OPEN, pinned=None, muted_until=0)
             await eve.expect_texts("" if who == "author" else "from Bob", "from Tess")
 
+    async def test_the_link(self, lan: Lan) -> None:
+        """The right key makes a host of who has logged in, and of who does so then; a logout ends it, on the spot."""
+        daemon = await lan.serve(guess_seconds=0.3)
+        began = time.monotonic()
+        ann = await lan.join("Ann")
+        answer = await ann.fetch("/host?key=guessed")
+        assert (answer.code, time.monotonic() - began > 0.3) == (403, True)
+        assert "not the host’s key" in text_of(answer)
+        assert (await post_act(ann, {"type": "clear"}))[0] == 403
+        await ann.fetch(f"/host?key={daemon.host_key}")
+        other = await lan.join("Bob")
+        await ann.tab().connect()
+        await other.expect("hosts", names=["Ann"])  # without having left
+        assert (await post_act(ann, {"type": "clear"}))[0] == 201
+        await ann.fetch("/logout", form={})
+        await ann.login("Ann")
+        assert (await post_act(ann, {"type": "clear"}))[0] == 403
+
+    async def test_one_key(self, redis_lan: Lan) -> None:
+        """All daemons of a room agree on the key, and a restart changes nothing; an operator's own is not stored."""
+        first, second = await redis_lan.serve(), await redis_lan.serve()
+        assert first.host_key == second.host_key
+        third = await redis_lan.restart()
+        assert third.host_key == first.host_key
+        assert (await redis_lan.serve(host_key="lantern")).host_key == "lantern"
+
+    async def test_badge(self, lan: Lan) -> None:
+        """A host's messages, the list and plain lines say so; a host from elsewhere is one at every daemon."""
+        await lan.serve()
+        line = lan.browser()
+        await line.connect(subprotocols=["text"], nickname="Cat")
+        bob, tess = await lan.join("Bob"), await join_as_host(lan)
+        await tess.say("hi")
+        await bob.expect("hosts", names=["Tess"])
+        assert (await bob.expect("message", text="hi"))["host"] is True
+        await bob.say("me, too", "c1")
+        assert "host" not in await bob.expect("message", cid="c1")
+        lines = [await line.read() for _ in range(6)]
+        assert lines[2:] == ["~~~ Tess joined ~~~", "~~~ hosts: ★ Tess ~~~", "★ Tess: hi", "Bob: me, too"]
+        assert (await bob.resume())["hosts"] == ["Tess"]
+
+    async def test_all_modes(self, lan: Lan) -> None:
+        """Lock, slow mode, mute and door in all combinations: each does its own, and the host talks through all."""
+        await lan.serve()
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        for number, (locked, slow, muted, shut) in enumerate(itertools.product([False, True], repeat=4)):
+            talk, door = "hosts" if locked else "everyone", "closed" if shut else "open"
+            mode = {"talk": talk, "every": 60 * slow, "door": door}
+            assert (await post_act(tess, {"type": "mode"} | mode))[1].items() >= mode.items()
+            assert (await post_act(tess, {"type": "mute", "name": "Bob", "seconds": 60 * muted}))[0] == 201
+            status, answer = await bob.post(f"{number}")
+            code = "muted" if muted else "locked" if locked else None
+            assert (status, answer.get("code")) == (403, code) if code else (201, None)
+            if slow and not code:
+                status, answer = await bob.post(f"{number} again")
+                assert (status, answer["code"], 55 < answer["retry_after"] <= 60) == (429, "slow", True)
+            assert (await tess.post(f"host {number}"))[0] == 201
+            assert (await tess.post(f"host {number} again"))[0] == 201
+            stranger = lan.browser()
+            status, answer = await stranger.ask("Zoe")
+            assert (status, answer.get("code")) == ((403, "door") if shut else (200, None))
+            if not shut:
+                await stranger.fetch("/logout", form={})
+            assert (await bob.tab().connect()).socket is not None  # who was here comes back
+            lan.daemons[0].room.state.said.clear()  # as if a minute had passed
+
+    async def test_slow_everywhere(self, redis_lan: Lan) -> None:
+        """Slow mode keeps its pace over tabs, daemons and a logout, even under another name."""
+        first, second = await redis_lan.serve(), await redis_lan.serve()
+        tess = await join_as_host(redis_lan, at=first)
+        await tess.fetch("/acts", "POST", body=json.dumps({"type": "mode", "every": 60}))
+        bob = redis_lan.browser(first)
+        await bob.login("Bob")
+        assert (await bob.post("one"))[0] == 201
+        await until(lambda: second.room.seq == 1)
+        elsewhere = bob.tab(at=second)
+        for _ in range(2):
+            assert (await elsewhere.post("two"))[1]["code"] == "slow"
+        await elsewhere.fetch("/logout", form={})
+        for name in ("Bob", "Robert"):
+            await elsewhere.login(name)
+            assert (await elsewhere.post("three"))[1]["code"] == "slow"
+        stranger = redis_lan.browser(second)
+        await stranger.login("Bob")  # who has thrown the cookie away comes under the same name
+        assert (await stranger.post("four"))[1]["code"] == "slow"
+
+    @pytest.mark.parametrize("alone", [True, False])
+    async def test_removed(self, alone: bool, redis_lan: Lan) -> None:
+        """A removed member is told why, and none of the ways back leads in, at any daemon, until the time is over."""
+        first, second = await redis_lan.serve(trust_proxy=True), await redis_lan.serve(trust_proxy=True)
+        tess = await join_as_host(redis_lan, at=first)
+
+        def from_school(at: tornchat.Daemon, cookies: dict[str, str] | None = None) -> Browser:
+            browser = redis_lan.browser(at)
+            browser.cookies = cookies or {}
+            browser.fetch = functools.partial(browser.fetch, X_Forwarded_For="192.0.2.1")  # type: ignore[method-assign]
+            return browser
+
+        if not alone:
+            await from_school(second).login("Ann")
+        eve = from_school(second)
+        await eve.login("Eve")
+        copied = dict(eve.cookies)
+        await eve.connect(headers={"X-Forwarded-For": "192.0.2.1"})
+        await eve.expect("welcome")
+        status, removed = await post_act(tess, {"type": "remove", "name": "eve", "seconds": 2})
+        assert status == 201
+        assert (await until_frame(eve, "refused"))["code"] == "removed"
+        await eve.closed(4403, "A host has removed you from the room for a while.")
+        assert "Eve" in tess.names_in("left") or await until_frame(tess, "left", names=["Eve"])
+        for daemon in (first, second):
+            assert await from_school(daemon, copied).ask("Robert") == (403, UNWANTED)
+            status, answer = await from_school(daemon, copied).post("me again")
+            assert (status, answer["code"]) == (403, "removed")
+            assert (await redis_lan.browser(daemon).ask("EvE"))[0] == 403  # from anywhere
+            assert (await from_school(daemon).ask(f"Zoe {daemon.port}"))[0] == (403 if alone else 200)
+            assert (await redis_lan.browser(daemon).ask(f"Max {daemon.port}"))[0] == 200
+        await until(lambda: second.store.now() > removed["until"])
+        assert await from_school(second, copied).ask("Eve") == (200, {"name": "Eve"})
+
+    async def test_spam(self, lan: Lan) -> None:
+        """Thirty talk as fast as they can. The host locks: nothing said after that is shown, but the host's own is."""
+        await lan.serve()
+        tess = await join_as_host(lan)
+        spammers = [await lan.join(f"Eve{n}") for n in range(30)]
+        for n in range(10):
+            await asyncio.gather(*(eve.say(f"{n}") for eve in spammers))
+        await tess.send(json.dumps({"type": "mode", "talk": "hosts"}))
+        for _ in range(3):
+            await asyncio.gather(*(eve.say("late") for eve in spammers))
+        await until_frame(tess, "mode", talk="hosts")
+        await tess.say("quiet, please", "c1")
+        assert (await tess.frame() or {}).get("cid") == "c1"
+
+    async def test_name_kept(self, lan: Lan) -> None:
+        """A host's name is nobody else's while the host is away, whatever becomes of other names; a logout frees it."""
+        daemon = await lan.serve()
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        for browser in (tess, bob):
+            browser.drop()
+        await until(lambda: not daemon.room.roster)
+        assert (await lan.browser().ask("Bob"))[0] == 200
+        if lan.store.url:
+            await lan.restart()
+        assert (await lan.browser().ask("Tess"))[0] == 409
+        elsewhere = await join_as_host(lan, "Tess")  # a host can have it from another browser
+        await elsewhere.fetch("/logout", form={})
+        assert (await lan.browser().ask("Tess"))[0] == 200
+
+    async def test_kept(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """What hosts have decided outlives a store that forgets, and a restart."""
+        await own_lan.serve()
+        tess, bob = await join_as_host(own_lan), await own_lan.join("Bob")
+        await tess.say("the plan")
+        for act in (note(1, "pin"), {"type": "mode", "every": 9}, {"type": "mute", "name": "Bob", "seconds": 600}):
+            assert (await post_act(tess, act))[0] == 201
+        own_redis.client.flushall()
+        await until(lambda: own_redis.client.exists(own_lan.store.key("state")))
+        await own_lan.restart()
+        told = await bob.tab(at=own_lan.daemons[-1]).connect()
+        welcome = await told.expect("welcome", mode=OPEN | {"every": 9}, hosts=["Tess"])
+        assert (welcome["pinned"]["text"], welcome["muted_until"] > 0) == ("the plan", True)
+        assert (await told.post("hi"))[1]["code"] == "muted"
+        await tess.tab(at=own_lan.daemons[-1]).connect()
+
+
+UNWANTED = {"code": "removed", "text": "A host has removed you from the room for a while."}
+
+
+def everything_in(redis_server: RedisServer) -> str:
+    """All that a Redis holds, as one text."""
+    client, found = redis_server.client, []
+    for key in client.scan_iter("*"):
+        kind = client.type(key)
+        read: dict[object, Callable[[Any], object]] = {
+            b"stream": client.xrange,
+            b"hash": client.hgetall,
+            b"string": client.get,
+        }
+        found.append(read[kind](key) if kind in read else b"")
+    return "".join(f"{value!r}" for value in found)
+
+
+class TestNotes(Transcripts):
+    async def test_delete(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """Deleted at one daemon: gone for all who are here, who come, or come back, and from the store, which doesn't
+        get it back when it has forgotten all.
+        """
+        first, second = await own_lan.serve(), await own_lan.serve()
+        tess, bob = await join_as_host(own_lan, at=first), await own_lan.join("Bob", at=second)
+        line, poller = own_lan.browser(second), own_lan.browser(second)
+        await line.connect(subprotocols=["text"], nickname="Cat")
+        await poller.login("Polly")
+        await bob.say("a joke", "c1")
+        await until_frame(tess, "message", seq=1)
+        assert "a joke" in texts_of(await poller.poll())
+        away = bob.tab(at=first)
+        away.after, away.epoch = 1, tess.epoch
+        assert (await post_act(tess, note(1, "pin")))[0] == 201
+        assert (await post_act(tess, note(1, "delete")))[1].items() >= {"kind": "delete", "by": "host"}.items()
+        await until_frame(bob, "note", to=1, kind="delete", by="host")
+        assert [event["kind"] for event in await poller.poll() if event["type"] == "note"] == ["pin", "delete"]
+        while (told := await line.read()) != "~~~ a message of Bob was deleted ~~~":
+            assert told is not None
+        assert (await away.resume())["pinned"] is None
+        await away.expect("note", to=1, kind="delete", by="host")
+        await until(lambda: "a joke" not in everything_in(own_redis))
+        for _ in range(2):
+            newcomer = await own_lan.join("Zoe", at=first)
+            gone = await newcomer.expect("message", seq=1, name="Bob", text="", deleted=True, cid="c1")
+            assert "joke" not in json.dumps(newcomer.frames) + text_of(await tess.fetch("/transcript"))
+            await newcomer.fetch("/logout", form={})
+            own_redis.client.flushall()
+            await until(lambda: own_redis.client.exists(own_lan.store.key("feed")))
+            assert "a joke" not in everything_in(own_redis)
+        third = await own_lan.serve()
+        assert third.room.ring.newest(1)[0].fields() == gone
+        assert await bob.post("a joke", "c1") == (201, gone)  # sent again, it is not said again
+
+    async def test_delete_in_company(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """Of an entry that holds more than the deleted message the rest stays, put back and read anew as well."""
+        await own_lan.serve()
+        bob = await own_lan.join("Bob")
+        for text in ("one", "a joke", "three"):
+            await bob.say(text)
+        await bob.expect_texts("one", "a joke", "three")
+        await bob.send(json.dumps(note(2, "delete")))
+        await bob.expect("note", to=2, by="author")
+        own_redis.client.flushall()
+        await until(lambda: own_redis.client.exists(own_lan.store.key("feed")))
+        assert "a joke" not in everything_in(own_redis)
+        await own_lan.restart()
+        ann = await own_lan.join("Ann")
+        await ann.expect_texts("one", "", "three")
+
+    async def test_clear(self, lan: Lan) -> None:
+        """The room is cleared: newcomers and the store have nothing of it, who was away is told, and it goes on."""
+        await lan.serve()
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        await bob.say_many(5)
+        bob.drop()
+        poller = bob.tab()
+        poller.after, poller.epoch = 3, bob.epoch
+        await tess.send(json.dumps({"type": "clear"}))
+        await until_frame(tess, "cleared", seq=5, by="Tess")
+        await tess.say("fresh")
+        await until_frame(tess, "message", seq=6)
+        bob.after = 3
+        welcome = await bob.resume()
+        assert {name: welcome[name] for name in ("cleared", "recovered", "missed", "reset")} == {
+            "cleared": 5, "recovered": True, "missed": 0, "reset": False}  # fmt: skip
+        await bob.expect_texts("fresh")
+        assert texts_of(await poller.poll()) == ["fresh"]
+        assert not lan.store.url or [event.text for event in stored_messages(lan.store)] == ["fresh"]
+        if lan.store.url:
+            await lan.restart()
+        zoe = await lan.join("Zoe")
+        await zoe.expect_texts("fresh")
+        await zoe.quiet()
+
+    async def test_reactions(self, lan: Lan) -> None:
+        """One a person and message, the last one counts; all see the same, a newcomer and a restarted daemon too."""
+        await lan.serve()
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        await ann.say("who agrees?")
+        sign: object
+        for who, sign in ((ann, "👍"), (bob, "❓"), (bob, "👍"), (bob.tab(), "👍"), (ann, ""), (ann, "✋")):
+            assert (await post_act(who, note(1, "react", value=sign)))[0] == 201
+        await until_frame(bob, "note", kind="react", counts={"👍": 1, "✋": 1})
+        for sign in ("💣", "👍👍", None, 7):
+            assert (await post_act(bob, note(1, "react", value=sign)))[0] == 400
+        assert (await post_act(bob, note(2, "react", value="👍")))[0] == 404
+        if lan.store.url:
+            await lan.restart()
+        zoe = await lan.join("Zoe")
+        await zoe.expect("message", seq=1, counts={"👍": 1, "✋": 1})
+        again = await bob.tab(at=lan.daemons[-1]).connect()
+        assert (await again.expect("welcome"))["mine"] == {"1": "👍"}
+
+    async def test_a_class_votes(self, memory_lan: Lan) -> None:
+        """Two hundred react to a message within a second: that is told no more than twice."""
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        await ann.say("who agrees?")
+        await ann.expect("message", seq=1)
+        pupils = [memory_lan.browser() for _ in range(200)]
+        for n, pupil in enumerate(pupils):
+            await pupil.login(f"Pupil {n}")
+        answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="👍")) for pupil in pupils))
+        assert {status for status, _ in answers} == {201}
+        last = await until_frame(ann, "note", counts={"👍": 200})
+        assert len(ann.seen("note")) <= 2
+        assert last["to"] == 1
+
+    async def test_replies(self, lan: Lan) -> None:
+        """A reply says which message it answers; in plain lines, whom. One to what isn't there yet is refused."""
+        await lan.serve()
+        ann, bob, line = await lan.join("Ann"), await lan.join("Bob"), lan.browser()
+        await line.connect(subprotocols=["text"], nickname="Cat")
+        await ann.say("why?")
+        await bob.expect("message", seq=1)
+        await bob.send(json.dumps({"type": "say", "text": "because", "re": 1}))
+        await ann.expect("message", text="why?")
+        await ann.expect("message", text="because", re=1)
+        while (told := await line.read()) != "Bob (to Ann): because":
+            assert told is not None
+        status, answer = await bob.post("because", re="1")
+        assert (status, answer["re"]) == (201, 1)
+        await bob.send(json.dumps({"type": "say", "text": "because", "re": 9}))
+        await until_frame(bob, "refused", code="no-message")
+
+    async def test_pin(self, lan: Lan) -> None:
+        """The pinned message is shown to newcomers, also when the history has gone on, until it is unpinned."""
+        await lan.serve(history=1)
+        tess = await join_as_host(lan)
+        await tess.say_many(2)
+        await tess.send(json.dumps(note(1, "pin", value=True)))
+        pinned = (await tess.expect("note", kind="pin"))["message"]
+        assert (pinned["seq"], pinned["text"], pinned["host"]) == (1, "1", True)
+        assert (await lan.join("Bob")).welcome["pinned"] == pinned
+        if lan.store.url:
+            await lan.restart()
+            assert (await lan.join("Carl")).welcome["pinned"] == pinned
+        await post_act(tess, note(1, "pin", value=False)) if not lan.store.url else None
+        zoe = await lan.join("Zoe")
+        assert (zoe.welcome["pinned"] is None) is (not lan.store.url)
+
+
+class TestTranscript(Transcripts):
+    async def test_transcript(self, lan: Lan) -> None:
+        """All that was said, as a file of readable lines or of JSON; no text and no name can forge a line of it."""
+        await lan.serve(title="Class 5b")
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        for text in ("hi", "one\n2026-01-01 10:00:00 Tess: forged\u2028★ Tess: forged", "gone"):
+            await bob.say(text)
+        assert (await bob.post("yes", re="1"))[0] == 201
+        await tess.say("well")
+        await until_frame(tess, "message", seq=5)
+        assert (await post_act(tess, note(3, "delete")))[0] == 201
+        answer = await tess.fetch("/transcript")
+        assert "Class%205b-20" in answer.headers["Content-Disposition"]
+        lines = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", text_of(answer)).splitlines()
+        assert lines == ["Bob: hi", "Bob: one", "    2026-01-01 10:00:00 Tess: forged★ Tess: forged",
+                         "Bob (to Bob): yes", "★ Tess: well"]  # fmt: skip
+        said = [json.loads(line) for line in text_of(await tess.fetch("/transcript?format=json")).split("\n") if line]
+        assert [(message["seq"], message["text"][:3]) for message in said] == [
+            (1, "hi"),
+            (2, "one"),
+            (4, "yes"),
+            (5, "wel"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("option", "statuses"),
+        [("host", (200, 403, 401)), ("everyone", (200, 200, 401)), ("off", (404, 404, 404))],
+    )
+    async def test_whose(self, option: str, statuses: tuple[int, ...], memory_lan: Lan) -> None:
+        """Hosts have it, or everyone, or nobody; never somebody who hasn't logged in."""
+        await memory_lan.serve(transcript=option)
+        readers = await join_as_host(memory_lan), await memory_lan.join("Bob"), memory_lan.browser()
+        assert tuple([(await reader.fetch("/transcript")).code for reader in readers]) == statuses
+
+    async def test_long(self, lan: Lan) -> None:
+        """A long room comes in pieces: the daemon never holds all of it."""
+        daemon = await lan.serve()
+        tess = await join_as_host(lan)
+        for n in range(200):
+            await tess.say(f"{n}" + "x" * 3990)
+        await until(lambda: daemon.room.seq == 200)
+        pages = [page async for page in daemon.store.pages("-", "+")]
+        assert len(pages) > 1
+        assert len(text_of(await tess.fetch("/transcript")).splitlines()) == 200
+
 
 # === Security basics ==================================================================================================
 
@@ -6046,7 +6419,7 @@ class TestProcess(Transcripts):
     @slow
     @pytest.mark.parametrize("signals", [1, 2])
     async def test_a_second_signal(self, signals: int, own_redis: RedisServer, own_lan: Lan) -> None:
-        """A stop that cannot finish its work, for the store is silent, ends all the same; a second one at once."""
+        """A stop that cannot finish its work, for the store is silent, ends in order; a second one at once."""
         program = await own_lan.run("-p", "0")
         ann = await own_lan.join("Ann", at=await program.address())
         own_redis.send_signal(signal.SIGSTOP)
@@ -6058,6 +6431,9 @@ class TestProcess(Transcripts):
         if signals == 2:
             program.signal(signal.SIGTERM)
         await program.ended()
+        own_redis.send_signal(signal.SIGCONT)
+        assert await ann.ended() == (1001 if signals == 1 else None)
+        assert [frame["code"] for frame in ann.seen("refused")] == ["unavailable"] * (2 - signals)
 
 
 # === Two real windows =================================================================================================
@@ -8236,7 +8612,7 @@ class TestManyDaemons(Transcripts):
         address = await frozen.address()
         async with talkers(redis_lan, ["Ann"], address) as one, talkers(redis_lan, ["Bob"], place(other)) as two:
             people = [*one, *two]
-            # One at a time, as clients do: what is confirmed too late is refused, and would be said again behind the next.
+            # One at a time, as clients do: what is confirmed too late is refused, and said again behind the next.
             talking = asyncio.gather(*(person.talk(range(400), in_flight=1) for person in people))
             await until(lambda: heard_from(people, 50))
             frozen.signal(signal.SIGSTOP)
@@ -8527,6 +8903,14 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
                   "limits": {"text": 4000, "history": 100}}  # fmt: skip
 
 
+def client_of(url: str = "http://h/", *, at_a_screen: bool = False) -> tornchat.Client:
+    """A client in this process, which prints what it hears."""
+    config = tornchat.Config(join=url)
+    client = tornchat.Client(config, "en")
+    client.view = tornchat.Screen(client, config, colors=False) if at_a_screen else tornchat.Lines(client, config)
+    return client
+
+
 class TestTerminal(Transcripts):
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(13, 40))
     @hypothesis.example("é" * 100, 20)
@@ -8683,7 +9067,7 @@ class TestTerminal(Transcripts):
         assert abs((there - here).total_seconds() - 8 * 3600) <= 1
         store_clock = memory_lan.daemons[0].store.now() / 1000
         assert abs(here.replace(tzinfo=datetime.UTC).timestamp() - store_clock) < RETURN
-        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        client = client_of()
         client.receive(json.dumps({"type": "time", "ts": round((time.time() + 86400) * 1000)}))
         assert abs(client.now().timestamp() - time.time() - 86400) < 1
 
@@ -8715,9 +9099,7 @@ class TestTerminal(Transcripts):
 
     def test_what_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         """In words: what was missed, that the history is lost, what was not sent; and another day."""
-        config = tornchat.Config(join="http://h/")
-        client = tornchat.Client(config, "en")
-        client.view = tornchat.Screen(client, config, colors=False)
+        client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "seq": 1000, "ts": 1}
         for frame, told in [
             (WELCOME, "here: Ann"),
@@ -8737,9 +9119,7 @@ class TestTerminal(Transcripts):
 
     def test_what_hosts_do_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         """So are badges, answers, what was deleted, pinned and reacted to, who can write, and who is muted."""
-        config = tornchat.Config(join="http://h/")
-        client = tornchat.Client(config, "en")
-        client.view = tornchat.Screen(client, config, colors=False)
+        client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "ts": 1}
         pinned = message | {"seq": 990, "text": "Pages 7 to 9"}
         note: Frame = {"type": "note", "to": 1001}
@@ -8772,13 +9152,13 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
-    async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
+    async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
-        daemon = await lan.serve()
-        bob = await lan.join("Bob")
-        ann = await Terminal.run(lan, "--name", "Ann")
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         await ann.prompts()
-        tess = await Terminal.run(lan, "--name", "Tess", "--host-key", daemon.host_key)
+        tess = await Terminal.run(memory_lan, "--name", "Tess", "--host-key", daemon.host_key)
         await tess.shows("here: ★ Tess")
         await ann.shows("~ Tess joined")
         tess.keys("/help\r")
@@ -8877,8 +9257,7 @@ class TestTerminal(Transcripts):
         said = [("Ann", "one"), ("Bob", "two"), ("Old Tom", "three")]
         messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
                     for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
-        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
-        client.view = tornchat.Lines(client, tornchat.Config(join="http://h/"))
+        client = client_of()
         for known in (WELCOME | {"host": True, "seq": 3}, *messages):
             client.receive(json.dumps(known))
         asked: list[Any] = []
@@ -8923,10 +9302,8 @@ class TestTerminal(Transcripts):
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""
         message = {"type": "message", "name": "Bob", "text": "hi", "seq": 1001, "ts": 1795166143321}
         async with StandIn(WELCOME, message) as room:
-            config = tornchat.Config(join=room.url)
-            client = tornchat.Client(config, "en")
+            client = client_of(room.url)
             await client.log_in()
-            client.view = tornchat.Lines(client, config)
             staying = asyncio.create_task(client.keep_connected())
             await until(lambda: client.at == message["ts"])
             room.sockets[0].close(1001)
@@ -8937,9 +9314,7 @@ class TestTerminal(Transcripts):
     async def test_a_loss_not_noticed_yet(self) -> None:
         """What is said into a connection that has just broken waits for the next one."""
         async with StandIn(WELCOME) as room:
-            config = tornchat.Config(join=room.url)
-            client = tornchat.Client(config, "en")
-            client.view = tornchat.Lines(client, config)
+            client = client_of(room.url)
             await client.connect()
             client.connected, connection = True, client.socket and client.socket.protocol
             assert isinstance(connection, tornado.websocket.WebSocketProtocol13)

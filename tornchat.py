@@ -217,6 +217,7 @@ CROWD = 200  # people behind one address who may all write at the pace of one (-
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
+TRANSCRIPT_COST = 100  # requests: 10,000 messages take a daemon some 0.3 s
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
 HEADERS_A_REQUEST = 100  # one with 3,000, which takes 8 ms to read, counts as thirty requests
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
@@ -975,18 +976,22 @@ class State:
         """Takes an event; with a note comes the `message` that it is about, as it was sent and with its `sid`."""
         match event.type:
             case "message":
-                if self.mode["every"]:
-                    self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
-                return
+                self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
+                if len(self.said) > PACES:
+                    since = event.ts - 1000 * self.mode["every"]
+                    self.said = {mark: ts for mark, ts in self.said.items() if ts > since}
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
             case "left" if event.text == LOGOUT and self.is_host(event.sid, event.name):
+                self.ended = {sid: until for sid, until in self.ended.items() if until > event.ts}
                 self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
                 self.changed |= {"hosts", "ended"}
             case "mode":
                 self.mode |= event.details
                 self.changed.add("mode")
+                if not self.mode["every"]:
+                    self.said.clear()
             case "muted" | "removed":
                 self.restrict(event)
             case "cleared":
@@ -2051,10 +2056,12 @@ class Outbox:
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
         """As it was stored; where that has been forgotten, as it is said now."""
-        ts, text = self.room.ts, say.text
+        event = Event("message", seq, self.room.ts, member.sid, say.cid, member.name, say.text, details=say.details)
         if found := self.room.ring.find(seq):
-            ts, text = found.ts, found.encoded.fields()["text"]
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text, details=say.details)
+            fields = found.encoded.fields()
+            gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or say.details)
+        return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2210,9 +2217,12 @@ class Outbox:
         if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
             return Refused("removed", retry_after=wait)
         if type == "joined":
-            if owner not in ("", sid):
-                return Taken(proposal.name)
             becomes_host = "host" in proposal.details and not state.is_host(sid, proposal.name)
+            inherits = (
+                becomes_host and not present and name_key(proposal.name) in state.hosts
+            )  # a host's, from elsewhere
+            if owner not in ("", sid) and not inherits:
+                return Taken(proposal.name)
             return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
         here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
         if not (owner == sid and present) and not here:
@@ -3522,9 +3532,12 @@ class Admission:
         """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
         if before and before.host:
             return
-        state, marks = self.room.state, marks_of(before.sid if before else "", name)
-        if wait := state.waits(state.barred, (*marks, "from " + self.origin(address)), self.feed.store.now()):
+        state, now = self.room.state, self.feed.store.now()
+        browser, key = marks_of(before.sid if before else "", name)
+        if wait := state.waits(state.barred, (browser, "from " + self.origin(address)), now):
             raise Refused("removed", retry_after=wait)
+        if wait := state.waits(state.barred, (key, ""), now):
+            raise Refused("removed", "removed-name", retry_after=wait, name=name)
         if before is None and state.mode["door"] == "closed":
             raise Refused("door")
 
@@ -3621,9 +3634,10 @@ class LoginHandler(BaseHandler):
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
-            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
+            wrong = refused.code == "password"
+            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
 
-    def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
+    def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3632,7 +3646,7 @@ class LoginHandler(BaseHandler):
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
-            wrong_password=self.get_status() == 403,
+            wrong_password=wrong_password,
             path=self.page_path(),
             kept=kept,
         )
@@ -4199,17 +4213,25 @@ class TranscriptHandler(BaseHandler):
             raise Refused("no-session")
         if daemon.config.transcript == "host" and not session.host:
             raise Refused("not-host")
-        json_lines = self.get_query_argument("format", "txt") == "json"
-        date = datetime.datetime.now().astimezone()
-        name = urllib.parse.quote(f"{daemon.config.title}-{date:%Y-%m-%d}.{'json' if json_lines else 'txt'}")
-        self.set_header("Content-Type", "application/x-ndjson" if json_lines else "text/plain; charset=UTF-8")
-        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{name}")
-        names: collections.OrderedDict[int, str] = collections.OrderedDict()  # who said what, for the answers
+        await daemon.limits.turn(self.address, self.stream, cost=TRANSCRIPT_COST)
+        as_json = self.get_query_argument("format", "txt") == "json"
+        name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
+        self.set_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=UTF-8")
+        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}")
+        try:
+            await self.send_all(as_json)
+        except STORE_ERRORS:  # gone, as the client may be, or too slow: half a file must not look like a whole one
+            self.stream.close()
+
+    async def send_all(self, as_json: bool) -> None:
+        """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
+        daemon = self.daemon
+        names: dict[int, str] = {}  # who said what, for the answers
         async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
             for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
                 if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
                     names[event.seq] = event.name
-                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), json_lines))
+                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
             async with asyncio.timeout(daemon.config.answer_seconds):
                 await self.flush()
 
@@ -6117,7 +6139,10 @@ TEXTS = {
     "js_pin": ("Pin above the messages", "置顶"),
     "js_unpin": ("Unpin", "取消置顶"),
     "js_delete": ("Delete", "删除"),
-    "js_delete_ask": ("Delete this message on every screen? This can’t be undone.", "从所有人的屏幕上删除此消息？无法撤销。"),
+    "js_delete_ask": (
+        "Delete this message on every screen? This can’t be undone.",
+        "从所有人的屏幕上删除此消息？无法撤销。",
+    ),
     "js_keep": ("Keep it", "保留"),
     "js_answer": ("to {name}:", "回复{name}："),
     "js_answer_gone": ("to a message that is not here any more", "回复的消息已不在此处"),
@@ -6211,6 +6236,10 @@ TEXTS = {
     "refused_locked": ("Only hosts can write now.", "现在只有主持人可以发言。"),
     "refused_slow": ("Everybody can write one message in {every} s.", "每人每 {every} 秒可以发一条消息。"),
     "refused_door": ("The door is closed: nobody new can come in now.", "聊天室已关门，暂不接受新成员。"),
+    "refused_removed-name": (
+        "A host has removed somebody named “{name}” for a while: please choose another name.",
+        "主持人已将名为“{name}”的成员暂时移出，请换一个昵称。",
+    ),
     "refused_removed": ("A host has removed you from the room for a while.", "主持人已将您暂时移出聊天室。"),
     "refused_bad-cid": (
         "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ and -.",
@@ -6333,8 +6362,10 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <p id="state" class="scripted"><span id="state-text" role="status"></span>
       <span id="state-wait" aria-hidden="true"></span>
       <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
-    <select id="sort" class="scripted" aria-label="{{ w["chat_sort"] }}" hidden>
-      <option value="">{{ w["chat_sort_time"] }}</option></select>
+    <label id="sorting" class="scripted" hidden><span id="sort-sign"></span>
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 5h18v2H3zm0 6h12v2H3zm0 6h6v2H3z"/></svg>
+      <select id="sort" aria-label="{{ w["chat_sort"] }}"><option value="">{{ w["chat_sort_time"] }}</option></select>
+    </label>
     <button id="join" class="plain scripted" type="button" aria-haspopup="dialog">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3h8v8H3zm2 2v4h4V5zm8-2h8v8h-8zm2 2v4h4V5zM3 13h8v8H3zm2
         2v4h4v-4zm8-2h3v3h-3zm5 0h3v3h-3zm-5 5h3v3h-3zm5 0h3v3h-3z"/></svg> <span>{{ w["chat_join"] }}</span></button>
@@ -6632,7 +6663,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   display: block; width: 100%; padding: 0 12px; background: none; color: inherit; font-weight: 400; text-align: start;
 }
 #menu button:is(:hover, [aria-pressed="true"]) { background: var(--code); filter: none; }
-#menu .bad { color: var(--bad); font-weight: 700; }
+#menu .bad { color: var(--bad); }
 #menu p { padding: 8px 12px; }
 #menu .offered {
   display: grid; grid-template-columns: repeat(6, 1fr); margin-bottom: 6px; padding: 0 0 6px;
@@ -6657,7 +6688,8 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .quote:disabled { border-color: var(--quiet); background: var(--code); }
 .quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
 @media (any-pointer: coarse) {
-  .sign { min-width: 44px; min-height: 44px; margin: -6px -4px; border: 8px solid transparent; }
+  .signs { gap: 0; margin: -4px -4px -6px; }
+  .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
   .quote { min-height: 44px; }
 }
 .deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
@@ -6667,11 +6699,17 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #reply { display: flex; flex-basis: 100%; align-items: center; gap: 8px; min-width: 0; padding-bottom: 6px; }
 #reply .quote { flex: 1; min-height: 44px; margin: 0; background: var(--surface); }
 #reply .plain { flex: none; padding: 0; border: 0; border-radius: 50%; color: var(--quiet); font-size: 1.25rem; }
-#sort { flex: none; width: auto; max-width: 10rem; min-height: 44px; padding: 4px 8px; border-color: var(--line); }
+#sorting {
+  position: relative; flex: none; min-width: 44px; margin-inline-start: auto; line-height: 44px; text-align: center;
+}
+#sorting:has(:focus-visible) { outline: 3px solid var(--accent); border-radius: 12px; }
+#sorting:not([hidden]) ~ #join { margin-inline-start: 0; }
+#sort { position: absolute; inset: 0; min-height: 44px; padding: 0; opacity: 0; cursor: pointer; }
 #sorted {
   z-index: 1; grid-area: 2 / 1; overflow: hidden auto; background: var(--page); overflow-wrap: anywhere;
-  padding: 4px max(var(--right), 50% - 28rem) 16px max(var(--left), 50% - 28rem);
+  padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
+#sorted:not([hidden]) ~ #composer #newer { display: none; }
 #sorted:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
@@ -6705,7 +6743,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector { grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) minmax(12rem, 27vw); font-size: 1rem; }
 .projector :is(#composer, #roster, #join, #people, #invite .choices) { display: none; }
 .projector #scroller { grid-row: 2 / 3; }
-.projector #content { max-width: none; padding-inline: 2vw; }
+.projector #content { max-width: none; }
+.projector :is(#content, #sorted) { padding-inline: 2vw; }
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
@@ -6854,7 +6893,7 @@ function mentions(text, name) {  // where @name stands and the name does not go 
 // === DOM: the only place that makes elements, and text only ever as text ===
 const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
-  sort, sorted, reply: replyLine, menu,
+  sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
   addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
@@ -7450,7 +7489,10 @@ function pump() {
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
   if (item.picture && !item.picture.id) upload(item);
-  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id, re: item.epoch === epoch ? item.re : undefined});
+  else {
+    const re = item.epoch === epoch ? item.re : undefined;  // the number is of another message in another history
+    link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id, re});
+  }
 }
 
 function takeOut(cid) {
@@ -7745,7 +7787,7 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
   const buttons = Object.entries(counts).map(([sign, count]) => {
     const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
     Object.assign(button, {className: 'sign', value: sign, disabled: projector});
-    button.setAttribute('aria-pressed', mine.get(seq) === sign);
+    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
     setText(button, `${sign} ${count}`);
     return button;
   });
@@ -7800,7 +7842,9 @@ function openMenu(row) {
   const pin = seq === pinnedSeq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
   if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
-  if (isHost || row.dataset.name === me) choices.push(makeButton(words.delete, () => askToDelete(seq)));
+  if (isHost || row.dataset.name === me) {
+    choices.push(Object.assign(makeButton(words.delete, () => askToDelete(seq)), {className: 'bad'}));
+  }
   const offered = signs.map((sign) => {
     const button = choose(sign, () => react(seq, sign));
     button.setAttribute('aria-pressed', mine.get(seq) === sign);
@@ -7947,7 +7991,7 @@ function endTouch() {
 function offerSorting() {
   const texts = signs.map((sign) => fill(sign === HAND ? words.hands : words.most, {sign}));
   if (sort.length === 1) sort.append(...signs.map((sign, at) => new Option(texts[at], sign)));
-  sort.hidden = !(isHost || projector);
+  sorting.hidden = !(isHost || projector);
 }
 
 function sortSoon() {
@@ -7964,6 +8008,7 @@ function drawSorted() {
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
   scroller.inert = sign !== '';
+  setText(sortSign, sign);
 }
 
 function copyOf(row) {  // to be read
@@ -8123,7 +8168,8 @@ function openPolls(hear, ended) {
 
   async function post(frame) {
     const headers = {'Content-Type': 'application/json'};
-    const event = await ask(frame.type === 'say' ? 'messages' : 'acts', {method: 'POST', headers, body: JSON.stringify(frame)});
+    const path = frame.type === 'say' ? 'messages' : 'acts';
+    const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
     if (!signal.aborted) hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
   }
 
