@@ -3829,6 +3829,8 @@ class TestPictureStore(Transcripts):
             status, told = await upload(ann, data)
             assert (status, told["code"]) in ((415, "bad-picture"), (413, "too-long")), what
             assert told["text"].endswith("."), what
+        film = f"POST /pictures HTTP/1.1\r\nHost: localhost\r\nCookie: {ann.headers()['Cookie']}\r\n"
+        assert " 413 " in await raw_request(place(daemon), film + "Content-Length: 9000000\r\n\r\n")
         assert await daemon.store.redis.keys("*picture*") == []
         assert (await upload(ann))[0] == 201
 

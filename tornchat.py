@@ -1084,7 +1084,7 @@ class State:
             left = note.deleted or Event("message", to, 0, details={"by": "host"})
             return encode(frame | {"by": left.details.get("by")}, f"~~~ a message of {left.name} was deleted ~~~")
         pinned = self.pinned
-        said = f"pinned: {badge(pinned)}{pinned['name']}: {shown(pinned['text'])}" if pinned else "nothing is pinned"
+        said = f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
         return encode(frame | {"message": pinned}, f"~~~ {said} ~~~")
 
     def notes_since(self, after: int) -> list[Encoded]:
@@ -4409,6 +4409,8 @@ class PicturesHandler(EventHandler):
     async def prepare(self) -> None:
         """Whoever may not send one hears so when all of it has come: who is still sending doesn't listen."""
         await super().prepare()
+        if (whole_number(self.request.headers.get("Content-Length", "")) or 0) > 2 * PICTURE_BYTES:
+            raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)  # that is too much to wait for
         self.received = bytearray()
         connection: Any = self.request.connection
         connection.set_max_body_size(2 * PICTURE_BYTES)
@@ -5278,7 +5280,7 @@ class Client:
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
-            self.recent[seq] = name, shown(frame["text"])[:QUOTED_CHARS]
+            self.recent[seq] = name, shown(self.text_of(frame))[:QUOTED_CHARS]
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
 
