@@ -324,21 +324,16 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer, not an error
-    """A wish that is answered in words instead of being done.
-
-    `code` is the frame's (DESIGN: too-fast, too-long, empty, ...), `word` the key of its sentence in WORDS.
-    """
+    """What was asked is not done; programs get the code, people the sentence that `word` is the key of."""
 
     def __init__(self, code: str, word: str = "", *, cid: str = "", retry_after: float = 0, **values: object) -> None:
         super().__init__(code)
         self.code, self.word, self.cid, self.retry_after, self.values = code, word or code, cid, retry_after, values
 
     def sentence(self, language: str) -> str:
-        """The reason, for the user."""
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
     def event(self, language: str) -> dict[str, object]:
-        """As it is told to the client."""
         event: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
         if self.cid:
             event["cid"] = self.cid
@@ -348,69 +343,8 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
 
 
 class Taken(Refused):
-    """The name belongs to another session."""
-
     def __init__(self, name: str) -> None:
         super().__init__("taken", name=name)
-
-
-class Say(NamedTuple):
-    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0, and `picture`
-    the id of one, or "".
-    """
-
-    text: str
-    cid: str
-    re: int = 0
-    picture: str = ""
-
-    @property
-    def details(self) -> Mapping[str, Any]:
-        """Those of the event that it proposes."""
-        return ({"re": self.re} if self.re else {}) | ({"picture": self.picture} if self.picture else {}) or NO_DETAILS
-
-
-def parse_object(raw: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} for any other JSON. Raises Refused."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise Refused("bad-frame", "not-json") from None
-    return value if isinstance(value, dict) else {}
-
-
-def parse_frame(raw: str | bytes) -> Say | Act:
-    """What a client sends. Raises Refused."""
-    if isinstance(raw, bytes):
-        raise Refused("bad-frame", "binary")
-    frame = parse_object(raw)
-    return parse_say(frame) if frame.get("type") == "say" else parse_act(frame)
-
-
-def parse_say(fields: Mapping[str, Any]) -> Say:
-    """What is to be said, of a frame or a form. Raises Refused, with the cid once that is known to be one."""
-    with told_with_cid(fields) as cid:
-        picture = fields.get("picture", "")
-        if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
-            raise Refused("no-picture")
-        text = fields.get("text", "" if picture else None)
-        if not isinstance(text, str):
-            raise Refused("bad-frame", "no-text")
-        cleaned = clean_text(text, may_be_empty=bool(picture))
-        return Say(cleaned, cid, number_field(fields, "re", 1, MOST_MESSAGES, 0), picture)
-
-
-@contextlib.contextmanager
-def told_with_cid(fields: Mapping[str, Any]) -> Iterator[str]:
-    """The cid of a frame, "" if it has none; whatever is Refused meanwhile carries it."""
-    cid = fields.get("cid", "")
-    if not isinstance(cid, str) or ("cid" in fields and not CID.fullmatch(cid)):
-        raise Refused("bad-frame", "bad-cid")
-    try:
-        yield cid
-    except Refused as refused:
-        refused.cid = cid
-        raise
 
 
 def picture_id(key: str, browser: str, name: str) -> str:
@@ -425,22 +359,6 @@ def picture_fields(id: str) -> dict[str, object]:
     match = PICTURE.fullmatch(id)
     assert match
     return {"id": id, "width": int(match[1]), "height": int(match[2])}
-
-
-def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
-    """A whole number of a frame. Raises Refused."""
-    value = fields.get(name, default)
-    if type(value) is int and (least <= value <= most or value == default):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
-
-
-def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
-    """One of these values. Raises Refused."""
-    value = fields.get(name, default)
-    if value in choices and type(value) is type(choices[0]):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
 
 
 def clean_text(text: str, *, may_be_empty: bool = False) -> str:
@@ -751,9 +669,8 @@ class Encoded:
         """The JSON alone, for answers of HTTP."""
         return self.frame[{126: 4, 127: 10}.get(self.frame[1], 2) :]
 
-    def fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = json.loads(self.json)
-        return fields
+    def fields(self) -> Any:
+        return json.loads(self.json)
 
     @property
     def line(self) -> bytes:
@@ -840,40 +757,99 @@ def encode_message(event: Event, answered: str = "") -> Encoded:
 
 
 def encode_store(available: bool) -> Encoded:
-    """A `store` event."""
     return encode({"type": "store", "available": available})
 
 
 # === Acts =============================================================================================================
-# What is done besides talking: notes on messages, and what hosts do with people and the room. An act goes the way of a
-# message; what comes of it is in the State, which follows from the feed alone, so that all daemons agree. Pure, too.
+# What clients ask for: to say something, to do something to a message (a note), and what hosts do with people and the
+# room. All of it goes through the outbox and the feed. What comes of it, beside messages, is the State, which follows
+# from the feed alone, so that all daemons agree. Pure, too.
 
 SIGNS = ("👍", "👎", "❤️", "😂", "✋", "❓")  # to react with
 
 
 class Act(NamedTuple):
-    """What a client wants to be done: type and details of the event that it proposes."""
+    """The event that a client asks for. `cid` is "" where it wants no confirmation."""
 
     type: str
-    details: dict[str, Any]
+    details: Mapping[str, Any]
     cid: str = ""
+    text: str = ""
+
+
+def parse_object(raw: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} for any other JSON. Raises Refused."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise Refused("bad-frame", "not-json") from None
+    return value if isinstance(value, dict) else {}
+
+
+def parse_frame(raw: str | bytes) -> Act:
+    """What a client sends through its socket. Raises Refused."""
+    if isinstance(raw, bytes):
+        raise Refused("bad-frame", "binary")
+    return parse_act(parse_object(raw))
 
 
 def parse_act(frame: Mapping[str, Any]) -> Act:
-    """What a frame wants to be done. Raises Refused."""
-    with told_with_cid(frame) as cid:
-        match frame.get("type"):
-            case "note":
-                return Act("note", parse_note(frame), cid)
-            case "clear":
-                return Act("cleared", {}, cid)
-            case "mute":
-                return Act("muted", parse_target(frame, 0), cid)
-            case "remove":
-                return Act("removed", parse_target(frame, 1), cid)
-            case "mode":
-                return Act("mode", parse_mode(frame), cid)
-        raise Refused("bad-frame", "unknown-type")
+    """What is asked for. Raises Refused, with the cid once that is known to be one."""
+    cid = frame.get("cid", "")
+    if not isinstance(cid, str) or ("cid" in frame and not CID.fullmatch(cid)):
+        raise Refused("bad-frame", "bad-cid")
+    try:
+        return read_act(frame, cid)
+    except Refused as refused:
+        refused.cid = cid
+        raise
+
+
+def read_act(frame: Mapping[str, Any], cid: str) -> Act:
+    match frame.get("type"):
+        case "say":
+            details, text = parse_say(frame)
+            return Act("message", details, cid, text)
+        case "note":
+            return Act("note", parse_note(frame), cid)
+        case "clear":
+            return Act("cleared", {}, cid)
+        case "mute":
+            return Act("muted", parse_target(frame, 0), cid)
+        case "remove":
+            return Act("removed", parse_target(frame, 1), cid)
+        case "mode":
+            return Act("mode", parse_mode(frame), cid)
+    raise Refused("bad-frame", "unknown-type")
+
+
+def parse_say(frame: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Details and text."""
+    picture = frame.get("picture", "")
+    if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
+        raise Refused("no-picture")
+    text = frame.get("text", "" if picture else None)
+    if not isinstance(text, str):
+        raise Refused("bad-frame", "no-text")
+    answered = number_field(frame, "re", 1, MOST_MESSAGES, 0)
+    details = {name: value for name, value in (("re", answered), ("picture", picture)) if value}
+    return details, clean_text(text, may_be_empty=bool(picture))
+
+
+def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
+    """A whole number of a frame. Raises Refused."""
+    value = fields.get(name, default)
+    if type(value) is int and (least <= value <= most or value == default):
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
+
+
+def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
+    """One of these values. Raises Refused."""
+    value = fields.get(name, default)
+    if value in choices and type(value) is type(choices[0]):
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
 
 
 def parse_note(frame: Mapping[str, Any]) -> dict[str, Any]:
@@ -1063,9 +1039,11 @@ class State:
     # --- as it is told ---
 
     def encode(self, event: Event) -> Encoded:
-        """An act, to those who are here; POST /acts answers the same."""
+        """An act as all are told of it; a POST answers the same."""
         details, frame = event.details, {"type": event.type, "ts": event.ts, "by": event.name}
         match event.type:
+            case "message":
+                return encode_message(event)
             case "note":
                 return self.encode_note(details["to"], details["kind"])
             case "cleared":
@@ -1280,11 +1258,8 @@ class Store:
         return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
 
     async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
-        """The feed from its newest entry back to its oldest, or from one id on to another, in pages that come in time
-        over a slow line, too.
-        """
-        count = 8
-        at = since or "+"
+        """The feed, newest first, or from one id on to another, in pages that come in time over a slow line, too."""
+        at, count = since or "+", 8
         while True:
             try:
                 page = await self.page(at, until, count)
@@ -1678,7 +1653,6 @@ class Room:
         self.sessions[listener.member.sid] = listener.member
 
     def replay(self, listener: Listener, seen: ResumePoint) -> None:
-        """The welcome, and the messages that came after the resume point."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
         listener.replay([*self.greeting(listener.member, owed, seen), *owed.events])
@@ -1703,7 +1677,6 @@ class Room:
             listener.send(batch)
 
     def send_notice(self, event: Event, encoded: Encoded) -> None:
-        """What only some are told."""
         for listener in tuple(self.listeners):
             if self.concerns(event, listener.member):
                 listener.send(Batch(encoded))
@@ -1715,11 +1688,7 @@ class Room:
     def is_host(self, member: Member) -> bool:
         return self.state.is_host(member.sid, member.name)
 
-    def is_deleted(self, seq: int) -> bool:
-        return self.state.is_deleted(seq)
-
     def hosts(self) -> list[str]:
-        """The names of the hosts on the roster."""
         here = (self.roster.get(key) for key in self.state.hosts)
         return [member.name for member in here if member and self.is_host(member)]
 
@@ -2011,28 +1980,19 @@ class Outbox:
         self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
         self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
 
-    def say(self, member: Member, say: Say, done: Done) -> None:
-        """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
-        if seq := self.stored.get((member.sid, say.cid)):
-            done(self.message(seq, member, say))
-            return
-        self.check_space(say.cid)
-        self.propose("message", member, done, cid=say.cid, text=say.text, details=say.details)
-
-    def check_space(self, cid: str) -> None:
-        """Raises Refused if too much waits already."""
-        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
-            raise Refused("unavailable", cid=cid, retry_after=self.config.retry_seconds)
-
     def act(self, member: Member, act: Act, done: Done) -> None:
-        """Takes an act. `done` gets the stored event, or the Refused. Raises Refused."""
-        self.check_space(act.cid)
+        """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
+        Raises Refused.
+        """
         if (seq := self.stored.get((member.sid, act.cid))) is not None:
-            done(Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, details=act.details))
-        elif act.details.get("kind") == "react":
+            done(self.as_stored(seq, member, act))
+            return
+        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+            raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
+        if act.details.get("kind") == "react":
             self.react(member, act, done)
         else:
-            self.propose(act.type, member, done, cid=act.cid, details=act.details)
+            self.propose(act.type, member, done, cid=act.cid, text=act.text, details=act.details)
 
     def react(self, member: Member, act: Act, done: Done) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
@@ -2054,13 +2014,13 @@ class Outbox:
                 waiting.done += proposal.done
         self.reactions.clear()
 
-    def message(self, seq: int, member: Member, say: Say) -> Event:
-        """As it was stored; where that has been forgotten, as it is said now."""
-        event = Event("message", seq, self.room.ts, member.sid, say.cid, member.name, say.text, details=say.details)
-        if found := self.room.ring.find(seq):
+    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
+        """Where that has been forgotten, as it is asked for now."""
+        event = Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
+        if act.type == "message" and (found := self.room.ring.find(seq)):
             fields = found.encoded.fields()
             gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
-            event = event._replace(ts=found.ts, text=fields["text"], details=gone or say.details)
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or act.details)
         return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
@@ -2337,8 +2297,12 @@ class Memory:
         self.kept = Window(RING_MESSAGES, RING_BYTES)
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
-        self.cleared: Event | None = None
+        self.cleared: Event | None = None  # the last time
         self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
+        # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
+        self.to_erase: set[Id] = set()
+        self.pictures: set[str] = set()
+        self.to_trim = False
 
     def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
         """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
@@ -2351,6 +2315,10 @@ class Memory:
         if entry.raw:
             self.kept.add(entry, messages, len(entry.raw) if messages else 0)
             self.kept.shrink()
+
+    def keep_from(self) -> Id | None:
+        """The oldest entry that the store is to keep, where it holds too much."""
+        return self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
 
     def since(self, id: Id) -> list[Entry]:
         return [entry for entry, *_ in self.kept.entries if entry.id > id]
@@ -2372,21 +2340,18 @@ class Memory:
     def holds_deleted(self, event: Event) -> bool:
         return event.type == "message" and self.is_deleted(event.seq)
 
-    def erase(self, ids: set[Id]) -> tuple[set[Id], set[str]]:
-        """Forgets what is deleted in these entries; those that hold nothing else, and the pictures that it had."""
-        erased: set[Id] = set()
-        pictures: set[str] = set()
+    def erase(self, ids: set[Id]) -> None:
+        """Forgets what is deleted in these entries."""
         for at, (entry, messages, size) in enumerate(self.kept.entries):
             if entry.id in ids:
                 self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
                 events = decode_events(entry.raw)
                 deleted = [event for event in events if self.holds_deleted(event)]
-                pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
+                self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
                 if len(deleted) == len(events):
-                    erased.add(entry.id)
-        self.erased += erased
-        self.kept.keep(lambda kept: kept not in erased)
-        return erased, pictures
+                    self.erased.append(entry.id)
+        self.to_erase |= ids & set(self.erased)
+        self.kept.keep(lambda kept: kept not in self.to_erase)
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
@@ -2394,7 +2359,25 @@ class Memory:
         for window in (self.kept, self.extent):
             window.keep(lambda kept: kept >= id)
         self.notices = collections.deque(kept for kept in self.notices if kept >= id)
-        self.cleared = cleared
+        self.cleared, self.to_trim = cleared, True
+
+    def erase_again(self) -> None:
+        """The store is in an older state, and may hold what was deleted since."""
+        self.to_erase |= set(self.erased)
+        self.to_trim = self.cleared is not None
+
+    async def have_forgotten(self, store: Store) -> None:
+        """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
+        if ids := self.surplus() | self.to_erase:
+            await store.delete(ids)
+            self.to_erase.clear()
+        if self.to_trim and self.cleared:
+            await store.trim(self.cleared.place[:2])
+            await store.drop_pictures((), self.cleared.ts)
+            self.to_trim = False
+        if self.pictures:
+            await store.drop_pictures(self.pictures)
+            self.pictures.clear()
 
     def surplus(self) -> set[Id]:
         """Forgets the oldest entries without a message, once they are too many; which ones."""
@@ -2441,12 +2424,9 @@ class Feed:
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
         self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
-        self.memory = Memory(self.room.is_deleted)  # what was absorbed
+        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))  # what was absorbed
         self.names: dict[str, str | None] = {}  # to be written beside the feed
         self.state: dict[str, str] = {}  # ... and these fields of the State
-        self.to_erase: set[Id] = set()  # then these entries are to be deleted
-        self.pictures: set[str] = set()  # ... with these pictures
-        self.to_trim = False  # ... and all from before the room was cleared
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
         self.asked: set[asyncio.Event] = set()  # who waits for the next look
@@ -2487,24 +2467,14 @@ class Feed:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
             self.state.clear()
-        if surplus := self.memory.surplus() | self.to_erase:
-            await self.store.delete(surplus)
-            self.to_erase.clear()
-        if self.to_trim and (cleared := self.memory.cleared):
-            await self.store.trim(cleared.place[:2])
-            await self.store.drop_pictures((), cleared.ts)
-            self.to_trim = False
-        if self.pictures:
-            await self.store.drop_pictures(self.pictures)
-            self.pictures.clear()
+        await self.memory.have_forgotten(self.store)
 
     # --- committing ---
 
     async def commit(self) -> None:
         """One entry with what waits in the outbox. Raises Gap and STORE_ERRORS; then nobody knows what was stored."""
-        if (
-            not self.outbox.waiting and self.answers["writing"]
-        ) or asyncio.get_running_loop().time() < self.quiet_until:
+        idle = not self.outbox.waiting and self.answers["writing"]
+        if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
         id = self.memory.last[0], self.memory.last[1] + 1
@@ -2516,9 +2486,7 @@ class Feed:
 
     async def append(self, entry: Entry, events: Sequence[Event]) -> None:
         """Stores an entry and absorbs it, unless another daemon was first. Raises Gap and STORE_ERRORS."""
-        extent = self.memory.extent
-        keep_from = extent.entries[0][0].id if extent.shrink(FEED_SLACK) else None
-        if not await self.store.append(entry, keep_from):
+        if not await self.store.append(entry, self.memory.keep_from()):
             await self.lose()
             return
         self.losses, self.gathered, self.confirmed = 0, len(events), True
@@ -2625,20 +2593,9 @@ class Feed:
                 for listener in tuple(member.listeners):
                     listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
             elif event.type == "cleared":
-                self.clear(event)
-            elif event.details.get("kind") == "delete":
-                self.erase([event.details["to"]])
-
-    def clear(self, cleared: Event) -> None:
-        """The room was cleared: the store is to forget what stood before that, as we do."""
-        self.memory.clear(cleared)
-        self.to_trim = True
-
-    def erase(self, seqs: Iterable[int]) -> None:
-        """These messages may be deleted: the store is to forget them, as we do."""
-        erased, pictures = self.memory.erase({kept.entry for seq in seqs if (kept := self.room.ring.find(seq))})
-        self.to_erase |= erased
-        self.pictures |= pictures
+                self.memory.clear(event)
+            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
+                self.memory.erase({found.entry})
 
     # --- where the store holds something else ---
 
@@ -2663,8 +2620,10 @@ class Feed:
     async def look(self) -> None:
         """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
         asked, self.unsure = list(self.asked), False
-        if not self.room.available:
-            await self.greet()
+        if not self.room.available:  # a Redis that was started anew may have forgotten
+            before, (self.run_id, _) = self.run_id, await self.store.server()
+            if self.run_id != before:
+                self.keep_quiet()
         newest = await self.store.newest()
         if newest and self.memory.differs(newest):
             raise Gap
@@ -2676,12 +2635,6 @@ class Feed:
                 raise Gap
         for looked in asked:
             looked.set()
-
-    async def greet(self) -> None:
-        """A Redis that was started anew may have forgotten: who has seen most can put that back, before any commit."""
-        before, (self.run_id, _) = self.run_id, await self.store.server()
-        if self.run_id != before:
-            self.keep_quiet()
 
     def keep_quiet(self) -> None:
         loop = asyncio.get_running_loop()
@@ -2695,8 +2648,7 @@ class Feed:
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
-        self.to_erase |= set(self.memory.erased)  # an older state of it may hold what was deleted since
-        self.to_trim = True
+        self.memory.erase_again()
         log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
         self.keep_quiet()
 
@@ -2707,7 +2659,7 @@ class Feed:
             return  # the next look deals with that
         epoch, roster, state = await self.store.read_state()
         read = await read_feed(self.store, self.room.ring.size)
-        self.memory = Memory(self.room.is_deleted)
+        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
         for entry, events, size in read:
             self.memory.add(entry, events, size)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
@@ -2717,8 +2669,8 @@ class Feed:
         self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
         for event in history:
             if event.type == "cleared":
-                self.clear(event)
-        self.erase(self.room.state.notes)
+                self.memory.clear(event)
+        self.memory.erase({found.entry for seq in self.room.state.notes if (found := self.room.ring.find(seq))})
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -2750,7 +2702,6 @@ class Feed:
         await self.store.keep_secrets()
 
     def start(self) -> None:
-        """Sets the tasks of a daemon going. None of them ends by itself, but by a bug."""
         tasks = [self.run, self.tick, *([self.follow] if self.store.shared else [])]  # in memory nobody else writes
         self.tasks = [asyncio.create_task(task()) for task in tasks]
 
@@ -3271,20 +3222,18 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def take(self, member: Member, wish: Say | Act, done: Done) -> None:
-        """Takes a message or an act, at the pace of its browser and of its address; hosts have none. Raises Refused."""
+    def take(self, member: Member, act: Act, done: Done) -> None:
+        """What a member asks for, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
-        if isinstance(wish, Say) and wish.picture not in ("", self.picture_id(member, wish.picture.rpartition("-")[0])):
-            raise Refused("no-picture", cid=wish.cid)
+        picture = act.details.get("picture", "")
+        if picture and picture != self.picture_id(member, picture.rpartition("-")[0]):
+            raise Refused("no-picture", cid=act.cid)
         if paced:
-            limits.pace(limits.messages, self.address, wish.cid, cost=0)
-            limits.pace(limits.says, member.sid[:BROWSER_CHARS], wish.cid)
-        if isinstance(wish, Act):
-            self.daemon.outbox.act(member, wish, done)
-            return
-        self.daemon.outbox.say(member, wish, done)  # only what that takes counts
+            limits.pace(limits.messages, self.address, act.cid, cost=0)
+            limits.pace(limits.says, member.sid[:BROWSER_CHARS], act.cid)
+        self.daemon.outbox.act(member, act, done)  # only what that takes counts
         if paced:
-            limits.pace(limits.messages, self.address, wish.cid, cost=1 + len(wish.text.encode()) // MESSAGE_BYTES)
+            limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
         return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
@@ -3842,8 +3791,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return  # it has been turned away
         listener.heard = asyncio.get_running_loop().time()
         try:
-            wish = parse_say({"text": message}) if listener.plain else parse_frame(message)
-            self.take(listener.member, wish, listener.settled)
+            act = parse_act({"type": "say", "text": message}) if listener.plain else parse_frame(message)
+            self.take(listener.member, act, listener.settled)
             listener.member.refusals = 0
             self.taken = True
         except Refused as refused:
@@ -4168,19 +4117,18 @@ class MessagesHandler(EventHandler):
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
-        self.finish(encode_message(await self.done(lambda: parse_say(self.fields()))).json)
-
-    async def done(self, parse: Callable[[], Say | Act]) -> Event:
-        """What was stored of a member's wish. Raises Refused."""
         member = await self.admit(self.current_user)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.take(member, parse(), outcome.set_result)
+        self.take(member, self.asked(), outcome.set_result)
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
         self.set_status(201)
+        self.finish(self.daemon.room.state.encode(stored).json)
         self.release(member)
-        return stored
+
+    def asked(self) -> Act:
+        return parse_act({**self.fields(), "type": "say"})
 
     def fields(self) -> Mapping[str, Any]:
         """Those of the body, JSON or form. Raises Refused."""
@@ -4192,14 +4140,13 @@ class MessagesHandler(EventHandler):
 
 
 class ActsHandler(MessagesHandler):
-    """POST /acts: what a socket takes beside `say`."""
+    """POST /acts: whatever a socket takes."""
 
     async def get(self) -> None:
         raise tornado.web.HTTPError(405)
 
-    async def post(self) -> None:
-        event = await self.done(lambda: parse_act(parse_object(self.request.body)))
-        self.finish(self.daemon.room.state.encode(event).json)
+    def asked(self) -> Act:
+        return parse_act(parse_object(self.request.body))
 
 
 class TranscriptHandler(BaseHandler):
