@@ -5232,6 +5232,13 @@ class Client:
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
 
+    def text_of(self, frame: Mapping[str, Any]) -> str:
+        """The text, and below it the address of a picture."""
+        match frame.get("picture"):
+            case {"id": str(id)}:
+                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
+        return str(frame["text"])
+
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
         names = [shown(str(name)) for name in frame["names"] if name != self.name]
@@ -5497,14 +5504,11 @@ class Lines:
             sys.stdout.reconfigure(errors="replace")
 
     def said(self, frame: Mapping[str, Any]) -> str:
-        """Who says it, with the badge of a host, and to whom; what, and below it the address of a picture."""
-        name, text = shown(frame["name"]), frame["text"]
+        """Who says it, with the badge of a host, to whom, and what."""
+        name, text = shown(frame["name"]), self.client.text_of(frame)
         match frame:
             case {"re": int(seq)} if seq in self.client.recent:
                 name = self.words["term_answer"].format(name=name, other=self.client.recent[seq][0])
-        match frame:
-            case {"picture": {"id": str(id)}}:
-                text = f"{text}\n[picture {self.client.url}pictures/{id}]".lstrip("\n")
         return f"{HOST_MARK} {name}: {text}" if frame.get("host") is True else f"{name}: {text}"
 
     def message(self, frame: Mapping[str, Any]) -> None:
@@ -6382,7 +6386,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
         3H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zm0 2a1 1 0 0 0-1 1v10l4-4 4 4 5-5 3 3V6a1 1 0 0 0-1-1zm3 1.5a2 2 0 0 1 0
         4 2 2 0 0 1 0-4z"/></svg></button>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
-      aria-describedby="hold-text" placeholder="{{ w["chat_placeholder"] }}" title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
+      aria-describedby="hold-text" placeholder="{{ w["chat_placeholder"] }}"
+      title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
     <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M18 5h2v9H8v4l-6-5 6-5v4h10z"/></svg></button>
     <button id="send" aria-label="{{ w["chat_send"] }}"><svg viewBox="0 0 24 24" aria-hidden="true">
@@ -6554,7 +6559,9 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 #members bdi { overflow-wrap: anywhere; }
 #members small, #members .more { color: var(--quiet); }
 #members .muted { margin-inline-start: auto; font-size: .75rem; text-align: end; }
-#members button { flex: none; margin: -8px -6px -8px 0; padding: 0; border: 0; color: var(--quiet); font-size: 1.25rem; }
+#members button {
+  flex: none; margin: -8px -6px -8px 0; padding: 0; border: 0; color: var(--quiet); font-size: 1.25rem;
+}
 #members bdi:has(~ button) { flex: 1; }
 .badge {
   flex: none; padding: 0 7px; border-radius: 9px; background: var(--accent); color: var(--on-accent);
@@ -6670,7 +6677,8 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
 #matches {
-  position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px); padding: 4px;
+  position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px);
+  padding: 4px;
   border: 1px solid var(--line); border-radius: 14px; background: var(--surface); box-shadow: 0 2px 8px #0003;
 }
 #matches button { display: block; width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
@@ -6902,7 +6910,7 @@ const BOTTOM_PX = 24;
 const STEER_MS = 1000;            // after a wheel, a touch or a key a scroll is the reader's
 const COUNT_FROM = 200;           // characters left when the counter appears
 const FINAL_CODES = [4403, 4409, 4429, 4504];
-const CLOSE_CODES = {401: 4401, 403: 4403, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
+const CLOSE_CODES = {401: 4401, 403: 4403, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status is on a socket
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost', 'slow'];
 const REMOVE_SECONDS = 600;
 const ADDRESS = /(?:https?:\/\/|\bwww\.(?=\w))[^\s<>"'`，。；：！？（）【】《》“”、\p{Bidi_C}]+/u;
