@@ -3935,7 +3935,8 @@ class TestPictureStore(Transcripts):
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         here = slow.getsockname()
 
-        await until(lambda: here not in [stream.socket.getpeername() for stream in daemon.visitors.open])
+        connections = daemon.visitors.open
+        await until(lambda: here not in [it.socket.getpeername() for it in connections if not it.closed()])
         writer.close()
 
     async def test_terminal(self, memory_lan: Lan) -> None:
