@@ -1146,7 +1146,7 @@ class TestMessagesAndNames:
             wish = tornchat.parse_frame(frame)
         except tornchat.Refused:
             return
-        if isinstance(wish, tornchat.Act):
+        if wish.type != "message":
             return
         text, cid = wish.text, wish.cid
         assert 1 <= len(text.encode()) <= 4 * 4000
@@ -1366,7 +1366,7 @@ def redis_feeds(redis_server: RedisServer) -> Feeds:
 def say(feed: tornchat.Feed, who: Recorder, text: str, cid: str = "") -> list[object]:
     """Say something at this feed; the list fills with what is heard of it."""
     outcomes: list[object] = []
-    feed.outbox.say(who.member, tornchat.Say(text, cid), outcomes.append)
+    feed.outbox.act(who.member, tornchat.Act("message", {}, cid, text), outcomes.append)
     return outcomes
 
 
@@ -3829,6 +3829,8 @@ class TestPictureStore(Transcripts):
             status, told = await upload(ann, data)
             assert (status, told["code"]) in ((415, "bad-picture"), (413, "too-long")), what
             assert told["text"].endswith("."), what
+        film = f"POST /pictures HTTP/1.1\r\nHost: localhost\r\nCookie: {ann.headers()['Cookie']}\r\n"
+        assert " 413 " in await raw_request(place(daemon), film + "Content-Length: 9000000\r\n\r\n")
         assert await daemon.store.redis.keys("*picture*") == []
         assert (await upload(ann))[0] == 201
 
@@ -8143,8 +8145,8 @@ class Witness(Recorder):
             self.say(cid)
 
     def say(self, cid: str) -> None:
-        self.feed.outbox.say(
-            self.member, tornchat.Say(self.said[cid], cid), functools.partial(self.told.__setitem__, cid)
+        self.feed.outbox.act(
+            self.member, tornchat.Act("message", {}, cid, self.said[cid]), functools.partial(self.told.__setitem__, cid)
         )
 
     def say_refused(self) -> None:
@@ -8224,7 +8226,7 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         person, feed = self.people[who], self.feeds[at]
         here = await feed.outbox.enter(f"sid-{person.name}", person.name)
         for cid in list(person.said)[-last:]:
-            feed.outbox.say(here, tornchat.Say(person.said[cid], cid), lambda outcome: None)
+            feed.outbox.act(here, tornchat.Act("message", {}, cid, person.said[cid]), lambda outcome: None)
 
     @hypothesis.stateful.rule(at=st.integers(0, 1), answers=st.integers(1, 3))
     def cut(self, at: int, answers: int) -> None:
@@ -10157,7 +10159,7 @@ async def write_messages(url: str, room: str, name: str, count: int) -> None:
     for number in range(count):
         if len(feed.outbox.waiting) >= 500:
             await feed.outbox.empty.wait()
-        feed.outbox.say(member, tornchat.Say("x" * 100, f"c{number}"), lambda outcome: None)
+        feed.outbox.act(member, tornchat.Act("message", {}, f"c{number}", "x" * 100), lambda outcome: None)
     await feed.outbox.empty.wait()
     print(began, time.time())
     await feed.stop()
