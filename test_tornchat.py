@@ -7354,6 +7354,20 @@ MARKUP = [
 ]
 
 
+def axe_core() -> str:
+    axe = NODE_MODULES / "axe-core" / "axe.min.js"
+    if not axe.exists():
+        missing("axe-core (npm)")
+    return axe.read_text(encoding="utf-8")
+
+
+async def find_nothing(window: Window, script: str, where: str) -> None:
+    await window.page.evaluate(script)
+    result = await window.page.evaluate("axe.run()")
+    faults = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]]
+    assert faults == [], where
+
+
 class TestEveryone(Transcripts):
     @slow
     async def test_G10_attacks(self, memory_lan: Lan) -> None:
@@ -7409,10 +7423,7 @@ class TestEveryone(Transcripts):
     @slow
     async def test_axe(self, memory_lan: Lan) -> None:
         """axe-core finds nothing to object to on any page, in light and dark, on desktop and phone."""
-        axe = NODE_MODULES / "axe-core" / "axe.min.js"
-        if not axe.exists():
-            missing("axe-core (npm)")
-        script = axe.read_text(encoding="utf-8")
+        script = axe_core()
         bob = await memory_lan.join("Bob")
         for text in ("hello https://a.example/ `x`", "```\ncode\n```", "👍", "@Ann0 look", "line\n" * 40):
             await bob.say(text)
@@ -7425,27 +7436,21 @@ class TestEveryone(Transcripts):
             }
             async with windows(memory_lan, 1, **options) as (ann,):
                 await ann.page.goto(ann.url)
-                await self.find_nothing(ann, script, "login")
+                await find_nothing(ann, script, "login")
                 await ann.login(f"Ann{number}")
                 await ann.say("mine")
                 await ann.shows("#log", "mine")
-                await self.find_nothing(ann, script, "chat")
+                await find_nothing(ann, script, "chat")
                 await ann.page.click("#join")
                 await ann.holds("addresses.options.length > 0")
-                await self.find_nothing(ann, script, "invitation")
+                await find_nothing(ann, script, "invitation")
                 await ann.page.keyboard.press("Escape")
                 if width < 500:
                     await ann.page.click("#people")
-                    await self.find_nothing(ann, script, "people")
+                    await find_nothing(ann, script, "people")
                 await ann.page.goto(ann.url + "?view=projector")
                 await ann.state("connected")
-                await self.find_nothing(ann, script, "projector")
-
-    async def find_nothing(self, window: Window, script: str, where: str) -> None:
-        await window.page.evaluate(script)
-        result = await window.page.evaluate("axe.run()")
-        faults = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]]
-        assert faults == [], where
+                await find_nothing(ann, script, "projector")
 
     @slow
     async def test_screen_reader(self, memory_lan: Lan) -> None:
@@ -7642,7 +7647,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.page.route("**/pictures/*", hold)
             await give(ann, "drop")
             await ann.page.locator("#attached canvas").wait_for()
-            await self.find_nothing(ann, script)
+            await find_nothing(ann, script)
             await ann.keys("Enter")
             frame = ann.page.locator("#log .picture")
             before = await frame.bounding_box()
@@ -7655,7 +7660,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.page.keyboard.press("Enter")
             await ann.holds("viewer.open && large.naturalWidth === 1600")
             assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
-            await self.find_nothing(ann, script)
+            await find_nothing(ann, script)
             await ann.page.keyboard.press("Escape")
             await ann.holds("!viewer.open && document.activeElement.className === 'picture'")
             assert await ann.page.locator("#log img").get_attribute("alt") == "Picture from Ann"
@@ -7724,6 +7729,217 @@ class TestPicturesInWindows(Transcripts):
             after = await frame.bounding_box()
             assert (box and (box["width"], box["height"])) == (after and (after["width"], after["height"]))
             ann.problems.clear()
+
+
+async def a_host(window: Window, lan: Lan, name: str = "Tess") -> Window:
+    """Whoever has opened the host's link in that window, and logged in."""
+    await window.page.goto(f"{window.url}host?key={lan.daemons[-1].host_key}")
+    await window.login(name)
+    return window
+
+
+async def told(who: Browser, text: str, **more: object) -> int:
+    """Somebody says something; the number of the message."""
+    await who.send(json.dumps({"type": "say", "text": text, "cid": next(who.cids), **more}))
+    seq: int = (await until_frame(who, "message", text=text))["seq"]
+    return seq
+
+
+@slow
+class TestNotesOnThePage(Transcripts):
+    async def choose(self, window: Window, text: str, choice: str) -> None:
+        """From the menu of the message with that text, by the keyboard alone."""
+        row = window.page.locator("#log .message", has_text=text).last
+        await row.locator(".more").focus()
+        await window.page.keyboard.press("Enter")
+        await window.page.locator("#menu button", has_text=choice).focus()
+        await window.page.keyboard.press("Enter")
+
+    async def test_reactions(self, memory_lan: Lan) -> None:
+        """A sign from the menu or a tap on one that is there; once more takes it back; a reload knows it."""
+        bob = await memory_lan.join("Bob")
+        async with window(memory_lan) as ann:
+            seq = await told(bob, "who agrees?")
+            await ann.shows("#log", "who agrees?")
+            await self.choose(ann, "who agrees?", "👍")
+            await until_frame(bob, "note", to=seq, counts={"👍": 1})
+            await bob.send(json.dumps(note(seq, "react", value="👍")))
+            await ann.shows(".sign[aria-pressed=true]", "👍 2")
+            assert await ann.page.evaluate("document.activeElement.className") == "more"
+            polling = await ann.tab("?transport=polling")
+            await polling.shows(".sign[aria-pressed=true]", "👍 2")
+            await self.choose(polling, "who agrees?", "✋")
+            await polling.shows(".sign[aria-pressed=true]", "✋ 1")
+            await ann.shows(".sign", "👍 1")
+            await ann.page.reload()
+            await ann.page.click(".sign:has-text('✋')")
+            await until_frame(bob, "note", to=seq, counts={"👍": 1})
+            await ann.holds("document.querySelectorAll('.sign').length === 1")
+            await ann.shows(".sign[aria-pressed=false]", "👍 1")
+            await ann.page.evaluate("react(99, '👍')")
+            await ann.shows(".notice", tornchat.WORDS["en"]["refused_no-message"])
+
+    async def test_replies(self, memory_lan: Lan) -> None:
+        """A reply says to whom and to what before it is sent and after; that leads to the message, and back."""
+        bob = await memory_lan.join("Bob")
+        seq = await told(bob, "What is on page 41?\nAnd on 42?")
+        await bob.say_many(40)
+        async with window(memory_lan) as ann:
+            await ann.shows("#log", "40")
+            await self.choose(ann, "page 41", "Reply")
+            await ann.shows("#reply", "to Bob: What is on page 41?")
+            await ann.keys("Escape")
+            assert await ann.page.locator("#reply").is_hidden()
+            await self.choose(ann, "page 41", "Reply")
+            await ann.page.evaluate("storeChanged(false)")
+            await ann.say("The exercise.")
+            assert await ann.page.locator("#reply").is_hidden()
+            await ann.shows("#outbox", "to Bob: What is on page 41?")
+            await ann.page.reload()
+            await until_frame(bob, "message", name="Ann", text="The exercise.", re=seq)
+            await ann.shows("#log .mine .quote", "to Bob: What is on page 41?")
+            await ann.page.click("#log .quote")
+            await ann.shows(".found .text", "page 41")
+            await ann.holds("below() > 400 && !following && document.activeElement === back")
+            await ann.page.keyboard.press("Enter")
+            await ann.holds("below() < 200 && document.activeElement.className === 'quote'")
+            assert await ann.page.locator(".found, .back").count() == 0
+            polling = await ann.tab("?transport=polling")
+            await polling.shows("#log", "The exercise.")
+            await self.choose(polling, "page 41", "Reply")
+            await polling.say("by another way")
+            await until_frame(bob, "message", text="by another way", re=seq)
+            await bob.send(json.dumps(note(seq, "delete")))
+            for page in (ann, polling):
+                await page.shows("#log .mine .quote", "to Bob: This message was deleted.")
+            assert "on page 41" not in await polling.page.content()
+
+    async def test_deletion(self, memory_lan: Lan) -> None:
+        """Authors delete their own, hosts all, after one question; no page has the text any more, nor gets it."""
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 2) as (tess, ann):
+            await a_host(tess, memory_lan)
+            await ann.login("Ann")
+            wall = await ann.tab("?view=projector")
+            await told(bob, "something silly")
+            await ann.shows("#log", "something silly")
+            await ann.page.locator("#log .more").focus()
+            await ann.page.keyboard.press("Enter")
+            assert [text.strip() for text in await ann.texts("#menu > button")] == ["Reply", "Copy the text"]
+            await ann.page.keyboard.press("Escape")
+            await ann.holds("document.activeElement.className === 'more'")
+            await ann.say("my own")
+            for answer in ("Cancel", "Delete"):
+                await self.choose(ann, "my own", "Delete")
+                await ann.page.click(f"#question button:has-text('{answer}')")
+            await self.choose(tess, "something silly", "Delete")
+            await tess.page.click("#yes")
+            for page in (ann, tess, wall, await ann.tab()):
+                await page.shows_messages(*2 * ["This message was deleted."])
+                assert not re.search("silly|my own", await page.page.content())
+            await told(bob, "again")
+            await self.choose(ann, "again", "Reply")
+            await tess.page.evaluate("act({type: 'clear'})")
+            for page in (ann, wall):
+                await page.shows(".notice", "All that was said before is deleted.")
+                await page.shows_messages()
+            await ann.shows("#reply", "to a message that is not here any more")
+            for page in (ann, wall, tess):
+                page.well_behaved()
+
+    async def test_hosts(self, memory_lan: Lan) -> None:
+        """Hosts wear a badge that only the room gives; they pin, and their page and the wall sort by a sign."""
+        bob = await memory_lan.join("Bob")
+        async with windows(memory_lan, 2) as (tess, ann):
+            await a_host(tess, memory_lan)
+            await ann.login("Ann")
+            await tess.say("a word from the desk")
+            await ann.shows("#log .message:has(.badge)", "a word from the desk")
+            await told(bob, "Host", host=True)
+            await ann.shows("#log .message:not(:has(.badge))", "Bob")
+            await self.choose(tess, "a word", "Pin")
+            await until_frame(bob, "note", kind="pin")
+            await tess.holds("pinned !== null")
+            await self.choose(tess, "a word", "Unpin")
+            await until_frame(bob, "note", kind="pin", message=None)
+            assert await ann.page.locator("#sorting").is_hidden()
+            wall = await ann.tab("?view=projector")
+            seqs = [await told(bob, f"question {number}") for number in range(3)]
+            for who, seq, sign in ((bob, 1, "👍"), (ann, 2, "👍"), (bob, 2, "👍"), (bob, 0, "✋"), (ann, 2, "✋")):
+                if who is ann:
+                    await ann.page.evaluate(f"react({seqs[seq]}, '{sign}')")
+                else:
+                    await bob.send(json.dumps(note(seqs[seq], "react", value=sign)))
+            for page in (tess, wall):
+                await page.shows("#log", "question 2")
+                await page.page.select_option("#sort", "👍")
+                await page.holds("sorted.textContent.match(/question \\d/g).join() === 'question 2,question 1'")
+                await page.page.select_option("#sort", "")
+                assert await page.page.locator("#sorted").is_hidden()
+            for page in (ann, wall, tess):
+                page.well_behaved()
+
+    async def test_fingers(self, memory_lan: Lan) -> None:
+        """A message that a finger holds opens its menu, one pushed aside is replied to; all is 44 px high."""
+        bob = await memory_lan.join("Bob")
+        seq = await told(bob, "hold me")
+        phone: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+        async with window(memory_lan, **phone) as ann:
+            await ann.page.evaluate(f"react({seq}, '👍')")
+            await ann.shows(".sign", "👍 1")
+            finger = await ann.page.context.new_cdp_session(ann.page)
+            x, y = 100, await ann.number("document.querySelector('.bubble').getBoundingClientRect().top + 20")
+
+            async def touch(kind: str, *at: float) -> None:
+                points = [dict(zip("xy", at, strict=True))] if at else []
+                await finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+            await touch("touchStart", x, y)
+            await ann.page.wait_for_selector("#menu[open]")
+            await touch("touchEnd")
+            small = "[...document.querySelectorAll('#menu button, .sign, #sort')].filter((one) => one.offsetParent && "
+            small += "one.offsetHeight < 44).length"
+            assert await ann.number(small) == 0
+            await ann.page.click("#menu button:has-text('👍')")
+            await ann.holds("!menu.open && !document.querySelector('.sign')")
+            await touch("touchStart", x, y)
+            for step in (20, 40, 60, 80):
+                await touch("touchMove", x + step, y)
+            await touch("touchEnd")
+            await ann.shows("#reply", "to Bob: hold me")
+            assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("width", [1280, 390])
+    async def test_axe(self, width: int, scheme: str, memory_lan: Lan) -> None:
+        """axe-core finds nothing to object to in signs, replies, what is deleted, the menu and the sorted messages."""
+        script = axe_core()
+        bob = await memory_lan.join("Bob")
+        look: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 844}}
+        async with windows(memory_lan, 1, reduced_motion="reduce", **look) as (tess,):
+            await a_host(tess, memory_lan)
+            seqs = [await told(bob, text) for text in ("who agrees?", "silly", "why?")]
+            for answered in seqs[:2]:
+                await told(bob, f"to {answered}", re=answered)
+            for act in (note(seqs[0], "react", value="👍"), note(seqs[1], "delete")):
+                await bob.send(json.dumps(act))
+            await tess.say("a host's")
+            await tess.page.evaluate(f"react({seqs[2]}, '✋'); replyTo({seqs[2]})")
+            await tess.say("one's own reply")
+            await tess.page.evaluate(f"replyTo({seqs[2]})")
+            await tess.shows("#log", "one's own reply")
+            await tess.shows(".deleted", "deleted")
+            await tess.page.locator("#log .quote").first.click()
+            await find_nothing(tess, script, "log")
+            await tess.page.evaluate(f"openMenu(shown.get({seqs[2]}))")
+            await find_nothing(tess, script, "menu")
+            await tess.page.click("#menu .bad")
+            await find_nothing(tess, script, "question")
+            await tess.page.keyboard.press("Escape")
+            await tess.page.select_option("#sort", "✋")
+            await find_nothing(tess, script, "sorted")
+            await (wall := await tess.tab("?view=projector")).shows("#log", "reply")
+            await find_nothing(wall, script, "wall")
 
 
 class TestPictures(Transcripts):
