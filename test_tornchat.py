@@ -7832,8 +7832,7 @@ class TestPicturesInWindows(Transcripts):
     @pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1280, 800), ("dark", 390, 780)])
     async def test_large(self, memory_lan: Lan, scheme: str, width: int, height: int) -> None:
         """The log knows a picture's size before it comes; a tap shows it large, Escape leads back. axe has no fault."""
-        axe = NODE_MODULES / "axe-core" / "axe.min.js"
-        script = axe.read_text(encoding="utf-8") if axe.exists() else ""
+        script = axe_core()
         looks: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
         held = asyncio.Event()
 
@@ -7845,7 +7844,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.page.route("**/pictures/*", hold)
             await give(ann, "drop")
             await ann.page.locator("#attached canvas").wait_for()
-            await find_nothing(ann, script)
+            await find_nothing(ann, script, "attached")
             await ann.keys("Enter")
             frame = ann.page.locator("#log .picture")
             before = await frame.bounding_box()
@@ -7858,16 +7857,10 @@ class TestPicturesInWindows(Transcripts):
             await ann.page.keyboard.press("Enter")
             await ann.holds("viewer.open && large.naturalWidth === 1600")
             assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
-            await find_nothing(ann, script)
+            await find_nothing(ann, script, "large")
             await ann.page.keyboard.press("Escape")
             await ann.holds("!viewer.open && document.activeElement.className === 'picture'")
             assert await ann.page.locator("#log img").get_attribute("alt") == "Picture from Ann"
-
-    async def find_nothing(self, window: Window, script: str) -> None:
-        if script:
-            await window.page.evaluate(script)
-            result = await window.page.evaluate("axe.run()")
-            assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]] == []
 
     async def test_pending(self, memory_lan: Lan) -> None:
         """A picture that doesn't get through waits like text, over a reload too; then it is sent once, in its turn."""
@@ -7927,13 +7920,6 @@ class TestPicturesInWindows(Transcripts):
             after = await frame.bounding_box()
             assert (box and (box["width"], box["height"])) == (after and (after["width"], after["height"]))
             ann.problems.clear()
-
-
-async def a_host(window: Window, lan: Lan, name: str = "Tess") -> Window:
-    """Whoever has opened the host's link in that window, and logged in."""
-    await window.page.goto(f"{window.url}host?key={lan.daemons[-1].host_key}")
-    await window.login(name)
-    return window
 
 
 async def told(who: Browser, text: str, **more: object) -> int:
