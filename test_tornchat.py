@@ -7544,7 +7544,8 @@ class TestHostOnThePage(Transcripts):
             await bob.shows(".notice", "\u2068Tom\u2069: No pause between messages any more.")
             async with tess.page.expect_download() as saved:
                 await tess.page.click("#room a >> nth=0")
-            assert "Bob: half a sentence" in Path(await (await saved.value).path()).read_text(encoding="utf-8")
+            file = Path(await (await saved.value).path())
+            assert "Bob: half a sentence" in await asyncio.to_thread(file.read_text, encoding="utf-8")
             bob.well_behaved()
 
     @pytest.mark.parametrize("way", ["", "?transport=polling"])
