@@ -4411,6 +4411,43 @@ class TestHost(Transcripts):
         await elsewhere.fetch("/logout", form={})
         assert (await lan.browser().ask("Tess"))[0] == 200
 
+    async def test_names_of_one_address(self, memory_lan: Lan) -> None:
+        """Who takes and leaves many names at the host's address doesn't have the host's given back."""
+        daemon = await memory_lan.serve(name_seconds=60.0)
+        tess = await join_as_host(memory_lan)
+        tess.drop()
+        await until(lambda: not daemon.room.roster)
+        for number in range(tornchat.NAMES_KEPT + 2):
+            (await memory_lan.join(f"{number} pupils")).drop()
+        await until(lambda: not daemon.room.roster and len(daemon.room.kept_names) == tornchat.NAMES_KEPT)
+        assert (await memory_lan.browser().ask("Tess"))[0] == 409
+        await tess.connect()
+        await tess.expect("welcome", name="Tess", host=True)
+
+    async def test_half_a_character(self, memory_lan: Lan) -> None:
+        """JSON may spell one where a name should be: that is refused, and the room goes on."""
+        await memory_lan.serve()
+        tess = await join_as_host(memory_lan)
+        for act in ("mute", "remove"):
+            await tess.send(json.dumps({"type": act, "name": "\ud800", "seconds": 9, "cid": act}))
+            await until_frame(tess, "refused", code="bad-frame", cid=act)
+        await tess.say("still here?")
+        await until_frame(tess, "message", text="still here?")
+
+    async def test_removed_meanwhile(self, redis_lan: Lan) -> None:
+        """A daemon that was frozen while somebody was removed, and lost the thread of the feed, closes the door too."""
+        first, second = await redis_lan.serve(), await redis_lan.run("-p", "0")
+        tess, eve = await join_as_host(redis_lan), await redis_lan.join("Eve", at=await second.address())
+        second.signal(signal.SIGSTOP)
+        await tess.say("this is what its reader has been given")
+        await until_frame(tess, "message", seq=1)
+        assert (await post_act(tess, {"type": "remove", "name": "Eve", "seconds": 600}))[0] == 201
+        assert (await post_act(tess, {"type": "clear"}))[0] == 201
+        await until(lambda: first.feed.memory.to_trim is False)
+        second.signal(signal.SIGCONT)
+        await until_frame(eve, "refused", code="removed")
+        await eve.closed(4403)
+
     async def test_kept(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """What hosts have decided outlives a store that forgets, and a restart."""
         await own_lan.serve()

@@ -361,15 +361,20 @@ def picture_fields(id: str) -> dict[str, object]:
     return {"id": id, "width": int(match[1]), "height": int(match[2])}
 
 
+def check_characters(text: str) -> None:
+    """Raises Refused for half a character, which JSON may spell, and which can't be sent."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused("bad-frame", "surrogate") from None
+
+
 def clean_text(text: str, *, may_be_empty: bool = False) -> str:
     """The text as it is stored: newlines as \\n, no control characters. Raises Refused."""
     text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n").rstrip()
     if len(text) > TEXT_CHARS:
         raise Refused("too-long", limit=TEXT_CHARS)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refused("bad-frame", "surrogate") from None
+    check_characters(text)
     if all(unicodedata.category(char) in UNSEEN or char in BLANKS for char in text):
         if may_be_empty:
             return ""
@@ -864,6 +869,7 @@ def parse_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
     """Who is meant, and for how many seconds."""
     if not isinstance(name := frame.get("name"), str):
         raise Refused("bad-frame", "bad-field", field="name")
+    check_characters(name)
     return {"name": name[:RAW_NAME_CODEPOINTS], "seconds": number_field(frame, "seconds", least, ACT_SECONDS)}
 
 
