@@ -4518,6 +4518,32 @@ class TestNotes(Transcripts):
         assert third.room.ring.newest(1)[0].fields() == gone
         assert await bob.post("a joke", "c1") == (201, gone)  # sent again, it is not said again
 
+    async def test_pinned_and_gone(self, lan: Lan) -> None:
+        """Who polls from before a pin isn't told what was pinned once that is deleted, or cleared."""
+        await lan.serve()
+        tess, poller = await join_as_host(lan), await lan.login("Polly")
+        for seq, end in enumerate((note(1, "delete"), {"type": "clear"}), 1):
+            await tess.say("a joke")
+            await until_frame(tess, "message", seq=seq)
+            await poller.poll()
+            assert (await post_act(tess, note(seq, "pin")))[0] == 201
+            assert (await post_act(tess, end))[0] == 201
+            pin, _ = await poller.poll()
+            assert (pin["kind"], pin["message"]) == ("pin", None)
+
+    async def test_old_reactions(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Reactions to what nobody is sent any more are forgotten."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
+        monkeypatch.setattr(tornchat, "RING_MESSAGES", 3)
+        daemon = await memory_lan.serve(history=3)
+        ann = await memory_lan.join("Ann")
+        for seq in range(1, 8):
+            await ann.say(f"{seq}")
+            await until_frame(ann, "message", seq=seq)
+            await ann.send(json.dumps(note(seq, "react", value="👍")))
+            await until_frame(ann, "note", to=seq, counts={"👍": 1})
+        assert [*daemon.room.state.notes] == [5, 6, 7]
+
     async def test_delete_in_company(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """Of an entry that holds more than the deleted message the rest stays, put back and read anew as well."""
         await own_lan.serve()

@@ -1875,6 +1875,8 @@ class Room:
         """Does what was to be done; whether that is news."""
         found = self.ring.find(to := event.details.get("to", 0))
         self.state.apply(event, found and found.encoded.fields() | {"sid": found.sid})
+        if event.type == "cleared" or event.details.get("kind") == "delete":
+            self.forget_pins()
         if event.type == "cleared":
             self.ring.clear()
         elif event.type == "removed":
@@ -1883,6 +1885,12 @@ class Room:
         elif found and to in self.state.notes:
             self.ring.replace(to, self.state.noted(to, found.encoded))
         return True
+
+    def forget_pins(self) -> None:
+        """A notice of what was pinned may hold what is deleted now: whoever polls is told what is pinned instead."""
+        for at, (event, _) in enumerate(self.notices):
+            if event.details.get("kind") == "pin":
+                self.notices[at] = event, self.state.encode(event)
 
     # --- names ---
 
