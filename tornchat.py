@@ -1917,7 +1917,7 @@ class Room:
         if left.text == LOGOUT:
             self.kept_names.pop(key, None)
             self.state.apply(left)
-        elif member and self.config.name_seconds:
+        elif member and self.config.name_seconds and not self.is_host(member):  # whose name the State keeps
             self.kept_names[key] = member.sid, left.ts + int(1000 * self.config.name_seconds)
         return member is not None
 
