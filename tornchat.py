@@ -2815,15 +2815,15 @@ class Presence:
                 self.rejoin(member)
 
     def rejoin(self, member: Member) -> None:
-        """Puts a connected member back on the roster; if the name is gone, says so and closes."""
+        """Puts a connected member back on the roster; who may not come back is told why, and closed."""
         member.rejoining = True
 
         def done(outcome: Outcome) -> None:
             member.rejoining = False
-            if isinstance(outcome, Taken):
+            why = Refused("name-lost", name=member.name) if isinstance(outcome, Taken) else outcome
+            if isinstance(why, Refused) and why.code in ("name-lost", "removed"):
                 for listener in tuple(member.listeners):
-                    listener.refuse(Refused("name-lost", name=member.name))
-                    listener.shut(4409, "name taken")
+                    listener.turn_away(why)
 
         self.feed.outbox.propose("joined", member, done, details=member.joining)
 
