@@ -245,7 +245,7 @@ ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
 MOST_MESSAGES = 10**15  # of a room: a seq above that is none
 EVERY_SECONDS = 3600  # the slowest pace that a host can set
 REACT_SECONDS = 1  # between two entries with reactions: a class that votes costs two of them, not two hundred
-NOTED_MESSAGES = 2 * FEED_MESSAGES  # what was done to older ones is forgotten: the feed doesn't hold them any more
+NOTED_MESSAGES = 2 * FEED_MESSAGES  # that older ones are deleted is forgotten: the feed doesn't hold them any more
 BROWSER_CHARS = 16  # of a sid, that tell the browser: they stay when it logs out; the rest is new with each login
 DEFAULT_PORT = 8888
 PORTS_TRIED = 20  # upwards from the default one
@@ -1000,6 +1000,8 @@ class State:
         if kind == "pin":
             self.pin(value, to, message)
             return
+        if to not in self.notes:
+            self.forget_notes(event.seq)
         note = self.notes.setdefault(to, Note())
         note.changed = event.seq
         note.signs.pop(browser := event.sid[:BROWSER_CHARS], None)
@@ -1007,10 +1009,14 @@ class State:
             note.signs[browser] = value
         elif kind == "delete" and message:
             self.delete(note, message, event.details.get("by", "host"))
-        for seq in [seq for seq in self.notes if seq <= event.seq - NOTED_MESSAGES]:
+        self.changed.add(str(to))
+
+    def forget_notes(self, last: int) -> None:
+        """Forgets the reactions to what nobody is sent any more, and the deletions of what the feed doesn't hold."""
+        ages = ((seq, NOTED_MESSAGES if note.deleted else RING_MESSAGES) for seq, note in self.notes.items())
+        for seq in [seq for seq, age in ages if seq <= last - age]:
             del self.notes[seq]
             self.changed.add(str(seq))
-        self.changed.add(str(to))
 
     def pin(self, value: bool, to: int, message: Mapping[str, Any] | None) -> None:
         if not value or self.is_deleted(to):
@@ -1073,7 +1079,8 @@ class State:
 
     def notes_since(self, after: int) -> list[Encoded]:
         """What was done to messages up to this one after it came: whoever has seen it last comes back."""
-        changed = ((seq, note) for seq, note in self.notes.items() if seq <= after <= note.changed)
+        first = after - RING_MESSAGES  # no client keeps more
+        changed = ((seq, note) for seq, note in self.notes.items() if first < seq <= after <= note.changed)
         return [self.encode_note(seq, "delete" if note.deleted else "react") for seq, note in changed]
 
     def noted(self, seq: int, encoded: Encoded) -> Encoded:
