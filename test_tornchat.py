@@ -4687,6 +4687,15 @@ class TestTranscript(Transcripts):
         readers = await join_as_host(memory_lan), await memory_lan.join("Bob"), memory_lan.browser()
         assert tuple([(await reader.fetch("/transcript")).code for reader in readers]) == statuses
 
+    async def test_removed(self, memory_lan: Lan) -> None:
+        """Who was removed doesn't read on in the transcript that everybody may have."""
+        await memory_lan.serve(transcript="everyone")
+        tess, eve = await join_as_host(memory_lan), await memory_lan.join("Eve")
+        assert (await eve.fetch("/transcript")).code == 200
+        assert (await post_act(tess, {"type": "remove", "name": "Eve", "seconds": 600}))[0] == 201
+        assert (await eve.fetch("/transcript")).code == 403
+        assert (await tess.fetch("/transcript")).code == 200
+
     async def test_long(self, lan: Lan) -> None:
         """A long room comes in pieces: the daemon never holds all of it."""
         daemon = await lan.serve()

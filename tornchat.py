@@ -4182,6 +4182,7 @@ class TranscriptHandler(BaseHandler):
             raise Refused("no-session")
         if daemon.config.transcript == "host" and not session.host:
             raise Refused("not-host")
+        daemon.admission.check_door(session, session.name, self.request.remote_ip or "")
         await daemon.limits.turn(self.address, self.stream, cost=TRANSCRIPT_COST)
         as_json = self.get_query_argument("format", "txt") == "json"
         name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
