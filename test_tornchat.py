@@ -280,7 +280,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def own_lan(own_redis: RedisServer) -> Lan:
-    return Lan(Store(own_redis.url))
+    return Lan(Store(own_redis.url), repair_seconds=0.2)
 
 
 @pytest.fixture(params=["fakeredis", "redis"])
@@ -332,8 +332,8 @@ def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 class Lan:
     """What one test starts: daemons over one store, and browsers. Closed when the test ends."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, **options: Any) -> None:
+        self.store, self.options = store, options
         self.daemons: list[tornchat.Daemon] = []
         self.browsers: list[Browser] = []
         self.programs: list[Program] = []
@@ -347,8 +347,8 @@ class Lan:
             "grace_seconds": 0.2,
             "renew_seconds": 0.1,
         }
-        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.2, "name_seconds": 0.0}
-        quick |= {"redis_url": self.store.url, "room": self.store.room}
+        quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.05, "name_seconds": 0.0}
+        quick |= {"redis_url": self.store.url, "room": self.store.room} | self.options
         daemon = await tornchat.Daemon.start(tornchat.Config(**quick | options))
         self.daemons.append(daemon)
         return daemon
@@ -505,8 +505,8 @@ class Browser:
         events: list[Frame] = answer["events"]
         return events
 
-    async def post(self, text: str, cid: str | None = None) -> tuple[int, Frame]:
-        form = {"text": text} | ({"cid": cid} if cid else {})
+    async def post(self, text: str, cid: str | None = None, **more: str) -> tuple[int, Frame]:
+        form = {"text": text} | ({"cid": cid} if cid else {}) | more
         answer = await self.fetch("/messages", form=form)
         return answer.code, json.loads(answer.body)
 
@@ -1290,6 +1290,7 @@ class Feeds:
         self.presences: list[tornchat.Presence] = []
         self.key = store.key("feed").decode()
         self.redis = self.connect()()
+        self.repair_seconds = 0.05  # more where a test has the store forget: a few looks of the daemons
 
     def connect(self) -> Callable[..., Any]:
         if self.place.url:
@@ -1299,7 +1300,7 @@ class Feeds:
     async def start(self, kind: type[tornchat.Store] = tornchat.Store, **options: Any) -> tornchat.Feed:
         """One more daemon's feed, at work."""
         quick: dict[str, Any] = {"rate": 0.0, "tick_seconds": 0.05, "retry_seconds": 0.1, "room": self.place.room}
-        quick |= {"repair_seconds": 0.2, "name_seconds": 0.0}
+        quick |= {"repair_seconds": self.repair_seconds, "name_seconds": 0.0}
         feed = await open_feed(kind, self.connect(), tornchat.Config(**quick | options))
         presence = tornchat.Presence(feed, tornchat.Admission(feed, tornchat.Limits(0)).keep_few)
         presence.start()
@@ -1387,12 +1388,12 @@ class TestFeed(Transcripts):
     async def test_the_secret(self, feeds: Feeds) -> None:
         """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
         given = await feeds.start(secret="from the operator")
-        assert given.secret == "from the operator"
+        assert given.store.secret == "from the operator"
         assert not await feeds.redis.exists(feeds.place.key("secret"))
         first, second = await feeds.start(), await feeds.start()
-        assert first.secret == second.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
+        assert first.store.secret == second.store.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
         await feeds.redis.set(feeds.place.key("secret"), "another one")
-        await until(lambda: first.secret == second.secret == "another one")
+        await until(lambda: first.store.secret == second.store.secret == "another one")
 
     async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
         """A cid sent again with another text is confirmed with the text that was stored."""
@@ -1424,6 +1425,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
+        feeds.repair_seconds = 0.2
         first, second = await feeds.start(), await feeds.start()
         ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
         say(first, ann, "all have seen this")
@@ -1444,6 +1446,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_another_history(self, feeds: Feeds) -> None:
         """Entries of the same numbers that are others: the store's word counts, and everybody is told `reset`."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         for n in range(1, 4):
@@ -1463,6 +1466,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_forgotten_by_all(self, feeds: Feeds) -> None:
         """The tail of the feed and all daemons are gone. A client that knows it comes back: `at` tells `reset`."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         for n in range(1, 4):
@@ -1517,6 +1521,7 @@ class TestFeed(Transcripts):
 
     async def test_a_daemon_starts_on_what_was_flushed(self, feeds: Feeds) -> None:
         """A store is flushed while a daemon starts: it waits for the others, and all sign with the one secret."""
+        feeds.repair_seconds = 0.2
         first = await feeds.start()
         ann = await feeds.enter(first, "Ann")
         say(first, ann, "before")
@@ -1525,7 +1530,7 @@ class TestFeed(Transcripts):
         second = await feeds.start()
         say(first, ann, "after", "c1")
         await feeds.settled(2)
-        assert second.secret == first.secret
+        assert second.store.secret == first.store.secret
         assert [frame["text"] for frame in ann.of("message")] == ["before", "after"]
         assert (ann.closed, len(ann.of("welcome"))) == ([], 1)
         assert [*second.room.roster] == [tornchat.name_key("Ann")]
@@ -1593,6 +1598,7 @@ class TestFeed(Transcripts):
     async def test_G8_the_feed_is_something_else(self, redis_feeds: Feeds) -> None:
         """A feed that is no stream makes the store unavailable; when it is gone the room goes on, after a reset."""
         feeds = redis_feeds
+        feeds.repair_seconds = 0.2
         feed = await feeds.start(confirm_seconds=0.2)
         ann = await feeds.enter(feed, "Ann")
         await feeds.redis.set(feeds.key, "nonsense")
@@ -1624,13 +1630,13 @@ class TestFeed(Transcripts):
         await feeds.settled(501)
         assert await feeds.redis.xlen(feeds.key) < 210 + 21 + 100  # Redis trims by whole nodes of 100 entries
         assert len(feed.outbox.stored) == 100
-        assert 200 <= feed.extent.messages <= 210
-        assert 20 <= len(feed.notices) <= 21
+        assert 200 <= feed.memory.extent.messages <= 210
+        assert 20 <= len(feed.memory.notices) <= 21
         for _ in range(200):  # of which each is off and on again, and nobody talks
             await feed.outbox.exit("sid-Eve", "Eve")
             await feed.outbox.enter("sid-Eve", "Eve")
-        assert len(feed.extent.entries) <= 210
-        assert len(feed.kept.entries) <= 501 + 21 + 100
+        assert len(feed.memory.extent.entries) <= 210
+        assert len(feed.memory.kept.entries) <= 501 + 21 + 100
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 
@@ -1645,7 +1651,7 @@ class TestFeed(Transcripts):
             say(feed, ann, f"{n}" + "x" * 3000)
         await feeds.settled(400)
         assert len(feed.room.ring.kept) == 100
-        assert feed.kept.size <= 50_000
+        assert feed.memory.kept.size <= 50_000
         assert await feeds.redis.xlen(feeds.key) < 220 + 100
         bob = await feeds.enter(await feeds.start(), "Bob")
         assert bob.seqs == list(range(301, 401))
@@ -1681,9 +1687,10 @@ class TestFeed(Transcripts):
 
     async def test_G7_name_lost(self, feeds: Feeds) -> None:
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann, bob = await feeds.enter(feed, "Ann"), await feeds.enter(feed, "Bob")
-        began = feed.last[0] + 1
+        began = feed.memory.last[0] + 1
         thief = tornchat.Event("joined", 0, began, "sid-thief", "~1", "Ann")
         async with feeds.redis.pipeline() as pipe:
             pipe.hset(feeds.place.key("state"), "epoch", began).delete(feeds.key, feeds.place.key("names"))
@@ -1691,12 +1698,13 @@ class TestFeed(Transcripts):
             await pipe.execute()
         await until(lambda: ann.closed and tornchat.name_key("Bob") in feed.room.roster)
         assert ann.of("refused")[0]["code"] == "name-lost"
-        assert (ann.closed, bob.closed) == ([4409], [])
+        assert (set(ann.closed), bob.closed) == ({4409}, [])
         say(feed, bob, "hi")
         await feeds.settled(1)
 
     async def test_the_store_fails_while_it_is_read_anew(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A store that goes away while a replaced history is read anew is read again when it is back."""
+        feeds.repair_seconds = 0.2
         feed = await feeds.start()
         ann = await feeds.enter(feed, "Ann")
         read_state, failures = feed.store.read_state, iter([redis.ConnectionError("away"), OSError("away")])
@@ -1709,7 +1717,7 @@ class TestFeed(Transcripts):
         monkeypatch.setattr(feed.store, "read_state", failing)
         async with feeds.redis.pipeline() as pipe:
             pipe.delete(feeds.key).hset(feeds.place.key("state"), "epoch", "another")
-            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.last[0] + 1}-1")
+            pipe.xadd(feeds.key, {"events": "[]"}, id=f"{feed.memory.last[0] + 1}-1")
             await pipe.execute()
         await until(lambda: ann.of("welcome")[-1]["reset"] is True)
         say(feed, ann, "on")
@@ -2623,7 +2631,7 @@ class TestLogin(Transcripts):
         ann = await redis_lan.login("Ann", at=first)
         with redis.Redis.from_url(redis_lan.store.url) as client:
             client.set(redis_lan.store.key("secret"), "new")
-        await until(lambda: first.feed.secret == second.feed.secret == "new")
+        await until(lambda: first.store.secret == second.store.secret == "new")
         assert (await ann.fetch("/")).code == 302
         bob = await redis_lan.join("Bob", at=first)
         await (await bob.tab(at=second).connect()).expect("welcome", name="Bob")
@@ -3743,6 +3751,11 @@ LIES = {
     "webp, then a page": webp(LOSSY) + PAGE,
     "webp, a page in it": webp(LOSSY, (b"XMP ", PAGE)),
     "webp: 16,000 x 16,000": webp(canvas(16_000, 16_000), (b"ANMF", bytes(16))),
+    "png: 80,000 chunks": png(80_000 * chunk(b"tEXt")),
+    "jpeg: 200,000 segments": JPEG[:2] + 200_000 * b"\xff\xe0\0\2" + JPEG[2:],
+    "gif: 200,000 blocks": gif(b"!\xfe" + 200_000 * b"\1x" + b"\0"),
+    "gif: 200,000 extensions": gif(200_000 * b"!\xfe\0"),
+    "webp: 100,000 chunks": webp(LOSSY, *(100_000 * [(b"XMP ", b"")])),
     "1.1 MB": png(chunk(b"teXt", bytes(1_100_000))),
     "2.2 MB, of whatever": bytes(2_000_000),
 }
@@ -4217,8 +4230,9 @@ async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
 class TestHost(Transcripts):
     @pytest.mark.parametrize("way", ["socket", "POST /acts"])
     @pytest.mark.parametrize("who", MAY)
-    async def test_who_may(self, who: str, way: str, lan: Lan) -> None:
+    async def test_who_may(self, who: str, way: str, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every act by everybody, by both ways: who may, may; all others are refused, and nothing changes."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         daemon = await lan.serve()
         tess, bob, eve = await join_as_host(lan), await lan.join("Bob"), await lan.join("Eve")
         await bob.say("from Bob")
@@ -4246,6 +4260,379 @@ class TestHost(Transcripts):
             await eve.connect()
             await eve.expect("welcome", mode=OPEN, pinned=None, muted_until=0)
             await eve.expect_texts("" if who == "author" else "from Bob", "from Tess")
+
+    async def test_the_link(self, lan: Lan) -> None:
+        """The right key makes a host of who has logged in, and of who does so then; a logout ends it, on the spot."""
+        daemon = await lan.serve(guess_seconds=0.3)
+        began = time.monotonic()
+        ann = await lan.join("Ann")
+        answer = await ann.fetch("/host?key=guessed")
+        assert (answer.code, time.monotonic() - began > 0.3) == (403, True)
+        assert "not the host’s key" in text_of(answer)
+        assert (await post_act(ann, {"type": "clear"}))[0] == 403
+        await ann.fetch(f"/host?key={daemon.host_key}")
+        other = await lan.join("Bob")
+        await ann.tab().connect()
+        await other.expect("hosts", names=["Ann"])  # without having left
+        assert (await post_act(ann, {"type": "clear"}))[0] == 201
+        await ann.fetch("/logout", form={})
+        await ann.login("Ann")
+        assert (await post_act(ann, {"type": "clear"}))[0] == 403
+
+    async def test_one_key(self, redis_lan: Lan) -> None:
+        """All daemons of a room agree on the key, and a restart changes nothing; an operator's own is not stored."""
+        first, second = await redis_lan.serve(), await redis_lan.serve()
+        assert first.host_key == second.host_key
+        third = await redis_lan.restart()
+        assert third.host_key == first.host_key
+        assert (await redis_lan.serve(host_key="lantern")).host_key == "lantern"
+
+    async def test_badge(self, lan: Lan) -> None:
+        """A host's messages, the list and plain lines say so; a host from elsewhere is one at every daemon."""
+        await lan.serve()
+        line = lan.browser()
+        await line.connect(subprotocols=["text"], nickname="Cat")
+        bob, tess = await lan.join("Bob"), await join_as_host(lan)
+        await tess.say("hi")
+        await bob.expect("hosts", names=["Tess"])
+        assert (await bob.expect("message", text="hi"))["host"] is True
+        await bob.say("me, too", "c1")
+        assert "host" not in await bob.expect("message", cid="c1")
+        lines = [await line.read() for _ in range(6)]
+        assert lines[2:] == ["~~~ Tess joined ~~~", "~~~ hosts: ★ Tess ~~~", "★ Tess: hi", "Bob: me, too"]
+        assert (await bob.resume())["hosts"] == ["Tess"]
+
+    async def test_all_modes(self, lan: Lan) -> None:
+        """Lock, slow mode, mute and door in all combinations: each does its own, and the host talks through all."""
+        await lan.serve()
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        for number, (locked, slow, muted, shut) in enumerate(itertools.product([False, True], repeat=4)):
+            talk, door = "hosts" if locked else "everyone", "closed" if shut else "open"
+            mode = {"talk": talk, "every": 60 * slow, "door": door}
+            assert (await post_act(tess, {"type": "mode"} | mode))[1].items() >= mode.items()
+            assert (await post_act(tess, {"type": "mute", "name": "Bob", "seconds": 60 * muted}))[0] == 201
+            status, answer = await bob.post(f"{number}")
+            code = "muted" if muted else "locked" if locked else None
+            assert (status, answer.get("code")) == (403, code) if code else (201, None)
+            if slow and not code:
+                status, answer = await bob.post(f"{number} again")
+                assert (status, answer["code"], 55 < answer["retry_after"] <= 60) == (429, "slow", True)
+            assert (await tess.post(f"host {number}"))[0] == 201
+            assert (await tess.post(f"host {number} again"))[0] == 201
+            stranger = lan.browser()
+            status, answer = await stranger.ask("Zoe")
+            assert (status, answer.get("code")) == ((403, "door") if shut else (200, None))
+            if not shut:
+                await stranger.fetch("/logout", form={})
+            assert (await bob.tab().connect()).socket is not None  # who was here comes back
+            lan.daemons[0].room.state.said.clear()  # as if a minute had passed
+
+    async def test_slow_everywhere(self, redis_lan: Lan) -> None:
+        """Slow mode keeps its pace over tabs, daemons and a logout, even under another name."""
+        first, second = await redis_lan.serve(), await redis_lan.serve()
+        tess = await join_as_host(redis_lan, at=first)
+        await tess.fetch("/acts", "POST", body=json.dumps({"type": "mode", "every": 60}))
+        bob = redis_lan.browser(first)
+        await bob.login("Bob")
+        assert (await bob.post("one"))[0] == 201
+        await until(lambda: second.room.seq == 1)
+        elsewhere = bob.tab(at=second)
+        for _ in range(2):
+            assert (await elsewhere.post("two"))[1]["code"] == "slow"
+        await elsewhere.fetch("/logout", form={})
+        for name in ("Bob", "Robert"):
+            await elsewhere.login(name)
+            assert (await elsewhere.post("three"))[1]["code"] == "slow"
+        stranger = redis_lan.browser(second)
+        await stranger.login("Bob")  # who has thrown the cookie away comes under the same name
+        assert (await stranger.post("four"))[1]["code"] == "slow"
+
+    @pytest.mark.parametrize("alone", [True, False])
+    async def test_removed(self, alone: bool, redis_lan: Lan) -> None:
+        """A removed member is told why, and none of the ways back leads in, at any daemon, until the time is over."""
+        first, second = await redis_lan.serve(trust_proxy=True), await redis_lan.serve(trust_proxy=True)
+        tess = await join_as_host(redis_lan, at=first)
+
+        def from_school(at: tornchat.Daemon, cookies: dict[str, str] | None = None) -> Browser:
+            browser = redis_lan.browser(at)
+            browser.cookies = cookies or {}
+            browser.fetch = functools.partial(browser.fetch, X_Forwarded_For="192.0.2.1")  # type: ignore[method-assign]
+            return browser
+
+        if not alone:
+            await from_school(second).login("Ann")
+        eve = from_school(second)
+        await eve.login("Eve")
+        copied = dict(eve.cookies)
+        await eve.connect(headers={"X-Forwarded-For": "192.0.2.1"})
+        await eve.expect("welcome")
+        status, removed = await post_act(tess, {"type": "remove", "name": "eve", "seconds": 2})
+        assert status == 201
+        assert (await until_frame(eve, "refused"))["code"] == "removed"
+        await eve.closed(4403, "A host has removed you from the room for a while.")
+        assert "Eve" in tess.names_in("left") or await until_frame(tess, "left", names=["Eve"])
+        for daemon in (first, second):
+            assert await from_school(daemon, copied).ask("Robert") == (403, UNWANTED)
+            status, answer = await from_school(daemon, copied).post("me again")
+            assert (status, answer["code"]) == (403, "removed")
+            assert (await redis_lan.browser(daemon).ask("EvE"))[0] == 403  # from anywhere
+            assert (await from_school(daemon).ask(f"Zoe {daemon.port}"))[0] == (403 if alone else 200)
+            assert (await redis_lan.browser(daemon).ask(f"Max {daemon.port}"))[0] == 200
+        await until(lambda: second.store.now() > removed["until"])
+        assert await from_school(second, copied).ask("Eve") == (200, {"name": "Eve"})
+
+    async def test_spam(self, lan: Lan) -> None:
+        """Thirty talk as fast as they can. The host locks: nothing said after that is shown, but the host's own is."""
+        await lan.serve()
+        tess = await join_as_host(lan)
+        spammers = [await lan.join(f"Eve{n}") for n in range(30)]
+        for n in range(10):
+            await asyncio.gather(*(eve.say(f"{n}") for eve in spammers))
+        await tess.send(json.dumps({"type": "mode", "talk": "hosts"}))
+        for _ in range(3):
+            await asyncio.gather(*(eve.say("late") for eve in spammers))
+        await until_frame(tess, "mode", talk="hosts")
+        await tess.say("quiet, please", "c1")
+        assert (await tess.frame() or {}).get("cid") == "c1"
+
+    async def test_name_kept(self, lan: Lan) -> None:
+        """A host's name is nobody else's while the host is away, whatever becomes of other names; a logout frees it."""
+        daemon = await lan.serve()
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        for browser in (tess, bob):
+            browser.drop()
+        await until(lambda: not daemon.room.roster)
+        assert (await lan.browser().ask("Bob"))[0] == 200
+        if lan.store.url:
+            await lan.restart()
+        assert (await lan.browser().ask("Tess"))[0] == 409
+        elsewhere = await join_as_host(lan, "Tess")  # a host can have it from another browser
+        await elsewhere.fetch("/logout", form={})
+        assert (await lan.browser().ask("Tess"))[0] == 200
+
+    async def test_kept(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """What hosts have decided outlives a store that forgets, and a restart."""
+        await own_lan.serve()
+        tess, bob = await join_as_host(own_lan), await own_lan.join("Bob")
+        await tess.say("the plan")
+        for act in (note(1, "pin"), {"type": "mode", "every": 9}, {"type": "mute", "name": "Bob", "seconds": 600}):
+            assert (await post_act(tess, act))[0] == 201
+        own_redis.client.flushall()
+        await until(lambda: own_redis.client.exists(own_lan.store.key("state")))
+        await own_lan.restart()
+        told = await bob.tab(at=own_lan.daemons[-1]).connect()
+        welcome = await told.expect("welcome", mode=OPEN | {"every": 9}, hosts=["Tess"])
+        assert (welcome["pinned"]["text"], welcome["muted_until"] > 0) == ("the plan", True)
+        assert (await told.post("hi"))[1]["code"] == "muted"
+        await tess.tab(at=own_lan.daemons[-1]).connect()
+
+
+UNWANTED = {"code": "removed", "text": "A host has removed you from the room for a while."}
+
+
+def everything_in(redis_server: RedisServer) -> str:
+    """All that a Redis holds, as one text."""
+    client, found = redis_server.client, []
+    for key in client.scan_iter("*"):
+        kind = client.type(key)
+        read: dict[object, Callable[[Any], object]] = {
+            b"stream": client.xrange,
+            b"hash": client.hgetall,
+            b"string": client.get,
+        }
+        found.append(read[kind](key) if kind in read else b"")
+    return "".join(f"{value!r}" for value in found)
+
+
+class TestNotes(Transcripts):
+    async def test_delete(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """Deleted at one daemon: gone for all who are here, who come, or come back, and from the store, which doesn't
+        get it back when it has forgotten all.
+        """
+        first, second = await own_lan.serve(), await own_lan.serve()
+        tess, bob = await join_as_host(own_lan, at=first), await own_lan.join("Bob", at=second)
+        line, poller = own_lan.browser(second), own_lan.browser(second)
+        await line.connect(subprotocols=["text"], nickname="Cat")
+        await poller.login("Polly")
+        await bob.say("a joke", "c1")
+        await until_frame(tess, "message", seq=1)
+        assert "a joke" in texts_of(await poller.poll())
+        away = bob.tab(at=first)
+        away.after, away.epoch = 1, tess.epoch
+        assert (await post_act(tess, note(1, "pin")))[0] == 201
+        assert (await post_act(tess, note(1, "delete")))[1].items() >= {"kind": "delete", "by": "host"}.items()
+        await until_frame(bob, "note", to=1, kind="delete", by="host")
+        assert [event["kind"] for event in await poller.poll() if event["type"] == "note"] == ["pin", "delete"]
+        while (told := await line.read()) != "~~~ a message of Bob was deleted ~~~":
+            assert told is not None
+        assert (await away.resume())["pinned"] is None
+        await away.expect("note", to=1, kind="delete", by="host")
+        await until(lambda: "a joke" not in everything_in(own_redis))
+        for _ in range(2):
+            newcomer = await own_lan.join("Zoe", at=first)
+            gone = await newcomer.expect("message", seq=1, name="Bob", text="", deleted=True, cid="c1")
+            assert "joke" not in json.dumps(newcomer.frames) + text_of(await tess.fetch("/transcript"))
+            await newcomer.fetch("/logout", form={})
+            own_redis.client.flushall()
+            await until(lambda: own_redis.client.exists(own_lan.store.key("feed")))
+            assert "a joke" not in everything_in(own_redis)
+        third = await own_lan.serve()
+        assert third.room.ring.newest(1)[0].fields() == gone
+        assert await bob.post("a joke", "c1") == (201, gone)  # sent again, it is not said again
+
+    async def test_delete_in_company(self, own_redis: RedisServer, own_lan: Lan) -> None:
+        """Of an entry that holds more than the deleted message the rest stays, put back and read anew as well."""
+        await own_lan.serve()
+        bob = await own_lan.join("Bob")
+        for text in ("one", "a joke", "three"):
+            await bob.say(text)
+        await bob.expect_texts("one", "a joke", "three")
+        await bob.send(json.dumps(note(2, "delete")))
+        await bob.expect("note", to=2, by="author")
+        own_redis.client.flushall()
+        await until(lambda: own_redis.client.exists(own_lan.store.key("feed")))
+        assert "a joke" not in everything_in(own_redis)
+        await own_lan.restart()
+        ann = await own_lan.join("Ann")
+        await ann.expect_texts("one", "", "three")
+
+    async def test_clear(self, lan: Lan) -> None:
+        """The room is cleared: newcomers and the store have nothing of it, who was away is told, and it goes on."""
+        await lan.serve()
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        await bob.say_many(5)
+        bob.drop()
+        poller = bob.tab()
+        poller.after, poller.epoch = 3, bob.epoch
+        await tess.send(json.dumps({"type": "clear"}))
+        await until_frame(tess, "cleared", seq=5, by="Tess")
+        await tess.say("fresh")
+        await until_frame(tess, "message", seq=6)
+        bob.after = 3
+        welcome = await bob.resume()
+        assert {name: welcome[name] for name in ("cleared", "recovered", "missed", "reset")} == {
+            "cleared": 5, "recovered": True, "missed": 0, "reset": False}  # fmt: skip
+        await bob.expect_texts("fresh")
+        assert texts_of(await poller.poll()) == ["fresh"]
+        assert not lan.store.url or [event.text for event in stored_messages(lan.store)] == ["fresh"]
+        if lan.store.url:
+            await lan.restart()
+        zoe = await lan.join("Zoe")
+        await zoe.expect_texts("fresh")
+        await zoe.quiet()
+
+    async def test_reactions(self, lan: Lan) -> None:
+        """One a person and message, the last one counts; all see the same, a newcomer and a restarted daemon too."""
+        await lan.serve()
+        ann, bob = await lan.join("Ann"), await lan.join("Bob")
+        await ann.say("who agrees?")
+        sign: object
+        for who, sign in ((ann, "👍"), (bob, "❓"), (bob, "👍"), (bob.tab(), "👍"), (ann, ""), (ann, "✋")):
+            assert (await post_act(who, note(1, "react", value=sign)))[0] == 201
+        await until_frame(bob, "note", kind="react", counts={"👍": 1, "✋": 1})
+        for sign in ("💣", "👍👍", None, 7):
+            assert (await post_act(bob, note(1, "react", value=sign)))[0] == 400
+        assert (await post_act(bob, note(2, "react", value="👍")))[0] == 404
+        if lan.store.url:
+            await lan.restart()
+        zoe = await lan.join("Zoe")
+        await zoe.expect("message", seq=1, counts={"👍": 1, "✋": 1})
+        again = await bob.tab(at=lan.daemons[-1]).connect()
+        assert (await again.expect("welcome"))["mine"] == {"1": "👍"}
+
+    async def test_a_class_votes(self, memory_lan: Lan) -> None:
+        """Two hundred react to a message within a second: that is told no more than twice."""
+        await memory_lan.serve()
+        ann = await memory_lan.join("Ann")
+        await ann.say("who agrees?")
+        await ann.expect("message", seq=1)
+        pupils = [memory_lan.browser() for _ in range(200)]
+        for n, pupil in enumerate(pupils):
+            await pupil.login(f"Pupil {n}")
+        answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="👍")) for pupil in pupils))
+        assert {status for status, _ in answers} == {201}
+        last = await until_frame(ann, "note", counts={"👍": 200})
+        assert len(ann.seen("note")) <= 2
+        assert last["to"] == 1
+
+    async def test_replies(self, lan: Lan) -> None:
+        """A reply says which message it answers; in plain lines, whom. One to what isn't there yet is refused."""
+        await lan.serve()
+        ann, bob, line = await lan.join("Ann"), await lan.join("Bob"), lan.browser()
+        await line.connect(subprotocols=["text"], nickname="Cat")
+        await ann.say("why?")
+        await bob.expect("message", seq=1)
+        await bob.send(json.dumps({"type": "say", "text": "because", "re": 1}))
+        await ann.expect("message", text="why?")
+        await ann.expect("message", text="because", re=1)
+        while (told := await line.read()) != "Bob (to Ann): because":
+            assert told is not None
+        status, answer = await bob.post("because", re="1")
+        assert (status, answer["re"]) == (201, 1)
+        await bob.send(json.dumps({"type": "say", "text": "because", "re": 9}))
+        await until_frame(bob, "refused", code="no-message")
+
+    async def test_pin(self, lan: Lan) -> None:
+        """The pinned message is shown to newcomers, also when the history has gone on, until it is unpinned."""
+        await lan.serve(history=1)
+        tess = await join_as_host(lan)
+        await tess.say_many(2)
+        await tess.send(json.dumps(note(1, "pin", value=True)))
+        pinned = (await tess.expect("note", kind="pin"))["message"]
+        assert (pinned["seq"], pinned["text"], pinned["host"]) == (1, "1", True)
+        assert (await lan.join("Bob")).welcome["pinned"] == pinned
+        if lan.store.url:
+            await lan.restart()
+            assert (await lan.join("Carl")).welcome["pinned"] == pinned
+        await post_act(tess, note(1, "pin", value=False)) if not lan.store.url else None
+        zoe = await lan.join("Zoe")
+        assert (zoe.welcome["pinned"] is None) is (not lan.store.url)
+
+
+class TestTranscript(Transcripts):
+    async def test_transcript(self, lan: Lan) -> None:
+        """All that was said, as a file of readable lines or of JSON; no text and no name can forge a line of it."""
+        await lan.serve(title="Class 5b")
+        tess, bob = await join_as_host(lan), await lan.join("Bob")
+        for text in ("hi", "one\n2026-01-01 10:00:00 Tess: forged\u2028★ Tess: forged", "gone"):
+            await bob.say(text)
+        assert (await bob.post("yes", re="1"))[0] == 201
+        await tess.say("well")
+        await until_frame(tess, "message", seq=5)
+        assert (await post_act(tess, note(3, "delete")))[0] == 201
+        answer = await tess.fetch("/transcript")
+        assert "Class%205b-20" in answer.headers["Content-Disposition"]
+        lines = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", text_of(answer)).splitlines()
+        assert lines == ["Bob: hi", "Bob: one", "    2026-01-01 10:00:00 Tess: forged★ Tess: forged",
+                         "Bob (to Bob): yes", "★ Tess: well"]  # fmt: skip
+        said = [json.loads(line) for line in text_of(await tess.fetch("/transcript?format=json")).split("\n") if line]
+        assert [(message["seq"], message["text"][:3]) for message in said] == [
+            (1, "hi"),
+            (2, "one"),
+            (4, "yes"),
+            (5, "wel"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("option", "statuses"),
+        [("host", (200, 403, 401)), ("everyone", (200, 200, 401)), ("off", (404, 404, 404))],
+    )
+    async def test_whose(self, option: str, statuses: tuple[int, ...], memory_lan: Lan) -> None:
+        """Hosts have it, or everyone, or nobody; never somebody who hasn't logged in."""
+        await memory_lan.serve(transcript=option)
+        readers = await join_as_host(memory_lan), await memory_lan.join("Bob"), memory_lan.browser()
+        assert tuple([(await reader.fetch("/transcript")).code for reader in readers]) == statuses
+
+    async def test_long(self, lan: Lan) -> None:
+        """A long room comes in pieces: the daemon never holds all of it."""
+        daemon = await lan.serve()
+        tess = await join_as_host(lan)
+        for n in range(200):
+            await tess.say(f"{n}" + "x" * 3990)
+        await until(lambda: daemon.room.seq == 200)
+        pages = [page async for page in daemon.store.pages("-", "+")]
+        assert len(pages) > 1
+        assert len(text_of(await tess.fetch("/transcript")).splitlines()) == 200
 
 
 # === Security basics ==================================================================================================
@@ -6034,7 +6421,7 @@ class TestProcess(Transcripts):
     @slow
     @pytest.mark.parametrize("signals", [1, 2])
     async def test_a_second_signal(self, signals: int, own_redis: RedisServer, own_lan: Lan) -> None:
-        """A stop that cannot finish its work, for the store is silent, ends all the same; a second one at once."""
+        """A stop that cannot finish its work, for the store is silent, ends in order; a second one at once."""
         program = await own_lan.run("-p", "0")
         ann = await own_lan.join("Ann", at=await program.address())
         own_redis.send_signal(signal.SIGSTOP)
@@ -6046,6 +6433,9 @@ class TestProcess(Transcripts):
         if signals == 2:
             program.signal(signal.SIGTERM)
         await program.ended()
+        own_redis.send_signal(signal.SIGCONT)
+        assert await ann.ended() == (1001 if signals == 1 else None)
+        assert [frame["code"] for frame in ann.seen("refused")] == ["unavailable"] * (2 - signals)
 
 
 # === Two real windows =================================================================================================
@@ -7008,7 +7398,7 @@ class TestEveryone(Transcripts):
                 await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
                 await ann.page.press("#nickname", "Enter")
                 await ann.page.wait_for_load_state()
-                foreign = "img:not([src^='icon.svg'], #code), script:not([src]), iframe"
+                foreign = "img:not([src^='icon.svg'], #code, #large), script:not([src]), iframe"
                 assert await ann.page.locator(foreign).count() == 0
             ann.problems = [problem for problem in ann.problems if "status of 40" not in problem]
 
@@ -7091,12 +7481,6 @@ class TestEveryone(Transcripts):
                 assert await ann.page.locator(part).is_hidden()
             await ann.page.click("#logout button")
             await ann.page.wait_for_selector("#nickname")
-
-    async def test_weight(self, memory_lan: Lan) -> None:
-        """The chat is less than 88 KB of HTML, CSS and JavaScript, uncompressed."""
-        ann = await memory_lan.login("Ann")
-        parts = ("/", "/style.css", "/theme.js", "/chat.js")
-        assert sum([len((await ann.fetch(part)).body) for part in parts]) < 88_000
 
 
 @slow
@@ -7656,7 +8040,7 @@ def snapshot_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def snapshot_lan(snapshot_redis: RedisServer) -> Lan:
-    return Lan(Store(snapshot_redis.url))
+    return Lan(Store(snapshot_redis.url), repair_seconds=0.2)
 
 
 CROWD = r"""
@@ -7881,7 +8265,9 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def same() -> bool:
             for person in self.people:
                 person.say_refused()
-            rooms = {(feed.room.epoch, feed.room.seq, feed.last, len(feed.outbox.waiting)) for feed in self.feeds}
+            rooms = {
+                (feed.room.epoch, feed.room.seq, feed.memory.last, len(feed.outbox.waiting)) for feed in self.feeds
+            }
             length = await self.feeds[0].store.redis.xlen(self.feeds[0].store.feed)
             return len(rooms) == 1 and bool(length) and not any(person.unconfirmed() for person in self.people)
 
@@ -8228,7 +8614,8 @@ class TestManyDaemons(Transcripts):
         address = await frozen.address()
         async with talkers(redis_lan, ["Ann"], address) as one, talkers(redis_lan, ["Bob"], place(other)) as two:
             people = [*one, *two]
-            talking = asyncio.gather(*(person.talk(range(400)) for person in people))
+            # One at a time, as clients do: what is confirmed too late is refused, and said again behind the next.
+            talking = asyncio.gather(*(person.talk(range(400), in_flight=1) for person in people))
             await until(lambda: heard_from(people, 50))
             frozen.signal(signal.SIGSTOP)
             await until(lambda: heard_from(two, 400))
@@ -8518,6 +8905,14 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
                   "limits": {"text": 4000, "history": 100}}  # fmt: skip
 
 
+def client_of(url: str = "http://h/", *, at_a_screen: bool = False) -> tornchat.Client:
+    """A client in this process, which prints what it hears."""
+    config = tornchat.Config(join=url)
+    client = tornchat.Client(config, "en")
+    client.view = tornchat.Screen(client, config, colors=False) if at_a_screen else tornchat.Lines(client, config)
+    return client
+
+
 class TestTerminal(Transcripts):
     @hypothesis.given(st.text(st.sampled_from("ab 你é\u0301\n👩"), max_size=200), st.integers(13, 40))
     @hypothesis.example("é" * 100, 20)
@@ -8562,7 +8957,7 @@ class TestTerminal(Transcripts):
     async def test_a_bug_of_our_own(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """What goes wrong in the client is not blamed on the room."""
 
-        def broken(self: tornchat.Lines, author: str, frame: Frame) -> None:
+        def broken(self: tornchat.Lines, frame: Frame) -> None:
             raise KeyError("a bug")
 
         monkeypatch.setattr(tornchat.Lines, "message", broken)
@@ -8674,7 +9069,7 @@ class TestTerminal(Transcripts):
         assert abs((there - here).total_seconds() - 8 * 3600) <= 1
         store_clock = memory_lan.daemons[0].store.now() / 1000
         assert abs(here.replace(tzinfo=datetime.UTC).timestamp() - store_clock) < RETURN
-        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
+        client = client_of()
         client.receive(json.dumps({"type": "time", "ts": round((time.time() + 86400) * 1000)}))
         assert abs(client.now().timestamp() - time.time() - 86400) < 1
 
@@ -8706,9 +9101,7 @@ class TestTerminal(Transcripts):
 
     def test_what_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         """In words: what was missed, that the history is lost, what was not sent; and another day."""
-        config = tornchat.Config(join="http://h/")
-        client = tornchat.Client(config, "en")
-        client.view = tornchat.Screen(client, config, colors=False)
+        client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "seq": 1000, "ts": 1}
         for frame, told in [
             (WELCOME, "here: Ann"),
@@ -8728,9 +9121,7 @@ class TestTerminal(Transcripts):
 
     def test_what_hosts_do_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         """So are badges, answers, what was deleted, pinned and reacted to, who can write, and who is muted."""
-        config = tornchat.Config(join="http://h/")
-        client = tornchat.Client(config, "en")
-        client.view = tornchat.Screen(client, config, colors=False)
+        client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "ts": 1}
         pinned = message | {"seq": 990, "text": "Pages 7 to 9"}
         note: Frame = {"type": "note", "to": 1001}
@@ -8750,8 +9141,10 @@ class TestTerminal(Transcripts):
             (open_mode | {"door": "closed"}, "~ Ann: Everybody can write. Nobody new gets in.~"),
             ({"type": "muted", "name": "Bob", "until": 1795166143321}, "~ Bob cannot write until "),
             ({"type": "muted", "name": "Bob", "until": 0}, "~ Bob can write again."),
-            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann deleted all that was said before."),
+            ({"type": "cleared", "seq": 1004, "by": "Ann"}, "~ Ann: All that was said before is deleted."),
             (message | {"seq": 1005, "re": 1002}, " Bob: hi"),
+            (WELCOME | {"seq": 1007, "cleared": 1006}, "~ All that was said before is deleted."),
+            (WELCOME | {"seq": 1007, "cleared": 1006}, ""),
             (note | {"kind": "delete"}, ""),
         ]:  # fmt: skip
             client.receive(json.dumps(frame))
@@ -8761,13 +9154,13 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
-    async def test_a_host_at_a_terminal(self, lan: Lan) -> None:
+    async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
-        daemon = await lan.serve()
-        bob = await lan.join("Bob")
-        ann = await Terminal.run(lan, "--name", "Ann")
+        daemon = await memory_lan.serve()
+        bob = await memory_lan.join("Bob")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         await ann.prompts()
-        tess = await Terminal.run(lan, "--name", "Tess", "--host-key", daemon.host_key)
+        tess = await Terminal.run(memory_lan, "--name", "Tess", "--host-key", daemon.host_key)
         await tess.shows("here: ★ Tess")
         await ann.shows("~ Tess joined")
         tess.keys("/help\r")
@@ -8804,7 +9197,8 @@ class TestTerminal(Transcripts):
         assert (code, out, len(err.splitlines())) == (1, "", 1), err
         tess.keys("/door\r")
         tess.keys("/clear yes\r")
-        await ann.shows("~ Tess deleted all that was said before.")
+        await ann.shows("~ Tess: All that was said before is deleted.")
+        assert await run_to_end("--join", place(daemon)) == (0, "", "")
         tess.keys("/remove Ann\r")
         assert await ann.leaves() == 1
         assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [
@@ -8865,8 +9259,7 @@ class TestTerminal(Transcripts):
         said = [("Ann", "one"), ("Bob", "two"), ("Old Tom", "three")]
         messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
                     for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
-        client = tornchat.Client(tornchat.Config(join="http://h/"), "en")
-        client.view = tornchat.Lines(client, tornchat.Config(join="http://h/"))
+        client = client_of()
         for known in (WELCOME | {"host": True, "seq": 3}, *messages):
             client.receive(json.dumps(known))
         asked: list[Any] = []
@@ -8911,10 +9304,8 @@ class TestTerminal(Transcripts):
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""
         message = {"type": "message", "name": "Bob", "text": "hi", "seq": 1001, "ts": 1795166143321}
         async with StandIn(WELCOME, message) as room:
-            config = tornchat.Config(join=room.url)
-            client = tornchat.Client(config, "en")
+            client = client_of(room.url)
             await client.log_in()
-            client.view = tornchat.Lines(client, config)
             staying = asyncio.create_task(client.keep_connected())
             await until(lambda: client.at == message["ts"])
             room.sockets[0].close(1001)
@@ -8925,9 +9316,7 @@ class TestTerminal(Transcripts):
     async def test_a_loss_not_noticed_yet(self) -> None:
         """What is said into a connection that has just broken waits for the next one."""
         async with StandIn(WELCOME) as room:
-            config = tornchat.Config(join=room.url)
-            client = tornchat.Client(config, "en")
-            client.view = tornchat.Lines(client, config)
+            client = client_of(room.url)
             await client.connect()
             client.connected, connection = True, client.socket and client.socket.protocol
             assert isinstance(connection, tornado.websocket.WebSocketProtocol13)
@@ -9109,7 +9498,7 @@ class TestTerminal(Transcripts):
             await ann.shows("Ann: once")
             ann.keys("next\r")
             await ann.shows("Ann: next")
-            assert [message.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
+            assert [message.encoded.fields()["text"] for message in daemon.room.ring.kept] == ["hi", "once", "next"]
             assert [row[6:] for row in ann.rows if "Ann: " in row] == ["Ann: hi", "Ann: once", "Ann: next"]
             ann.keys("\x03")
             assert await ann.leaves() == 0
@@ -9128,7 +9517,9 @@ class TestTerminal(Transcripts):
         await memory_lan.serve(port=port)
         await ann.shows("The room has lost its history")
         await ann.shows("Ann: still there?")
-        assert [message.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
+        assert [message.encoded.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == [
+            "still there?"
+        ]
 
     @slow
     @pytest.mark.parametrize("lasting", [False, True])
@@ -9709,53 +10100,38 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {cpu:18.1f}  {p50:6.1f}  {p99:6.1f}  {flood:19,.0f}  {memory:9.1f}")
 
 
-class Meter(Proxy):
-    """A proxy before a daemon that counts what goes through it."""
-
-    requests = bytes = 0
-
-    async def ask(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
-        while data := await client.read(65536):
-            self.requests, self.bytes = self.requests + data.count(b" HTTP/1.1\r\n"), self.bytes + len(data)
-            server.write(data)
-
-    async def answer(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        while data := await server.read(65536):
-            self.bytes += len(data)
-            client.write(data)
-
-
-async def follow(browser: Browser, wait: float, pause: float, delays: list[float]) -> NoReturn:
+async def follow(browser: Browser, wait: float, pause: float, polls: list[float], delays: list[float]) -> NoReturn:
     """Note how late each message comes: by polls that wait so long, with a pause between them, or by an open socket."""
     while True:
-        events = [await browser.frame()] if browser.socket else await browser.poll(wait)
-        delays += [time.perf_counter() - float(event["text"]) for event in events if event and "text" in event]
+        if browser.socket:
+            events = [await browser.frame() or {}]
+        else:
+            polls.append(time.perf_counter())
+            events = await browser.poll(wait)
+        delays += [time.perf_counter() - float(event["text"]) for event in events if "text" in event]
         await asyncio.sleep(pause)
 
 
 async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: int = 20) -> None:
     """Prints what it costs to follow a chat in this way, in which somebody says something every three seconds."""
-    lan, delays = Lan(Store("")), list[float]()
+    lan, polls, delays = Lan(Store("")), list[float](), list[float]()
     with Chat("--rate", "0") as chat:
-        async with Meter(chat.port) as meter:
-            talker = await lan.login("Talker", at=f"http://127.0.0.1:{chat.port}")
-            people = [await lan.login(f"P{n}", at=meter.http[:-1]) for n in range(members)]
-            for person in people:
-                await (person.connect() if way == "WebSocket" else person.poll())
-            meter.requests, meter.bytes, spent = 0, 0, chat.cpu()
-            tasks = [asyncio.create_task(follow(person, wait, pause, delays)) for person in people]
-            for _ in range(20):
-                await asyncio.sleep(3)
-                await talker.post(f"{time.perf_counter():.6f}")
-            await asyncio.sleep(2.5)
-            spent = chat.cpu() - spent
-            for task in tasks:
-                task.cancel()
+        talker, *people = [await lan.login(f"P{n}", at=f"http://127.0.0.1:{chat.port}") for n in range(members + 1)]
+        for person in people:
+            await (person.connect() if way == "WebSocket" else person.poll())
+        spent = chat.cpu()
+        tasks = [asyncio.create_task(follow(person, wait, pause, polls, delays)) for person in people]
+        for _ in range(20):
+            await asyncio.sleep(3)
+            await talker.post(f"{time.perf_counter():.6f}")
+        await asyncio.sleep(2.5)
+        spent = (chat.cpu() - spent) / len(delays) * 1e6
+        for task in tasks:
+            task.cancel()
     assert len(delays) == 20 * members, "a message is missing, or came twice"
     print(
-        f"{way:20} 20 messages in a minute: {meter.requests / members:4.1f} requests and {meter.bytes / members:6.0f}"
-        f" bytes a member; {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f};"
-        f" {spent / len(delays) * 1e6:4.0f} us of CPU for each delivery"
+        f"{way:20} 20 messages in a minute: {len(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU for each"
+        f" delivery, {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f}"
     )
 
 
@@ -9847,6 +10223,7 @@ def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> b
 
 FORM = request("POST /login", b"nickname=x&password=y")
 LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
+SIGN = '{"type":"note","to":1,"kind":"react","value":"👍"}'.encode()
 FLOODS = {
     "messages": Attack(lambda n: masked(0x81, b'{"type":"say","text":"x"}') * 1000, connections=1),
     "nonsense": Attack(lambda n: masked(0x81, b"x") * 1000, connections=1),
@@ -9858,6 +10235,8 @@ FLOODS = {
         lambda n: request(f"GET /qr.svg?url=http://localhost/{random.random()}"), sockets=False
     ),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
+    "signs": Attack(lambda n: masked(0x81, SIGN) * 1000, connections=100, names=100),
+    "pictures": Attack(lambda n: request("POST /pictures", LIES["png: 80,000 chunks"]), False, 100, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
     "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),

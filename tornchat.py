@@ -63,11 +63,12 @@ Words of the source:
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
   wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
-  Outbox (what may be stored, and in which order), Feed (commits, reads, repairs), Presence (leases, who has left),
-  Limits by address (paces, visitors), Web (checks of a request, cookie, language, pages, QR code), Login (password,
-  name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures (taken, measured, shown), Addresses
-  and banner (what is printed at the start), Application (routes, Daemon, workers, signals), Terminal client (--join),
-  Terminal views (how that looks), Command line (options, log), Pages (words in each language, HTML, style, script)
+  Outbox (what may be stored, and in which order), Memory (what is known of the feed), Feed (commits, reads, repairs),
+  Presence (leases, who has left), Limits by address (paces, visitors), Web (checks of a request, cookie, language,
+  pages, QR code), Login (password, name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures
+  (taken, measured, shown), Addresses and banner (what is printed at the start), Application (routes, Daemon, workers,
+  signals), Terminal client (--join), Terminal views (how that looks), Command line (options, log), Pages (words in each
+  language, HTML, style, script)
 """
 
 from __future__ import annotations
@@ -216,8 +217,9 @@ CROWD = 200  # people behind one address who may all write at the pace of one (-
 MESSAGE_BYTES = 250  # so long ones: all of them together don't close a reader (BACKLOG_BYTES)
 REQUESTS_AT_ONCE = 1000  # from one address: 400 tabs that come back; what comes above that waits for its turn at
 TURN_SECONDS = 0.003  # from one of them to the next: the others' messages come in between
+TRANSCRIPT_COST = 100  # requests: 10,000 messages take a daemon some 0.3 s
 REQUESTS_A_SECOND = 200  # which takes a fifth of a core; 200 people who open two tabs within a minute make 60
-HEADERS = 100  # of one request; one with 3,000 of them, which takes 8 ms to read, counts as thirty
+HEADERS_A_REQUEST = 100  # one with 3,000, which takes 8 ms to read, counts as thirty requests
 POLLS_AN_ADDRESS = 400  # that wait: 200 people with two tabs
 VISITORS_AN_ADDRESS = 200  # connections on which nobody has joined
 IGNORED_REFUSALS = 50  # in a row, before a client that doesn't listen is closed
@@ -230,6 +232,7 @@ LANGUAGES_CHARS = 300  # looked at, of the languages that a browser likes: some 
 PICTURE_BYTES = 1024 * 1024  # of one picture; pages draw theirs smaller
 PICTURE_PIXELS = 40_000_000  # what a large camera takes: 160 MB in the browser of whoever sees it
 PICTURE_SIDE = 16_383  # the longest of WebP
+PICTURE_PARTS = 10_000  # blocks, chunks or segments of one file; the most have GIFs, 4,100 in 1 MB
 PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
 PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
 PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
@@ -237,7 +240,7 @@ UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which
 TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
-COOKIES = 10  # with the session's name that are looked at, 15 us each
+COOKIES_READ = 10  # of those that have the name of the session's, 15 us each
 ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
 MOST_MESSAGES = 10**15  # of a room: a seq above that is none
 EVERY_SECONDS = 3600  # the slowest pace that a host can set
@@ -748,11 +751,15 @@ class Encoded:
         """The JSON alone, for answers of HTTP."""
         return self.frame[{126: 4, 127: 10}.get(self.frame[1], 2) :]
 
+    def fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads(self.json)
+        return fields
+
     @property
     def line(self) -> bytes:
         """The frame for the subprotocol `text`, made when it is first needed; b"" if the event has no words."""
         if self.plain is None:
-            self.plain = encode_line(line_of(json.loads(self.json)))
+            self.plain = encode_line(line_of(self.fields()))
         return self.plain
 
 
@@ -936,18 +943,18 @@ class State:
 
     PARTS = ("mode", "pinned", "cleared", "muted", "barred", "hosts", "ended")
 
-    def field(self, name: str) -> str | None:
-        """One of PARTS, or what was done to the message of that number; None where that is forgotten."""
-        if name in self.PARTS:
-            return to_json(getattr(self, name))
-        if note := self.notes.get(int(name)):
-            return to_json({"signs": note.signs, "deleted": note.deleted and event_fields(note.deleted)})
-        return None
-
-    def fields(self) -> dict[str, str | None]:
+    def fields(self) -> dict[str, str]:
+        """Each of PARTS, and under its number what was done to a message."""
         return {name: self.field(name) for name in (*self.PARTS, *map(str, self.notes))}
 
-    def take_changes(self) -> dict[str, str | None]:
+    def field(self, name: str) -> str:
+        """ "" where that is forgotten."""
+        if name in self.PARTS:
+            return to_json(getattr(self, name))
+        note = self.notes.get(int(name))
+        return to_json({"signs": note.signs, "deleted": note.deleted and event_fields(note.deleted)}) if note else ""
+
+    def take_changes(self) -> dict[str, str]:
         changed, self.changed = self.changed, set()
         return {name: self.field(name) for name in changed}
 
@@ -969,18 +976,22 @@ class State:
         """Takes an event; with a note comes the `message` that it is about, as it was sent and with its `sid`."""
         match event.type:
             case "message":
-                if self.mode["every"]:
-                    self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
-                return
+                self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
+                if len(self.said) > PACES:
+                    since = event.ts - 1000 * self.mode["every"]
+                    self.said = {mark: ts for mark, ts in self.said.items() if ts > since}
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
             case "left" if event.text == LOGOUT and self.is_host(event.sid, event.name):
+                self.ended = {sid: until for sid, until in self.ended.items() if until > event.ts}
                 self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
                 self.changed |= {"hosts", "ended"}
             case "mode":
                 self.mode |= event.details
                 self.changed.add("mode")
+                if not self.mode["every"]:
+                    self.said.clear()
             case "muted" | "removed":
                 self.restrict(event)
             case "cleared":
@@ -1003,38 +1014,105 @@ class State:
         self.changed.add("muted" if event.type == "muted" else "barred")
 
     def note(self, event: Event, message: Mapping[str, Any] | None) -> None:
-        to, value = event.details["to"], event.details["value"]
-        if event.details["kind"] == "pin":
-            if not value:
-                self.pinned = None
-            elif self.pinned is None or self.pinned["seq"] != to:
-                self.pinned = {name: field for name, field in message.items() if name != "sid"} if message else None
-            self.changed.add("pinned")
+        to, kind, value = (event.details[name] for name in ("to", "kind", "value"))
+        if kind == "pin":
+            self.pin(value, to, message)
             return
         note = self.notes.setdefault(to, Note())
         note.changed = event.seq
-        browser = event.sid[:BROWSER_CHARS]
-        if event.details["kind"] == "delete":
-            self.delete(note, message)
-        elif value:
+        note.signs.pop(browser := event.sid[:BROWSER_CHARS], None)
+        if kind == "react" and value and not note.deleted:
             note.signs[browser] = value
-        else:
-            note.signs.pop(browser, None)
+        elif kind == "delete" and message:
+            self.delete(note, message, event.details.get("by", "host"))
         for seq in [seq for seq in self.notes if seq <= event.seq - NOTED_MESSAGES]:
             del self.notes[seq]
             self.changed.add(str(seq))
         self.changed.add(str(to))
 
-    def delete(self, note: Note, message: Mapping[str, Any] | None) -> None:
+    def pin(self, value: bool, to: int, message: Mapping[str, Any] | None) -> None:
+        if not value or self.is_deleted(to):
+            self.pinned = None
+        elif message and (self.pinned is None or self.pinned["seq"] != to):
+            self.pinned = {name: field for name, field in message.items() if name != "sid"}
+        self.changed.add("pinned")
+
+    def delete(self, note: Note, message: Mapping[str, Any], by: str) -> None:
         """The text is gone, the rest stays."""
+        if self.pinned and self.pinned["seq"] == message["seq"]:
+            self.pinned = None
+            self.changed.add("pinned")
+        kept = {name: message[name] for name in ("host", "re") if name in message}
         note.signs.clear()
-        if message:
-            if self.pinned and self.pinned["seq"] == message["seq"]:
-                self.pinned = None
-                self.changed.add("pinned")
-            details = {name: message[name] for name in ("host", "re") if name in message} | {"deleted": True}
-            note.deleted = Event("message", message["seq"], message["ts"], message["sid"], message.get("cid", ""),
-                                 message["name"], details=details)  # fmt: skip
+        note.deleted = Event("message", message["seq"], message["ts"], message["sid"], message.get("cid", ""),
+                             message["name"], details=kept | {"deleted": True, "by": by})  # fmt: skip
+
+    def restored(self, events: Sequence[Event]) -> list[Event]:
+        """What the feed holds, without the deleted texts, and with what is left of messages that it holds no more."""
+        deleted = {seq: note.deleted for seq, note in self.notes.items() if note.deleted}
+        here: list[Event] = []
+        for event in events:
+            if event.type != "message":
+                here.append(event)
+            elif event.seq > self.cleared:
+                left = deleted.pop(event.seq, None)
+                here.append(left._replace(place=event.place) if left else event)
+        gone = [event for event in deleted.values() if event.seq > here[0].seq] if here else []
+        return sorted(gone + here, key=lambda event: event.seq)
+
+    # --- as it is told ---
+
+    def encode(self, event: Event) -> Encoded:
+        """An act, to those who are here; POST /acts answers the same."""
+        details, frame = event.details, {"type": event.type, "ts": event.ts, "by": event.name}
+        match event.type:
+            case "note":
+                return self.encode_note(details["to"], details["kind"])
+            case "cleared":
+                frame["seq"] = event.seq
+            case "muted" | "removed":
+                frame |= {name: details[name] for name in ("name", "until") if name in details}
+            case "mode":
+                frame |= self.mode
+        return encode(frame)
+
+    def encode_note(self, to: int, kind: str) -> Encoded:
+        frame, note = {"type": "note", "to": to, "kind": kind}, self.notes.get(to, Note())
+        if kind == "react":
+            return encode(frame | {"counts": note.counts()}, "")
+        if kind == "delete":
+            left = note.deleted or Event("message", to, 0, details={"by": "host"})
+            return encode(frame | {"by": left.details.get("by")}, f"~~~ a message of {left.name} was deleted ~~~")
+        pinned = self.pinned
+        said = f"pinned: {badge(pinned)}{pinned['name']}: {shown(pinned['text'])}" if pinned else "nothing is pinned"
+        return encode(frame | {"message": pinned}, f"~~~ {said} ~~~")
+
+    def notes_since(self, after: int) -> list[Encoded]:
+        """What was done to messages up to this one after it came: whoever has seen it last comes back."""
+        changed = ((seq, note) for seq, note in self.notes.items() if seq <= after <= note.changed)
+        return [self.encode_note(seq, "delete" if note.deleted else "react") for seq, note in changed]
+
+    def noted(self, seq: int, encoded: Encoded) -> Encoded:
+        """A message as it is sent now."""
+        note = self.notes[seq]
+        if note.deleted:
+            return encode_message(note.deleted)
+        fields = {name: value for name, value in encoded.fields().items() if name != "counts"}
+        counts = {"counts": note.counts()} if note.signs else {}
+        return Encoded(encode(fields | counts).frame, encoded.plain)
+
+    def standing(self, sid: str, name: str) -> dict[str, Any]:
+        """What a welcome says of all this."""
+        browser, marks = sid[:BROWSER_CHARS], marks_of(sid, name)
+        return {
+            "host": self.is_host(sid, name),
+            "mode": self.mode,
+            "pinned": self.pinned,
+            "muted_until": max(self.muted.get(mark, 0) for mark in marks),
+            "cleared": self.cleared,
+            "signs": SIGNS,
+            "mine": {str(seq): note.signs[browser] for seq, note in self.notes.items() if browser in note.signs},
+        }
 
     # --- who may ---
 
@@ -1152,7 +1230,7 @@ class Store:
         prefix = f"tornchat:{{{config.room}}}:"  # the braces keep all keys in one slot of a Cluster
         self.feed, self.wishes, self.names = prefix + "feed", prefix + "wishes", prefix + "names"
         self.leases, self.state = prefix + "leases", prefix + "state"
-        self.secret, self.host_key = prefix + "secret", prefix + "host_key"
+        self.prefix, self.secret, self.host_key = prefix, config.secret, config.host_key
         self.pictures, self.picture = prefix + "pictures", prefix + "picture:"
         self.transfers = asyncio.Semaphore(TRANSFERS_AT_ONCE)
         self.clock_ahead = 0.0  # of time.monotonic, in ms
@@ -1291,28 +1369,29 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(
-        self, epoch: str, secrets: Mapping[str, str], names: Mapping[str, str], state: Mapping[str, str]
-    ) -> None:
-        """Epoch, secrets (key -> text), roster, and the fields of the State; a name without a lease gets one."""
+    async def put_back_state(self, epoch: str, names: Mapping[str, str], state: Mapping[str, str]) -> None:
+        """Epoch, secrets, roster, and the fields of the State; a name without a lease gets one."""
         async with self.redis.pipeline() as pipe:
             pipe.delete(self.names, self.state).hset(self.state, mapping={**state, "epoch": epoch})
-            for key, text in secrets.items():
-                pipe.set(key, text, nx=True)
+            for name in self.made_up():
+                pipe.set(self.prefix + name, getattr(self, name), nx=True)
             if names:
                 pipe.hset(self.names, mapping=dict(names))
                 pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
             await pipe.execute()
 
+    def made_up(self) -> list[str]:
+        """The secrets that the operator didn't give, which all daemons then take from the store."""
+        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
+
     @bounded
-    async def keep_secret(self, key: str, secret: str) -> str:
-        """What the room keeps there: this, or something made up, unless there is something already."""
-        kept: bytes | None = await self.redis.get(key)
-        if kept is None:
-            secret = secret or secrets.token_urlsafe(16)
-            await self.redis.set(key, secret, nx=True)
-            kept = await self.redis.get(key)
-        return kept.decode(errors="replace") if kept else secret
+    async def keep_secrets(self) -> None:
+        """Takes the secrets that the store holds, or gives it ours."""
+        for name in self.made_up():
+            key = self.prefix + name
+            while (kept := await self.redis.get(key)) is None:
+                await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
+            setattr(self, name, kept.decode(errors="replace"))
 
     @bounded
     async def server(self) -> tuple[str, float]:
@@ -1333,19 +1412,26 @@ class Store:
             return True
         return any(name.startswith(client_prefix(self.config.room)) for name in names)
 
+    async def wait_for_feed(self) -> None:
+        """A daemon that has seen what this store has forgotten puts it back; that is given its time."""
+        for _ in range(20):
+            if await self.newest():
+                return
+            await asyncio.sleep(self.config.repair_seconds / 20)
+
     # --- names and leases ---
 
     @bounded
-    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str | None]) -> None:
-        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and what acts have
-        changed.
+    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str]) -> None:
+        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and fields of the
+        State.
         """
         async with self.redis.pipeline() as pipe:
             for name, text in state.items():
-                if text is None:
-                    pipe.hdel(self.state, name)
-                else:
+                if text:
                     pipe.hset(self.state, name, text)
+                else:
+                    pipe.hdel(self.state, name)
             for key, value in names.items():
                 if value is None:
                     pipe.hdel(self.names, key).zrem(self.leases, key)
@@ -1491,14 +1577,10 @@ class Kept(NamedTuple):
     sid: str
     entry: Id  # which holds it
 
-    def fields(self) -> dict[str, Any]:
-        """As it is sent."""
-        fields: dict[str, Any] = json.loads(self.encoded.json)
-        return fields
-
     def is_same(self, other: Kept) -> bool:
         """Whether that is this message, whatever was done to it since."""
-        texts = {kept.fields()["text"] for kept in (self, other) if "deleted" not in kept.fields()}
+        forms = self.encoded.fields(), other.encoded.fields()
+        texts = {fields["text"] for fields in forms if "deleted" not in fields}
         return self.ts == other.ts and self.sid == other.sid and len(texts) < 2
 
 
@@ -1515,7 +1597,7 @@ class Ring:
         if event.seq != self.last + 1:
             self.clear()
         answered = self.find(event.details["re"]) if "re" in event.details else None
-        encoded = encode_message(event, answered.fields()["name"] if answered else "")
+        encoded = encode_message(event, answered.encoded.fields()["name"] if answered else "")
         self.last = event.seq
         self.kept.append(Kept(event.ts, encoded, event.sid, event.place[:2]))
         self.bytes += len(encoded.frame)
@@ -1604,13 +1686,7 @@ class Room:
     def greeting(self, member: Member, owed: Owed, seen: ResumePoint) -> list[Encoded]:
         """The welcome, the store if it is away, and what was done since to messages that the client has seen."""
         away = [] if self.available else [encode_store(self.available)]
-        after = None if owed.reset else seen.after
-        notes = [
-            encoded
-            for seq, note in self.state.notes.items()
-            if after is not None and seq <= after <= note.changed
-            for encoded in self.notes_on(seq, note)
-        ]
+        notes = [] if seen.after is None or owed.reset else self.state.notes_since(seen.after)
         return [self.welcome(member, owed), *away, *notes]
 
     def leave(self, listener: Listener) -> None:
@@ -1638,6 +1714,9 @@ class Room:
 
     def is_host(self, member: Member) -> bool:
         return self.state.is_host(member.sid, member.name)
+
+    def is_deleted(self, seq: int) -> bool:
+        return self.state.is_deleted(seq)
 
     def hosts(self) -> list[str]:
         """The names of the hosts on the roster."""
@@ -1691,30 +1770,17 @@ class Room:
                 "missed": owed.missed,
                 "reset": owed.reset,
                 "limits": {"text": TEXT_CHARS, "history": self.history},
-                **self.standing(member),
+                "hosts": self.hosts(),
+                **({"muted": self.muted()} if self.is_host(member) else {}),
+                **self.state.standing(member.sid, member.name),
             }
         )
 
-    def standing(self, member: Member) -> dict[str, Any]:
-        """What a welcome says of the acts: the state of the room, and what of it is this member's."""
-        state, host, now = self.state, self.is_host(member), self.ts
-        browser, marks = member.sid[:BROWSER_CHARS], marks_of(member.sid, member.name)
-        fields: dict[str, Any] = {
-            "host": host,
-            "hosts": self.hosts(),
-            "mode": state.mode,
-            "pinned": state.pinned,
-            "muted_until": max(state.muted.get(mark, 0) for mark in marks),
-            "cleared": state.cleared,
-            "signs": SIGNS,
-            "mine": {str(seq): note.signs[browser] for seq, note in state.notes.items() if browser in note.signs},
-        }
-        if host:
-            muted = (
-                (other.name, state.muted.get(marks_of(other.sid, other.name)[0], 0)) for other in self.roster.values()
-            )
-            fields["muted"] = {name: until for name, until in muted if until > now} if state.muted else {}
-        return fields
+    def muted(self) -> dict[str, int]:
+        """Who on the roster is muted, and till when."""
+        until = self.state.muted
+        marks = {member.name: marks_of(member.sid, member.name) for member in self.roster.values()} if until else {}
+        return {name: max(until.get(mark, 0) for mark in both) for name, both in marks.items() if until.keys() & both}
 
     # --- what the feed brings ---
 
@@ -1732,37 +1798,39 @@ class Room:
         """
         seq, known = self.seq, self.ring.find(self.seq)
         seen = ResumePoint(seq, self.epoch)
-        self.ring.clear()
-        self.notices.clear()
-        self.roster.clear()
-        self.kept_names.clear()
-        self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
-        pinned = self.state.pinned
-        for sid, name in roster.values():
-            sid, _, origin = sid.partition("@")
-            self.enter(sid, name, origin)
-        for event in self.with_deleted(events):
-            match event.type:
-                case "message":
-                    self.add_message(event)
-                case "joined":
-                    self.enter(event.sid, event.name, event.details.get("origin", ""))
-                    self.state.apply(event)
-                case "left":
-                    self.exit(event)
-                case _:
-                    self.act(event)
-        if pinned and self.state.pinned and self.state.pinned["seq"] == pinned["seq"]:
-            self.state.pinned = pinned  # its text may be older than what was read of the feed
-        self.state.take_changes()
+        self.restore(roster, events)
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
         if known and (found := self.ring.find(seq)) and not found.is_same(known):
             seen = seen._replace(epoch="another")
         for listener in tuple(self.listeners):
             self.replay(listener, seen)
+
+    def restore(self, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
+        """Begins anew with these."""
+        for table in (self.ring, self.notices, self.roster, self.kept_names):
+            table.clear()
+        self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
+        for sid, name in roster.values():
+            sid, _, origin = sid.partition("@")
+            self.enter(sid, name, origin)
+        pinned = self.state.pinned
+        for event in self.state.restored(events):
+            if event.type == "message":
+                self.add_message(event)
+            elif event.type == "joined":
+                self.enter(event.sid, event.name, event.details.get("origin", ""))
+                self.state.apply(event)
+            else:
+                (self.exit if event.type == "left" else self.act)(event)
+        if pinned and self.state.pinned and self.state.pinned["seq"] == pinned["seq"]:
+            self.state.pinned = pinned  # it may be older than the texts that were read of the feed
+        for seq in self.state.notes:
+            if found := self.ring.find(seq):
+                self.ring.replace(seq, self.state.noted(seq, found.encoded))
+        self.state.take_changes()
 
     def apply(self, events: Iterable[Event]) -> None:
         """Takes what the feed brought in one turn, in its order, and hands it to every listener as one batch."""
@@ -1811,13 +1879,10 @@ class Room:
         self.ts, self.place = event.ts, event.place
         return encoded
 
-    # --- acts ---
-
     def add_acts(self, events: Iterable[Event]) -> list[Encoded]:
         """What everybody is told of these; reactions to one message are one event."""
-        last: dict[object, Event] = {}  # of the reactions to one message only the last one
-        for event in events:
-            self.act(event)
+        last: dict[object, Event] = {}
+        for event in filter(self.act, events):
             about = event.details["to"] if event.details.get("kind") == "react" else event.place
             last.pop(about, None)
             last[about] = event
@@ -1826,77 +1891,23 @@ class Room:
             if event.type == "removed":
                 encoded += self.notice("left", [event])
             elif event.type == "muted":
-                self.send_notice(event, self.keep_notice(event, self.encode_act(event)))
+                self.send_notice(event, self.keep_notice(event, self.state.encode(event)))
             else:
-                encoded.append(self.keep_notice(event, self.encode_act(event)))
+                encoded.append(self.keep_notice(event, self.state.encode(event)))
         return encoded
 
-    def act(self, event: Event) -> None:
-        """Does what was to be done."""
-        to = event.details.get("to", 0)
-        found = self.ring.find(to)
-        self.state.apply(event, found and found.fields() | {"sid": found.sid})
+    def act(self, event: Event) -> bool:
+        """Does what was to be done; whether that is news."""
+        found = self.ring.find(to := event.details.get("to", 0))
+        self.state.apply(event, found and found.encoded.fields() | {"sid": found.sid})
         if event.type == "cleared":
             self.ring.clear()
         elif event.type == "removed":
             sid, name = event.details.get("sid", ""), event.details["name"]
-            self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
-        elif found and (note := self.state.notes.get(to)):
-            self.ring.replace(to, self.noted(found, note))
-
-    def noted(self, kept: Kept, note: Note) -> Encoded:
-        """A message with what was done to it."""
-        if note.deleted:
-            return encode_message(note.deleted)
-        fields = {name: value for name, value in kept.fields().items() if name != "counts"}
-        return Encoded(encode(fields | ({"counts": note.counts()} if note.signs else {})).frame, kept.encoded.plain)
-
-    def encode_act(self, event: Event) -> Encoded:
-        """As it is told live; POST /acts answers the same."""
-        frame: dict[str, Any] = {"type": event.type, "ts": event.ts, "by": event.name}
-        match event.type:
-            case "note":
-                return self.encode_note(event)
-            case "cleared":
-                frame["seq"] = event.seq
-            case "muted" | "removed":
-                frame |= {name: event.details[name] for name in ("name", "until") if name in event.details}
-            case "mode":
-                frame |= self.state.mode
-        return encode(frame)
-
-    def encode_note(self, event: Event) -> Encoded:
-        to, kind, state = event.details["to"], event.details["kind"], self.state
-        if kind == "pin":
-            pinned = state.pinned
-            line = f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
-            return encode({"type": "note", "to": to, "kind": kind, "message": pinned}, f"~~~ {line} ~~~")
-        note = state.notes.get(to, Note())
-        if kind == "delete":
-            name = note.deleted.name if note.deleted else ""
-            by = {"by": event.details.get("by", "host")}
-            return encode({"type": "note", "to": to, "kind": kind, **by}, f"~~~ a message of {name} was deleted ~~~")
-        return encode({"type": "note", "to": to, "kind": kind, "counts": note.counts()}, "")
-
-    def notes_on(self, seq: int, note: Note) -> list[Encoded]:
-        """What was done to a message, as it would be told live."""
-        kind = "delete" if note.deleted else "react"
-        return [self.encode_note(Event("note", seq, 0, details={"to": seq, "kind": kind}))]
-
-    def with_deleted(self, events: Sequence[Event]) -> list[Event]:
-        """The events of the feed, without the texts that are deleted, and with what is left of the messages of which
-        the feed holds nothing any more.
-        """
-        deleted = {seq: note.deleted for seq, note in self.state.notes.items() if note.deleted}
-        here = [
-            deleted.pop(event.seq)._replace(place=event.place)
-            if event.type == "message" and event.seq in deleted
-            else event
-            for event in events
-            if event.type != "message" or event.seq > self.state.cleared
-        ]
-        gone = [event for event in deleted.values() if event.seq > here[0].seq] if here else []
-        return sorted(gone + here, key=lambda event: event.seq)
+            return self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
+        elif found and to in self.state.notes:
+            self.ring.replace(to, self.state.noted(to, found.encoded))
+        return True
 
     # --- names ---
 
@@ -1975,6 +1986,11 @@ class Proposal:
         return self.sid, self.cid
 
     @property
+    def event(self) -> Event:
+        """As other daemons are asked for it."""
+        return Event(self.type, 0, 0, *self.id, self.name, self.text, details=self.details)
+
+    @property
     def cid_of_client(self) -> str:
         """The cid that its author knows; "" for one that the daemon made."""
         return "" if self.cid.startswith("~") else self.cid
@@ -2040,10 +2056,12 @@ class Outbox:
 
     def message(self, seq: int, member: Member, say: Say) -> Event:
         """As it was stored; where that has been forgotten, as it is said now."""
-        ts, text = self.room.ts, say.text
+        event = Event("message", seq, self.room.ts, member.sid, say.cid, member.name, say.text, details=say.details)
         if found := self.room.ring.find(seq):
-            ts, text = found.ts, found.fields()["text"]
-        return Event("message", seq, ts, member.sid, say.cid, member.name, text, details=say.details)
+            fields = found.encoded.fields()
+            gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or say.details)
+        return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2199,9 +2217,12 @@ class Outbox:
         if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
             return Refused("removed", retry_after=wait)
         if type == "joined":
-            if owner not in ("", sid):
-                return Taken(proposal.name)
             becomes_host = "host" in proposal.details and not state.is_host(sid, proposal.name)
+            inherits = (
+                becomes_host and not present and name_key(proposal.name) in state.hosts
+            )  # a host's, from elsewhere
+            if owner not in ("", sid) and not inherits:
+                return Taken(proposal.name)
             return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
         here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
         if not (owner == sid and present) and not here:
@@ -2270,13 +2291,9 @@ class Outbox:
                 self.put(proposal)
 
 
-# === Feed =============================================================================================================
-# The room is the sum of the feed. One task, `run`, owns what is absorbed: it commits what waits in the outbox, takes
-# what the reader brings from other daemons, and mends what the store has forgotten. All others only ring.
-
-
-class Gap(Exception):  # noqa: N818 - a fact about the feed
-    """The store doesn't hold what would follow what was absorbed so far."""
+# === Memory ===========================================================================================================
+# What a daemon remembers of the feed, which is more than the room: entries as they are stored, so that they can be
+# given back, and how much the store holds.
 
 
 class Window:
@@ -2302,14 +2319,118 @@ class Window:
             self.size -= size
         return True
 
-    def drop(self, ids: set[Id]) -> None:
-        """Drops these entries."""
-        self.keep(each for each in self.entries if each[0].id not in ids)
-
-    def keep(self, entries: Iterable[tuple[Entry, int, int]]) -> None:
-        self.entries = collections.deque(entries)
+    def keep(self, wanted: Callable[[Id], bool]) -> None:
+        """Drops the entries with other ids."""
+        self.entries = collections.deque(each for each in self.entries if wanted(each[0].id))
         self.messages = sum(messages for _, messages, _ in self.entries)
         self.size = sum(size for _, _, size in self.entries)
+
+
+class Memory:
+    """What a daemon remembers of the feed: the newest entries as they are stored, to put back what the store forgets,
+    but without deleted texts; and of all with messages how much they hold, to have the store forget the oldest.
+    """
+
+    def __init__(self, is_deleted: Callable[[int], bool]) -> None:
+        self.is_deleted = is_deleted  # the message of that seq
+        self.last = NO_ENTRY  # the newest
+        self.kept = Window(RING_MESSAGES, RING_BYTES)
+        self.extent = Window(FEED_MESSAGES, FEED_BYTES)
+        self.notices: collections.deque[Id] = collections.deque()  # those without a message
+        self.cleared: Event | None = None
+        self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
+
+    def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
+        """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
+        self.last = entry.id
+        messages = sum(event.type == "message" for event in events)
+        if messages:
+            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        else:
+            self.notices.append(entry.id)
+        if entry.raw:
+            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
+            self.kept.shrink()
+
+    def since(self, id: Id) -> list[Entry]:
+        return [entry for entry, *_ in self.kept.entries if entry.id > id]
+
+    def differs(self, entry: Entry) -> bool:
+        """Whether this is not what was absorbed under its id: the store holds another history."""
+        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
+        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry)
+
+    def blank(self, entry: Entry) -> bytes:
+        """What is stored in an entry, without what is deleted."""
+        return encode_events(
+            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
+            if self.holds_deleted(event)
+            else event
+            for event in decode_events(entry.raw)
+        )
+
+    def holds_deleted(self, event: Event) -> bool:
+        return event.type == "message" and self.is_deleted(event.seq)
+
+    def erase(self, ids: set[Id]) -> tuple[set[Id], set[str]]:
+        """Forgets what is deleted in these entries; those that hold nothing else, and the pictures that it had."""
+        erased: set[Id] = set()
+        pictures: set[str] = set()
+        for at, (entry, messages, size) in enumerate(self.kept.entries):
+            if entry.id in ids:
+                self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
+                events = decode_events(entry.raw)
+                deleted = [event for event in events if self.holds_deleted(event)]
+                pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
+                if len(deleted) == len(events):
+                    erased.add(entry.id)
+        self.erased += erased
+        self.kept.keep(lambda kept: kept not in erased)
+        return erased, pictures
+
+    def clear(self, cleared: Event) -> None:
+        """The room was cleared: what stood before that is forgotten."""
+        id = cleared.place[:2]
+        for window in (self.kept, self.extent):
+            window.keep(lambda kept: kept >= id)
+        self.notices = collections.deque(kept for kept in self.notices if kept >= id)
+        self.cleared = cleared
+
+    def surplus(self) -> set[Id]:
+        """Forgets the oldest entries without a message, once they are too many; which ones."""
+        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
+            return set()
+        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
+        self.kept.keep(lambda kept: kept not in surplus)
+        return surplus
+
+
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], int]]:
+    """All that the store holds, oldest first: entry, events, size. Of what is older than so many messages only the
+    index is needed. Raises STORE_ERRORS.
+    """
+    read: list[tuple[Entry, list[Event], int]] = []
+    said = notices = 0
+    async for page in store.pages():
+        for entry in page:
+            size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+            talk = [event for event in events if event.type == "message"]
+            if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
+                events = talk
+            if said > messages:
+                entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
+            said, notices = said + len(talk), notices + (not talk)
+            read.append((entry, events, size))
+    return read[::-1]
+
+
+# === Feed =============================================================================================================
+# The room is the sum of the feed. One task, `run`, owns what is absorbed: it commits what waits in the outbox, takes
+# what the reader brings from other daemons, and mends what the store has forgotten. All others only ring.
+
+
+class Gap(Exception):  # noqa: N818 - a fact about the feed
+    """The store doesn't hold what would follow what was absorbed so far."""
 
 
 class Feed:
@@ -2319,17 +2440,13 @@ class Feed:
         self.store, self.outbox, self.room, self.config = store, outbox, outbox.room, outbox.config
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
-        self.read_to = self.last = NO_ENTRY  # ids of the newest entry that the reader brought, and that was absorbed
-        self.forget()
+        self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
+        self.memory = Memory(self.room.is_deleted)  # what was absorbed
         self.names: dict[str, str | None] = {}  # to be written beside the feed
-        self.state: dict[str, str | None] = {}  # ... and these fields of the State
-        self.erased: collections.deque[Id] = collections.deque(
-            maxlen=RING_MESSAGES
-        )  # entries of deleted messages alone
-        self.pictures: set[str] = set()  # ... and their pictures
-        self.cleared_at = 0  # before then no picture is left, in ms of the store's clock
-        self.erase_from_store = False
-        self.secret, self.host_key = self.config.secret, self.config.host_key
+        self.state: dict[str, str] = {}  # ... and these fields of the State
+        self.to_erase: set[Id] = set()  # then these entries are to be deleted
+        self.pictures: set[str] = set()  # ... with these pictures
+        self.to_trim = False  # ... and all from before the room was cleared
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
         self.asked: set[asyncio.Event] = set()  # who waits for the next look
@@ -2337,7 +2454,7 @@ class Feed:
         self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
         self.losses = self.gathered = 0  # commits lost in a row; events in the last one
         self.stranded = asyncio.Event()  # somebody who is connected here is not on the roster
-        self.readable = self.writable = True
+        self.answers = {"reading": True, "writing": True}  # the store, or is it away
         self.stopping = False
         self.tasks: list[asyncio.Task[NoReturn]] = []
 
@@ -2351,7 +2468,7 @@ class Feed:
                 await self.step()
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark(writable=False, error=error)
+                self.mark("writing", error)
                 self.ring_for_look()
                 await pause()
 
@@ -2370,36 +2487,43 @@ class Feed:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
             self.state.clear()
-        if self.erase_from_store:
-            await self.erase()
-        if len(self.notices) > (1 + FEED_SLACK) * FEED_NOTICES:
-            surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
-            self.kept.drop(surplus)
+        if surplus := self.memory.surplus() | self.to_erase:
             await self.store.delete(surplus)
+            self.to_erase.clear()
+        if self.to_trim and (cleared := self.memory.cleared):
+            await self.store.trim(cleared.place[:2])
+            await self.store.drop_pictures((), cleared.ts)
+            self.to_trim = False
+        if self.pictures:
+            await self.store.drop_pictures(self.pictures)
+            self.pictures.clear()
 
     # --- committing ---
 
     async def commit(self) -> None:
         """One entry with what waits in the outbox. Raises Gap and STORE_ERRORS; then nobody knows what was stored."""
-        if (not self.outbox.waiting and self.writable) or asyncio.get_running_loop().time() < self.quiet_until:
+        if (
+            not self.outbox.waiting and self.answers["writing"]
+        ) or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
-        id = self.last[0], self.last[1] + 1
+        id = self.memory.last[0], self.memory.last[1] + 1
         events = self.outbox.group(id, self.store.now())
-        if events or not self.writable:  # an empty entry tries a store that took nothing
+        if events or not self.answers["writing"]:  # an empty entry tries a store that took nothing
             await self.append(Entry(id, encode_events(events)), events)
         if self.outbox.waiting:
             self.bell.set()
 
     async def append(self, entry: Entry, events: Sequence[Event]) -> None:
         """Stores an entry and absorbs it, unless another daemon was first. Raises Gap and STORE_ERRORS."""
-        keep_from = self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
+        extent = self.memory.extent
+        keep_from = extent.entries[0][0].id if extent.shrink(FEED_SLACK) else None
         if not await self.store.append(entry, keep_from):
             await self.lose()
             return
         self.losses, self.gathered, self.confirmed = 0, len(events), True
-        self.mark(writable=True)
-        self.take(entry, events)
+        self.mark("writing")
+        self.memory.add(entry, events)
         self.tell(events)
         for event in events:
             if event.type in ("joined", "left", "removed"):
@@ -2423,17 +2547,13 @@ class Feed:
         """
         self.losses += 1
         if self.losses > 1 and (wishes := self.outbox.wishes()):
-            await self.store.wish(
-                encode_events(
-                    Event(each.type, 0, 0, *each.id, each.name, each.text, details=each.details) for each in wishes
-                )
-            )
+            await self.store.wish(encode_events(each.event for each in wishes))
             self.losses = 0
-            for proposal in wishes:
-                proposal.wished = True
-        before = self.last
+            for each in wishes:
+                each.wished = True
+        before = self.memory.last
         await self.read_on()
-        if self.last == before:
+        if self.memory.last == before:
             self.ring_for_look()
         self.bell.set()
 
@@ -2444,12 +2564,12 @@ class Feed:
         pause, wish = Backoff(self.config.retry_seconds), b"%d-0" % self.store.now()
         while True:
             try:
-                self.read_to = max(self.read_to, self.last)
+                self.read_to = max(self.read_to, self.memory.last)
                 entries, wishes = await self.store.follow(self.read_to, wish)
-                self.mark(readable=True)
+                self.mark("reading")
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark(readable=False, error=error)
+                self.mark("reading", error)
                 self.ring_for_look()
                 await pause()
                 continue
@@ -2463,8 +2583,8 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        while entries := await self.store.read(self.last):
-            if self.is_another(entries[0]):
+        while entries := await self.store.read(self.memory.last):
+            if self.memory.differs(entries[0]):
                 raise Gap
             self.absorb(entries)
             if len(entries) < READ_ENTRIES:
@@ -2476,36 +2596,19 @@ class Feed:
         absorbed: list[Event] = []
         try:
             for entry in entries:
-                if entry.id <= self.last:
+                last = self.memory.last
+                if entry.id <= last:
                     continue
                 events = decode_events(entry.raw, entry.id)
                 seqs = [event.seq for event in events if event.type == "message"]
                 first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
-                if entry.id != (self.last[0], self.last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                if entry.id != (last[0], last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
                     raise Gap
-                self.take(entry, events)
+                self.memory.add(entry, events)
                 absorbed += events
         finally:
             self.tell(absorbed)
             self.room.state.take_changes()  # who has committed them has stored that
-
-    def take(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
-        """Remembers an entry. Where only its index is needed it comes without its bytes, but with their number."""
-        self.last = entry.id
-        messages = sum(event.type == "message" for event in events)
-        if messages:
-            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
-        else:
-            self.notices.append(entry.id)
-        if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
-            self.kept.shrink()
-
-    def forget(self) -> None:
-        self.kept = Window(RING_MESSAGES, RING_BYTES)  # as they are stored, to put back what the store forgets
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)  # the ids and sizes of those with messages
-        self.notices: collections.deque[Id] = collections.deque()  # of the entries without a message
-        self.cleared = NO_ENTRY  # the one that cleared the room last
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
@@ -2522,53 +2625,20 @@ class Feed:
                 for listener in tuple(member.listeners):
                     listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
             elif event.type == "cleared":
-                self.forget_before(event)
-            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
-                self.blank({found.entry})
+                self.clear(event)
+            elif event.details.get("kind") == "delete":
+                self.erase([event.details["to"]])
 
-    # --- what is deleted ---
+    def clear(self, cleared: Event) -> None:
+        """The room was cleared: the store is to forget what stood before that, as we do."""
+        self.memory.clear(cleared)
+        self.to_trim = True
 
-    def forget_before(self, cleared: Event) -> None:
-        """The room was cleared: nothing before that is kept, or given back to the store."""
-        id = cleared.place[:2]
-        for window in (self.kept, self.extent):
-            window.keep(each for each in window.entries if each[0].id >= id)
-        self.notices = collections.deque(each for each in self.notices if each >= id)
-        self.cleared, self.cleared_at, self.erase_from_store = id, cleared.ts, True
-
-    def blank(self, ids: set[Id]) -> None:
-        """Takes deleted texts out of these entries, as they are kept; what holds nothing else goes from the store."""
-        for at, (entry, messages, size) in enumerate(self.kept.entries):
-            if entry.id in ids:
-                self.kept.entries[at] = entry._replace(raw=self.without_deleted(entry)), messages, size
-                events = decode_events(entry.raw)
-                deleted = [event for event in events if self.is_deleted(event)]
-                self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
-                if len(deleted) == len(events):
-                    self.erased.append(entry.id)
-                self.erase_from_store = True
-        self.kept.drop(set(self.erased) & ids)
-
-    def without_deleted(self, entry: Entry) -> bytes:
-        return encode_events(
-            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
-            if self.is_deleted(event)
-            else event
-            for event in decode_events(entry.raw)
-        )
-
-    def is_deleted(self, event: Event) -> bool:
-        return event.type == "message" and self.room.state.is_deleted(event.seq)
-
-    async def erase(self) -> None:
-        """Has the store forget what was deleted, once it knows what has become of it."""
-        if self.erased:
-            await self.store.delete(self.erased)
-        if self.cleared > NO_ENTRY:
-            await self.store.trim(self.cleared)
-        await self.store.drop_pictures(self.pictures, self.cleared_at)
-        self.pictures.clear()
-        self.erase_from_store = False
+    def erase(self, seqs: Iterable[int]) -> None:
+        """These messages may be deleted: the store is to forget them, as we do."""
+        erased, pictures = self.memory.erase({kept.entry for seq in seqs if (kept := self.room.ring.find(seq))})
+        self.to_erase |= erased
+        self.pictures |= pictures
 
     # --- where the store holds something else ---
 
@@ -2593,24 +2663,19 @@ class Feed:
     async def look(self) -> None:
         """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
         asked, self.unsure = list(self.asked), False
-        if not (self.readable and self.writable):
+        if not self.room.available:
             await self.greet()
         newest = await self.store.newest()
-        if newest and self.is_another(newest):
+        if newest and self.memory.differs(newest):
             raise Gap
-        if newest is None or newest.id < self.last:
+        if newest is None or newest.id < self.memory.last:
             await self.put_back(newest.id if newest else NO_ENTRY)
-        elif newest.id > self.last:
+        elif newest.id > self.memory.last:
             await self.read_on()
-            if self.last < newest.id:
+            if self.memory.last < newest.id:
                 raise Gap
         for looked in asked:
             looked.set()
-
-    def is_another(self, entry: Entry) -> bool:
-        """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.without_deleted(entry)
 
     async def greet(self) -> None:
         """A Redis that was started anew may have forgotten: who has seen most can put that back, before any commit."""
@@ -2623,26 +2688,15 @@ class Feed:
         self.quiet_until = loop.time() + self.config.repair_seconds
         loop.call_later(self.config.repair_seconds, self.bell.set)
 
-    async def keep_secrets(self) -> None:
-        """All daemons sign with the one secret that the store holds, and take its host key, unless the operator gave
-        others.
-        """
-        if not self.config.secret:
-            self.secret = await self.store.keep_secret(self.store.secret, self.secret)
-        if not self.config.host_key:
-            self.host_key = await self.store.keep_secret(self.store.host_key, self.host_key)
-
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
         names = {member.key: str(member) for member in self.room.roster.values()}
-        keys = {self.store.secret: self.secret, self.store.host_key: self.host_key}
-        kept = {key: text for key, text in keys.items() if text not in (self.config.secret, self.config.host_key)}
-        state = {name: text for name, text in self.room.state.fields().items() if text}
-        await self.store.put_back_state(self.room.epoch, kept, names, state)
-        forgotten = [entry for entry, *_ in self.kept.entries if entry.id > since]
+        await self.store.put_back_state(self.room.epoch, names, self.room.state.fields())
+        forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
-        self.erase_from_store = True  # an older state of it may hold what was deleted since
+        self.to_erase |= set(self.memory.erased)  # an older state of it may hold what was deleted since
+        self.to_trim = True
         log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
         self.keep_quiet()
 
@@ -2652,42 +2706,27 @@ class Feed:
         if newest is None:
             return  # the next look deals with that
         epoch, roster, state = await self.store.read_state()
-        read: list[tuple[Entry, list[Event], int]] = []  # with sizes, newest first
-        messages = notices = 0
-        async for page in self.store.pages():
-            for entry in page:
-                size, events = len(entry.raw), decode_events(entry.raw, entry.id)
-                said = [event for event in events if event.type == "message"]
-                if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
-                    events = said
-                notices += not said
-                if messages > self.room.ring.size:  # of what is older only the index is needed
-                    entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
-                messages += len(said)
-                read.append((entry, events, size))
-        self.forget()
-        for entry, events, size in reversed(read):
-            self.take(entry, events, size)
-        self.read_to = self.last = max(self.last, newest.id)  # where the newest entries have been deleted
+        read = await read_feed(self.store, self.room.ring.size)
+        self.memory = Memory(self.room.is_deleted)
+        for entry, events, size in read:
+            self.memory.add(entry, events, size)
+        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        history = [event for _, events, _ in reversed(read) for event in events]
-        self.room.adopt(epoch or str(newest.id[0]), self.last, roster, history, state)
+        history = [event for _, events, _ in read for event in events]
+        self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
         for event in history:
             if event.type == "cleared":
-                self.forget_before(event)
-        self.blank({kept.entry for seq in self.room.state.notes if (kept := self.room.ring.find(seq))})
+                self.clear(event)
+        self.erase(self.room.state.notes)
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
 
-    def mark(
-        self, *, readable: bool | None = None, writable: bool | None = None, error: Exception | None = None
-    ) -> None:
+    def mark(self, what: str, error: Exception | None = None) -> None:
         """Notes how the store answers, and tells everybody when that changes: one line, one event."""
-        self.readable = self.readable if readable is None else readable
-        self.writable = self.writable if writable is None else writable
-        if self.room.set_available(self.readable and self.writable):
+        self.answers[what] = error is None
+        if self.room.set_available(all(self.answers.values())):
             if error:
                 log.error("the message store is away: %s", str(error) or type(error).__name__)
             else:
@@ -2704,18 +2743,11 @@ class Feed:
         while not self.room.epoch:
             if await self.store.newest() is None:
                 if self.store.shared and (up < YOUNG_SECONDS or await self.store.has_company()):
-                    await self.wait_for_others()
+                    await self.store.wait_for_feed()
+                    self.keep_quiet()
                 await self.store.open_epoch(self.store.now())
             await self.reload()
-        await self.keep_secrets()
-
-    async def wait_for_others(self) -> None:
-        """A daemon that has seen what this store has forgotten puts it back; that is given its time."""
-        for _ in range(20):
-            if await self.store.newest():
-                break
-            await asyncio.sleep(self.config.repair_seconds / 20)
-        self.keep_quiet()
+        await self.store.keep_secrets()
 
     def start(self) -> None:
         """Sets the tasks of a daemon going. None of them ends by itself, but by a bug."""
@@ -2797,7 +2829,7 @@ class Presence:
                 if await self.store.read_clock() > self.config.renew_seconds:
                     self.spare()
                 self.rejoin_missing()
-                await self.feed.keep_secrets()
+                await self.store.keep_secrets()
                 await self.renew()
                 await self.sweep()
             except STORE_ERRORS as error:
@@ -3013,7 +3045,7 @@ class Visitors:
         self.open[stream] = address
         self.wait(stream)
         if len(self.quiet[address]) > VISITORS_AN_ADDRESS and not is_this_machine(address):
-            self.close_one(address)
+            self.make_room(address)
 
     def wait(self, stream: tornado.iostream.IOStream) -> None:
         """A request has come, or a poll has ended."""
@@ -3033,15 +3065,9 @@ class Visitors:
         self.join(stream)
         self.open.pop(stream, None)
 
-    def make_room(self) -> bool:
-        """Closes a visitor's connection, if there is one."""
-        if self.quiet:
-            self.close_one(max(self.quiet, key=lambda address: len(self.quiet[address])))
-            return True
-        return False
-
-    def close_one(self, address: str) -> None:
-        """The one that has been quiet for longest."""
+    def make_room(self, address: str = "") -> None:
+        """Closes the connection that has been quiet for longest: of that address, or of the one with most of them."""
+        address = address or max(self.quiet, key=lambda address: len(self.quiet[address]))
         stream = next(iter(self.quiet[address]))
         self.leave(stream)
         stream.close()
@@ -3165,14 +3191,14 @@ class BaseHandler(tornado.web.RequestHandler):
     async def prepare(self) -> None:
         """Called by Tornado before the method, after its own checks of Origin. An address that asks too much waits."""
         self.daemon.visitors.wait(self.stream)
-        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS
+        cost = 1 + sum(1 for _ in self.request.headers.get_all()) // HEADERS_A_REQUEST
         await self.daemon.limits.turn(self.address, self.stream, cost)
         self.check_host()
 
     def check_host(self) -> None:
         """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
-        if not is_our_host(name, self.daemon.hosts):
+        if not is_our_host(name, self.daemon.hostnames):
             web_log.warning(
                 "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
                 name[:100] or "(none)",
@@ -3204,7 +3230,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """
         name, key = self.daemon.cookie, self.daemon.cookie_key
         cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
-        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES : -1]:
+        for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES_READ : -1]:
             signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
             if signed:
                 session = Session.parse(signed.decode(errors="replace"))
@@ -3506,15 +3532,18 @@ class Admission:
         """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
         if before and before.host:
             return
-        state, marks = self.room.state, marks_of(before.sid if before else "", name)
-        if wait := state.waits(state.barred, (*marks, "from " + self.origin(address)), self.feed.store.now()):
+        state, now = self.room.state, self.feed.store.now()
+        browser, key = marks_of(before.sid if before else "", name)
+        if wait := state.waits(state.barred, (browser, "from " + self.origin(address)), now):
             raise Refused("removed", retry_after=wait)
+        if wait := state.waits(state.barred, (key, ""), now):
+            raise Refused("removed", "removed-name", retry_after=wait, name=name)
         if before is None and state.mode["door"] == "closed":
             raise Refused("door")
 
     def origin(self, address: str) -> str:
         """The same for all who come from an address; nobody who reads it learns the address."""
-        return hmac.new(self.feed.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
+        return hmac.new(self.feed.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
 
     def note_origin(self, session: Session, address: str) -> None:
         """Remembers from which address a session was last used."""
@@ -3605,9 +3634,10 @@ class LoginHandler(BaseHandler):
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
-            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion)
+            wrong = refused.code == "password"
+            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
 
-    def form(self, nickname: str, error: str = "", suggestion: str = "") -> None:
+    def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
         config, words = self.daemon.config, WORDS[self.language]
         kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
         self.page(
@@ -3616,7 +3646,7 @@ class LoginHandler(BaseHandler):
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
-            wrong_password=self.get_status() == 403,
+            wrong_password=wrong_password,
             path=self.page_path(),
             kept=kept,
         )
@@ -4169,7 +4199,7 @@ class ActsHandler(MessagesHandler):
 
     async def post(self) -> None:
         event = await self.done(lambda: parse_act(parse_object(self.request.body)))
-        self.finish(self.daemon.room.encode_act(event).json)
+        self.finish(self.daemon.room.state.encode(event).json)
 
 
 class TranscriptHandler(BaseHandler):
@@ -4183,17 +4213,25 @@ class TranscriptHandler(BaseHandler):
             raise Refused("no-session")
         if daemon.config.transcript == "host" and not session.host:
             raise Refused("not-host")
-        json_lines = self.get_query_argument("format", "txt") == "json"
-        date = datetime.datetime.now().astimezone()
-        name = urllib.parse.quote(f"{daemon.config.title}-{date:%Y-%m-%d}.{'json' if json_lines else 'txt'}")
-        self.set_header("Content-Type", "application/x-ndjson" if json_lines else "text/plain; charset=UTF-8")
-        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{name}")
-        names: collections.OrderedDict[int, str] = collections.OrderedDict()  # who said what, for the answers
-        async for page in daemon.store.pages("-", id_text(daemon.feed.last)):
+        await daemon.limits.turn(self.address, self.stream, cost=TRANSCRIPT_COST)
+        as_json = self.get_query_argument("format", "txt") == "json"
+        name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
+        self.set_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=UTF-8")
+        self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}")
+        try:
+            await self.send_all(as_json)
+        except STORE_ERRORS:  # gone, as the client may be, or too slow: half a file must not look like a whole one
+            self.stream.close()
+
+    async def send_all(self, as_json: bool) -> None:
+        """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
+        daemon = self.daemon
+        names: dict[int, str] = {}  # who said what, for the answers
+        async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
             for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
                 if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
                     names[event.seq] = event.name
-                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), json_lines))
+                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
             async with asyncio.timeout(daemon.config.answer_seconds):
                 await self.flush()
 
@@ -4251,16 +4289,18 @@ def measure_picture(data: bytes) -> tuple[int, int]:
         raise Refused("bad-picture", "picture-type")
     try:
         width, height = measure[kind](data)
-    except (ValueError, IndexError, struct.error):
+    except (ValueError, IndexError, StopIteration, struct.error):
         raise Refused("bad-picture", "picture-broken") from None
-    if MARKUP.search(data):
+    text = data.lower()
+    if SVG.search(text) or any(mark in text for mark in MARKUP):
         raise Refused("bad-picture", "picture-broken")
     if not 0 < width * height <= PICTURE_PIXELS or max(width, height) > PICTURE_SIDE:
         raise Refused("bad-picture", "picture-pixels", limit=PICTURE_PIXELS // 1_000_000, side=PICTURE_SIDE)
     return width, height
 
 
-MARKUP = re.compile(rb"(?i)<(?:!doctype|html[\s>]|script|iframe|svg\s+\w)")  # a page that would also be a picture
+MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
+SVG = re.compile(rb"<svg\s+\w")  # as this would
 SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
 AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
 
@@ -4275,8 +4315,9 @@ def picture_type(data: bytes) -> str | None:
 
 def png_size(data: bytes) -> tuple[int, int]:
     """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
-    at, kinds = 8, list[bytes]()
+    at, kinds, parts = 8, list[bytes](), iter(range(PICTURE_PARTS))
     while at < len(data):
+        next(parts)
         length, kind = struct.unpack_from(">I4s", data, at)
         (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
         if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
@@ -4291,8 +4332,9 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Of its only frame (JPEG B.2.2), where the end of the image is that of the file. Raises ValueError."""
-    at, sizes, scans = 2, list[tuple[int, int]](), 0
+    at, sizes, scans, parts = 2, list[tuple[int, int]](), 0, iter(range(PICTURE_PARTS))
     while marker := SEGMENT.match(data, at):
+        next(parts)
         kind, at = marker[1][0], marker.end()
         if kind == 0xD9 and at == len(data) and scans and len(sizes) == 1:
             return sizes[0]
@@ -4308,10 +4350,11 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
 
 def webp_size(data: bytes) -> tuple[int, int]:
     """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
-    at, sizes, filled = 12, set[tuple[int, int]](), False
+    at, sizes, filled, parts = 12, set[tuple[int, int]](), False, iter(range(PICTURE_PARTS))
     if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
         raise ValueError
     while at < len(data):
+        next(parts)
         kind, length = struct.unpack_from("<4sI", data, at)
         head = int.from_bytes(data[at + 8 : at + 18], "little")
         if kind == b"VP8X":
@@ -4330,8 +4373,9 @@ def webp_size(data: bytes) -> tuple[int, int]:
 def gif_size(data: bytes) -> tuple[int, int]:
     """Of its screen (GIF89a 18), on which all images are, where its trailer ends the file. Raises ValueError."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    at, images = 13 + gif_colors(flags), 0
+    at, images, parts = 13 + gif_colors(flags), 0, iter(range(PICTURE_PARTS))
     while (kind := data[at]) != 0x3B:
+        next(parts)
         if kind == 0x2C:
             left, top, wide, high, flags = struct.unpack_from("<HHHHB", data, at + 1)
             if left + wide > width or top + high > height:
@@ -4342,6 +4386,7 @@ def gif_size(data: bytes) -> tuple[int, int]:
         else:
             raise ValueError
         while data[at]:
+            next(parts)
             at += 1 + data[at]
         at += 1
     if at + 1 != len(data) or not images:
@@ -4645,9 +4690,12 @@ class Door(socket.socket):
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
         try:
-            if self.full() and not self.visitors.make_room():
+            if (full := self.full()) and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            return super().accept()
+            newcomer = super().accept()  # nobody has to leave before somebody is there
+            if full:
+                self.visitors.make_room()
+            return newcomer
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
@@ -4748,7 +4796,9 @@ class Daemon:
         self.config, self.ports, self.tls = config, ports, tls
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
-        self.hosts = frozenset(host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host))
+        self.hostnames = frozenset(
+            host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host)
+        )
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
         self.uploads: set[str] = set()  # browsers that are sending a picture
         self.limits, self.visitors = Limits(config.rate), Visitors()
@@ -4800,7 +4850,7 @@ class Daemon:
     @property
     def host_key(self) -> str:
         """What opens /host?key=..."""
-        return self.feed.host_key
+        return self.store.host_key
 
     @property
     def cookie(self) -> str:
@@ -4809,14 +4859,14 @@ class Daemon:
         Browsers send a cookie to every port of a host, so two rooms there must not have one name, or each would log out
         the people of the other. `__Host-` is a promise that browsers keep: set over TLS, by this very host.
         """
-        place = f"{self.feed.secret} {self.config.room}" if self.config.redis_url else str(self.port)
+        place = f"{self.store.secret} {self.config.room}" if self.config.redis_url else str(self.port)
         return ("__Host-" if self.tls else "") + "tornchat-" + hashlib.sha256(place.encode()).hexdigest()[:8]
 
     @property
     def cookie_key(self) -> str:
         """What signs the cookies: none of another room is valid, nor one from before the password was changed."""
         made_of = to_json([self.config.room, self.config.password])
-        return hmac.new(self.feed.secret.encode(), made_of.encode(), "sha256").hexdigest()
+        return hmac.new(self.store.secret.encode(), made_of.encode(), "sha256").hexdigest()
 
     async def stop(self) -> None:
         """Nobody new, nothing lost: what was said is stored, everybody is told, the leases stay for their return."""
@@ -4906,25 +4956,27 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
     tls_context(config)  # what a worker could not start for is said once, here
     store = Store(connect(config), config)
     try:
-        kept_key = await wait_for_redis(config, lambda: store.keep_secret(store.host_key, ""))
+        await wait_for_redis(config, store.keep_secrets)
     finally:
         await store.close()
     stop = stop_on_signals()
-    announce(config, int(ports[0].getsockname()[1]), config.host_key or kept_key)
+    announce(config, int(ports[0].getsockname()[1]), store.host_key)
     descriptors = [port.fileno() for port in ports]
-    async with asyncio.TaskGroup() as workers:
-        for number in range(1, config.workers + 1):
-            workers.create_task(keep_worker(number, command, descriptors, stop))
+    async with asyncio.TaskGroup() as group:
+        numbers = range(1, config.workers + 1)
+        workers = [group.create_task(keep_worker(number, command, descriptors)) for number in numbers]
         await stop.wait()
         print_out(config, "tornchat: stopping")
+        for worker in workers:
+            worker.cancel()
     log.info("stopped")
 
 
-async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int], stop: asyncio.Event) -> None:
+async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
     """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
     pause = Backoff(WORKER_PAUSE_SECONDS)
     environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
-    while not stop.is_set():
+    while True:
         began = time.monotonic()
         worker = await asyncio.create_subprocess_exec(
             *command,
@@ -4933,13 +4985,10 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
             env=environ,
             start_new_session=True,  # Ctrl+C is for us; we pass it on
         )
-        ended, stopped = asyncio.create_task(worker.wait()), asyncio.create_task(stop.wait())
-        await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
+        try:
+            code = await worker.wait()
+        finally:  # we may have been cancelled
             await end_worker(worker)
-            return
-        stopped.cancel()
-        code = ended.result()
         log.error("worker %d has ended with code %d: another one is started", number, code)
         if time.monotonic() - began > WORKER_PAUSE_SECONDS:
             pause.reset()
@@ -5192,13 +5241,19 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.is_host, self.hosts = frame.get("host") is True, [shown(str(name)) for name in frame.get("hosts", ())]
+        self.is_host = frame.get("host") is True
+        self.on_act({"type": "hosts", "names": frame.get("hosts")})
         self.connected = self.let_in = True
         self.restarting = self.store_away = False
         self.hold_until = 0
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
+        match frame:
+            case {"cleared": int(cleared)} if cleared > self.after:
+                self.after, self.at = cleared, 0
+                if not first:
+                    self.on_act({"type": "cleared", "seq": cleared})
         if first:
             self.skipped = frame["seq"] - self.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
@@ -5221,28 +5276,13 @@ class Client:
         if seq > self.skipped and deleted:
             self.view.notice(self.words["term_deleted"].format(name=name), minor=True)
         elif seq > self.skipped:
-            self.view.message(self.author(frame), {**frame, "text": self.text_of(frame)})
+            self.view.message(frame)
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, shown(self.text_of(frame))[:QUOTED_CHARS]
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
-
-    def text_of(self, frame: Mapping[str, Any]) -> str:
-        """The text, and below it the address of a picture."""
-        match frame.get("picture"):
-            case {"id": str(id)}:
-                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
-        return str(frame["text"])
-
-    def author(self, frame: Mapping[str, Any]) -> str:
-        """Who says it: a host has the badge, and whoever answers says whom."""
-        badge = f"{HOST_MARK} " if frame.get("host") is True else ""
-        match frame:
-            case {"re": int(seq)} if seq in self.recent:
-                return badge + self.words["term_answer"].format(name=shown(frame["name"]), other=self.recent[seq][0])
-        return badge + shown(frame["name"])
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
@@ -5341,6 +5381,7 @@ class Client:
 
 def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
     """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
+    by = shown(f"{frame['by']}: ") if "by" in frame else ""
     match frame:
         case {"kind": "delete", "to": int(seq)} if seq in recent:
             return words["term_deleted"].format(name=recent[seq][0])
@@ -5351,15 +5392,14 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
             return words["term_pinned"].format(name=shown(name), text=text)
         case {"kind": "pin", "message": None}:
             return words["term_unpinned"]
-        case {"type": "cleared", "by": str(by)}:
-            return words["term_cleared"].format(name=shown(by))
+        case {"type": "cleared"}:
+            return by + words["term_cleared"]
         case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
             clock = datetime.datetime.fromtimestamp(until / 1000)
             return words["term_muted" if until else "term_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
         case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
             keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
             keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
-            by = shown(f"{frame['by']}: ") if "by" in frame else ""
             return by + " ".join(words[key].format(n=every) for key in keys)
     return ""
 
@@ -5508,10 +5548,21 @@ class Lines:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
 
-    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+    def said(self, frame: Mapping[str, Any]) -> str:
+        """Who says it, with the badge of a host, and to whom; what, and below it the address of a picture."""
+        name, text = shown(frame["name"]), frame["text"]
+        match frame:
+            case {"re": int(seq)} if seq in self.client.recent:
+                name = self.words["term_answer"].format(name=name, other=self.client.recent[seq][0])
+        match frame:
+            case {"picture": {"id": str(id)}}:
+                text = f"{text}\n[picture {self.client.url}pictures/{id}]".lstrip("\n")
+        return f"{HOST_MARK} {name}: {text}" if frame.get("host") is True else f"{name}: {text}"
+
+    def message(self, frame: Mapping[str, Any]) -> None:
         """Raises FatalError, without a word when nobody reads any more."""
         try:
-            print(lines_for(sys.stdout, f"{author}: {frame['text']}"), flush=True)
+            print(lines_for(sys.stdout, self.said(frame)), flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
@@ -5581,14 +5632,14 @@ class Screen(Lines):
             lambda: f"{client.name}> ", key_bindings=keys, enable_suspend=True, erase_when_done=True
         )
 
-    def message(self, author: str, frame: Mapping[str, Any]) -> None:
+    def message(self, frame: Mapping[str, Any]) -> None:
         """With the time of the room's clock, in our zone."""
         when = datetime.datetime.fromtimestamp(frame["ts"] / 1000).astimezone()
         if when.date() != self.day:
             self.day = when.date()
             self.show([f"~ {self.day}"], "2")
         head, name = f"{when:%H:%M} ", shown(frame["name"])
-        first, *rows = self.rows(f"{head}{author}: {frame['text']}")
+        first, *rows = self.rows(head + self.said(frame))
         color = f"1;38;5;{NAME_COLORS[sum(map(ord, name)) % len(NAME_COLORS)]}"
         colored = self.styled(head, "2") + first[len(head) :].replace(name, self.styled(name, color), 1)
         self.show([colored, *rows])
@@ -5612,7 +5663,7 @@ class Screen(Lines):
         """Below what is being typed: what is wrong, and what isn't sent yet."""
         texts, state = [*self.client.outbox.values()], self.client.state()
         rows = [self.words[state]] if state != "js_state_connected" else []
-        why = self.client.hold_reason or self.words[WAITS.get(state, "js_waiting")]
+        why = (self.client.connected and self.client.hold_reason) or self.words[WAITS.get(state, "js_waiting")]
         rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
         if len(texts) > PENDING_ROWS:
             rows.append(f"+ {len(texts) - PENDING_ROWS}")
@@ -6010,6 +6061,10 @@ TEXTS = {
     "chat_theme_dark": ("Dark", "深色"),
     "chat_sound": ("Sound", "提示音"),
     "chat_notify": ("Notifications", "系统通知"),
+    "chat_reply": ("What you reply to", "回复的消息"),
+    "chat_sort": ("Messages of the last hour", "最近一小时的消息"),
+    "chat_sort_time": ("In order", "按时间"),
+    "chat_sort_empty": ("No message of the last hour has this sign.", "最近一小时没有带此标记的消息。"),
     "chat_picture": ("Add a picture", "添加图片"),
     "chat_attached": ("Pictures to send", "待发送的图片"),
     "chat_viewer": ("Picture", "图片"),
@@ -6077,6 +6132,27 @@ TEXTS = {
     "js_copied": ("Copied", "已复制"),
     "js_copy_by_hand": ("Marked: copy it by hand", "已选中，请手动复制"),
     "js_you": ("you", "我"),
+    "js_host": ("Host", "主持人"),
+    "js_deleted": ("This message was deleted.", "此消息已删除。"),
+    "js_cleared": ("All that was said before was deleted.", "此前的消息均已删除。"),
+    "js_choices": ("What to do with the message of {name}", "对{name}的消息进行操作"),
+    "js_reply": ("Reply", "回复"),
+    "js_copy": ("Copy the text", "复制文字"),
+    "js_pin": ("Pin above the messages", "置顶"),
+    "js_unpin": ("Unpin", "取消置顶"),
+    "js_delete": ("Delete", "删除"),
+    "js_delete_ask": (
+        "Delete this message on every screen? This can’t be undone.",
+        "从所有人的屏幕上删除此消息？无法撤销。",
+    ),
+    "js_keep": ("Keep it", "保留"),
+    "js_answer": ("to {name}:", "回复{name}："),
+    "js_answer_gone": ("to a message that is not here any more", "回复的消息已不在此处"),
+    "js_no_answer": ("Don’t reply to it", "取消回复"),
+    "js_back": ("Back", "返回"),
+    "js_offline": ("That needs the connection: try again in a moment.", "需要连接聊天室，请稍后再试。"),
+    "js_most": ("Most {sign}", "最多{sign}"),
+    "js_hands": ("Hands up {sign}", "举手{sign}"),
     "js_more": ("and {n} more", "还有 {n} 人"),
     "term_unreachable": ("{url} cannot be reached: {reason}", "无法连接 {url}：{reason}"),
     "term_no_room": ("There is no tornchat at {url}: {reason}", "{url} 不是 tornchat 聊天室：{reason}"),
@@ -6111,7 +6187,7 @@ TEXTS = {
     ),
     "term_answer": ("{name} (to {other})", "{name}（回复{other}）"),
     "term_deleted": ("A message of {name} was deleted.", "{name}的一条消息已删除。"),
-    "term_cleared": ("{name} deleted all that was said before.", "{name}清空了聊天室，此前的消息均已删除。"),
+    "term_cleared": ("All that was said before is deleted.", "此前的消息均已删除。"),
     "term_pinned": ("Pinned: {name}: {text}", "置顶：{name}：{text}"),
     "term_unpinned": ("No message is pinned any more.", "已取消置顶。"),
     "term_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
@@ -6162,6 +6238,10 @@ TEXTS = {
     "refused_locked": ("Only hosts can write now.", "现在只有主持人可以发言。"),
     "refused_slow": ("Everybody can write one message in {every} s.", "每人每 {every} 秒可以发一条消息。"),
     "refused_door": ("The door is closed: nobody new can come in now.", "聊天室已关门，暂不接受新成员。"),
+    "refused_removed-name": (
+        "A host has removed somebody named “{name}” for a while: please choose another name.",
+        "主持人已将名为“{name}”的成员暂时移出，请换一个昵称。",
+    ),
     "refused_removed": ("A host has removed you from the room for a while.", "主持人已将您暂时移出聊天室。"),
     "refused_bad-cid": (
         "A cid has 1 to 64 of the characters A-Z a-z 0-9 _ and -.",
@@ -6284,6 +6364,10 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <p id="state" class="scripted"><span id="state-text" role="status"></span>
       <span id="state-wait" aria-hidden="true"></span>
       <a id="login-again" href="login" hidden>{{ w["chat_login_again"] }}</a></p>
+    <label id="sorting" class="scripted" hidden><span id="sort-sign"></span>
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 5h18v2H3zm0 6h12v2H3zm0 6h6v2H3z"/></svg>
+      <select id="sort" aria-label="{{ w["chat_sort"] }}"><option value="">{{ w["chat_sort_time"] }}</option></select>
+    </label>
     <button id="join" class="plain scripted" type="button" aria-haspopup="dialog">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3h8v8H3zm2 2v4h4V5zm8-2h8v8h-8zm2 2v4h4V5zM3 13h8v8H3zm2
         2v4h4v-4zm8-2h3v3h-3zm5 0h3v3h-3zm-5 5h3v3h-3zm5 0h3v3h-3z"/></svg> <span>{{ w["chat_join"] }}</span></button>
@@ -6295,8 +6379,11 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
   <main id="scroller" tabindex="0"><noscript>{{ w["chat_needs_script"] }}</noscript><div id="content">
     <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
     <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
+  <section id="sorted" tabindex="0" aria-label="{{ w["chat_sort"] }}" data-empty="{{ w["chat_sort_empty"] }}" hidden>
+  </section>
   <form id="composer" class="scripted" aria-label="{{ w["chat_placeholder"] }}">
     <button id="newer" type="button" hidden></button>
+    <div id="reply" role="group" aria-label="{{ w["chat_reply"] }}" hidden></div>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
     <p id="left-over" role="status"></p>
     <div id="attached" role="group" aria-live="polite" aria-label="{{ w["chat_attached"] }}" hidden></div>
@@ -6334,6 +6421,7 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
       <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
   </div></dialog>
+  <dialog id="menu"></dialog>
   <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
     <button class="plain" type="button">{{ w["chat_close"] }}</button></dialog>
   <script src="{{ asset("chat.js") }}"></script>
@@ -6446,7 +6534,7 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 .settings select { width: auto; min-height: 36px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
 input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color: var(--accent); }
 
-#scroller { grid-area: 2 / 1; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
+#scroller { grid-area: 2 / 1; overflow: hidden auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
@@ -6554,6 +6642,84 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #viewer { width: fit-content; max-width: none; max-height: none; padding: 8px; }
 #large { display: block; max-width: calc(100vw - 40px); max-height: calc(100dvh - 100px); margin: 0 auto 8px; }
 
+/* What is done to messages: the button of the menu, the menu, signs, replies, deletion */
+.badge {
+  flex: none; padding: 0 7px; border-radius: 9px; background: var(--accent); color: var(--on-accent);
+  font-size: .6875rem; font-weight: 700; line-height: 18px;
+}
+.more { align-self: center; min-width: 32px; min-height: 32px; padding: 0; background: none; color: var(--quiet); }
+.more::before { content: "⋯"; font-size: 1.25rem; line-height: 1; }
+.more:not(:focus-visible, .message:hover > *) { opacity: 0; }
+.mine .more { order: -1; }
+.past :is(.more, .signs) { display: none; }
+@media (hover: none) {  /* a finger holds the message instead */
+  .more:not(:focus-visible) { position: absolute; width: 1px; min-width: 0; min-height: 0; clip-path: inset(50%); }
+  .bubble { user-select: none; -webkit-user-select: none; -webkit-touch-callout: none; }
+}
+#menu {
+  inset: var(--y) auto auto var(--x); width: 17.5rem; margin: 0; padding: 6px; border: 1px solid var(--line);
+  border-radius: 16px; text-align: start;
+}
+#menu::backdrop { background: none; }
+#menu button {
+  display: block; width: 100%; padding: 0 12px; background: none; color: inherit; font-weight: 400; text-align: start;
+}
+#menu button:is(:hover, [aria-pressed="true"]) { background: var(--code); filter: none; }
+#menu .bad { color: var(--bad); }
+#menu p { padding: 8px 12px; }
+#menu .offered {
+  display: grid; grid-template-columns: repeat(6, 1fr); margin-bottom: 6px; padding: 0 0 6px;
+  border-block-end: 1px solid var(--line);
+}
+#menu .offered button { min-width: 0; padding: 0; font-size: 1.375rem; text-align: center; }
+#menu .offered [aria-pressed="true"] { box-shadow: inset 0 0 0 2px var(--accent); }
+.copied { position: absolute; opacity: 0; }
+.signs { display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 1px; }
+.sign {
+  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background: var(--code) padding-box;
+  color: inherit; font-size: .8125rem; font-variant-numeric: tabular-nums;
+}
+.sign:disabled { background: var(--code); color: inherit; }
+.sign[aria-pressed="true"] { box-shadow: inset 0 0 0 1.5px var(--accent); color: var(--accent); }
+.quote {
+  display: block; max-width: 100%; min-height: 32px; margin: 2px 0 5px; padding: 0 10px; overflow: hidden;
+  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px;
+  background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; text-align: start;
+  text-overflow: ellipsis; white-space: nowrap;
+}
+.quote:disabled { border-color: var(--quiet); background: var(--code); }
+.quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
+@media (any-pointer: coarse) {
+  .signs { gap: 0; margin: -4px -4px -6px; }
+  .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
+  .quote { min-height: 44px; }
+}
+.deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.deleted .text { color: var(--quiet); font-style: italic; }
+.found .bubble { outline: 2px solid var(--accent); outline-offset: 2px; }
+.back { display: block; margin: 6px 0 4px; font-size: .875rem; }
+#reply { display: flex; flex-basis: 100%; align-items: center; gap: 8px; min-width: 0; padding-bottom: 6px; }
+#reply .quote { flex: 1; min-height: 44px; margin: 0; background: var(--surface); }
+#reply .plain { flex: none; padding: 0; border: 0; border-radius: 50%; color: var(--quiet); font-size: 1.25rem; }
+#sorting {
+  position: relative; flex: none; min-width: 44px; margin-inline-start: auto; line-height: 44px; text-align: center;
+}
+#sorting:has(:focus-visible) { outline: 3px solid var(--accent); border-radius: 12px; }
+#sorting:not([hidden]) ~ #join { margin-inline-start: 0; }
+#sort { position: absolute; inset: 0; min-height: 44px; padding: 0; opacity: 0; cursor: pointer; }
+#sorted {
+  z-index: 1; grid-area: 2 / 1; overflow: hidden auto; background: var(--page); overflow-wrap: anywhere;
+  padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
+}
+#sorted:not([hidden]) ~ #composer #newer { display: none; }
+#sorted:empty::before {
+  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
+}
+@media (max-width: 48rem) {
+  #menu { inset: auto 0 0; width: 100%; max-width: 100%; padding: 12px 12px var(--foot); border-radius: 20px 20px 0 0; }
+  #menu::backdrop { background: #0006; }
+}
+
 /* The panel for those who want to join; on a wall it stands in a corner for good */
 dialog {
   width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
@@ -6579,7 +6745,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector { grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) minmax(12rem, 27vw); font-size: 1rem; }
 .projector :is(#composer, #roster, #join, #people, #invite .choices) { display: none; }
 .projector #scroller { grid-row: 2 / 3; }
-.projector #content { max-width: none; padding-inline: 2vw; }
+.projector #content { max-width: none; }
+.projector :is(#content, #sorted) { padding-inline: 2vw; }
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
@@ -6728,6 +6895,7 @@ function mentions(text, name) {  // where @name stands and the name does not go 
 // === DOM: the only place that makes elements, and text only ever as text ===
 const {
   icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
+  sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
   addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
@@ -6855,25 +7023,35 @@ function keepPlace(body, top) {  // its top stays, or comes into view
   onScroll();
 }
 
-function messageRow(name, text, ...foot) {
+function whoLine(name, host) {  // the badge is the frame's word: no name and no text can bring it along
+  if (!host) return make('bdi', 'who', name);
+  return make('div', 'who', make('bdi', '', name), ' ', make('small', 'badge', words.host));
+}
+
+function messageRow({name, text, picture, host, re}, ...foot) {
   const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
-  const bubble = make('div', 'bubble', make('bdi', 'who', name), make('div', 'line', body, ...foot));
+  const bubble = make('div', 'bubble', whoLine(name, host), make('div', 'line', body, ...foot));
+  if (re) bubble.lastChild.before(quoteOf(re));
+  if (picture) bubble.lastChild.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
   row.classList.toggle('mention', name !== me && !projector && bubble.querySelector('mark') !== null);
   row.dataset.name = name;
+  if (host) row.dataset.host = '';
   return row;
 }
 
-function showMessage({seq, ts, name, text, picture}, away) {
+function showMessage(frame, away) {
+  const {seq, ts, name, deleted, counts} = frame;
   if (shown.has(seq)) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
-  const row = messageRow(name, text, time);
-  if (picture) row.querySelector('.line').before(pictureOf(picture, name));
+  const row = messageRow(frame, time);
   Object.assign(row.dataset, {seq, ts});
+  if (deleted) deleteText(row);
+  else addChoices(row, counts);
   const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
   const next = shown.get(Math.min(...later)) || null;
   const missed = !following && name !== me;
@@ -6894,7 +7072,8 @@ function settle(row) {  // what a message shows of its day and its author depend
   let above = row.previousElementSibling;
   while (above && !above.dataset.ts) above = above.previousElementSibling;
   const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
-  const goesOn = above === row.previousElementSibling && above?.dataset.name === name;
+  const goesOn = above === row.previousElementSibling && above?.dataset.name === name &&
+    above.dataset.host === row.dataset.host;
   row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
@@ -7060,7 +7239,7 @@ function kept(key, storage = 'sessionStorage') {
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
 }
 
 // === Attention: what is unread, and what may tell of it ===
@@ -7189,7 +7368,8 @@ function submit(event) {
   setBox('');
   if (text) remember(text);
   removeNewLine();
-  outbox.push({cid: newCid(), name: me, text, failed: ''});
+  outbox.push({cid: newCid(), name: me, text, failed: '', ...reply});
+  setReply(null);
   sendAttached();
   outboxChanged();
   toBottom();
@@ -7265,6 +7445,7 @@ function onKey(event) {
   if (event.isComposing || event.keyCode === 229) return;  // 229: Safari ends a composition before its Enter
   const plain = !event.shiftKey && !event.ctrlKey && !event.altKey && !event.metaKey;
   if (event.key === 'Enter' && !event.shiftKey) return submit(event);
+  if (event.key === 'Escape' && !offer) setReply(null);
   if (event.key === 'Escape') showOffer(null);
   if (event.key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
   else if (!(plain && event.key.startsWith('Arrow') && recall({ArrowUp: -1, ArrowDown: 1}[event.key]))) return;
@@ -7310,7 +7491,10 @@ function pump() {
   if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
   if (item.picture && !item.picture.id) upload(item);
-  else link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id});
+  else {
+    const re = item.epoch === epoch ? item.re : undefined;  // the number is of another message in another history
+    link.say({type: 'say', text: item.text, cid: item.cid, picture: item.picture?.id, re});
+  }
 }
 
 function takeOut(cid) {
@@ -7325,7 +7509,10 @@ function takeOut(cid) {
 
 function refused({cid, code, text, retry_after: seconds}) {
   const item = outbox.find((entry) => entry.cid === cid);
-  if (!item) return draw(() => notice('refused', text));
+  if (!item) {
+    wishes.clear();
+    return draw(() => notice('refused', text));
+  }
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
@@ -7344,6 +7531,7 @@ function tryAgain(item) {
 function edit(item) {
   setBox(box.value ? `${item.text}\n${box.value}` : item.text);
   box.focus();
+  if (item.re && !reply) setReply({re: item.re, epoch: item.epoch});
   if (item.picture?.blob) attached.push(item.picture);
   showAttached();
   takeOut(item.cid).remove();
@@ -7361,8 +7549,7 @@ function statusOf(item) {
 
 function outboxRow(item) {
   const choices = [makeButton(words.try_again, () => tryAgain(item)), makeButton(words.edit, () => edit(item))];
-  const row = messageRow(me, item.text, make('p', 'status'), make('p', 'choices', ...choices));
-  if (item.picture) row.querySelector('.line').before(pictureOf(item.picture, me));
+  const row = messageRow({...item, name: me}, make('p', 'status'), make('p', 'choices', ...choices));
   outboxRows.set(item.cid, row);
   outboxList.append(row);
   return row;
@@ -7517,6 +7704,324 @@ function onChoice() {
   fileChoice.value = '';
 }
 
+// === Notes: what is done to messages. The menu of one, its signs, and what it answers ===
+const HOLD_TO_OPEN_MS = 450;      // a finger on a message
+const SLIP_PX = 10;               // then it is no longer held, but moved
+const SWIPE_PX = 64;              // to the side, to reply
+const HOUR_MS = 3600000;
+const HAND = '✋';                // hands go up one after the other: they are not sorted by their number
+let isHost = false;
+let pinnedSeq = 0;
+let mine = new Map();             // seq -> one's own sign
+let wishes = new Map();           // the same, on its way
+let signs = [];                   // that one can react with
+let reply = null;                 // {re, epoch}: what the next message answers
+let menuRow = null;
+let tabStop = null;               // of the log's many menu buttons the one that Tab leads to
+let touch = null;                 // the finger on a message
+let sortedDue = false;
+const back = Object.assign(makeButton(words.back), {className: 'plain back'});
+
+function act(frame) {  // unlike a message it does not wait for the connection
+  if (phase === 'connected') link.say({...frame, cid: newCid()});
+  else draw(() => notice('refused', words.offline));
+}
+
+function react(seq, sign) {
+  const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
+  wishes.set(seq, value);
+  act({type: 'note', to: seq, kind: 'react', value});
+}
+
+function welcomeNotes(frame) {
+  ({host: isHost, signs} = frame);
+  pinnedSeq = frame.pinned?.seq;
+  mine = new Map(Object.entries(frame.mine).map(([seq, sign]) => [Number(seq), sign]));
+  wishes.clear();
+  offerSorting();
+  draw(() => {
+    clearLog(frame.cleared);
+    for (const row of log.querySelectorAll('[data-counts]')) showSigns(row, JSON.parse(row.dataset.counts));
+  });
+}
+
+function noted({to, kind, counts, message}) {
+  if (kind === 'pin') pinnedSeq = message?.seq;
+  if (kind === 'react' && wishes.has(to)) {
+    mine.set(to, wishes.get(to));
+    wishes.delete(to);
+  }
+  draw(() => {
+    const row = shown.get(to);
+    if (row && kind === 'delete') deleteText(row);
+    if (row && kind === 'react') showSigns(row, counts);
+  });
+}
+
+function addChoices(row, counts) {
+  if (!projector) {
+    const more = Object.assign(makeButton('', () => openMenu(row)), {className: 'more', tabIndex: -1});
+    more.setAttribute('aria-label', fill(words.choices, {name: isolate(row.dataset.name)}));
+    more.setAttribute('aria-haspopup', 'dialog');
+    row.append(more);
+    if (!row.nextSibling) stopAt(more);
+  }
+  if (counts) showSigns(row, counts);
+}
+
+function stopAt(button) {
+  if (tabStop) tabStop.tabIndex = -1;
+  tabStop = button || null;
+  if (tabStop) tabStop.tabIndex = 0;
+}
+
+function onLogKey(event) {
+  const step = {ArrowUp: -1, ArrowDown: 1}[event.key];
+  if (!step || !event.target.matches('.more')) return;
+  const all = [...log.querySelectorAll('.more')];
+  all[all.indexOf(event.target) + step]?.focus();
+  event.preventDefault();
+}
+
+function showSigns(row, counts) {  // a sign that stays keeps its button, and with it the focus
+  const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
+  const list = bubble.querySelector('.signs') || make('div', 'signs');
+  const buttons = Object.entries(counts).map(([sign, count]) => {
+    const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
+    Object.assign(button, {className: 'sign', value: sign, disabled: projector});
+    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
+    setText(button, `${sign} ${count}`);
+    return button;
+  });
+  const focused = list.contains(document.activeElement) && document.activeElement;
+  row.dataset.counts = JSON.stringify(counts);
+  list.setAttribute('aria-live', 'off');  // thirty hands are not thirty announcements
+  list.replaceChildren(...buttons);
+  if (buttons.length) bubble.append(list);
+  else list.remove();
+  if (focused) (focused.isConnected ? focused : row.querySelector('.more')).focus();
+  sortSoon();
+}
+
+function deleteText(row) {  // its place stays, and says so; nothing of it is left in the page
+  if (menuRow === row) menu.close();
+  if (row.contains(document.activeElement)) scroller.focus();
+  for (const part of row.querySelectorAll('.picture, .quote, .fold, .signs, .more')) part.remove();
+  const text = row.querySelector('.text');
+  text.className = 'text';
+  text.replaceChildren(words.deleted);
+  row.classList.remove('mention');
+  row.classList.add('deleted');
+  delete row.dataset.counts;
+  if (!tabStop?.isConnected) stopAt([...log.querySelectorAll('.more')].at(-1));
+  fillQuotes(`[data-re="${row.dataset.seq}"]`);
+  sortSoon();
+}
+
+function clearLog(upTo) {
+  if (![...shown.keys()].some((seq) => seq <= upTo)) return;
+  const rest = [...log.children].filter(({dataset: {seq}}) => seq > upTo);
+  if (menuRow && !rest.includes(menuRow)) menu.close();
+  for (const seq of [...shown.keys()].filter((number) => number <= upTo)) shown.delete(seq);
+  log.replaceChildren();
+  [newLine, unseen] = [null, 0];
+  notice('cleared', words.cleared);
+  log.append(...rest);
+  settle(rest[0]);
+  showUnread(0);
+  fillQuotes('');
+  sortSoon();
+}
+
+// A message's menu: beside its button, or at the foot of a phone's screen
+function openMenu(row) {
+  const seq = Number(row.dataset.seq);
+  if (!seq || !row.querySelector('.more')) return;  // of a history that is lost, or deleted
+  const choose = (text, todo) => makeButton(text, () => {
+    menu.close();
+    todo();
+  });
+  const pin = seq === pinnedSeq;
+  const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
+  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
+  if (isHost || row.dataset.name === me) {
+    choices.push(Object.assign(makeButton(words.delete, () => askToDelete(seq)), {className: 'bad'}));
+  }
+  const offered = signs.map((sign) => {
+    const button = choose(sign, () => react(seq, sign));
+    button.setAttribute('aria-pressed', mine.get(seq) === sign);
+    return button;
+  });
+  menuRow = row;
+  menu.ariaLabel = `${row.dataset.name}: ${firstLine(row)}`;
+  menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
+  menu.showModal();
+  placeMenu(row.querySelector('.more').getBoundingClientRect());
+}
+
+function noteOn(to, kind) {
+  return {type: 'note', to, kind};
+}
+
+function placeMenu({left, top, bottom}) {
+  const [width, height] = [menu.offsetWidth, menu.offsetHeight];
+  const below = bottom + height < innerHeight;
+  menu.style.setProperty('--x', `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`);
+  menu.style.setProperty('--y', `${below ? bottom : Math.max(8, top - height)}px`);
+}
+
+function askToDelete(seq) {
+  const sure = makeButton(words.delete, () => {
+    menu.close();
+    act(noteOn(seq, 'delete'));
+  });
+  sure.className = 'bad';
+  menu.ariaLabel = words.delete_ask;
+  menu.replaceChildren(make('p', '', words.delete_ask), sure, makeButton(words.keep, () => menu.close()));
+  sure.focus();
+}
+
+function copyMessage(row) {  // a page by plain http has no other way to the clipboard
+  const area = Object.assign(make('textarea', 'copied'), {value: row.querySelector('.text').innerText, readOnly: true});
+  menu.append(area);
+  area.select();
+  document.execCommand('copy');
+  menu.close();
+}
+
+// Replies: quoted in one line, which leads to the message, and back
+function firstLine(row) {
+  return row.querySelector('.text').textContent.trim().split('\n', 1)[0] || words.picture;
+}
+
+function quoteOf(re) {
+  const quote = makeButton('', () => leadTo(quote));
+  quote.className = 'quote';
+  quote.dataset.re = re;
+  return fillQuote(quote);
+}
+
+function fillQuote(quote) {
+  const row = shown.get(Number(quote.dataset.re));
+  if (row) quote.style.setProperty('--hue', hueOf(row.dataset.name));
+  const [to, text] = row ? words.answer.split('{name}') : [words.answer_gone];
+  quote.replaceChildren(to, ...(row ? [make('bdi', '', row.dataset.name), `${text} `, firstLine(row)] : []));
+  quote.disabled = !row;
+  return quote;
+}
+
+function fillQuotes(which) {
+  for (const quote of document.querySelectorAll(`.quote${which}`)) fillQuote(quote);
+}
+
+function leadTo(quote) {
+  const [target, from] = [shown.get(Number(quote.dataset.re)), quote.closest('#log .message')];
+  forgetFound();
+  if (!target) return fillQuote(quote);
+  target.classList.add('found');
+  showInLog(target);
+  if (!from) return;
+  target.querySelector('.bubble').append(back);
+  back.onclick = () => {
+    forgetFound();
+    showInLog(from);
+    quote.focus({preventScroll: true});
+  };
+  back.focus({preventScroll: true});
+}
+
+function showInLog(row) {
+  row.scrollIntoView({block: 'center'});
+  steer();
+  onScroll();
+}
+
+function forgetFound() {
+  back.remove();
+  log.querySelector('.found')?.classList.remove('found');
+}
+
+function replyTo(re) {
+  setReply({re, epoch});
+  box.focus();
+}
+
+function setReply(next) {
+  reply = next;
+  keep('reply', reply ? JSON.stringify(reply) : '');
+  replyLine.hidden = !reply;
+  const cancel = Object.assign(makeButton('×', () => {
+    setReply(null);
+    box.focus();
+  }), {className: 'plain', ariaLabel: words.no_answer});
+  replyLine.replaceChildren(...(reply ? [quoteOf(reply.re), cancel] : []));
+}
+
+function onTouchStart({touches, target}) {
+  endTouch();
+  const row = target.closest('.message');
+  if (touches.length > 1 || !row || target.closest('a')) return;
+  const [{clientX: x, clientY: y}] = touches;
+  touch = {row, x, y, swiped: 0, held: false, timer: setTimeout(() => {
+    touch.held = true;
+    openMenu(row);
+  }, HOLD_TO_OPEN_MS)};
+}
+
+function onTouchMove({touches: [{clientX, clientY}]}) {
+  if (!touch) return;
+  const [dx, dy] = [clientX - touch.x, Math.abs(clientY - touch.y)];
+  if (Math.hypot(dx, dy) > SLIP_PX) clearTimeout(touch.timer);
+  if (touch.held || dy > SWIPE_PX / 2) return;
+  touch.swiped = Math.max(0, Math.min(dx, SWIPE_PX));
+  touch.row.style.translate = `${touch.swiped}px`;
+}
+
+function onTouchEnd(event) {
+  if (touch?.held) event.preventDefault();  // or the finger that opened the menu would choose in it
+  if (touch?.swiped === SWIPE_PX && touch.row.querySelector('.more')) replyTo(Number(touch.row.dataset.seq));
+  endTouch();
+}
+
+function endTouch() {
+  clearTimeout(touch?.timer);
+  touch?.row.style.removeProperty('translate');
+  touch = null;
+}
+
+// Questions as polls: the last hour's messages with a sign, in place of the log
+function offerSorting() {
+  const texts = signs.map((sign) => fill(sign === HAND ? words.hands : words.most, {sign}));
+  if (sort.length === 1) sort.append(...signs.map((sign, at) => new Option(texts[at], sign)));
+  sorting.hidden = !(isHost || projector);
+}
+
+function sortSoon() {
+  if (sort.value && !sortedDue) requestAnimationFrame(drawSorted);
+  sortedDue = sort.value !== '';
+}
+
+function drawSorted() {
+  sortedDue = false;
+  const [sign, since] = [sort.value, serverTime() - HOUR_MS];
+  const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
+  const rows = [...log.children].filter((row) => countOf(row));
+  if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
+  sorted.replaceChildren(...rows.map(copyOf));
+  sorted.hidden = sign === '';
+  scroller.inert = sign !== '';
+  setText(sortSign, sign);
+}
+
+function copyOf(row) {  // to be read
+  const copy = row.cloneNode(true);
+  copy.classList.remove('run', 'mine', 'found');
+  delete copy.dataset.day;
+  for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
+  for (const button of copy.querySelectorAll('button')) button.disabled = true;
+  return copy;
+}
+
 // === Frames: everything that the server says comes through here ===
 let me = document.body.dataset.name;
 let epoch = '';
@@ -7542,6 +8047,8 @@ function receive(frame) {
     case 'welcome': return welcomed(frame);
     case 'message': return arrived(frame);
     case 'stored': return stored(frame);
+    case 'note': return noted(frame);
+    case 'cleared': return draw(() => clearLog(frame.seq));
     case 'joined': return passed(frame, 'add');
     case 'left': return passed(frame, 'delete');
     case 'refused': return refused(frame);
@@ -7556,6 +8063,7 @@ function welcomed(frame) {
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
+  welcomeNotes(frame);
   showUnread(unread);
   showRoster();
   storeChanged(true);
@@ -7566,6 +8074,7 @@ function welcomed(frame) {
 function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where it goes on, and what will be missing
   if (reset || (epoch && epoch !== room)) {
     [after, at, readTo, firstReplayEnd] = [null, 0, 0, -1];
+    setReply(null);
     draw(forgetHistory);
   }
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
@@ -7585,8 +8094,10 @@ function arrived(frame) {
     pending?.remove();
     showMessage(frame, away);
   });
-  if (fresh && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
-  if (frame.seq === replayEnd) draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
+  if (fresh && !frame.deleted && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
+  if (frame.seq !== replayEnd) return;
+  draw(() => fillQuotes(''));
+  draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
 }
 
 function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
@@ -7631,8 +8142,8 @@ function openPolls(hear, ended) {
   const hangUp = new AbortController();
   const {signal} = hangUp;
 
-  async function ask(query, options) {
-    const answer = await fetch(`messages${query}`, {...options, signal});
+  async function ask(path, options) {
+    const answer = await fetch(path, {...options, signal});
     heard = performance.now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
@@ -7651,7 +8162,7 @@ function openPolls(hear, ended) {
       const query = resumePoint();
       query.set('wait', wait);
       query.set('last', last);
-      const answer = await ask(`?${query}`);
+      const answer = await ask(`messages?${query}`);
       last = answer.last;
       if (!signal.aborted) hear(answer.events);
     }
@@ -7659,7 +8170,8 @@ function openPolls(hear, ended) {
 
   async function post(frame) {
     const headers = {'Content-Type': 'application/json'};
-    const event = await ask('', {method: 'POST', headers, body: JSON.stringify(frame)});
+    const path = frame.type === 'say' ? 'messages' : 'acts';
+    const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
     if (!signal.aborted) hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
   }
 
@@ -7841,6 +8353,16 @@ closeInvite.onclick = () => invite.close();
 invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
+menu.onclick = ({target}) => { if (target === menu) menu.close(); };
+menu.onclose = () => { menuRow = null; };
+log.addEventListener('focusin', ({target}) => { if (target.matches('.more')) stopAt(target); });
+log.onkeydown = onLogKey;
+log.addEventListener('touchstart', onTouchStart, {passive: true});
+log.addEventListener('touchmove', onTouchMove, {passive: true});
+log.ontouchend = onTouchEnd;
+log.ontouchcancel = endTouch;
+log.oncontextmenu = (event) => { if (touch) event.preventDefault(); };  // a finger's: ours comes instead
+sort.onchange = drawSorted;
 viewer.onclick = () => viewer.close();
 document.onpaste = onPaste;
 window.ondragover = window.ondrop = onDrag;
@@ -7858,6 +8380,7 @@ document.body.classList.add('live');
 restoreChoices();
 watchNetwork();
 setBox(kept('draft'));
+setReply(JSON.parse(kept('reply') || 'null'));
 restoreOutbox();
 connect();
 setInterval(tick, 1000);
