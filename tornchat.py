@@ -1084,7 +1084,7 @@ class State:
             left = note.deleted or Event("message", to, 0, details={"by": "host"})
             return encode(frame | {"by": left.details.get("by")}, f"~~~ a message of {left.name} was deleted ~~~")
         pinned = self.pinned
-        said = f"pinned: {badge(pinned)}{pinned['name']}: {shown(pinned['text'])}" if pinned else "nothing is pinned"
+        said = f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
         return encode(frame | {"message": pinned}, f"~~~ {said} ~~~")
 
     def notes_since(self, after: int) -> list[Encoded]:
