@@ -324,21 +324,16 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer, not an error
-    """A wish that is answered in words instead of being done.
-
-    `code` is the frame's (DESIGN: too-fast, too-long, empty, ...), `word` the key of its sentence in WORDS.
-    """
+    """What was asked is not done; programs get the code, people the sentence that `word` is the key of."""
 
     def __init__(self, code: str, word: str = "", *, cid: str = "", retry_after: float = 0, **values: object) -> None:
         super().__init__(code)
         self.code, self.word, self.cid, self.retry_after, self.values = code, word or code, cid, retry_after, values
 
     def sentence(self, language: str) -> str:
-        """The reason, for the user."""
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
     def event(self, language: str) -> dict[str, object]:
-        """As it is told to the client."""
         event: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
         if self.cid:
             event["cid"] = self.cid
@@ -348,69 +343,8 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
 
 
 class Taken(Refused):
-    """The name belongs to another session."""
-
     def __init__(self, name: str) -> None:
         super().__init__("taken", name=name)
-
-
-class Say(NamedTuple):
-    """What a client wants to say; `cid` is "" where it wants no confirmation, `re` what it answers, or 0, and `picture`
-    the id of one, or "".
-    """
-
-    text: str
-    cid: str
-    re: int = 0
-    picture: str = ""
-
-    @property
-    def details(self) -> Mapping[str, Any]:
-        """Those of the event that it proposes."""
-        return ({"re": self.re} if self.re else {}) | ({"picture": self.picture} if self.picture else {}) or NO_DETAILS
-
-
-def parse_object(raw: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} for any other JSON. Raises Refused."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise Refused("bad-frame", "not-json") from None
-    return value if isinstance(value, dict) else {}
-
-
-def parse_frame(raw: str | bytes) -> Say | Act:
-    """What a client sends. Raises Refused."""
-    if isinstance(raw, bytes):
-        raise Refused("bad-frame", "binary")
-    frame = parse_object(raw)
-    return parse_say(frame) if frame.get("type") == "say" else parse_act(frame)
-
-
-def parse_say(fields: Mapping[str, Any]) -> Say:
-    """What is to be said, of a frame or a form. Raises Refused, with the cid once that is known to be one."""
-    with told_with_cid(fields) as cid:
-        picture = fields.get("picture", "")
-        if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
-            raise Refused("no-picture")
-        text = fields.get("text", "" if picture else None)
-        if not isinstance(text, str):
-            raise Refused("bad-frame", "no-text")
-        cleaned = clean_text(text, may_be_empty=bool(picture))
-        return Say(cleaned, cid, number_field(fields, "re", 1, MOST_MESSAGES, 0), picture)
-
-
-@contextlib.contextmanager
-def told_with_cid(fields: Mapping[str, Any]) -> Iterator[str]:
-    """The cid of a frame, "" if it has none; whatever is Refused meanwhile carries it."""
-    cid = fields.get("cid", "")
-    if not isinstance(cid, str) or ("cid" in fields and not CID.fullmatch(cid)):
-        raise Refused("bad-frame", "bad-cid")
-    try:
-        yield cid
-    except Refused as refused:
-        refused.cid = cid
-        raise
 
 
 def picture_id(key: str, browser: str, name: str) -> str:
@@ -425,22 +359,6 @@ def picture_fields(id: str) -> dict[str, object]:
     match = PICTURE.fullmatch(id)
     assert match
     return {"id": id, "width": int(match[1]), "height": int(match[2])}
-
-
-def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
-    """A whole number of a frame. Raises Refused."""
-    value = fields.get(name, default)
-    if type(value) is int and (least <= value <= most or value == default):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
-
-
-def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
-    """One of these values. Raises Refused."""
-    value = fields.get(name, default)
-    if value in choices and type(value) is type(choices[0]):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
 
 
 def clean_text(text: str, *, may_be_empty: bool = False) -> str:
@@ -751,9 +669,8 @@ class Encoded:
         """The JSON alone, for answers of HTTP."""
         return self.frame[{126: 4, 127: 10}.get(self.frame[1], 2) :]
 
-    def fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = json.loads(self.json)
-        return fields
+    def fields(self) -> Any:
+        return json.loads(self.json)
 
     @property
     def line(self) -> bytes:
@@ -840,40 +757,99 @@ def encode_message(event: Event, answered: str = "") -> Encoded:
 
 
 def encode_store(available: bool) -> Encoded:
-    """A `store` event."""
     return encode({"type": "store", "available": available})
 
 
 # === Acts =============================================================================================================
-# What is done besides talking: notes on messages, and what hosts do with people and the room. An act goes the way of a
-# message; what comes of it is in the State, which follows from the feed alone, so that all daemons agree. Pure, too.
+# What clients ask for: to say something, to do something to a message (a note), and what hosts do with people and the
+# room. All of it goes through the outbox and the feed. What comes of it, beside messages, is the State, which follows
+# from the feed alone, so that all daemons agree. Pure, too.
 
 SIGNS = ("👍", "👎", "❤️", "😂", "✋", "❓")  # to react with
 
 
 class Act(NamedTuple):
-    """What a client wants to be done: type and details of the event that it proposes."""
+    """The event that a client asks for. `cid` is "" where it wants no confirmation."""
 
     type: str
-    details: dict[str, Any]
+    details: Mapping[str, Any]
     cid: str = ""
+    text: str = ""
+
+
+def parse_object(raw: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} for any other JSON. Raises Refused."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise Refused("bad-frame", "not-json") from None
+    return value if isinstance(value, dict) else {}
+
+
+def parse_frame(raw: str | bytes) -> Act:
+    """What a client sends through its socket. Raises Refused."""
+    if isinstance(raw, bytes):
+        raise Refused("bad-frame", "binary")
+    return parse_act(parse_object(raw))
 
 
 def parse_act(frame: Mapping[str, Any]) -> Act:
-    """What a frame wants to be done. Raises Refused."""
-    with told_with_cid(frame) as cid:
-        match frame.get("type"):
-            case "note":
-                return Act("note", parse_note(frame), cid)
-            case "clear":
-                return Act("cleared", {}, cid)
-            case "mute":
-                return Act("muted", parse_target(frame, 0), cid)
-            case "remove":
-                return Act("removed", parse_target(frame, 1), cid)
-            case "mode":
-                return Act("mode", parse_mode(frame), cid)
-        raise Refused("bad-frame", "unknown-type")
+    """What is asked for. Raises Refused, with the cid once that is known to be one."""
+    cid = frame.get("cid", "")
+    if not isinstance(cid, str) or ("cid" in frame and not CID.fullmatch(cid)):
+        raise Refused("bad-frame", "bad-cid")
+    try:
+        return read_act(frame, cid)
+    except Refused as refused:
+        refused.cid = cid
+        raise
+
+
+def read_act(frame: Mapping[str, Any], cid: str) -> Act:
+    match frame.get("type"):
+        case "say":
+            details, text = parse_say(frame)
+            return Act("message", details, cid, text)
+        case "note":
+            return Act("note", parse_note(frame), cid)
+        case "clear":
+            return Act("cleared", {}, cid)
+        case "mute":
+            return Act("muted", parse_target(frame, 0), cid)
+        case "remove":
+            return Act("removed", parse_target(frame, 1), cid)
+        case "mode":
+            return Act("mode", parse_mode(frame), cid)
+    raise Refused("bad-frame", "unknown-type")
+
+
+def parse_say(frame: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Details and text."""
+    picture = frame.get("picture", "")
+    if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
+        raise Refused("no-picture")
+    text = frame.get("text", "" if picture else None)
+    if not isinstance(text, str):
+        raise Refused("bad-frame", "no-text")
+    answered = number_field(frame, "re", 1, MOST_MESSAGES, 0)
+    details = {name: value for name, value in (("re", answered), ("picture", picture)) if value}
+    return details, clean_text(text, may_be_empty=bool(picture))
+
+
+def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
+    """A whole number of a frame. Raises Refused."""
+    value = fields.get(name, default)
+    if type(value) is int and (least <= value <= most or value == default):
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
+
+
+def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
+    """One of these values. Raises Refused."""
+    value = fields.get(name, default)
+    if value in choices and type(value) is type(choices[0]):
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
 
 
 def parse_note(frame: Mapping[str, Any]) -> dict[str, Any]:
@@ -1063,9 +1039,11 @@ class State:
     # --- as it is told ---
 
     def encode(self, event: Event) -> Encoded:
-        """An act, to those who are here; POST /acts answers the same."""
+        """An act as all are told of it; a POST answers the same."""
         details, frame = event.details, {"type": event.type, "ts": event.ts, "by": event.name}
         match event.type:
+            case "message":
+                return encode_message(event)
             case "note":
                 return self.encode_note(details["to"], details["kind"])
             case "cleared":
@@ -1280,11 +1258,8 @@ class Store:
         return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
 
     async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
-        """The feed from its newest entry back to its oldest, or from one id on to another, in pages that come in time
-        over a slow line, too.
-        """
-        count = 8
-        at = since or "+"
+        """The feed, newest first, or from one id on to another, in pages that come in time over a slow line, too."""
+        at, count = since or "+", 8
         while True:
             try:
                 page = await self.page(at, until, count)
@@ -1678,7 +1653,6 @@ class Room:
         self.sessions[listener.member.sid] = listener.member
 
     def replay(self, listener: Listener, seen: ResumePoint) -> None:
-        """The welcome, and the messages that came after the resume point."""
         owed = self.owed(seen)
         listener.base = self.seq - len(owed.events)
         listener.replay([*self.greeting(listener.member, owed, seen), *owed.events])
@@ -1703,7 +1677,6 @@ class Room:
             listener.send(batch)
 
     def send_notice(self, event: Event, encoded: Encoded) -> None:
-        """What only some are told."""
         for listener in tuple(self.listeners):
             if self.concerns(event, listener.member):
                 listener.send(Batch(encoded))
@@ -1715,11 +1688,7 @@ class Room:
     def is_host(self, member: Member) -> bool:
         return self.state.is_host(member.sid, member.name)
 
-    def is_deleted(self, seq: int) -> bool:
-        return self.state.is_deleted(seq)
-
     def hosts(self) -> list[str]:
-        """The names of the hosts on the roster."""
         here = (self.roster.get(key) for key in self.state.hosts)
         return [member.name for member in here if member and self.is_host(member)]
 
@@ -2011,28 +1980,19 @@ class Outbox:
         self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
         self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
 
-    def say(self, member: Member, say: Say, done: Done) -> None:
-        """Takes a message. `done` gets a refusal, or an older message with the same cid. Raises Refused."""
-        if seq := self.stored.get((member.sid, say.cid)):
-            done(self.message(seq, member, say))
-            return
-        self.check_space(say.cid)
-        self.propose("message", member, done, cid=say.cid, text=say.text, details=say.details)
-
-    def check_space(self, cid: str) -> None:
-        """Raises Refused if too much waits already."""
-        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
-            raise Refused("unavailable", cid=cid, retry_after=self.config.retry_seconds)
-
     def act(self, member: Member, act: Act, done: Done) -> None:
-        """Takes an act. `done` gets the stored event, or the Refused. Raises Refused."""
-        self.check_space(act.cid)
+        """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
+        Raises Refused.
+        """
         if (seq := self.stored.get((member.sid, act.cid))) is not None:
-            done(Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, details=act.details))
-        elif act.details.get("kind") == "react":
+            done(self.as_stored(seq, member, act))
+            return
+        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+            raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
+        if act.details.get("kind") == "react":
             self.react(member, act, done)
         else:
-            self.propose(act.type, member, done, cid=act.cid, details=act.details)
+            self.propose(act.type, member, done, cid=act.cid, text=act.text, details=act.details)
 
     def react(self, member: Member, act: Act, done: Done) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
@@ -2054,13 +2014,13 @@ class Outbox:
                 waiting.done += proposal.done
         self.reactions.clear()
 
-    def message(self, seq: int, member: Member, say: Say) -> Event:
-        """As it was stored; where that has been forgotten, as it is said now."""
-        event = Event("message", seq, self.room.ts, member.sid, say.cid, member.name, say.text, details=say.details)
-        if found := self.room.ring.find(seq):
+    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
+        """Where that has been forgotten, as it is asked for now."""
+        event = Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
+        if act.type == "message" and (found := self.room.ring.find(seq)):
             fields = found.encoded.fields()
             gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
-            event = event._replace(ts=found.ts, text=fields["text"], details=gone or say.details)
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or act.details)
         return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
@@ -2337,8 +2297,12 @@ class Memory:
         self.kept = Window(RING_MESSAGES, RING_BYTES)
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
-        self.cleared: Event | None = None
+        self.cleared: Event | None = None  # the last time
         self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
+        # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
+        self.to_erase: set[Id] = set()
+        self.pictures: set[str] = set()
+        self.to_trim = False
 
     def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
         """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
@@ -2351,6 +2315,10 @@ class Memory:
         if entry.raw:
             self.kept.add(entry, messages, len(entry.raw) if messages else 0)
             self.kept.shrink()
+
+    def keep_from(self) -> Id | None:
+        """The oldest entry that the store is to keep, where it holds too much."""
+        return self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
 
     def since(self, id: Id) -> list[Entry]:
         return [entry for entry, *_ in self.kept.entries if entry.id > id]
@@ -2372,21 +2340,18 @@ class Memory:
     def holds_deleted(self, event: Event) -> bool:
         return event.type == "message" and self.is_deleted(event.seq)
 
-    def erase(self, ids: set[Id]) -> tuple[set[Id], set[str]]:
-        """Forgets what is deleted in these entries; those that hold nothing else, and the pictures that it had."""
-        erased: set[Id] = set()
-        pictures: set[str] = set()
+    def erase(self, ids: set[Id]) -> None:
+        """Forgets what is deleted in these entries."""
         for at, (entry, messages, size) in enumerate(self.kept.entries):
             if entry.id in ids:
                 self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
                 events = decode_events(entry.raw)
                 deleted = [event for event in events if self.holds_deleted(event)]
-                pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
+                self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
                 if len(deleted) == len(events):
-                    erased.add(entry.id)
-        self.erased += erased
-        self.kept.keep(lambda kept: kept not in erased)
-        return erased, pictures
+                    self.erased.append(entry.id)
+        self.to_erase |= ids & set(self.erased)
+        self.kept.keep(lambda kept: kept not in self.to_erase)
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
@@ -2394,7 +2359,25 @@ class Memory:
         for window in (self.kept, self.extent):
             window.keep(lambda kept: kept >= id)
         self.notices = collections.deque(kept for kept in self.notices if kept >= id)
-        self.cleared = cleared
+        self.cleared, self.to_trim = cleared, True
+
+    def erase_again(self) -> None:
+        """The store is in an older state, and may hold what was deleted since."""
+        self.to_erase |= set(self.erased)
+        self.to_trim = self.cleared is not None
+
+    async def have_forgotten(self, store: Store) -> None:
+        """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
+        if ids := self.surplus() | self.to_erase:
+            await store.delete(ids)
+            self.to_erase.clear()
+        if self.to_trim and self.cleared:
+            await store.trim(self.cleared.place[:2])
+            await store.drop_pictures((), self.cleared.ts)
+            self.to_trim = False
+        if self.pictures:
+            await store.drop_pictures(self.pictures)
+            self.pictures.clear()
 
     def surplus(self) -> set[Id]:
         """Forgets the oldest entries without a message, once they are too many; which ones."""
@@ -2441,12 +2424,9 @@ class Feed:
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
         self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
-        self.memory = Memory(self.room.is_deleted)  # what was absorbed
+        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))  # what was absorbed
         self.names: dict[str, str | None] = {}  # to be written beside the feed
         self.state: dict[str, str] = {}  # ... and these fields of the State
-        self.to_erase: set[Id] = set()  # then these entries are to be deleted
-        self.pictures: set[str] = set()  # ... with these pictures
-        self.to_trim = False  # ... and all from before the room was cleared
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
         self.asked: set[asyncio.Event] = set()  # who waits for the next look
@@ -2487,24 +2467,14 @@ class Feed:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
             self.state.clear()
-        if surplus := self.memory.surplus() | self.to_erase:
-            await self.store.delete(surplus)
-            self.to_erase.clear()
-        if self.to_trim and (cleared := self.memory.cleared):
-            await self.store.trim(cleared.place[:2])
-            await self.store.drop_pictures((), cleared.ts)
-            self.to_trim = False
-        if self.pictures:
-            await self.store.drop_pictures(self.pictures)
-            self.pictures.clear()
+        await self.memory.have_forgotten(self.store)
 
     # --- committing ---
 
     async def commit(self) -> None:
         """One entry with what waits in the outbox. Raises Gap and STORE_ERRORS; then nobody knows what was stored."""
-        if (
-            not self.outbox.waiting and self.answers["writing"]
-        ) or asyncio.get_running_loop().time() < self.quiet_until:
+        idle = not self.outbox.waiting and self.answers["writing"]
+        if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
         id = self.memory.last[0], self.memory.last[1] + 1
@@ -2516,9 +2486,7 @@ class Feed:
 
     async def append(self, entry: Entry, events: Sequence[Event]) -> None:
         """Stores an entry and absorbs it, unless another daemon was first. Raises Gap and STORE_ERRORS."""
-        extent = self.memory.extent
-        keep_from = extent.entries[0][0].id if extent.shrink(FEED_SLACK) else None
-        if not await self.store.append(entry, keep_from):
+        if not await self.store.append(entry, self.memory.keep_from()):
             await self.lose()
             return
         self.losses, self.gathered, self.confirmed = 0, len(events), True
@@ -2625,20 +2593,9 @@ class Feed:
                 for listener in tuple(member.listeners):
                     listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
             elif event.type == "cleared":
-                self.clear(event)
-            elif event.details.get("kind") == "delete":
-                self.erase([event.details["to"]])
-
-    def clear(self, cleared: Event) -> None:
-        """The room was cleared: the store is to forget what stood before that, as we do."""
-        self.memory.clear(cleared)
-        self.to_trim = True
-
-    def erase(self, seqs: Iterable[int]) -> None:
-        """These messages may be deleted: the store is to forget them, as we do."""
-        erased, pictures = self.memory.erase({kept.entry for seq in seqs if (kept := self.room.ring.find(seq))})
-        self.to_erase |= erased
-        self.pictures |= pictures
+                self.memory.clear(event)
+            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
+                self.memory.erase({found.entry})
 
     # --- where the store holds something else ---
 
@@ -2663,8 +2620,10 @@ class Feed:
     async def look(self) -> None:
         """Compares the newest entry of the store with ours, and mends what is behind. Raises Gap and STORE_ERRORS."""
         asked, self.unsure = list(self.asked), False
-        if not self.room.available:
-            await self.greet()
+        if not self.room.available:  # a Redis that was started anew may have forgotten
+            before, (self.run_id, _) = self.run_id, await self.store.server()
+            if self.run_id != before:
+                self.keep_quiet()
         newest = await self.store.newest()
         if newest and self.memory.differs(newest):
             raise Gap
@@ -2676,12 +2635,6 @@ class Feed:
                 raise Gap
         for looked in asked:
             looked.set()
-
-    async def greet(self) -> None:
-        """A Redis that was started anew may have forgotten: who has seen most can put that back, before any commit."""
-        before, (self.run_id, _) = self.run_id, await self.store.server()
-        if self.run_id != before:
-            self.keep_quiet()
 
     def keep_quiet(self) -> None:
         loop = asyncio.get_running_loop()
@@ -2695,8 +2648,7 @@ class Feed:
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
-        self.to_erase |= set(self.memory.erased)  # an older state of it may hold what was deleted since
-        self.to_trim = True
+        self.memory.erase_again()
         log.warning("the store had forgotten a part of the history: %d entries were put back", len(forgotten))
         self.keep_quiet()
 
@@ -2707,7 +2659,7 @@ class Feed:
             return  # the next look deals with that
         epoch, roster, state = await self.store.read_state()
         read = await read_feed(self.store, self.room.ring.size)
-        self.memory = Memory(self.room.is_deleted)
+        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
         for entry, events, size in read:
             self.memory.add(entry, events, size)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
@@ -2717,8 +2669,8 @@ class Feed:
         self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
         for event in history:
             if event.type == "cleared":
-                self.clear(event)
-        self.erase(self.room.state.notes)
+                self.memory.clear(event)
+        self.memory.erase({found.entry for seq in self.room.state.notes if (found := self.room.ring.find(seq))})
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -2750,7 +2702,6 @@ class Feed:
         await self.store.keep_secrets()
 
     def start(self) -> None:
-        """Sets the tasks of a daemon going. None of them ends by itself, but by a bug."""
         tasks = [self.run, self.tick, *([self.follow] if self.store.shared else [])]  # in memory nobody else writes
         self.tasks = [asyncio.create_task(task()) for task in tasks]
 
@@ -3271,20 +3222,18 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def take(self, member: Member, wish: Say | Act, done: Done) -> None:
-        """Takes a message or an act, at the pace of its browser and of its address; hosts have none. Raises Refused."""
+    def take(self, member: Member, act: Act, done: Done) -> None:
+        """What a member asks for, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
-        if isinstance(wish, Say) and wish.picture not in ("", self.picture_id(member, wish.picture.rpartition("-")[0])):
-            raise Refused("no-picture", cid=wish.cid)
+        picture = act.details.get("picture", "")
+        if picture and picture != self.picture_id(member, picture.rpartition("-")[0]):
+            raise Refused("no-picture", cid=act.cid)
         if paced:
-            limits.pace(limits.messages, self.address, wish.cid, cost=0)
-            limits.pace(limits.says, member.sid[:BROWSER_CHARS], wish.cid)
-        if isinstance(wish, Act):
-            self.daemon.outbox.act(member, wish, done)
-            return
-        self.daemon.outbox.say(member, wish, done)  # only what that takes counts
+            limits.pace(limits.messages, self.address, act.cid, cost=0)
+            limits.pace(limits.says, member.sid[:BROWSER_CHARS], act.cid)
+        self.daemon.outbox.act(member, act, done)  # only what that takes counts
         if paced:
-            limits.pace(limits.messages, self.address, wish.cid, cost=1 + len(wish.text.encode()) // MESSAGE_BYTES)
+            limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
         return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
@@ -3381,6 +3330,7 @@ class PageHandler(BaseHandler):
             name=self.current_user.name,
             view="projector" if self.page_path() else "window",
             pictures=self.daemon.config.pictures > 0,
+            transcript=self.daemon.config.transcript,
             now=round(1000 * time.time()),
             words="\n".join(f"{key}\t{text}" for key, text in page_words(self.language).items()),
         )
@@ -3842,8 +3792,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return  # it has been turned away
         listener.heard = asyncio.get_running_loop().time()
         try:
-            wish = parse_say({"text": message}) if listener.plain else parse_frame(message)
-            self.take(listener.member, wish, listener.settled)
+            act = parse_act({"type": "say", "text": message}) if listener.plain else parse_frame(message)
+            self.take(listener.member, act, listener.settled)
             listener.member.refusals = 0
             self.taken = True
         except Refused as refused:
@@ -4168,19 +4118,18 @@ class MessagesHandler(EventHandler):
 
     async def post(self) -> None:
         """Says something: 201 when the store has it."""
-        self.finish(encode_message(await self.done(lambda: parse_say(self.fields()))).json)
-
-    async def done(self, parse: Callable[[], Say | Act]) -> Event:
-        """What was stored of a member's wish. Raises Refused."""
         member = await self.admit(self.current_user)
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.take(member, parse(), outcome.set_result)
+        self.take(member, self.asked(), outcome.set_result)
         stored = await outcome
         if isinstance(stored, Refused):
             raise stored
         self.set_status(201)
+        self.finish(self.daemon.room.state.encode(stored).json)
         self.release(member)
-        return stored
+
+    def asked(self) -> Act:
+        return parse_act({**self.fields(), "type": "say"})
 
     def fields(self) -> Mapping[str, Any]:
         """Those of the body, JSON or form. Raises Refused."""
@@ -4192,14 +4141,13 @@ class MessagesHandler(EventHandler):
 
 
 class ActsHandler(MessagesHandler):
-    """POST /acts: what a socket takes beside `say`."""
+    """POST /acts: whatever a socket takes."""
 
     async def get(self) -> None:
         raise tornado.web.HTTPError(405)
 
-    async def post(self) -> None:
-        event = await self.done(lambda: parse_act(parse_object(self.request.body)))
-        self.finish(self.daemon.room.state.encode(event).json)
+    def asked(self) -> Act:
+        return parse_act(parse_object(self.request.body))
 
 
 class TranscriptHandler(BaseHandler):
@@ -5284,6 +5232,13 @@ class Client:
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
 
+    def text_of(self, frame: Mapping[str, Any]) -> str:
+        """The text, and below it the address of a picture."""
+        match frame.get("picture"):
+            case {"id": str(id)}:
+                return f"{frame['text']}\n[picture {self.url}pictures/{id}]".lstrip("\n")
+        return str(frame["text"])
+
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
         names = [shown(str(name)) for name in frame["names"] if name != self.name]
@@ -5393,13 +5348,13 @@ def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mappin
         case {"kind": "pin", "message": None}:
             return words["term_unpinned"]
         case {"type": "cleared"}:
-            return by + words["term_cleared"]
+            return by + words["js_cleared"]
         case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
             clock = datetime.datetime.fromtimestamp(until / 1000)
-            return words["term_muted" if until else "term_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
+            return words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
         case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
-            keys = ["term_locked" if talk == "hosts" else "term_unlocked"]
-            keys += ["term_slow"] * (every > 0) + ["term_door_closed"] * (door == "closed")
+            keys = ["js_locked" if talk == "hosts" else "js_unlocked"]
+            keys += ["js_slow"] * (every > 0) + ["js_door_closed"] * (door == "closed")
             return by + " ".join(words[key].format(n=every) for key in keys)
     return ""
 
@@ -5549,14 +5504,11 @@ class Lines:
             sys.stdout.reconfigure(errors="replace")
 
     def said(self, frame: Mapping[str, Any]) -> str:
-        """Who says it, with the badge of a host, and to whom; what, and below it the address of a picture."""
-        name, text = shown(frame["name"]), frame["text"]
+        """Who says it, with the badge of a host, to whom, and what."""
+        name, text = shown(frame["name"]), self.client.text_of(frame)
         match frame:
             case {"re": int(seq)} if seq in self.client.recent:
                 name = self.words["term_answer"].format(name=name, other=self.client.recent[seq][0])
-        match frame:
-            case {"picture": {"id": str(id)}}:
-                text = f"{text}\n[picture {self.client.url}pictures/{id}]".lstrip("\n")
         return f"{HOST_MARK} {name}: {text}" if frame.get("host") is True else f"{name}: {text}"
 
     def message(self, frame: Mapping[str, Any]) -> None:
@@ -6068,6 +6020,37 @@ TEXTS = {
     "chat_picture": ("Add a picture", "添加图片"),
     "chat_attached": ("Pictures to send", "待发送的图片"),
     "chat_viewer": ("Picture", "图片"),
+    "chat_host_page": ("Room", "管理"),
+    "chat_lock": ("Only hosts write", "仅主持人可发言"),
+    "chat_slow": ("Slow mode", "慢速模式"),
+    "chat_slow_off": ("Off", "关闭"),
+    "chat_slow_seconds": ("one message in {n} s", "每 {n} 秒一条"),
+    "chat_door": ("Nobody new gets in", "不再让新人进入"),
+    "chat_transcript": ("Transcript", "聊天记录"),
+    "chat_transcript_txt": ("As text", "文本"),
+    "chat_transcript_json": ("As JSON", "JSON 数据"),
+    "chat_clear": ("Delete all messages", "清空聊天室"),
+    "chat_mute": ("Mute: can read, but not write", "禁言：可以看，不能发言"),
+    "chat_minutes": ("{n} min", "{n} 分钟"),
+    "chat_unmute": ("End", "解除"),
+    "chat_remove": ("Remove for 10 minutes", "移出 10 分钟"),
+    "chat_cancel": ("Cancel", "取消"),
+    "chat_pinned": ("Pinned message", "置顶消息"),
+    "chat_unfold": ("Show all of it", "展开"),
+    "chat_unpin": ("Unpin", "取消置顶"),
+    "chat_earlier": ("Earlier messages aren’t shown", "更早的消息未显示"),
+    "js_host": ("Host", "主持人"),
+    "js_manage": ("Mute or remove {name}", "禁言或移出{name}"),
+    "js_clear_question": ("Delete everything that was said, for everybody?", "为所有人删除全部消息？"),
+    "js_clear": ("Delete all", "全部删除"),
+    "js_remove_question": ("Remove {name}, for 10 minutes?", "将{name}移出 10 分钟？"),
+    "js_remove": ("Remove", "移出"),
+    "js_muted_till": ("muted till {time}", "禁言至 {time}"),
+    "js_muted_you": ("A host has muted you until {time}.", "主持人已将您禁言至 {time}。"),
+    "js_wait": ("{time} left", "还剩 {time}"),
+    "js_next_in": ("Your next one in {n} s.", "{n} 秒后可发下一条。"),
+    "js_slow_over": ("No pause between messages any more.", "发言不再有间隔。"),
+    "js_door_open": ("New people can come in.", "新人可以进入了。"),
     "js_picture": ("Picture", "图片"),
     "js_picture_of": ("Picture from {name}", "{name}发送的图片"),
     "js_picture_gone": ("This picture is no longer kept.", "图片已不再保存。"),
@@ -6132,9 +6115,8 @@ TEXTS = {
     "js_copied": ("Copied", "已复制"),
     "js_copy_by_hand": ("Marked: copy it by hand", "已选中，请手动复制"),
     "js_you": ("you", "我"),
-    "js_host": ("Host", "主持人"),
     "js_deleted": ("This message was deleted.", "此消息已删除。"),
-    "js_cleared": ("All that was said before was deleted.", "此前的消息均已删除。"),
+    "js_cleared": ("All that was said before is deleted.", "此前的消息均已删除。"),
     "js_choices": ("What to do with the message of {name}", "对{name}的消息进行操作"),
     "js_reply": ("Reply", "回复"),
     "js_copy": ("Copy the text", "复制文字"),
@@ -6145,12 +6127,10 @@ TEXTS = {
         "Delete this message on every screen? This can’t be undone.",
         "从所有人的屏幕上删除此消息？无法撤销。",
     ),
-    "js_keep": ("Keep it", "保留"),
     "js_answer": ("to {name}:", "回复{name}："),
     "js_answer_gone": ("to a message that is not here any more", "回复的消息已不在此处"),
     "js_no_answer": ("Don’t reply to it", "取消回复"),
     "js_back": ("Back", "返回"),
-    "js_offline": ("That needs the connection: try again in a moment.", "需要连接聊天室，请稍后再试。"),
     "js_most": ("Most {sign}", "最多{sign}"),
     "js_hands": ("Hands up {sign}", "举手{sign}"),
     "js_more": ("and {n} more", "还有 {n} 人"),
@@ -6187,15 +6167,14 @@ TEXTS = {
     ),
     "term_answer": ("{name} (to {other})", "{name}（回复{other}）"),
     "term_deleted": ("A message of {name} was deleted.", "{name}的一条消息已删除。"),
-    "term_cleared": ("All that was said before is deleted.", "此前的消息均已删除。"),
     "term_pinned": ("Pinned: {name}: {text}", "置顶：{name}：{text}"),
     "term_unpinned": ("No message is pinned any more.", "已取消置顶。"),
-    "term_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
-    "term_unmuted": ("{name} can write again.", "{name}可以发言了。"),
-    "term_locked": ("Only hosts can write.", "仅主持人可以发言。"),
-    "term_unlocked": ("Everybody can write.", "所有人都可以发言。"),
-    "term_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
-    "term_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
+    "js_muted": ("{name} cannot write until {time}.", "{name}在 {time} 之前不能发言。"),
+    "js_unmuted": ("{name} can write again.", "{name}可以发言了。"),
+    "js_locked": ("Only hosts can write.", "仅主持人可以发言。"),
+    "js_unlocked": ("Everybody can write.", "所有人都可以发言。"),
+    "js_slow": ("One message in {n} s.", "每 {n} 秒可发一条消息。"),
+    "js_door_closed": ("Nobody new gets in.", "不再让新人进入。"),
     "term_no_command": (
         "There is no command {command}; /help lists them. To say that: /{command}",
         "没有 {command} 这个命令，输入 /help 查看帮助。要发送它，请输入 /{command}",
@@ -6371,12 +6350,24 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <button id="join" class="plain scripted" type="button" aria-haspopup="dialog">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 3h8v8H3zm2 2v4h4V5zm8-2h8v8h-8zm2 2v4h4V5zM3 13h8v8H3zm2
         2v4h4v-4zm8-2h3v3h-3zm5 0h3v3h-3zm-5 5h3v3h-3zm5 0h3v3h-3z"/></svg> <span>{{ w["chat_join"] }}</span></button>
+    <button id="manage" class="plain for-hosts" type="button" aria-haspopup="dialog">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M2 6h9v2H2zm17 0h3v2h-3zM2 16h3v2H2zm11 0h9v2h-9z"/>
+        <circle cx="15" cy="7" r="3"/><circle cx="9" cy="17" r="3"/></svg>
+      <span>{{ w["chat_host_page"] }}</span></button>
     <button id="people" class="plain scripted" type="button" aria-controls="roster" aria-expanded="false">
       <svg viewBox="0 0 24 24" role="img" aria-label="{{ w["chat_show_people"] }}"><circle cx="9" cy="8" r="4"/>
         <path d="M1 20a8 8 0 0 1 16 0z"/><path d="M15 4.3a4 4 0 0 1 0 7.4M19 20h4a8 8 0 0 0-5-7.4"/></svg>
       <span class="count"></span></button>
   </header>
+  <section id="pinned" aria-label="{{ w["chat_pinned"] }}" hidden>
+    <button id="pin-line" class="plain" type="button"></button>
+    <button id="pin-fold" class="plain" type="button" aria-controls="pin-text" aria-label="{{ w["chat_unfold"] }}">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="m6 8-1.5 1.5L12 17l7.5-7.5L18 8l-6 6z"/></svg></button>
+    <div id="pin-text" class="text" dir="auto" tabindex="0"></div>
+    <button id="unpin" class="plain for-hosts" type="button">{{ w["chat_unpin"] }}</button>
+  </section>
   <main id="scroller" tabindex="0"><noscript>{{ w["chat_needs_script"] }}</noscript><div id="content">
+    <p id="earlier" class="notice" hidden>{{ w["chat_earlier"] }}</p>
     <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
     <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
   <section id="sorted" tabindex="0" aria-label="{{ w["chat_sort"] }}" data-empty="{{ w["chat_sort_empty"] }}" hidden>
@@ -6385,16 +6376,18 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <button id="newer" type="button" hidden></button>
     <div id="reply" role="group" aria-label="{{ w["chat_reply"] }}" hidden></div>
     <div id="matches" role="group" aria-label="{{ w["chat_people"] }}" hidden></div>
+    <p id="hold"><span id="hold-text" role="status"></span> <span id="hold-wait" aria-hidden="true"></span></p>
     <p id="left-over" role="status"></p>
     <div id="attached" role="group" aria-live="polite" aria-label="{{ w["chat_attached"] }}" hidden></div>
     <input id="file" type="file" accept="image/*" multiple hidden>
     <button id="pick" class="plain" type="button" aria-label="{{ w["chat_picture"] }}"
       {{ "" if pictures else "hidden" }} data-off="{{ w["refused_pictures-off"] }}">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path fill-rule="evenodd" d="M5 3h14a3 3 0 0 1 3 3v12a3 3 0 0 1-3
-        3H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zm0 2a1 1 0 0 0-1 1v10l4-4 4 4 5-5 3 3V6a1 1 0 0 0-1-1zm3 1.500a2 2 0 0 1 0
+        3H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3zm0 2a1 1 0 0 0-1 1v10l4-4 4 4 5-5 3 3V6a1 1 0 0 0-1-1zm3 1.5a2 2 0 0 1 0
         4 2 2 0 0 1 0-4z"/></svg></button>
     <textarea id="box" rows="1" dir="auto" enterkeyhint="send" autocomplete="off" aria-label="{{ w["chat_message"] }}"
-      placeholder="{{ w["chat_placeholder"] }}" title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
+      aria-describedby="hold-text" placeholder="{{ w["chat_placeholder"] }}"
+      title="Shift+Enter: {{ w["chat_break"] }}"></textarea>
     <button id="break" class="plain" type="button" aria-label="{{ w["chat_break"] }}">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M18 5h2v9H8v4l-6-5 6-5v4h10z"/></svg></button>
     <button id="send" aria-label="{{ w["chat_send"] }}"><svg viewBox="0 0 24 24" aria-hidden="true">
@@ -6402,7 +6395,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
   <aside id="roster" aria-label="{{ w["chat_people"] }}">
     <h2>{{ w["chat_people"] }} <span class="count"></span></h2>
     <ul id="members" tabindex="0" aria-label="{{ w["chat_people"] }}"></ul>
-    <div class="settings scripted" role="group" aria-label="{{ w["chat_settings"] }}">
+    <details><summary>{{ w["chat_settings"] }}</summary>
+    <div class="settings scripted">
       <label>{{ w["chat_theme"] }} <select id="theme"><option value="system">{{ w["chat_theme_system"] }}</option>
         <option value="light">{{ w["chat_theme_light"] }}</option>
         <option value="dark">{{ w["chat_theme_dark"] }}</option></select></label>
@@ -6410,6 +6404,7 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
       <label hidden>{{ w["chat_notify"] }} <input id="notify" type="checkbox"></label>
     </div>
     <form id="logout" action="logout" method="post"><button class="plain">{{ w["chat_logout"] }}</button></form>
+    </details>
   </aside>
   <dialog id="invite" aria-labelledby="invite-title"><div>
     <h2 id="invite-title">{{ w["chat_join_title"] }}</h2>
@@ -6419,7 +6414,38 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <p class="hint">{{ w["chat_join_hint"] }}</p>
     <p class="choices"><button id="copy" type="button">{{ w["chat_copy"] }}</button>
       <a href="?view=projector" target="_blank">{{ w["chat_projector"] }}</a>
-      <button id="close" class="plain" type="button">{{ w["chat_close"] }}</button></p>
+      <button id="close" class="plain close" type="button">{{ w["chat_close"] }}</button></p>
+  </div></dialog>
+  <dialog id="room" aria-labelledby="room-title"><div>
+    <h2 id="room-title">{{ w["chat_host_page"] }}</h2>
+    <div class="settings">
+      <label>{{ w["chat_lock"] }} <input id="lock" type="checkbox"></label>
+      <label>{{ w["chat_slow"] }} <select id="every"><option value="0">{{ w["chat_slow_off"] }}</option>
+        {% for seconds in (5, 10, 30, 60) %}
+        <option value="{{ seconds }}">{{ w["chat_slow_seconds"].format(n=seconds) }}</option>{% end %}</select></label>
+      <label>{{ w["chat_door"] }} <input id="door" type="checkbox"></label>
+      {% if transcript != "off" %}
+      <p>{{ w["chat_transcript"] }} <span>{% for kind in ("txt", "json") %}
+        <a href="transcript?format={{ kind }}" download>{{ w["chat_transcript_" + kind] }}</a>{% end %}</span></p>
+      {% end %}
+    </div>
+    <p class="choices"><button id="clear" class="plain bad" type="button">{{ w["chat_clear"] }}</button>
+      <button class="plain close" type="button">{{ w["chat_close"] }}</button></p>
+  </div></dialog>
+  <dialog id="person" aria-labelledby="person-name"><div>
+    <h2 id="person-name" dir="auto"></h2>
+    <p id="person-muted" class="hint" role="status"></p>
+    <p id="mute-label">{{ w["chat_mute"] }}</p>
+    <p id="mute" class="choices" role="group" aria-labelledby="mute-label">{% for minutes in (5, 15, 60) %}
+      <button class="plain" type="button" value="{{ minutes }}">{{ w["chat_minutes"].format(n=minutes) }}</button>
+      {% end %}<button id="unmute" class="plain" type="button" value="0">{{ w["chat_unmute"] }}</button></p>
+    <p class="choices"><button id="remove" class="plain bad" type="button">{{ w["chat_remove"] }}</button>
+      <button class="plain close" type="button">{{ w["chat_close"] }}</button></p>
+  </div></dialog>
+  <dialog id="question" role="alertdialog" aria-labelledby="asked"><div>
+    <p id="asked"></p>
+    <p class="choices"><button class="plain close" type="button">{{ w["chat_cancel"] }}</button>
+      <button id="yes" class="bad" type="button"></button></p>
   </div></dialog>
   <dialog id="menu"></dialog>
   <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
@@ -6450,6 +6476,8 @@ STYLE_CSS = r"""
 [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 input:focus-visible, textarea:focus-visible { outline-offset: -2px; }
+#box:focus-visible { outline: 2px solid var(--quiet); }  /* one knows where one writes: no louder than the text */
+.chat:not(.host) .for-hosts { display: none; }
 .chat:not(.live) .scripted { display: none !important; }
 .chat:not(.live) noscript { display: block; padding: 32px 16px; color: var(--quiet); text-align: center; }
 body {
@@ -6466,6 +6494,9 @@ button {
 }
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
+button.bad { background: var(--bad); }
+button.plain.bad, button.plain:disabled { background: none; }
+button.plain.bad { color: var(--bad); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
@@ -6490,8 +6521,8 @@ input:not([type="checkbox"]), textarea, select {
 
 /* Chat: header, people, messages, composer */
 .chat {
-  display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem; height: var(--height, 100dvh);
-  overflow: hidden;
+  display: grid; grid-template: auto auto minmax(0, 1fr) auto / minmax(0, 1fr) 16rem;
+  height: var(--height, 100dvh); overflow: hidden;
 }
 header {
   position: relative; z-index: 3; grid-column: 1 / -1; display: flex; align-items: center; gap: 12px; min-height: 56px;
@@ -6520,34 +6551,69 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 @keyframes appear { from { opacity: 0; } }
 
 #roster {
-  grid-area: 2 / 2 / 4 / 3; display: flex; flex-direction: column; gap: 8px; min-height: 0;
+  grid-area: 2 / 2 / 5 / 3; display: flex; flex-direction: column; gap: 8px; min-height: 0;
   padding: 16px var(--right) var(--foot) 12px; border-inline-start: 1px solid var(--line); background: var(--surface);
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
-#members li { display: flex; align-items: center; gap: 10px; padding: 5px 6px; }
-#members bdi { overflow-wrap: anywhere; }
+#members li { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; padding: 5px 6px; }
+#members bdi { flex: 0 1 auto; max-width: calc(100% - 42px); overflow-wrap: anywhere; }
 #members small, #members .more { color: var(--quiet); }
-#logout button { width: 100%; }
-.settings { padding: 4px 6px 0; border-block-start: 1px solid var(--line); color: var(--quiet); font-size: .875rem; }
-.settings label { display: flex; align-items: center; justify-content: space-between; gap: 12px; min-height: 44px; }
-.settings select { width: auto; min-height: 36px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
+#members .muted { order: 1; flex-basis: 100%; padding-inline-start: 42px; font-size: .75rem; }
+#members button {
+  flex: none; margin: -8px -6px -8px 0; padding: 0; border: 0; color: var(--quiet); font-size: 1.25rem;
+}
+#members bdi:has(~ button) { flex: 1 0 0; }
+.badge {
+  flex: none; padding: 0 7px; border-radius: 9px; background: var(--accent); color: var(--on-accent);
+  font-size: .6875rem; font-weight: 700; line-height: 18px;
+}
+details { border-block-start: 1px solid var(--line); color: var(--quiet); font-size: .875rem; }
+summary { display: flex; align-items: center; min-height: 44px; padding-inline: 6px; cursor: pointer; }
+summary::after { content: "▴"; margin-inline-start: auto; }
+[open] summary::after { content: "▾"; }
+#logout button { width: 100%; margin-block-start: 4px; }
+.settings { padding-inline: 6px; }
+.settings > * { display: flex; align-items: center; justify-content: space-between; gap: 12px; min-height: 44px; }
+.settings select { width: auto; min-height: 44px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
 input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color: var(--accent); }
 
-#scroller { grid-area: 2 / 1; overflow: hidden auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
+#scroller { grid-area: 3 / 1; overflow: hidden auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
 #scroller.following { overflow-anchor: none; }
 #scroller:focus-visible, #members:focus-visible { outline-offset: -3px; }
 #content {
   display: flex; flex-direction: column; justify-content: flex-end; max-width: 56rem; min-height: 100%; margin: 0 auto;
   padding: 16px var(--right) 8px var(--left);
 }
+/* What a host has pinned: a line that unfolds */
+#pinned {
+  grid-area: 2 / 1; display: flex; flex-wrap: wrap; align-items: center; border-bottom: 1px solid var(--line);
+  padding: 0 var(--right) 0 var(--left); background: var(--surface);
+}
+#pinned button { flex: none; padding: 0 10px; border: 0; border-radius: 8px; }
+#pinned #pin-line {
+  flex: 1; min-width: 0; overflow: hidden; padding: 0 2px; font-weight: 400; text-align: start;
+  text-overflow: ellipsis; white-space: nowrap;
+}
+#pin-line bdi:first-child { margin-inline-end: 8px; font-weight: 700; }
+#pin-line bdi:first-child::before {
+  content: ""; display: inline-block; width: 3px; height: 1.2em; margin-inline-end: 10px; border-radius: 2px;
+  background: var(--accent); vertical-align: middle;
+}
+#pinned:not(.open) > :is(#pin-text, #unpin), #pinned.open #pin-line bdi + bdi { display: none; }
+#pinned.open #pin-fold svg { rotate: 180deg; }
+#pinned #pin-text {
+  flex: 1 0 100%; max-height: calc(.35 * var(--height, 100dvh)); overflow-y: auto; overflow-wrap: anywhere;
+  padding: 0 2px 10px 15px;
+}
+#unpin { margin-inline-start: auto; }
 [data-state="connected"] #log:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
   flex: none; display: grid; place-items: center; width: 32px; height: 32px; border-radius: 50%;
-  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .875rem;
-  font-weight: 700; text-transform: uppercase;
+  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .8125rem;
+  font-weight: 700; letter-spacing: -.03em; text-transform: uppercase;
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
@@ -6563,8 +6629,13 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   position: relative; max-width: min(85% - 40px, 40rem); padding: 7px 12px; border-radius: 6px 16px 16px;
   background: var(--surface); box-shadow: var(--shadow);
 }
-/* The time stands beside the last line if there is room, else below */
-.line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
+/* A run's time stands in its last line if there is room, else below: the text ends with as much room as that takes */
+.line { position: relative; display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
+.text:not(:empty) ~ time { position: absolute; inset-block-end: 0; inset-inline-end: 0; }
+.text[data-time]::after {
+  content: attr(data-time); display: inline-block; padding-inline-start: 12px; font-size: .75rem; visibility: hidden;
+}
+.message:has(+ .run) time, .message:has(+ .run) .text::after { display: none; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -6601,7 +6672,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .choices button + button { border: 1px solid var(--line); background: none; color: inherit; }
 
 #composer {
-  position: relative; grid-area: 3 / 1; display: flex; flex-wrap: wrap; align-items: flex-end; gap: 0 8px; width: 100%;
+  position: relative; grid-area: 4 / 1; display: flex; flex-wrap: wrap; align-items: flex-end; gap: 0 8px; width: 100%;
   max-width: 56rem; margin: 0 auto; padding: 8px var(--right) var(--foot) var(--left);
 }
 #box {
@@ -6611,12 +6682,17 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
 #break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
-#matches { position: absolute; z-index: 1; bottom: 100%; inset-inline: 12px; display: flex; flex-wrap: wrap; gap: 6px; }
-#matches button {
-  max-width: 100%; border-radius: 22px; background: var(--surface); box-shadow: 0 2px 8px #0003;
-  overflow-wrap: anywhere;
+#matches {
+  position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px);
+  padding: 4px;
+  border: 1px solid var(--line); border-radius: 14px; background: var(--surface); box-shadow: 0 2px 8px #0003;
 }
-#left-over { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
+#matches button { display: block; width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
+#matches button:first-child:not(:hover) { background: var(--code); }
+#left-over, #hold { flex-basis: 100%; color: var(--quiet); font-size: .8125rem; text-align: center; }
+#hold:has(#hold-text:not(:empty)) { padding-bottom: 6px; }
+#hold-wait { font-variant-numeric: tabular-nums; }
+#box:read-only { background: var(--page); color: var(--quiet); }
 #left-over.over { color: var(--bad); font-weight: 700; }
 #newer {
   position: absolute; bottom: 100%; left: 50%; translate: -50%; border-radius: 22px; box-shadow: 0 2px 8px #0004;
@@ -6643,10 +6719,6 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #large { display: block; max-width: calc(100vw - 40px); max-height: calc(100dvh - 100px); margin: 0 auto 8px; }
 
 /* What is done to messages: the button of the menu, the menu, signs, replies, deletion */
-.badge {
-  flex: none; padding: 0 7px; border-radius: 9px; background: var(--accent); color: var(--on-accent);
-  font-size: .6875rem; font-weight: 700; line-height: 18px;
-}
 .more { align-self: center; min-width: 32px; min-height: 32px; padding: 0; background: none; color: var(--quiet); }
 .more::before { content: "⋯"; font-size: 1.25rem; line-height: 1; }
 .more:not(:focus-visible, .message:hover > *) { opacity: 0; }
@@ -6708,7 +6780,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 #sorting:not([hidden]) ~ #join { margin-inline-start: 0; }
 #sort { position: absolute; inset: 0; min-height: 44px; padding: 0; opacity: 0; cursor: pointer; }
 #sorted {
-  z-index: 1; grid-area: 2 / 1; overflow: hidden auto; background: var(--page); overflow-wrap: anywhere;
+  z-index: 1; grid-area: 3 / 1; overflow: hidden auto; background: var(--page); overflow-wrap: anywhere;
   padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
 #sorted:not([hidden]) ~ #composer #newer { display: none; }
@@ -6725,32 +6797,40 @@ dialog {
   width: min(26rem, 100vw - 24px); padding: 0; border: 0; border-radius: 20px; background: var(--surface);
   color: inherit; text-align: center; box-shadow: 0 8px 40px #0005;
 }
-dialog div { padding: 24px; }
+dialog > div { padding: 24px; }
 dialog::backdrop { background: #0008; }
 dialog h2 { font-size: 1.25rem; }
 #code { display: block; width: min(100%, 18rem, 40vh); margin: 16px auto 0; border-radius: 12px; background: #fff; }
 #address { margin: 12px 0; font-size: clamp(1.0625rem, 5.5vw, 1.375rem); font-weight: 700; overflow-wrap: anywhere; }
 dialog .hint { margin-block: 12px; }
 dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
+dialog .settings { margin: 12px 0; text-align: start; }
+.settings span a { display: inline-block; padding: 12px 6px; }
+dialog #mute { flex-wrap: nowrap; gap: 8px; margin-block: 4px 16px; }
+#mute button { flex: 1; padding: 0 4px; }
+#asked { margin-bottom: 16px; overflow-wrap: anywhere; }
 
 @media (max-height: 30rem) {  /* a phone lies on its side */
-  .window dialog { width: min(40rem, 100vw - 24px); }
-  .window dialog div { display: grid; grid-template-columns: auto 1fr; gap: 0 24px; }
-  dialog div > * { grid-column: 2; }
+  .window #invite { width: min(40rem, 100vw - 24px); }
+  .window #invite div { display: grid; grid-template-columns: auto 1fr; gap: 0 24px; }
+  #invite div > * { grid-column: 2; }
   .window #code { grid-area: 1 / 1 / 6; width: 50vh; margin: auto; }
 }
 
 /* On a wall: read-only, and as large as the screen allows */
 :root:has(.projector) { font-size: clamp(20px, 1.9vw, 72px); }
-.projector { grid-template: auto minmax(0, 1fr) / minmax(0, 1fr) minmax(12rem, 27vw); font-size: 1rem; }
-.projector :is(#composer, #roster, #join, #people, #invite .choices) { display: none; }
-.projector #scroller { grid-row: 2 / 3; }
+.projector {
+  grid-template: auto auto minmax(0, 1fr) auto / minmax(0, 1fr) minmax(12rem, 27vw); font-size: 1rem;
+}
+.projector :is(#composer > :not(#hold), #roster, #join, #manage, #people, #unpin, #invite .choices) { display: none; }
+.projector #pinned { padding: .3em 2vw; }
+.projector #composer { padding: 0; max-width: none; }
 .projector #content { max-width: none; }
 .projector :is(#content, #sorted) { padding-inline: 2vw; }
 .projector .bubble { max-width: 90%; padding: .4em .8em; }
 .projector .face { width: 2.2em; height: 2.2em; }
 .projector #invite {
-  grid-area: 2 / 2; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0; box-shadow: none;
+  grid-area: 2 / 2 / 5; position: static; align-self: end; width: auto; margin: 0 1.5vw 1.5vw 0; box-shadow: none;
   outline: none;
 }
 .projector #invite div { padding: 1.2vw; }
@@ -6758,8 +6838,8 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 .projector #address { font-size: 1.7vw; }
 .projector:not([data-state="connected"]) #state { right: 0; }
 @media (max-aspect-ratio: 1) {
-  .projector { grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr) !important; }
-  .projector #invite { grid-area: 3 / 1; align-self: auto; max-width: none; margin: 0 12px 12px; }
+  .projector { grid-template: auto auto minmax(0, 1fr) auto auto / minmax(0, 1fr) !important; }
+  .projector #invite { grid-area: 5 / 1; align-self: auto; max-width: none; margin: 0 12px 12px; }
   .projector #code { width: 24vh; }
   .projector #address { font-size: 1.1em; }
 }
@@ -6767,7 +6847,7 @@ dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-c
 @media (max-width: 48rem) {
   .chat { grid-template-columns: minmax(0, 1fr); }
   #people { display: block; }
-  #join span { font-size: 0; }
+  header .plain span:not(.count) { font-size: 0; }
   .chat:not([data-state="connected"]) #state { right: 0; }
   #roster {
     position: fixed; z-index: 2; inset: calc(56px + env(safe-area-inset-top)) 0 0 auto; width: min(18rem, 85vw);
@@ -6807,7 +6887,7 @@ function showTheme() {
 readTheme();
 darkSystem.onchange = showTheme;
 window.onstorage = readTheme;
-window.addEventListener('DOMContentLoaded', () => document.querySelector('[autofocus]')?.select());
+window.addEventListener('DOMContentLoaded', () => document.querySelector('input[autofocus]')?.select());
 """
 
 # language=javascript
@@ -6837,8 +6917,9 @@ const BOTTOM_PX = 24;
 const STEER_MS = 1000;            // after a wheel, a touch or a key a scroll is the reader's
 const COUNT_FROM = 200;           // characters left when the counter appears
 const FINAL_CODES = [4403, 4409, 4429, 4504];
-const CLOSE_CODES = {401: 4401, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status would be on a socket
-const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost'];
+const CLOSE_CODES = {401: 4401, 403: 4403, 409: 4409, 429: 4504, 503: 1013};  // what a poll's status is on a socket
+const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost', 'slow'];
+const REMOVE_SECONDS = 600;
 const ADDRESS = /(?:https?:\/\/|\bwww\.(?=\w))[^\s<>"'`，。；：！？（）【】《》“”、\p{Bidi_C}]+/u;
 const MARKUP = RegExp(/```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source, 'giu');
 const LINK_TAIL = '.,;:!?)]}*';
@@ -6866,6 +6947,11 @@ function hueOf(name) {  // those who are numbered get colours far apart
   let hash = 2166136261;
   for (const letter of name.replace(/\d+$/, '')) hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
   return ((hash >>> 0) + 109 * (name.match(/\d+$/) || 0)) % 360;
+}
+
+function initials(name) {  // of those who are numbered the number too
+  const [, number] = name.match(/0*(\d{1,2})$/) || ['', ''];
+  return [...name][0] + number;
 }
 
 function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
@@ -6898,7 +6984,10 @@ const {
   sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
   content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
   lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, close: closeInvite, pick, file: fileChoice, attached: attachedList, viewer, large,
+  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, 'pin-line': pinLine,
+  'pin-fold': pinFold, 'pin-text': pinText, unpin, earlier, 'hold-text': holdText, 'hold-wait': holdWait, manage, room,
+  lock, every, door, clear, person, 'person-name': personName, 'person-muted': personMuted, mute, unmute, remove,
+  question, asked, yes,
 } = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
 const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
@@ -6950,11 +7039,12 @@ function drawSlice() {
     if (toDraw.length) nextSlice();
   }
   showNewer();
+  earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (!toDraw.length && !document.hidden) markRead();
 }
 
 function withFace(name, row) {
-  const face = make('span', 'face', [...name][0]);
+  const face = make('span', 'face', initials(name));
   face.setAttribute('aria-hidden', 'true');
   row.style.setProperty('--hue', hueOf(name));
   row.prepend(face);
@@ -7029,12 +7119,13 @@ function whoLine(name, host) {  // the badge is the frame's word: no name and no
 }
 
 function messageRow({name, text, picture, host, re}, ...foot) {
-  const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
+  const body = make('div', 'text', ...richText(text));
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
-  const bubble = make('div', 'bubble', whoLine(name, host), make('div', 'line', body, ...foot));
-  if (re) bubble.lastChild.before(quoteOf(re));
-  if (picture) bubble.lastChild.before(pictureOf(picture, name));
+  const line = Object.assign(make('div', 'line', body, ...foot), {dir: 'auto'});
+  const bubble = make('div', 'bubble', whoLine(name, host), line);
+  if (re) line.before(quoteOf(re));
+  if (picture) line.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
   row.classList.toggle('mention', name !== me && !projector && bubble.querySelector('mark') !== null);
@@ -7049,6 +7140,7 @@ function showMessage(frame, away) {
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(frame, time);
+  row.querySelector('.text').dataset.time = time.textContent;
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
   else addChoices(row, counts);
@@ -7139,12 +7231,31 @@ function showRoster() {  // at most once a frame: a whole class may come in at o
 function drawRoster() {
   rosterDue = false;
   const others = [...members].filter((name) => name !== me).sort(collator.compare);
-  const rows = [me, ...others].map((name) => withFace(name, make('li', '', make('bdi', '', name))));
-  rows[0].append(make('small', '', words.you));
+  const rows = [me, ...others].map(memberRow);
   const more = memberCount - rows.length;
   if (more > 0) rows.push(make('li', 'more', fill(words.more, {n: more})));
+  const focused = memberList.contains(document.activeElement) ? document.activeElement.dataset.name : '';
   memberList.replaceChildren(...rows);
+  if (focused) memberList.querySelector(`[data-name="${CSS.escape(focused)}"]`)?.focus();
   for (const element of document.querySelectorAll('.count')) setText(element, String(memberCount));
+  showPerson();
+}
+
+function memberRow(name) {
+  const row = withFace(name, make('li', '', make('bdi', '', name)));
+  if (hosts.has(name)) row.append(make('span', 'badge', words.host));
+  if (name === me) row.append(make('small', '', words.you));
+  if (muted.has(name)) row.append(make('small', 'muted', mutedTill(name)));
+  if (isHost && name !== me && !hosts.has(name)) row.append(manageButton(name));
+  return row;
+}
+
+function manageButton(name) {
+  const button = Object.assign(makeButton('⋯', () => openPerson(name)), {className: 'plain'});
+  button.setAttribute('aria-label', fill(words.manage, {name}));
+  button.setAttribute('aria-haspopup', 'dialog');
+  button.dataset.name = name;
+  return button;
 }
 
 function openRoster(open) {
@@ -7194,7 +7305,7 @@ function stateName() {
 }
 
 function stateSentence(state) {
-  if (phase === 'closed') return fill(words[`closed_${closeCode}`], {name: me});
+  if (phase === 'closed') return closeReason || fill(words[`closed_${closeCode}`], {name: me});
   return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
 }
 
@@ -7205,7 +7316,7 @@ function showState() {
   setText(stateText, stateSentence(state));
   setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
   loginAgain.hidden = phase !== 'closed';
-  send.disabled = phase === 'closed';
+  showHold();
   drawOutbox();
 }
 
@@ -7364,7 +7475,7 @@ let offer = null;                 // {start, names, turn}: a name that is being 
 function submit(event) {
   event.preventDefault();
   const text = box.value.trimEnd().replace(/^(\s*\n)+/, '');  // the first line keeps its indentation
-  if (!(text || attached.length) || fitBox() < 0 || phase === 'closed' || projector) return;
+  if (!(text || attached.length) || fitBox() < 0 || send.disabled || projector) return;
   setBox('');
   if (text) remember(text);
   removeNewLine();
@@ -7488,7 +7599,7 @@ function nextUp() {
 
 function pump() {
   const item = nextUp();
-  if (!item || inFlight || phase !== 'connected' || storeAway || performance.now() < holdUntil) return;
+  if (!item || inFlight || phase !== 'connected' || storeAway || pause() > 0) return;
   [inFlight, saidAt] = [item.cid, performance.now()];
   if (item.picture && !item.picture.id) upload(item);
   else {
@@ -7507,10 +7618,16 @@ function takeOut(cid) {
   return row;
 }
 
+function pause() {  // milliseconds until the next message may be said
+  return Math.max(holdUntil - performance.now(), slowUntil() - serverTime());
+}
+
 function refused({cid, code, text, retry_after: seconds}) {
   const item = outbox.find((entry) => entry.cid === cid);
+  if (code === 'removed') return;  // the end of the link says it
   if (!item) {
     wishes.clear();
+    showMode();  // or a switch would show what isn't so
     return draw(() => notice('refused', text));
   }
   inFlight = '';
@@ -7542,7 +7659,7 @@ function statusOf(item) {
   if (phase !== 'connected') return words.waiting;
   if (storeAway) return words.waiting_store;
   if (item !== nextUp()) return words.waiting_turn;
-  const seconds = Math.ceil((holdUntil - performance.now()) / 1000);
+  const seconds = Math.ceil(pause() / 1000);
   if (seconds > 0) return fill(words.waiting_seconds, {n: seconds});
   return item.sent ? fill(words.uploading, {n: item.sent}) : words.sending;
 }
@@ -7560,6 +7677,7 @@ function drawOutbox() {
     const row = outboxRows.get(item.cid) || outboxRow(item);
     const status = row.querySelector('.status');
     row.classList.toggle('failed', item.failed !== '');
+    row.querySelector('.choices button').disabled = silence() !== null;
     status.setAttribute('role', item.failed ? 'alert' : 'none');
     setText(status, statusOf(item));
   }
@@ -7704,14 +7822,169 @@ function onChoice() {
   fileChoice.value = '';
 }
 
+// === Hosts: what they have decided for the room, and how they do ===
+let isHost = false;
+let hosts = new Set();
+let mode = {talk: 'everyone', every: 0, door: 'open'};
+let mutedUntil = 0;               // one's own
+let lastSaid = 0;                 // the ts of one's newest message: slow mode counts from there
+let muted = new Map();            // name -> until, which hosts are told
+let pinned = null;                // the message above the log
+let clearedTo = 0;
+
+function act(frame) {
+  if (phase === 'connected') link.say(frame);
+  else refused({text: stateSentence(stateName())});
+}
+
+function ask(text, verb, then) {  // once, before what can't be undone
+  setText(asked, text);
+  setText(yes, verb);
+  yes.onclick = () => {
+    question.close();
+    then();
+  };
+  question.showModal();
+}
+
+function silence() {  // why one can't write: {text, until}
+  if (isHost) return null;
+  const time = clockFormat.format(mutedUntil);
+  if (mutedUntil > serverTime()) return {text: fill(words.muted_you, {time}), until: mutedUntil};
+  return mode.talk === 'hosts' ? {text: words.locked, until: 0} : null;
+}
+
+function slowUntil() {
+  return isHost || !mode.every ? 0 : lastSaid + 1000 * mode.every;
+}
+
+function modeWords({talk, every: pause, door: entry}) {
+  return {
+    talk: talk === 'hosts' ? words.locked : words.unlocked,
+    every: pause ? fill(words.slow, {n: pause}) : words.slow_over,
+    door: entry === 'closed' ? words.door_closed : words.door_open,
+  };
+}
+
+function inForce() {  // of the mode: what this reader is kept from, or has decided
+  const {talk, every: pace, door: entry} = modeWords(mode);
+  return [mode.talk === 'hosts' && talk, mode.every && pace, isHost && mode.door === 'closed' && entry].filter(Boolean);
+}
+
+function showHold() {  // above the box: why it can't be used, and until when
+  const silent = silence();
+  const seconds = Math.ceil(((silent ? silent.until : slowUntil()) - serverTime()) / 1000);
+  const left = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, '0')}`;
+  setText(holdText, silent ? silent.text : inForce().join(' '));
+  setText(holdWait, seconds > 0 ? fill(silent ? words.wait : words.next_in, {n: seconds, time: left}) : '');
+  box.readOnly = silent !== null;
+  send.disabled = pick.disabled = box.readOnly || phase === 'closed';
+}
+
+function showMode() {
+  document.body.classList.toggle('host', isHost);
+  manage.classList.toggle('on', inForce().length > 0);
+  [lock.checked, door.checked] = [mode.talk === 'hosts', mode.door === 'closed'];
+  if (!every.querySelector(`[value="${mode.every}"]`)) every.append(new Option(mode.every));
+  every.value = mode.every;
+  showHold();
+}
+
+function modeChanged({by, talk, every: pause, door: entry}) {
+  const next = {talk, every: pause, door: entry};
+  const changed = Object.keys(next).filter((part) => next[part] !== mode[part]);
+  const told = modeWords(next);
+  mode = next;
+  holdUntil = 0;
+  if (changed.length) {
+    const sentences = changed.map((part) => told[part]).join(' ');
+    draw(() => notice(`mode ${changed}`, `${isolate(by)}: ${sentences}`));
+  }
+  showMode();
+  pump();
+}
+
+function mutedBy({name, until}) {
+  if (name === me) mutedUntil = until;
+  muted.set(name, until);
+  const text = fill(until ? words.muted : words.unmuted, {name: isolate(name), time: clockFormat.format(until)});
+  if (isHost) draw(() => notice('muted', text));
+  endMutes();
+  showRoster();
+  showHold();
+}
+
+function endMutes() {
+  for (const [name, until] of muted) if (until <= serverTime() && muted.delete(name)) showRoster();
+}
+
+function mutedTill(name) {
+  return fill(words.muted_till, {time: clockFormat.format(muted.get(name))});
+}
+
+function openPerson(name) {
+  setText(personName, name);
+  showPerson();
+  person.showModal();
+}
+
+function showPerson() {
+  const name = personName.textContent;
+  setText(personMuted, muted.has(name) ? mutedTill(name) : '');
+  unmute.hidden = !muted.has(name);
+}
+
+function onMute({target: {value}}) {
+  if (value) act({type: 'mute', name: personName.textContent, seconds: 60 * value});
+}
+
+function removePerson() {
+  const name = personName.textContent;
+  person.close();
+  ask(fill(words.remove_question, {name: isolate(name)}), words.remove, () => {
+    act({type: 'remove', name, seconds: REMOVE_SECONDS});
+  });
+}
+
+function cleared({seq}) {
+  clearedTo = seq;
+  draw(() => clearLog(seq));
+  showPinned(null);
+}
+
+function showPinned(message) {
+  if (message?.seq === pinned?.seq) return;
+  const before = scroller.offsetTop;
+  pinned = message;
+  pinBar.hidden = !pinned;
+  unfoldPin(false);
+  if (pinned) {
+    const {name, text} = pinned;
+    pinLine.replaceChildren(make('bdi', '', name), make('bdi', '', text || words.picture));
+    pinText.replaceChildren(...richText(text));
+  }
+  if (!following) scroller.scrollTop += scroller.offsetTop - before;
+}
+
+function unfoldPin(open) {
+  pinBar.classList.toggle('open', open);
+  pinFold.setAttribute('aria-expanded', open);
+}
+
+function toPinned() {  // where it isn't in the page any more, the whole of it is shown here
+  const row = shown.get(pinned.seq);
+  if (!row) return unfoldPin(true);
+  showFound(row);
+  row.tabIndex = -1;
+  row.focus({preventScroll: true});
+}
+
 // === Notes: what is done to messages. The menu of one, its signs, and what it answers ===
 const HOLD_TO_OPEN_MS = 450;      // a finger on a message
 const SLIP_PX = 10;               // then it is no longer held, but moved
 const SWIPE_PX = 64;              // to the side, to reply
 const HOUR_MS = 3600000;
 const HAND = '✋';                // hands go up one after the other: they are not sorted by their number
-let isHost = false;
-let pinnedSeq = 0;
 let mine = new Map();             // seq -> one's own sign
 let wishes = new Map();           // the same, on its way
 let signs = [];                   // that one can react with
@@ -7722,11 +7995,6 @@ let touch = null;                 // the finger on a message
 let sortedDue = false;
 const back = Object.assign(makeButton(words.back), {className: 'plain back'});
 
-function act(frame) {  // unlike a message it does not wait for the connection
-  if (phase === 'connected') link.say({...frame, cid: newCid()});
-  else draw(() => notice('refused', words.offline));
-}
-
 function react(seq, sign) {
   const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
   wishes.set(seq, value);
@@ -7734,8 +8002,7 @@ function react(seq, sign) {
 }
 
 function welcomeNotes(frame) {
-  ({host: isHost, signs} = frame);
-  pinnedSeq = frame.pinned?.seq;
+  ({signs} = frame);
   mine = new Map(Object.entries(frame.mine).map(([seq, sign]) => [Number(seq), sign]));
   wishes.clear();
   offerSorting();
@@ -7746,7 +8013,8 @@ function welcomeNotes(frame) {
 }
 
 function noted({to, kind, counts, message}) {
-  if (kind === 'pin') pinnedSeq = message?.seq;
+  if (kind === 'pin') showPinned(message);
+  if (kind === 'delete' && pinned?.seq === to) showPinned(null);
   if (kind === 'react' && wishes.has(to)) {
     mine.set(to, wishes.get(to));
     wishes.delete(to);
@@ -7841,11 +8109,12 @@ function openMenu(row) {
     menu.close();
     todo();
   });
-  const pin = seq === pinnedSeq;
+  const pin = seq === pinned?.seq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
   if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
   if (isHost || row.dataset.name === me) {
-    choices.push(Object.assign(makeButton(words.delete, () => askToDelete(seq)), {className: 'bad'}));
+    const sure = () => ask(words.delete_ask, words.delete, () => act(noteOn(seq, 'delete')));
+    choices.push(Object.assign(choose(words.delete, sure), {className: 'bad'}));
   }
   const offered = signs.map((sign) => {
     const button = choose(sign, () => react(seq, sign));
@@ -7868,17 +8137,6 @@ function placeMenu({left, top, bottom}) {
   const below = bottom + height < innerHeight;
   menu.style.setProperty('--x', `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`);
   menu.style.setProperty('--y', `${below ? bottom : Math.max(8, top - height)}px`);
-}
-
-function askToDelete(seq) {
-  const sure = makeButton(words.delete, () => {
-    menu.close();
-    act(noteOn(seq, 'delete'));
-  });
-  sure.className = 'bad';
-  menu.ariaLabel = words.delete_ask;
-  menu.replaceChildren(make('p', '', words.delete_ask), sure, makeButton(words.keep, () => menu.close()));
-  sure.focus();
 }
 
 function copyMessage(row) {  // a page by plain http has no other way to the clipboard
@@ -7916,10 +8174,8 @@ function fillQuotes(which) {
 
 function leadTo(quote) {
   const [target, from] = [shown.get(Number(quote.dataset.re)), quote.closest('#log .message')];
-  forgetFound();
   if (!target) return fillQuote(quote);
-  target.classList.add('found');
-  showInLog(target);
+  showFound(target);
   if (!from) return;
   target.querySelector('.bubble').append(back);
   back.onclick = () => {
@@ -7928,6 +8184,12 @@ function leadTo(quote) {
     quote.focus({preventScroll: true});
   };
   back.focus({preventScroll: true});
+}
+
+function showFound(row) {
+  forgetFound();
+  row.classList.add('found');
+  showInLog(row);
 }
 
 function showInLog(row) {
@@ -8048,10 +8310,14 @@ function receive(frame) {
     case 'message': return arrived(frame);
     case 'stored': return stored(frame);
     case 'note': return noted(frame);
-    case 'cleared': return draw(() => clearLog(frame.seq));
     case 'joined': return passed(frame, 'add');
     case 'left': return passed(frame, 'delete');
     case 'refused': return refused(frame);
+    case 'note': return noted(frame);
+    case 'hosts': return hostsChanged(frame.names);
+    case 'mode': return modeChanged(frame);
+    case 'muted': return mutedBy(frame);
+    case 'cleared': return cleared(frame);
     case 'store': return storeChanged(frame.available);
     case 'time': return setClock(frame.ts);
   }
@@ -8063,12 +8329,26 @@ function welcomed(frame) {
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
-  welcomeNotes(frame);
   showUnread(unread);
-  showRoster();
+  welcomedBy(frame);
+  welcomeNotes(frame);
   storeChanged(true);
   if (polling) probeLater();
   if (projector) loadAddresses();
+}
+
+function welcomedBy(frame) {  // what hosts have made of the room by now
+  ({host: isHost, mode, muted_until: mutedUntil} = frame);
+  muted = new Map(Object.entries(frame.muted || {}));
+  clearedTo = frame.cleared;
+  hostsChanged(frame.hosts);
+  showPinned(frame.pinned);
+  showMode();
+}
+
+function hostsChanged(names) {
+  hosts = new Set(names);
+  showRoster();
 }
 
 function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where it goes on, and what will be missing
@@ -8089,6 +8369,7 @@ function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where 
 function arrived(frame) {
   const [fresh, away] = [frame.seq > after, document.hidden];
   if (fresh) [after, at] = [frame.seq, frame.ts];
+  if (frame.name === me) lastSaid = Math.max(lastSaid, frame.ts);
   const pending = frame.name === me && outboxRows.has(frame.cid) ? takeOut(frame.cid) : null;
   draw(() => {
     pending?.remove();
@@ -8106,6 +8387,7 @@ function stored(frame) {  // the answer to a post: the message comes in its turn
 
 function passed({type, names, count}, change) {
   for (const name of names) members[change](name);
+  if (type === 'left') for (const name of names) hosts.delete(name);
   memberCount = count;
   draw(() => showPresence(type, names));
   showRoster();
@@ -8148,7 +8430,7 @@ function openPolls(hear, ended) {
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
-    throw {code: CLOSE_CODES[answer.status] || 1006, reason: body.code};
+    throw {code: CLOSE_CODES[answer.status] || 1006, reason: answer.status === 401 ? body.code : body.text};
   }
 
   function failed(reason) {  // without a code it is the network, or an answer that is not the room's
@@ -8172,7 +8454,8 @@ function openPolls(hear, ended) {
     const headers = {'Content-Type': 'application/json'};
     const path = frame.type === 'say' ? 'messages' : 'acts';
     const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
-    if (!signal.aborted) hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
+    if (signal.aborted || !['message', 'refused'].includes(event.type)) return;  // an act is told by a poll
+    hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
   }
 
   poll().catch(failed);
@@ -8195,6 +8478,7 @@ let wallStart = Date.now() - performance.now();  // a sleep makes it grow, where
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
 let closeCode = 0;
+let closeReason = '';             // where the server gives one
 
 function connect() {
   clearTimeout(retryTimer);
@@ -8215,7 +8499,7 @@ function disconnected({code, reason}) {
   if (phase === 'connecting' && code === 1006) countMiss();
   phase = 'waiting';
   if (code === 4401) return reason === 'logout' ? location.assign(loginUrl('logout')) : logInAgain();
-  if (FINAL_CODES.includes(code)) return stayAway(code);
+  if (FINAL_CODES.includes(code)) return stayAway(code, reason);
   if (code === 1009) refused({cid: inFlight, code: 'too-long', text: words.too_long});
   restarting ||= code === 1001;
   const [first, longest] = RETRY_MS;
@@ -8257,8 +8541,8 @@ function retryIn(milliseconds) {
   showState();
 }
 
-function stayAway(code) {
-  [phase, closeCode] = ['closed', code];
+function stayAway(code, reason) {
+  [phase, closeCode, closeReason] = ['closed', code, code === 4403 ? reason : ''];
   if (code === 4504) Object.assign(loginAgain, {href: '', textContent: words.try_again});
   else loginAgain.href = loginUrl('');
   showState();
@@ -8274,6 +8558,8 @@ async function logInAgain() {  // the server no longer knows this session: it wa
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
+  const refusal = answer?.status === 403 ? await answer.json() : {};
+  if (['door', 'removed'].includes(refusal.code)) return stayAway(4403, refusal.text);
   const why = {400: 'invalid', 403: 'password', 409: 'taken'}[answer?.status];
   if (why) return location.assign(loginUrl(why));
   if (phase === 'connected') return;  // another try was quicker
@@ -8290,11 +8576,13 @@ function wake(patience) {  // a sleep, a drop of the network or the bfcache may 
 function tick() {
   const [now, wall] = [performance.now(), Date.now() - performance.now()];
   const woken = wall - wallStart > STALE_MS;
-  const mute = woken || now - heard > SILENCE_MS || (inFlight && now - saidAt > ANSWER_MS);
+  const silent = woken || now - heard > SILENCE_MS || (inFlight && now - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
   wallStart = wall;
   renewDays();
-  if (!stuck && !(phase === 'connected' && mute)) return showState();
+  endMutes();
+  pump();
+  if (!stuck && !(phase === 'connected' && silent)) return showState();
   if (stuck) countMiss();
   failures += 1;
   connect();
@@ -8349,8 +8637,19 @@ join.onclick = openInvite;
 addresses.onchange = pickAddress;
 copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
-closeInvite.onclick = () => invite.close();
-invite.onclick = ({target}) => { if (target === invite) invite.close(); };  // beside it
+for (const dialog of [invite, room, person, question]) {  // by its button, or by a click beside it
+  dialog.onclick = ({target}) => { if (target.matches('dialog, .close')) dialog.close(); };
+}
+manage.onclick = () => room.showModal();
+lock.onchange = () => act({type: 'mode', talk: lock.checked ? 'hosts' : 'everyone'});
+every.onchange = () => act({type: 'mode', every: Number(every.value)});
+door.onchange = () => act({type: 'mode', door: door.checked ? 'closed' : 'open'});
+clear.onclick = () => ask(words.clear_question, words.clear, () => act({type: 'clear'}));
+mute.onclick = onMute;
+remove.onclick = removePerson;
+pinLine.onclick = toPinned;
+pinFold.onclick = () => unfoldPin(!pinBar.classList.contains('open'));
+unpin.onclick = () => act({type: 'note', to: pinned.seq, kind: 'pin', value: false});
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
 menu.onclick = ({target}) => { if (target === menu) menu.close(); };
