@@ -6021,9 +6021,9 @@ TEXTS = {
     "chat_viewer": ("Picture", "图片"),
     "chat_host_page": ("Room", "管理"),
     "chat_lock": ("Only hosts write", "仅主持人可发言"),
-    "chat_slow": ("Slow mode: one message in", "慢速模式：发言间隔"),
+    "chat_slow": ("Slow mode", "慢速模式"),
     "chat_slow_off": ("Off", "关闭"),
-    "chat_slow_seconds": ("{n} s", "{n} 秒"),
+    "chat_slow_seconds": ("one message in {n} s", "每 {n} 秒一条"),
     "chat_door": ("Nobody new gets in", "不再让新人进入"),
     "chat_transcript": ("Transcript", "聊天记录"),
     "chat_transcript_txt": ("As text", "文本"),
@@ -6443,8 +6443,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
   </div></dialog>
   <dialog id="question" role="alertdialog" aria-labelledby="asked"><div>
     <p id="asked"></p>
-    <p class="choices"><button id="yes" class="bad" type="button"></button>
-      <button class="plain close" type="button" autofocus>{{ w["chat_cancel"] }}</button></p>
+    <p class="choices"><button class="plain close" type="button">{{ w["chat_cancel"] }}</button>
+      <button id="yes" class="bad" type="button"></button></p>
   </div></dialog>
   <dialog id="menu"></dialog>
   <dialog id="viewer" aria-label="{{ w["chat_viewer"] }}"><img id="large" alt="">
@@ -6494,7 +6494,8 @@ button {
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button.bad { background: var(--bad); }
-button.plain.bad { background: none; color: var(--bad); }
+button.plain.bad, button.plain:disabled { background: none; }
+button.plain.bad { color: var(--bad); }
 button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
 input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
@@ -6554,14 +6555,14 @@ header .plain { flex: none; border: 0; padding: 0 10px; }
 }
 #roster h2 { padding-inline: 6px; color: var(--quiet); font-size: .875rem; }
 #members { flex: 1; overflow-y: auto; overscroll-behavior: contain; list-style: none; }
-#members li { display: flex; align-items: center; gap: 10px; padding: 5px 6px; }
-#members bdi { overflow-wrap: anywhere; }
+#members li { display: flex; flex-wrap: wrap; align-items: center; gap: 0 10px; padding: 5px 6px; }
+#members bdi { flex: 0 1 auto; max-width: calc(100% - 42px); overflow-wrap: anywhere; }
 #members small, #members .more { color: var(--quiet); }
-#members .muted { margin-inline-start: auto; font-size: .75rem; text-align: end; }
+#members .muted { order: 1; flex-basis: 100%; padding-inline-start: 42px; font-size: .75rem; }
 #members button {
   flex: none; margin: -8px -6px -8px 0; padding: 0; border: 0; color: var(--quiet); font-size: 1.25rem;
 }
-#members bdi:has(~ button) { flex: 1; }
+#members bdi:has(~ button) { flex: 1 0 0; }
 .badge {
   flex: none; padding: 0 7px; border-radius: 9px; background: var(--accent); color: var(--on-accent);
   font-size: .6875rem; font-weight: 700; line-height: 18px;
@@ -6573,7 +6574,7 @@ summary::after { content: "▴"; margin-inline-start: auto; }
 #logout button { width: 100%; margin-block-start: 4px; }
 .settings { padding-inline: 6px; }
 .settings > * { display: flex; align-items: center; justify-content: space-between; gap: 12px; min-height: 44px; }
-.settings select { width: auto; min-height: 36px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
+.settings select { width: auto; min-height: 44px; padding: 4px 8px; border-color: var(--line); color: var(--ink); }
 input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color: var(--accent); }
 
 #scroller { grid-area: 3 / 1; overflow: hidden auto; overscroll-behavior: contain; overflow-wrap: anywhere; }
@@ -6610,8 +6611,8 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 }
 .face {
   flex: none; display: grid; place-items: center; width: 32px; height: 32px; border-radius: 50%;
-  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .875rem;
-  font-weight: 700; text-transform: uppercase;
+  background: oklch(var(--face) var(--hue)); color: oklch(var(--on-face) var(--hue)); font-size: .8125rem;
+  font-weight: 700; letter-spacing: -.03em; text-transform: uppercase;
 }
 .who { display: block; color: oklch(var(--name) var(--hue)); font-size: .875rem; font-weight: 700; }
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
@@ -6627,8 +6628,13 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   position: relative; max-width: min(85% - 40px, 40rem); padding: 7px 12px; border-radius: 6px 16px 16px;
   background: var(--surface); box-shadow: var(--shadow);
 }
-/* The time stands beside the last line if there is room, else below */
-.line { display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
+/* A run's time stands in its last line if there is room, else below: the text ends with as much room as that takes */
+.line { position: relative; display: flex; flex-wrap: wrap; align-items: last baseline; gap: 0 12px; }
+.text:not(:empty) ~ time { position: absolute; inset-block-end: 0; inset-inline-end: 0; }
+.text[data-time]::after {
+  content: attr(data-time); display: inline-block; padding-inline-start: 12px; font-size: .75rem; visibility: hidden;
+}
+.message:has(+ .run) time, .message:has(+ .run) .text::after { display: none; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -6799,7 +6805,8 @@ dialog .hint { margin-block: 12px; }
 dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
 dialog .settings { margin: 12px 0; text-align: start; }
 .settings span a { display: inline-block; padding: 12px 6px; }
-#mute { margin-block: 4px 16px; }
+dialog #mute { flex-wrap: nowrap; gap: 8px; margin-block: 4px 16px; }
+#mute button { flex: 1; padding: 0 4px; }
 #asked { margin-bottom: 16px; overflow-wrap: anywhere; }
 
 @media (max-height: 30rem) {  /* a phone lies on its side */
@@ -7111,12 +7118,13 @@ function whoLine(name, host) {  // the badge is the frame's word: no name and no
 }
 
 function messageRow({name, text, picture, host, re}, ...foot) {
-  const body = Object.assign(make('div', 'text', ...richText(text)), {dir: 'auto'});
+  const body = make('div', 'text', ...richText(text));
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
-  const bubble = make('div', 'bubble', whoLine(name, host), make('div', 'line', body, ...foot));
-  if (re) bubble.lastChild.before(quoteOf(re));
-  if (picture) bubble.lastChild.before(pictureOf(picture, name));
+  const line = Object.assign(make('div', 'line', body, ...foot), {dir: 'auto'});
+  const bubble = make('div', 'bubble', whoLine(name, host), line);
+  if (re) line.before(quoteOf(re));
+  if (picture) line.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
   const row = withFace(name, make('div', mine ? 'message mine' : 'message', bubble));
   row.classList.toggle('mention', name !== me && !projector && bubble.querySelector('mark') !== null);
@@ -7131,6 +7139,7 @@ function showMessage(frame, away) {
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(frame, time);
+  row.querySelector('.text').dataset.time = time.textContent;
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
   else addChoices(row, counts);
