@@ -53,7 +53,7 @@ Words of the source:
   feed          the stream in the store, which is the truth; each commit to it is one entry, of one or many events
   event         a message, which has the next seq, or a notice (all others); by its cid a second try is recognized
   epoch         the name of a history: where nothing is left of one, the next begins with seq 1
-  act           what is done besides talking: a note (on a message: delete, pin, react), clear, mute, remove, mode
+  act           what a client asks for: to say something, a note (on a message: delete, pin, react), clear, mute, ...
   state         what the acts have made of the room; a mark is by what a muted or removed person is known
   outbox        proposals wait there to be committed; wishes are those that other daemons are asked to commit
   ring          the newest messages as they are sent; a batch is what goes to all listeners at once
@@ -62,7 +62,7 @@ Words of the source:
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
-  wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
+  wire), Acts (what clients ask for, and what it changes), Store (Redis), Room (roster, ring, who hears what),
   Outbox (what may be stored, and in which order), Memory (what is known of the feed), Feed (commits, reads, repairs),
   Presence (leases, who has left), Limits by address (paces, visitors), Web (checks of a request, cookie, language,
   pages, QR code), Login (password, name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures
