@@ -925,7 +925,7 @@ class State:
         return {name: self.field(name) for name in (*self.PARTS, *map(str, self.notes))}
 
     def field(self, name: str) -> str:
-        """ "" where that is forgotten."""
+        """As it is stored; empty where it is forgotten."""
         if name in self.PARTS:
             return to_json(getattr(self, name))
         note = self.notes.get(int(name))
@@ -944,8 +944,8 @@ class State:
                     if type(stored) is type(getattr(self, name)) or name == "pinned":
                         setattr(self, name, stored)
                 elif name.isdecimal():
-                    deleted = decode_events(to_json([stored["deleted"]]).encode()) if stored["deleted"] else [None]
-                    self.notes[int(name)] = Note(stored["signs"], deleted[0], seq)
+                    deleted = decode_events(to_json([stored["deleted"]]).encode())
+                    self.notes[int(name)] = Note(dict(stored["signs"]), next(iter(deleted), None), seq)
 
     # --- what the feed brings ---
 
