@@ -2579,9 +2579,7 @@ class Feed:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
         self.outbox.absorbed(events)
-        for event in events:
-            if event.type == "message":
-                continue
+        for event in [event for event in events if event.type != "message"]:
             if event.type == "left" and (member := self.room.sessions.get(event.sid)):
                 if event.text == LOGOUT:
                     for listener in tuple(member.listeners):
