@@ -7685,7 +7685,10 @@ class TestHostOnThePage(Transcripts):
             box = await control.bounding_box()
             assert box
             small = min(box["width"], box["height"]) < 44
-            assert not (small and await window.page.evaluate("navigator.maxTouchPoints")), (where, await control.inner_text())
+            assert not (small and await window.page.evaluate("navigator.maxTouchPoints")), (
+                where,
+                await control.inner_text(),
+            )
 
 
 @slow
