@@ -6021,7 +6021,7 @@ TEXTS = {
     "chat_lock": ("Only hosts write", "仅主持人可发言"),
     "chat_slow": ("Slow mode", "慢速模式"),
     "chat_slow_off": ("Off", "关闭"),
-    "chat_slow_seconds": ("one message in {n} s", "每 {n} 秒一条"),
+    "chat_slow_seconds": ("every {n} s", "每 {n} 秒一条"),
     "chat_door": ("Nobody new gets in", "不再让新人进入"),
     "chat_transcript": ("Transcript", "聊天记录"),
     "chat_transcript_txt": ("As text", "文本"),
