@@ -53,7 +53,7 @@ Words of the source:
   feed          the stream in the store, which is the truth; each commit to it is one entry, of one or many events
   event         a message, which has the next seq, or a notice (all others); by its cid a second try is recognized
   epoch         the name of a history: where nothing is left of one, the next begins with seq 1
-  act           what is done besides talking: a note (on a message: delete, pin, react), clear, mute, remove, mode
+  act           what a client asks for: to say something, a note (on a message: delete, pin, react), clear, mute, ...
   state         what the acts have made of the room; a mark is by what a muted or removed person is known
   outbox        proposals wait there to be committed; wishes are those that other daemons are asked to commit
   ring          the newest messages as they are sent; a batch is what goes to all listeners at once
@@ -62,7 +62,7 @@ Words of the source:
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
   Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
-  wire), Acts (what is done besides talking, and what it changes), Store (Redis), Room (roster, ring, who hears what),
+  wire), Acts (what clients ask for, and what it changes), Store (Redis), Room (roster, ring, who hears what),
   Outbox (what may be stored, and in which order), Memory (what is known of the feed), Feed (commits, reads, repairs),
   Presence (leases, who has left), Limits by address (paces, visitors), Web (checks of a request, cookie, language,
   pages, QR code), Login (password, name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures
@@ -603,7 +603,8 @@ NEEDED = {"note": {"to", "kind", "value"}, "muted": {"name", "seconds"}, "remove
 
 def encode_events(events: Iterable[Event]) -> bytes:
     """The field `events` of an entry: a JSON array."""
-    return to_json([event_fields(event) for event in events]).encode()
+    plain = [dict(zip(FIELDS, event, strict=False)) if not event.details else event_fields(event) for event in events]
+    return to_json(plain).encode()
 
 
 def event_fields(event: Event) -> dict[str, Any]:
@@ -756,8 +757,8 @@ def encode_message(event: Event, answered: str = "") -> Encoded:
         message["cid"] = event.cid
     if event.details:
         message |= event.details
-    if "picture" in event.details:
-        message["picture"] = picture_fields(event.details["picture"])
+        if "picture" in message:
+            message["picture"] = picture_fields(event.details["picture"])
     return encode(message, line_of(message | {"to": answered}) if answered else None)
 
 
@@ -930,7 +931,7 @@ class State:
         return {name: self.field(name) for name in (*self.PARTS, *map(str, self.notes))}
 
     def field(self, name: str) -> str:
-        """ "" where that is forgotten."""
+        """As it is stored; empty where it is forgotten."""
         if name in self.PARTS:
             return to_json(getattr(self, name))
         note = self.notes.get(int(name))
@@ -949,8 +950,8 @@ class State:
                     if type(stored) is type(getattr(self, name)) or name == "pinned":
                         setattr(self, name, stored)
                 elif name.isdecimal():
-                    deleted = decode_events(to_json([stored["deleted"]]).encode()) if stored["deleted"] else [None]
-                    self.notes[int(name)] = Note(stored["signs"], deleted[0], seq)
+                    deleted = decode_events(to_json([stored["deleted"]]).encode())
+                    self.notes[int(name)] = Note(dict(stored["signs"]), next(iter(deleted), None), seq)
 
     # --- what the feed brings ---
 
@@ -965,7 +966,7 @@ class State:
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
-            case "left" if event.text == LOGOUT and self.is_host(event.sid, event.name):
+            case "left" if event.text == LOGOUT and self.is_host(event.sid, name_key(event.name)):
                 self.ended = {sid: until for sid, until in self.ended.items() if until > event.ts}
                 self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
                 self.changed |= {"hosts", "ended"}
@@ -1096,7 +1097,7 @@ class State:
         """What a welcome says of all this."""
         browser, marks = sid[:BROWSER_CHARS], marks_of(sid, name)
         return {
-            "host": self.is_host(sid, name),
+            "host": self.is_host(sid, name_key(name)),
             "mode": self.mode,
             "pinned": self.pinned,
             "muted_until": max(self.muted.get(mark, 0) for mark in marks),
@@ -1107,8 +1108,8 @@ class State:
 
     # --- who may ---
 
-    def is_host(self, sid: str, name: str) -> bool:
-        return self.hosts.get(name_key(name), ("",))[0] == sid != ""
+    def is_host(self, sid: str, key: str) -> bool:
+        return key in self.hosts and self.hosts[key][0] == sid
 
     def waits(self, table: Mapping[str, int], marks: Iterable[str], now: int) -> float:
         """For how many s one of these marks is still in that table."""
@@ -1699,7 +1700,7 @@ class Room:
         return event.type != "muted" or event.details.get("sid") == member.sid or self.is_host(member)
 
     def is_host(self, member: Member) -> bool:
-        return self.state.is_host(member.sid, member.name)
+        return self.state.is_host(member.sid, member.key)
 
     def hosts(self) -> list[str]:
         here = (self.roster.get(key) for key in self.state.hosts)
@@ -2010,18 +2011,17 @@ class Outbox:
             return
         if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
+        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
         if act.details.get("kind") == "react":
-            self.react(member, act, done)
+            self.react(proposal, done)
         else:
-            self.propose(act.type, member, done, cid=act.cid, text=act.text, details=act.details)
+            self.put(proposal, done)
 
-    def react(self, member: Member, act: Act, done: Done) -> None:
+    def react(self, proposal: Proposal, done: Done) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
-        proposal = self.proposal(act.type, member, cid=act.cid, details=act.details)
-        about = member.sid[:BROWSER_CHARS], act.details["to"]
-        if before := self.reactions.pop(about, None):
-            proposal.done += before.done
-        proposal.done.append(done)
+        about = proposal.sid[:BROWSER_CHARS], proposal.details["to"]
+        before = self.reactions.pop(about, None)
+        proposal.done = [*(before.done if before else ()), done]
         loop = asyncio.get_running_loop()
         if not self.reactions:
             loop.call_at(max(loop.time(), self.reacted + REACT_SECONDS), self.release_reactions)
@@ -2031,8 +2031,8 @@ class Outbox:
         """All that have come since the last ones."""
         self.reacted = asyncio.get_running_loop().time()
         for proposal in self.reactions.values():
-            if (waiting := self.put(proposal)) is not proposal:
-                waiting.done += proposal.done
+            for done in proposal.done:
+                self.put(proposal, done)
         self.reactions.clear()
 
     def as_stored(self, seq: int, member: Member, act: Act) -> Event:
@@ -2074,16 +2074,12 @@ class Outbox:
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
     def propose(self, type: str, member: Member, done: Done | None = None, **fields: Any) -> None:
-        """Into the outbox. The same proposal once more only adds to who is told."""
-        waiting = self.put(self.proposal(type, member, **fields))
-        if done and done not in waiting.done:
-            waiting.done.append(done)
+        self.put(self.proposal(type, member, **fields), done)
 
     def proposal(
         self,
         type: str,
         member: Member,
-        *,
         cid: str = "",
         text: str = "",
         details: Mapping[str, Any] = NO_DETAILS,
@@ -2094,11 +2090,13 @@ class Outbox:
         cid = cid or f"{self.cids}{next(self.counter)}"
         return Proposal(type, member.sid, member.name, cid, text, expires, details, member)
 
-    def put(self, proposal: Proposal) -> Proposal:
-        """Lets it wait, and wakes the Feed. Returns the one of that id that waits already, if there is one."""
+    def put(self, proposal: Proposal, done: Done | None = None) -> None:
+        """Lets it wait, and wakes the Feed. The same proposal once more only adds to who is told."""
         self.empty.clear()
         self.bell.set()
-        return self.waiting.setdefault(proposal.id, proposal)
+        waiting = self.waiting.setdefault(proposal.id, proposal)
+        if done and done not in waiting.done:
+            waiting.done.append(done)
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
@@ -2132,6 +2130,7 @@ class Outbox:
         events: list[Event] = []
         seq, ts, size = self.room.seq, max(self.room.ts, now), 0
         owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
+        together = ("joined", "left", "note", "message")[: 3 if self.room.state.mode["every"] else 4]
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
             key = name_key(proposal.name)
             owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
@@ -2140,7 +2139,7 @@ class Outbox:
                     verdict.cid = proposal.cid_of_client
                 self.settle(proposal.id, verdict)
                 continue
-            alone = self.is_alone(proposal)
+            alone = proposal.type not in together  # on it depend the verdicts on what comes behind it
             if alone and events:
                 break
             if not present and proposal.type not in ("joined", "left"):  # who acts, and was lost, is back
@@ -2158,16 +2157,12 @@ class Outbox:
                 break
         return events
 
-    def is_alone(self, proposal: Proposal) -> bool:
-        """Whether it is an entry by itself: the verdicts on what comes behind it depend on it."""
-        talks = proposal.type == "message" and not self.room.state.mode["every"]
-        return not (talks or proposal.type in ("joined", "left", "note"))
-
     def details(self, proposal: Proposal, now: int) -> Mapping[str, Any]:
         """Those of the event, which say all that is needed to apply it."""
         room, details = self.room, proposal.details
-        if proposal.type == "message" and room.state.is_host(proposal.sid, proposal.name):
-            return {"host": True, **details}
+        if proposal.type == "message":
+            host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
+            return {"host": True, **details} if host else details
         if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
             sid, name = target.sid, target.name
             until = now + 1000 * details["seconds"] if details["seconds"] else 0
@@ -2191,17 +2186,15 @@ class Outbox:
 
     def verdict(self, proposal: Proposal, owner: str, present: bool, now: int) -> Outcome | None:
         """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
-        sid, type, state = proposal.sid, proposal.type, self.room.state
+        sid, type, key, state = proposal.sid, proposal.type, name_key(proposal.name), self.room.state
         if type == "left":
             leaves = owner == sid and (present or proposal.text == LOGOUT)
             return None if leaves else self.unchanged(proposal)
         if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
             return Refused("removed", retry_after=wait)
         if type == "joined":
-            becomes_host = "host" in proposal.details and not state.is_host(sid, proposal.name)
-            inherits = (
-                becomes_host and not present and name_key(proposal.name) in state.hosts
-            )  # a host's, from elsewhere
+            becomes_host = "host" in proposal.details and not state.is_host(sid, key)
+            inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
             if owner not in ("", sid) and not inherits:
                 return Taken(proposal.name)
             return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
@@ -2218,16 +2211,20 @@ class Outbox:
         state = self.room.state
         if proposal.details and proposal.details.get("re", 0) > self.room.seq:
             return Refused("no-message")
-        if state.mode == OPEN_MODE and not state.muted:
+        if not state.muted and state.mode == OPEN_MODE:
             return None
-        return None if state.is_host(proposal.sid, proposal.name) else state.silenced(proposal.sid, proposal.name, now)
+        return (
+            None
+            if state.is_host(proposal.sid, name_key(proposal.name))
+            else state.silenced(proposal.sid, proposal.name, now)
+        )
 
     def verdict_on_act(self, proposal: Proposal) -> Outcome | None:
         """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
         state, details = self.room.state, proposal.details
         kind = details.get("kind")
         owns = kind == "react" or (kind == "delete" and self.is_author(proposal))
-        if not (owns or state.is_host(proposal.sid, proposal.name)):
+        if not (owns or state.is_host(proposal.sid, name_key(proposal.name))):
             return Refused("not-host")
         if proposal.type == "note":
             return self.verdict_on_note(proposal)
@@ -2235,7 +2232,7 @@ class Outbox:
             target = self.target(details["name"])
             if target is None:
                 return Refused("no-member", name=shown(details["name"]))
-            if state.is_host(target.sid, target.name):
+            if state.is_host(target.sid, target.key):
                 return Refused("is-host", name=target.name)
         return None
 
@@ -2603,7 +2600,7 @@ class Feed:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
         self.outbox.absorbed(events)
-        for event in events:
+        for event in [event for event in events if event.type != "message"]:
             if event.type == "left" and (member := self.room.sessions.get(event.sid)):
                 if event.text == LOGOUT:
                     for listener in tuple(member.listeners):
@@ -6046,7 +6043,7 @@ TEXTS = {
     "chat_lock": ("Only hosts write", "仅主持人可发言"),
     "chat_slow": ("Slow mode", "慢速模式"),
     "chat_slow_off": ("Off", "关闭"),
-    "chat_slow_seconds": ("one message in {n} s", "每 {n} 秒一条"),
+    "chat_slow_seconds": ("every {n} s", "每 {n} 秒一条"),
     "chat_door": ("Nobody new gets in", "不再让新人进入"),
     "chat_transcript": ("Transcript", "聊天记录"),
     "chat_transcript_txt": ("As text", "文本"),
