@@ -5974,7 +5974,7 @@ def main() -> None:
 
 # === Pages ============================================================================================================
 # What the user sees, one language a string. Nothing above depends on it but for the names WORDS, page_words,
-# TEMPLATES and ASSETS. Only the HTML passes the template engine; style and script are served as they stand here.
+# TEMPLATES and ASSETS. Only the HTML passes the template engine; style and script are served without their comments.
 
 # Every word that a user sees, in each of the LANGUAGES; the page's script gets those that begin with js_.
 LANGUAGES = {"en": "en", "zh": "zh-CN"}  # as Accept-Language begins: as a page says it; the first one is the default
@@ -8141,7 +8141,7 @@ function openMenu(row) {
     return button;
   });
   menuRow = row;
-  menu.ariaLabel = `${row.dataset.name}: ${firstLine(row)}`;
+  menu.ariaLabel = row.querySelector('.more').ariaLabel;
   menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
   menu.showModal();
   placeMenu(row.querySelector('.more').getBoundingClientRect());
@@ -8719,11 +8719,17 @@ ICON_SVG = r"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 # On the icon while there is something unread.
 UNREAD_DOT = '<circle cx="50" cy="14" r="13" fill="#e5484d" stroke="#fff" stroke-width="3"/>'
 
+
+def without_comments(source: str) -> str:
+    """Style or script as browsers get it: what explains it is for those who read this file."""
+    return re.sub(r"(?m)(^| +)// .*$|^ +|\s*/\*[^*]*\*/|(?<=\n)\n", "", source)
+
+
 TEMPLATES = {"page.html": PAGE_HTML, "login.html": LOGIN_HTML, "error.html": ERROR_HTML, "chat.html": CHAT_HTML}
 ASSETS = {
-    "style.css": ("text/css; charset=utf-8", STYLE_CSS),
-    "chat.js": ("text/javascript; charset=utf-8", CHAT_JS),
-    "theme.js": ("text/javascript; charset=utf-8", THEME_JS),
+    "style.css": ("text/css; charset=utf-8", without_comments(STYLE_CSS)),
+    "chat.js": ("text/javascript; charset=utf-8", without_comments(CHAT_JS)),
+    "theme.js": ("text/javascript; charset=utf-8", without_comments(THEME_JS)),
     "icon.svg": ("image/svg+xml", ICON_SVG),
     "icon-unread.svg": ("image/svg+xml", ICON_SVG.replace("</svg>", UNREAD_DOT + "</svg>")),
 }
