@@ -1263,6 +1263,7 @@ class Recorder:
         self.frames.append({"type": "refused", "code": refused.code})
 
     def turn_away(self, refused: tornchat.Refused) -> None:
+        self.refuse(refused)
         self.closed.append(tornchat.CLOSE_CODES[refused.code])
 
     def shut(self, code: int, reason: str) -> None:
@@ -7669,24 +7670,28 @@ class TestHostOnThePage(Transcripts):
         async with window(memory_lan) as ann:
             await ann.say("first")
             await ann.shows_messages("first")
-            await ann.page.evaluate("window.later = modeChanged; modeChanged = () => {}")
+            await ann.page.evaluate("() => { window.later = modeChanged; modeChanged = () => {}; }")
             await tess.send(json.dumps({"type": "mode", **mode}))
             await until_frame(tess, "mode")
+            if waits == "Sends in":  # the pace counts from now on
+                await ann.say("second")
+                await until_frame(tess, "message", text="second")
             await ann.say("on its way")
             await ann.shows("#outbox .status", waits)
-            await ann.page.evaluate("modeChanged = later")
+            await ann.page.evaluate("() => { modeChanged = later; }")
             await tess.send(json.dumps({"type": "mode", "talk": "everyone", "every": 0}))
             if waits == "Not sent":
                 await ann.page.click("#outbox .choices button")
-            await ann.shows_messages("first", "on its way")
+            await until_frame(tess, "message", text="on its way")
 
     async def test_pinned(self, memory_lan: Lan) -> None:
         """A pinned message stands above the log for all, newcomers and the wall too; a tap leads to it."""
         tess = await join_as_host(memory_lan, at=await memory_lan.serve())
-        await tess.say("Read page 7.\nThen https://example.org/")
+        await told(tess, "Read page 7.\nThen https://example.org/")
         async with window(memory_lan) as ann:
             await tess.send(json.dumps(note(1, "pin", value=True)))
             await ann.shows("#pin-line", "Tess")
+            await until_frame(tess, "note")
             await tess.say_many(60)
             await ann.shows("#log", "60")
             assert not await ann.page.is_visible("#pin-text")
@@ -7761,7 +7766,9 @@ class TestHostOnThePage(Transcripts):
         await find_nothing(window, script, where)
         assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
         controls = (
-            "dialog[open] :is(button, a, label)" if await window.page.locator("dialog[open]").count() else "button"
+            "dialog[open] :is(button, a, label)"
+            if await window.page.locator("dialog[open]").count()
+            else "button:not(.more)"  # a finger holds the message instead
         )
         for control in await window.page.locator(f":is({controls}):visible").all():
             box = await control.bounding_box()
@@ -8016,7 +8023,7 @@ async def told(who: Browser, text: str, **more: object) -> int:
 class TestNotesOnThePage(Transcripts):
     async def choose(self, window: Window, text: str, choice: str) -> None:
         """From the menu of the message with that text, by the keyboard alone."""
-        row = window.page.locator("#log .message", has_text=text).last
+        row = window.page.locator("#log .message", has=window.page.locator(".text", has_text=text)).last
         await row.locator(".more").focus()
         await window.page.keyboard.press("Enter")
         await window.page.locator("#menu button", has_text=choice).focus()
@@ -8132,7 +8139,7 @@ class TestNotesOnThePage(Transcripts):
             assert await ann.page.locator("#sorting").is_hidden()
             wall = await ann.tab("?view=projector")
             seqs = [await told(bob, f"question {number}") for number in range(3)]
-            for who, seq, sign in ((bob, 1, "👍"), (ann, 2, "👍"), (bob, 2, "👍"), (bob, 0, "✋"), (ann, 2, "✋")):
+            for who, seq, sign in ((bob, 1, "👍"), (ann, 2, "👍"), (bob, 2, "👍"), (bob, 0, "✋"), (ann, 0, "✋")):
                 if who is ann:
                     await ann.page.evaluate(f"react({seqs[seq]}, '{sign}')")
                 else:

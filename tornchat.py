@@ -1483,9 +1483,8 @@ class Store:
     @bounded
     async def read_clock(self) -> float:
         """Learns the store's time, which a clock that nobody can set carries on; by how many s it has jumped ahead."""
-        before = self.clock_ahead
         seconds, microseconds = await self.redis.time()
-        self.clock_ahead = (seconds + microseconds / 1e6 - time.monotonic()) * 1000
+        before, self.clock_ahead = self.clock_ahead, (seconds + microseconds / 1e6 - time.monotonic()) * 1000
         return (self.clock_ahead - before) / 1000
 
     def now(self) -> int:
@@ -6389,8 +6388,8 @@ CHAT_HTML = r"""{% extends "page.html" %}{% block body %}
     <p id="earlier" class="notice" hidden>{{ w["chat_earlier"] }}</p>
     <div id="log" role="log" aria-live="off" aria-label="{{ w["chat_log"] }}" data-empty="{{ w["chat_empty"] }}"></div>
     <div id="outbox" role="group" aria-label="{{ w["chat_outbox"] }}"></div></div></main>
-  <section id="sorted" tabindex="0" aria-label="{{ w["chat_sort"] }}" data-empty="{{ w["chat_sort_empty"] }}" hidden>
-  </section>
+  <section id="sorted" role="main" tabindex="0" aria-label="{{ w["chat_sort"] }}"
+    data-empty="{{ w["chat_sort_empty"] }}" hidden></section>
   <form id="composer" class="scripted" aria-label="{{ w["chat_placeholder"] }}">
     <button id="newer" type="button" hidden></button>
     <div id="reply" role="group" aria-label="{{ w["chat_reply"] }}" hidden></div>
@@ -7057,8 +7056,9 @@ function drawSlice() {
     drawnAt = performance.now();
     if (toDraw.length) nextSlice();
   }
-  showNewer();
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
+  if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
+  else showNewer();
   if (!toDraw.length && !document.hidden) markRead();
 }
 
