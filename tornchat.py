@@ -1349,8 +1349,10 @@ class Store:
 
     @bounded
     async def put_back(self, entries: Sequence[Entry]) -> None:
-        """Appends entries under the ids that they had; those that others have put back already are left out."""
-        pipe = self.redis.pipeline(transaction=False)
+        """Appends entries under the ids that they had; those that others have put back already are left out. At once, or
+        an append of a daemon that hasn't noticed yet would come before the last of them, and leave a hole.
+        """
+        pipe = self.redis.pipeline()
         for entry in entries:
             pipe.xadd(self.feed, {"events": entry.raw}, id=id_text(entry.id))
         for error in await pipe.execute(raise_on_error=False):
