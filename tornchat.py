@@ -1349,8 +1349,8 @@ class Store:
 
     @bounded
     async def put_back(self, entries: Sequence[Entry]) -> None:
-        """Appends entries under the ids that they had; those that others have put back already are left out. All at once,
-        or an append of a daemon that hasn't noticed yet would come before the last of them, and leave a hole.
+        """Appends entries under the ids that they had; those that others have put back already are left out. All at
+        once, or an append of a daemon that hasn't noticed yet would come before the last of them, and leave a hole.
         """
         pipe = self.redis.pipeline()
         for entry in entries:
