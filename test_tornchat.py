@@ -6942,6 +6942,8 @@ class TestReading(Transcripts):
             await ann.holds("below() < 2")
             await ann.scroll(-800)
             await ann.shows("#newer", "Latest messages")
+            # The wheel turns for some frames more.
+            await ann.page.evaluate("new Promise((done) => { scroller.onscrollend = done; setTimeout(done, 500); })")
             top = await ann.number("scroller.scrollTop")
             await bob.say_many(60, first=61)
             await ann.shows("#newer", "60 new")
