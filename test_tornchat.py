@@ -4444,7 +4444,7 @@ class TestHost(Transcripts):
         await until_frame(tess, "message", seq=1)
         assert (await post_act(tess, {"type": "remove", "name": "Eve", "seconds": 600}))[0] == 201
         assert (await post_act(tess, {"type": "clear"}))[0] == 201
-        await until(lambda: first.feed.memory.to_trim is False)
+        await until(lambda: not stored_messages(redis_lan.store) and not first.feed.memory.to_trim)
         second.signal(signal.SIGCONT)
         await until_frame(eve, "refused", code="removed")
         await eve.closed(4403)
