@@ -21,7 +21,6 @@
     python test_tornchat.py bench floods             ... what clients cost that mean ill
     python test_tornchat.py bench page               ... how quick the page is
     python test_tornchat.py bench transports         ... what polling costs beside a socket
-    python test_tornchat.py bench soak 10            ... by how much memory grows in ten minutes
     python test_tornchat.py echo 9001                ws://127.0.0.1:9001/chat, for Autobahn's fuzzing client
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
@@ -10333,16 +10332,12 @@ asyncio.run(main())
 class Chat:
     """A chat in a process of its own, tornchat unless another is named, and what it uses."""
 
-    def __init__(self, *options: str, command: Sequence[str] = (), files: int = 0, redis_url: str = "") -> None:
-        self.port, self.log = free_port(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by __exit__
-        limit = f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({files}, {files}))" if files else "pass"
-        ours = (*after(limit), "--host", "127.0.0.1", "--room", uuid.uuid4().hex, *options, "-p")
-        self.process = subprocess.Popen(
-            [sys.executable, *(command or ours), str(self.port)],
-            stdout=subprocess.DEVNULL,
-            stderr=self.log,
-            env=os.environ | {"REDIS_URL": redis_url},
-        )
+    def __init__(self, *options: str, command: Sequence[str] = (), redis_url: str = "") -> None:
+        self.port = free_port()
+        ours = (str(PROGRAM), "--host", "127.0.0.1", "--room", uuid.uuid4().hex, *options, "-p")
+        full_command = [sys.executable, *(command or ours), str(self.port)]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(full_command, env=os.environ | {"REDIS_URL": redis_url}, **quiet)
         self.proc = Path(f"/proc/{self.process.pid}")
 
     def __enter__(self) -> Self:
@@ -10354,7 +10349,6 @@ class Chat:
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
         self.process.wait(10)
-        self.log.close()
 
     def cpu(self) -> float:
         """The seconds of a core that it has used."""
@@ -10364,30 +10358,21 @@ class Chat:
     def memory(self) -> int:
         return int((self.proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def lines(self) -> int:
-        """In its log."""
-        return Path(self.log.name).read_bytes().count(b"\n")
-
 
 class Load:
     """Some members of a chat on raw sockets, and when each message came to each of them."""
 
-    def __init__(self, port: int, members: int, name: str = "member", password: str = "") -> None:
-        self.password = password
+    def __init__(self, port: int, members: int, name: str = "member", query: str = "") -> None:
         self.selector = selectors.DefaultSelector()
-        self.sockets = [self.join(port, f"{name}{number}") for number in range(members)]
+        self.sockets = [self.join(port, f"nickname={name}{number}{query}") for number in range(members)]
         self.delays: list[float] = []  # of every delivery, in s
         self.tails = dict.fromkeys(self.sockets, b"")
 
-    def join(self, port: int, name: str) -> socket.socket:
+    def join(self, port: int, query: str) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", port), 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        head = f"GET /chat?nickname={name}&password={self.password} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-        sock.sendall(f"{head}{UPGRADE_LINES}\r\n".encode())
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            answer += sock.recv(4096)
-        assert b" 101 " in answer, answer
+        sock.sendall(f"GET /chat?{query} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{UPGRADE_LINES}\r\n".encode())
+        assert b" 101 " in sock.recv(4096)
         sock.setblocking(False)
         self.selector.register(sock, selectors.EVENT_READ, sock)
         return sock
@@ -10440,7 +10425,7 @@ class Load:
 
 
 def ms(delays: list[float], percent: int) -> float:
-    """So many of a hundred delays are shorter than these ms."""
+    """So many of a hundred delays, in s, are shorter than these ms."""
     return 1000 * statistics.quantiles(delays, n=100)[percent - 1]
 
 
@@ -10472,27 +10457,25 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {cpu:18.1f}  {p50:6.1f}  {p99:6.1f}  {flood:19,.0f}  {memory:9.1f}")
 
 
-async def follow(browser: Browser, wait: float, pause: float, polls: list[float], delays: list[float]) -> NoReturn:
-    """Note how late each message comes: by polls that wait so long, with a pause between them, or by an open socket."""
-    while True:
-        if browser.socket:
-            events = [await browser.frame() or {}]
-        else:
-            polls.append(time.perf_counter())
-            events = await browser.poll(wait)
-        delays += [time.perf_counter() - float(event["text"]) for event in events if "text" in event]
-        await asyncio.sleep(pause)
-
-
 async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: int = 20) -> None:
     """Prints what it costs to follow a chat in this way, in which somebody says something every three seconds."""
-    lan, polls, delays = Lan(Store("")), list[float](), list[float]()
+    lan, polls, delays = Lan(Store("")), itertools.count(), list[float]()
+
+    async def follow(browser: Browser) -> None:
+        while True:
+            if browser.socket:
+                events = [await browser.frame() or {}]
+            else:
+                next(polls)
+                events = await browser.poll(wait)
+            delays.extend(time.perf_counter() - float(event["text"]) for event in events if "text" in event)
+            await asyncio.sleep(pause)
+
     with Chat("--rate", "0") as chat:
         talker, *people = [await lan.login(f"P{n}", at=f"http://127.0.0.1:{chat.port}") for n in range(members + 1)]
         for person in people:
             await (person.connect() if way == "WebSocket" else person.poll())
-        spent = chat.cpu()
-        tasks = [asyncio.create_task(follow(person, wait, pause, polls, delays)) for person in people]
+        spent, tasks = chat.cpu(), [asyncio.create_task(follow(person)) for person in people]
         for _ in range(20):
             await asyncio.sleep(3)
             await talker.post(f"{time.perf_counter():.6f}")
@@ -10502,7 +10485,7 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
             task.cancel()
     assert len(delays) == 20 * members, "a message is missing, or came twice"
     print(
-        f"{way:20} 20 messages in a minute: {len(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU for each"
+        f"{way:20} 20 messages in a minute: {next(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU a"
         f" delivery, {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f}"
     )
 
@@ -10510,16 +10493,19 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
 async def bench_transports() -> None:
     """Each way in a room of its own, all at once."""
     logging.getLogger("tornado.application").disabled = True  # it tells of each request that is given up at the end
-    ways = [("short polling, 2 s", 0, 2), ("long polling", 25, 0), ("WebSocket", 0, 0)]
-    await asyncio.gather(*(bench_transport(*way) for way in ways))
+    ways = (
+        bench_transport("short polling, 2 s", 0, 2),
+        bench_transport("long polling", 25),
+        bench_transport("WebSocket"),
+    )
+    await asyncio.gather(*ways)
 
 
 async def write_messages(url: str, room: str, name: str, count: int) -> None:
     """One daemon without its web side, that writes as fast as the store takes it; prints when it began and ended."""
     config = tornchat.Config(redis_url=url, room=room, rate=0.0)
-    feed = tornchat.Feed(
-        tornchat.Store(tornchat.connect(config), config), tornchat.Outbox(tornchat.Room(config), config)
-    )
+    store = tornchat.Store(tornchat.connect(config), config)
+    feed = tornchat.Feed(store, tornchat.Outbox(tornchat.Room(config), config))
     await feed.open()
     feed.start()
     member = await feed.outbox.enter(name, name)
@@ -10537,14 +10523,8 @@ async def write_messages(url: str, room: str, name: str, count: int) -> None:
 def bench_store(url: str, daemons: int, count: int = 10_000) -> None:
     """Prints how many messages a second so many daemons store together, each `count` of them."""
     room = uuid.uuid4().hex
-    writers = [
-        subprocess.Popen(
-            [sys.executable, __file__, "write", url, room, f"writer{number}", str(count)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(daemons)
-    ]
+    commands = [[sys.executable, __file__, "write", url, room, f"writer{n}", str(count)] for n in range(daemons)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     moments = [list(map(float, writer.communicate(timeout=120)[0].split())) for writer in writers]
     seconds = max(end for _, end in moments) - min(began for began, _ in moments)
     print(f"messages/s into {'Redis' if url else 'fakeredis'}, {daemons} daemon(s): {daemons * count / seconds:,.0f}")
@@ -10564,14 +10544,12 @@ def bench_stalled(rate: float = 600, seconds: float = 15) -> None:
     """Prints what five members who stop reading cost the others."""
     with bench_redis() as url, Chat("--rate", "0", redis_url=url) as chat:
         load = Load(chat.port, 25)
-        load.steady(rate, seconds, 1000)  # so that ring, index and buffers are full
-        quiet = load.steady(rate, seconds, 1000)
-        before, lines, stalled = chat.memory(), chat.lines(), Load(chat.port, 5, "stalled")
+        _, quiet = [load.steady(rate, seconds, 1000) for _ in range(2)]  # first, until ring, index and buffers are full
+        before, stalled = chat.memory(), Load(chat.port, 5, "stalled")
         delays = load.steady(rate, seconds, 1000)
         print(
             f"{len(stalled.sockets)} of 30 stop reading, {rate * seconds:,.0f} messages of 1 KB at {rate:.0f}/s: the"
-            f" others' p99 {ms(delays, 99):.1f} ms, {ms(quiet, 99):.1f} without them; memory"
-            f" +{(chat.memory() - before) / 1e6:.1f} MB; {chat.lines() - lines} lines in the log"
+            f" others' p99 {ms(delays, 99):.1f} ms, {ms(quiet, 99):.1f} before; +{(chat.memory() - before) / 1e6:.1f} MB"
         )
 
 
@@ -10583,7 +10561,6 @@ class Attack(NamedTuple):
     connections: int = 10
     names: int = 1
     times: float = math.inf
-    files: int = 0  # that the daemon may open
 
 
 def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> bytes:
@@ -10593,7 +10570,7 @@ def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> b
     return head.encode() + more + b"\r\n" + body
 
 
-FORM = request("POST /login", b"nickname=x&password=y")
+LONG_HEADER = b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)
 LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
 SIGN = '{"type":"note","to":1,"kind":"react","value":"👍"}'.encode()
 FLOODS = {
@@ -10603,34 +10580,29 @@ FLOODS = {
     "pongs": Attack(lambda n: masked(0x8A) * 1000),
     "fragments": Attack(lambda n: masked(0x01) * (n == 0) + masked(0x00) * 1000),
     "16 KB x 10 by 100 names": Attack(lambda n: masked(0x81, LONG) * 10, connections=100, names=100, times=1),
-    "codes of made-up addresses": Attack(
-        lambda n: request(f"GET /qr.svg?url=http://localhost/{random.random()}"), sockets=False
-    ),
+    "codes of made-up addresses": Attack(lambda n: request(f"GET /qr.svg?url=http://localhost/{n}"), sockets=False),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
     "signs": Attack(lambda n: masked(0x81, SIGN) * 1000, connections=100, names=100),
     "pictures": Attack(lambda n: request("POST /pictures", LIES["png: 80,000 chunks"]), False, 100, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
-    "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
     "requests": Attack(lambda n: request("GET /"), False, 200),
-    "long headers": Attack(
-        lambda n: request("GET /login", more=b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)), False, 50
-    ),
+    "long headers": Attack(lambda n: request("GET /login", more=LONG_HEADER), False, 50),
     "thousands of headers": Attack(lambda n: request("GET /login", more=b"a:\r\n" * 3800), False, 50),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
     "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
-    "wrong passwords": Attack(lambda n: FORM, False, 50),
+    "wrong passwords": Attack(lambda n: request("POST /login", b"nickname=x&password=y"), False, 50),
 }
+
+
+async def log_in(port: int, name: bytes, address: bytes = b"192.0.2.66") -> bytes:
+    """Somebody of that address; the cookie."""
+    form = request("POST /login", b"nickname=%b&password=open" % name).replace(b"192.0.2.66", address)
+    return re.findall(rb"(?i)set-cookie: ([^;]+)", await exchange(port, form, b"\r\n\r\n"))[0]
 
 
 async def attack(port: int, attack: Attack) -> None:
     """Does it until it is killed, or a minute is over; who is closed comes again."""
-
-    async def login(number: int) -> bytes:
-        answer = await exchange(port, request("POST /login", b"nickname=eve%d&password=open" % number), b"\r\n\r\n")
-        cookie = re.search(rb"(?i)set-cookie: ([^;]+)", answer)
-        assert cookie, answer
-        return cookie[1]
 
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard = asyncio.create_task(reader.read())
@@ -10661,69 +10633,31 @@ async def attack(port: int, attack: Attack) -> None:
                     await ask(cookie, reader, writer)
             writer.transport.abort()
 
-    cookies = [await login(number) for number in range(attack.names)]
+    cookies = [await log_in(port, b"eve%d" % number) for number in range(attack.names)]
     await asyncio.gather(*(act(cookies[number % attack.names]) for number in range(attack.connections)))
 
 
 def bench_attack(what: str, seconds: float = 4) -> None:
     """Prints what twenty members and a newcomer notice of an attack from another address."""
-    with Chat("--trust-proxy", "--password", "open", files=FLOODS[what].files) as chat:
-        load = Load(chat.port, 20, password="open")
+    with Chat("--trust-proxy", "--password", "open") as chat:
+        load = Load(chat.port, 20, query="&password=open")
         load.settle()
-        calm = load.steady(20, seconds)
-        before, lines = chat.memory(), chat.lines()
+        calm, before = load.steady(20, seconds), chat.memory()
         # It has a machine of its own: here it may take what the members leave of the second core.
         attacker = subprocess.Popen(["nice", "-n", "19", sys.executable, __file__, "attack", str(chat.port), what])
-
         try:
             time.sleep(1)
             spent = chat.cpu()
             delays = load.steady(20, seconds)
-            spent = chat.cpu() - spent
-            newcomer = asyncio.run(newcomer_waits(chat.port))
+            spent, began = chat.cpu() - spent, time.perf_counter()
+            asyncio.run(log_in(chat.port, b"newcomer", b"192.0.2.7"))
+            newcomer = 1000 * (time.perf_counter() - began)
         finally:
             attacker.kill()
         print(
-            f"{what:28} p50 {ms(delays, 50):6.1f} ms ({ms(calm, 50):.1f} before), p99 {ms(delays, 99):6.1f};"
-            f" login {newcomer:6.0f} ms; {100 * spent / seconds:3.0f} % CPU;"
-            f" +{(chat.memory() - before) / 1e6:.1f} MB; {chat.lines() - lines} lines in the log"
+            f"{what:28} p50 {ms(delays, 50):6.1f} ms ({ms(calm, 50):.1f} before), p99 {ms(delays, 99):6.1f}; login"
+            f" {newcomer:6.0f} ms; {100 * spent / seconds:3.0f} % CPU; +{(chat.memory() - before) / 1e6:.1f} MB"
         )
-
-
-async def newcomer_waits(port: int) -> float:
-    """How many ms until somebody from elsewhere is logged in, with the right password."""
-    began = time.perf_counter()
-    wish = request("POST /login", b"nickname=newcomer&password=open").replace(b".66", b".7")
-    answer = await exchange(port, wish, b"\r\n\r\n")
-    assert b" 303 " in answer, answer
-    return 1000 * (time.perf_counter() - began)
-
-
-async def visit(port: int, number: int) -> None:
-    """Somebody new, from one of 500 addresses, comes, says a line, sees it confirmed, and closes the tab."""
-    address = f"10.0.{number % 500 // 250}.{number % 250}".encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    ask = request(f"GET /chat?nickname=visitor{number}", more=UPGRADE_LINES.encode())
-    writer.write(
-        ask.replace(b"192.0.2.66", address) + masked(0x81, b'{"type":"say","text":"hello","cid":"c%d"}' % number)
-    )
-    await reader.readuntil(b'"cid":"c%d"' % number)
-    writer.close()
-
-
-async def bench_soak(minutes: int, rate: float = 38, burst: int = 12_000) -> None:
-    """Prints a daemon's memory, minute by minute of steady visits, after a burst of them that fills every index."""
-    with Chat("--trust-proxy") as chat:
-        for number in range(burst):
-            await visit(chat.port, number)
-        began, visits = time.monotonic(), set[asyncio.Task[None]]()
-        for number in range(int(minutes * 60 * rate) + 1):
-            await asyncio.sleep(began + number / rate - time.monotonic())
-            visits.add(task := asyncio.create_task(visit(chat.port, burst + number)))
-            task.add_done_callback(visits.discard)
-            if number % int(60 * rate) == 0:
-                print(f"after {number / rate / 60:2.0f} min: {chat.memory() / 1e6:.2f} MB", flush=True)
-        await asyncio.gather(*visits)
 
 
 BURST = """() => new Promise((done) => {
@@ -10751,38 +10685,27 @@ async def bench_page(rounds: int = 5) -> None:
             shown.append(await person.page.evaluate(BURST))
             await person.page.context.close()
     await lan.close()
-    print(f"page, medians of {rounds} rounds: {statistics.median(usable):.0f} ms from the login to a usable chat,")
+    print(f"page, medians of {rounds}: {statistics.median(usable):.0f} ms from the login to a usable chat;", end=" ")
     print(f"{statistics.median(shown):.0f} ms to show 1,000 messages that come at once, a slice of a frame at a time")
 
 
-def run_benchmark(*what: str) -> None:
-    """Prints figures of the whole, or of one thing."""
-    match what:
-        case ["page"]:
-            asyncio.run(bench_page())
-        case ["transports"]:
-            asyncio.run(bench_transports())
-        case ["soak", minutes]:
-            asyncio.run(bench_soak(int(minutes)))
-        case ["floods", *kinds]:
-            if not kinds:
-                bench_stalled()
-            for kind in kinds or FLOODS:
-                bench_attack(kind)
-        case _:
+def main(*arguments: str) -> int:
+    """The tests, or what else this file can do."""
+    match arguments:
+        case ["bench"]:
             bench()
             bench_store("", 1)
             with bench_redis() as url:
                 for daemons in (1, 4):
                     bench_store(url, daemons)
             asyncio.run(bench_page())
-
-
-def main(*arguments: str) -> int:
-    """The tests, or what else this file can do."""
-    match arguments:
-        case ["bench", *what]:
-            run_benchmark(*what)
+        case ["bench", "page" | "transports" as what]:
+            asyncio.run(bench_page() if what == "page" else bench_transports())
+        case ["bench", "floods", *kinds]:
+            if not kinds:
+                bench_stalled()
+            for kind in kinds or FLOODS:
+                bench_attack(kind)
         case ["attack", port, what]:
             with contextlib.suppress(TimeoutError):
                 asyncio.run(asyncio.wait_for(attack(int(port), FLOODS[what]), 60))
