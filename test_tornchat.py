@@ -10548,8 +10548,8 @@ def bench_stalled(rate: float = 600, seconds: float = 15) -> None:
         before, stalled = chat.memory(), Load(chat.port, 5, "stalled")
         delays = load.steady(rate, seconds, 1000)
         print(
-            f"{len(stalled.sockets)} of 30 stop reading, {rate * seconds:,.0f} messages of 1 KB at {rate:.0f}/s: the"
-            f" others' p99 {ms(delays, 99):.1f} ms, {ms(quiet, 99):.1f} before; +{(chat.memory() - before) / 1e6:.1f} MB"
+            f"{len(stalled.sockets)} of 30 stop reading, {rate * seconds:,.0f} messages of 1 KB: the others'"
+            f" p99 {ms(delays, 99):.1f} ms, {ms(quiet, 99):.1f} before; +{(chat.memory() - before) / 1e6:.1f} MB"
         )
 
 
