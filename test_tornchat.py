@@ -15,13 +15,12 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
-    TORNCHAT_SCREENSHOTS=folder python -m pytest -k TestPictures   what the page looks like
+    TORNCHAT_SCREENSHOTS=folder python -m pytest -k axe   what the page looks like, in every state
 
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
     python test_tornchat.py bench floods             ... what clients cost that mean ill
     python test_tornchat.py bench page               ... how quick the page is
     python test_tornchat.py bench transports         ... what polling costs beside a socket
-    python test_tornchat.py echo 9001                ws://127.0.0.1:9001/chat, for Autobahn's fuzzing client
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
@@ -772,58 +771,25 @@ RESERVED_NAMES = (
     "Admin2|2admin|The Admin|TheAdmin|Admin-Bob|Bob (Admin)|superadmin|aclmin|The Room|Host 1|AdminBob|Sys Admin 3"
     "|Adm1n2|系统消息|聊天室管理员|システム通知|시스템알림|ผู้ดูแลห้อง|Админ Иван|admin🦊bob"
 )
-BAD_NAMES = {
-    "blank": "   ",
-    "too long": "x" * 25,
-    "too many marks": "a" + "\u0301" * 70,
-    "begins with a mark": "\u0301nn",
-    "only marks and signs": "!?",
-    "escape": "\x1b[31mAnn",
-    "joiner at the end": "Ann\u200d",
-    "isolate": "\u2066Ann\u2069",
-    "hangul filler": "\u3164",
-    "braille blank": "\u2800\u2800",
-    "tag characters": "Ann\U000e0041",
-    "reserved": "admin",
-    "reserved, otherwise written": "Ａｄｍ1n",
-    "reserved in Chinese": "系统",
-    "reserved, decorated": "★ [Admin] ★",
-    "reserved, with a badge": "🅰🅳🅼🅸🅽",
-    "reserved, in small capitals": "ꜱʏꜱᴛᴇᴍ",
-    "reserved, in leetspeak": "$y573m",
-    "reserved, without its accents": "moderateur",
-    "reserved, in Cyrillic for Latin letters": "hоst",
-    "reserved, with a joiner": "ad\u200dmin",
-    "a note without a head": "\U0001d159",
-    "Khmer inherent vowel": "ក\u17b4",
-    "marks piled up": "A" + "\u0301\u0316" * 4 + "nn",
-    "two scripts": "Аnn",
-    "two scripts, Greek": "Πавел",
-    "digits of another script": "user٣",
-    "a script out of use": "Ⲙⲁⲣⲓⲁ",
-    "a script of few": "ᏣᎳᎩ",
-    "a mark twice": "Ann\u0323\u0323",
-    "a radical": "李⺠",
-    "archaic Hangul": "ꥠᅡ",
-    "tatweel": "محـمد",
-    "a vowel written as two": "अाशा",
-    "letters in black circles": "🅐🅝🅝",
-    "joiner between letters and an emoji": "Ann\u200d🚀",
-    "joiner between Cyrillic letters": "Ол\u200cьга",
-}
+# Blank, too long, of marks and signs alone, of two scripts, of letters out of use, with joiners where nothing joins, or
+# reserved, however it is written.
+BAD_NAMES = [" " * 3, "x" * 25, "a" + "\u0301" * 70, "A" + "\u0301\u0316" * 4 + "nn", "Ann\u0323\u0323", "Ann\u200d"]
+BAD_NAMES += ["\u0301nn", "\x1b[31mAnn", "\u2066Ann\u2069", "\u3164", "\u2800\u2800", "Ann\U000e0041", "\U0001d159"]
+BAD_NAMES += ["ក\u17b4", "Ann\u200d🚀", "Ол\u200cьга", "ad\u200dmin"]
+BAD_NAMES += ["!?", "Аnn", "Πавел", "user٣", "Ⲙⲁⲣⲓⲁ", "ᏣᎳᎩ", "李⺠", "ꥠᅡ", "محـمد", "अाशा", "🅐🅝🅝"]
+BAD_NAMES += ["admin", "Ａｄｍ1n", "系统", "★ [Admin] ★", "🅰🅳🅼🅸🅽", "ꜱʏꜱᴛᴇᴍ", "$y573m", "moderateur", "hоst"]
 # Controls, what nothing shows, marks of direction, breaks of a line, half a character, and what has no meaning yet.
 UNFIT = "\0\7\n\r\x9b\xad\u034f\u0378\u061c\u180e\u200b\u200d\u200e\u2028\u202e\u2060"
 UNFIT += "\ud800\ue000\ufe00\ufeff\uffa0\ufff9\ufffc\uffff"
-BAD_NAMES |= {f"{ord(char):#x}": f"An{char}n" for char in UNFIT}
+BAD_NAMES += [f"An{char}n" for char in UNFIT]
 RESERVED = f"{tornchat.RESERVED} {tornchat.RESERVED_WORDS} {tornchat.RESERVED_PARTS}".split()
-BAD_NAMES |= {f"reserved: {word}": word for word in RESERVED}
-BAD_NAMES |= {f"reserved: {name}": name for name in [*RESERVED_NAMES.split("|"), *(f"{word}2" for word in RESERVED)]}
+BAD_NAMES += [*RESERVED, *(f"{word}2" for word in RESERVED), *RESERVED_NAMES.split("|")]
 # In plain lines they could be taken for somebody else's words, for two people, or for the room's.
 FORGING_NAMES = [f"Teacher{colon} go home I" for colon in ":ːः։׃܃᛬᠃᠉⁚∶ꓽ꞉：ઃ፡៖"]
 FORGING_NAMES += [f"Bob{comma} Teacher" for comma in [*",،、，‚;；፣٫", " \u0326", "\u0326"]]
 FORGING_NAMES += ["~Ann", "Ann ~~~", *(f"{tilde * 3} Bob left {tilde * 3}" for tilde in "~≈〜˜∼∽≋")]
 FORGING_NAMES += [f"{mark} Ann" for mark in (tornchat.HOST_MARK, *"⭐🌟✪✯👑♔✔✅☑🛡")]
-BAD_NAMES |= {f"forging: {name}": name for name in FORGING_NAMES}
+BAD_NAMES += FORGING_NAMES
 GOOD_NAMES = (
     "Ann|Ann Lee|王小明|Ærøskøbing|Ольга|مريم|कुमार|क्\u200dष|می\u200cنا|İpek|0|42|__proto__|constructor|O'Brien"
     "|<b>Ann</b>|a&b|🦊|👩\u200d🚀|❤\ufe0f|guest|null|undefined|toString|hasOwnProperty|Ελένη|Νίκη|Արմեն|ქეთი|דוד"
@@ -958,6 +924,8 @@ WRONG_FRAMES: dict[str, tuple[str | bytes, str]] = {
     "a number of 5,000 digits": ('{"type": "say", "text": ' + "9" * 5000 + "}", "bad-frame"),
 }
 ODD_CIDS = ("a b", "", "c" * 65, 7, None, "c\n", "\u0661", "~1")  # the last one is as the daemon makes them
+OURS = ("message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say")
+WRONG_FRAMES |= {kind: (json.dumps({"type": kind, "text": "hi", "names": ["Bob"]}), "bad-frame") for kind in OURS}
 WRONG_FRAMES |= {
     f"cid {cid!r}": (json.dumps({"type": "say", "text": "hi", "cid": cid}), "bad-frame") for cid in ODD_CIDS
 }
@@ -1031,8 +999,8 @@ def refusal(wish: Callable[[], object]) -> str:
 class TestMessagesAndNames:
     def test_bad_names(self) -> None:
         """A name that could deceive, cannot be shown or is the room's own is refused, in words in every language."""
-        for what, name in BAD_NAMES.items():
-            assert refusal(functools.partial(tornchat.clean_name, name)) == "invalid", what
+        for name in BAD_NAMES:
+            assert refusal(functools.partial(tornchat.clean_name, name)) == "invalid", ascii(name)
 
     def test_good_names(self) -> None:
         """Names in any script, with the joiners that it needs, stay as they are."""
@@ -1132,14 +1100,9 @@ class TestMessagesAndNames:
             return
         text, cid = wish.text, wish.cid
         assert 1 <= len(text.encode()) <= 4 * 4000
+        assert tornchat.clean_text(text) == text
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
-
-    @hypothesis.given(st.text(max_size=50))
-    def test_any_text(self, raw: str) -> None:
-        with contextlib.suppress(tornchat.Refused):
-            text = tornchat.clean_text(raw)
-            assert tornchat.clean_text(text) == text
 
     @pytest.mark.parametrize(
         ("raw", "text"),
@@ -1351,16 +1314,6 @@ class TestFeed(Transcripts):
         assert first.store.secret == second.store.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
         await feeds.redis.set(feeds.place.key("secret"), "another one")
         await until(lambda: first.store.secret == second.store.secret == "another one")
-
-    async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
-        """A cid sent again with another text is confirmed with the text that was stored."""
-        feed = await feeds.start()
-        ann = await feeds.enter(feed, "Ann")
-        say(feed, ann, "first", "c1")
-        await feeds.settled(1)
-        (outcome,) = say(feed, ann, "second", "c1")
-        assert isinstance(outcome, tornchat.Event)
-        assert (outcome.seq, outcome.text) == (1, "first")
 
     async def test_poisoned_entries(self, feeds: Feeds) -> None:
         """Entries that no tornchat wrote are passed over, by who reads along and by who starts later."""
@@ -1625,23 +1578,6 @@ class TestFeed(Transcripts):
         say(feed, ann, "more", "c1")
         await feeds.settled(11)
 
-    async def test_slow_rates(self) -> None:
-        """A rate so slow that five times it is no message lets one through all the same."""
-        limits = tornchat.Limits(0.1)
-        limits.pace(limits.says, "sid-Ann")
-        with pytest.raises(tornchat.Refused) as refused:
-            limits.pace(limits.says, "sid-Ann")
-        assert 9 < refused.value.retry_after <= 10
-
-    async def test_a_name_is_someone_elses(self, feeds: Feeds) -> None:
-        """Of two sessions that enter under one name at two daemons at once, one is refused."""
-        first, second = await feeds.start(), await feeds.start()
-        results = await asyncio.gather(
-            first.outbox.enter("s1", "Ann"), second.outbox.enter("s2", "ANN"), return_exceptions=True
-        )
-        refused = [result for result in results if isinstance(result, tornchat.Refused)]
-        assert [result.code for result in refused] == ["taken"]
-
     async def test_G7_name_lost(self, feeds: Feeds) -> None:
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
         feeds.repair_seconds = 0.2
@@ -1703,13 +1639,6 @@ class TestFeed(Transcripts):
         say(feed, ann, "on")
         await feeds.settled(1)
         assert [frame["names"] for frame in ann.of("joined")] == [["Bob"], ["Bob"]]
-
-    async def test_two_daemons_begin(self, feeds: Feeds) -> None:
-        """Of two daemons that find no feed, only the first begins one."""
-        feed = await feeds.start()
-        before = await feeds.redis.xrange(feeds.key)
-        await feed.store.open_epoch(feed.store.now() + 1)
-        assert await feeds.redis.xrange(feeds.key) == before
 
     async def test_G6_a_lease_is_lost(self, feeds: Feeds) -> None:
         """Somebody whose lease another daemon finds lapsed, but who is here, is back on the list at once."""
@@ -1781,23 +1710,6 @@ class TestFeed(Transcripts):
             await feed.outbox.enter(f"sid-{n}", f"Carl{n}")
         later = await feeds.start()
         assert set(later.room.roster) == set(feed.room.roster)
-
-    async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
-        feed = await feeds.start(lease_seconds=60.0)
-        bob = await feed.outbox.enter("sid-Bob", "Bob")
-        drop_leases, dropped = feed.store.drop_leases, asyncio.Event()
-
-        async def drop_late(keys: Iterable[str]) -> None:
-            await feed.outbox.exit(bob.sid, bob.name)
-            await drop_leases(keys)
-            dropped.set()
-
-        monkeypatch.setattr(feed.store, "drop_leases", drop_late)
-        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
-        await asyncio.wait_for(dropped.wait(), RETURN)
-        assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None
-        await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
 
     async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A group in which all are refused isn't the end of the work: the next in the outbox is committed at once."""
@@ -1925,15 +1837,6 @@ class TestRoom:
         assert (ann.frames[1]["names"], ann.frames[1]["count"]) == (["Bob", "Carl"], 3)
         assert (ann.frames[2]["names"], ann.frames[2]["count"]) == (["Carl"], 2)
 
-    def test_no_news(self) -> None:
-        """A session that is on the list already does not join it again, and nobody is told."""
-        room = filled_room(0)
-        room.apply(presence("joined", "Ann"))
-        ann = Recorder(room.roster[tornchat.name_key("Ann")])
-        room.join(ann)
-        room.apply(presence("joined", "Ann") + presence("left", "Bob"))
-        assert len(ann.frames) == 1
-
     def test_a_thousand_names(self) -> None:
         """A welcome lists at most 1,000 names, the own one first; the count is the truth."""
         room = filled_room(0)
@@ -1943,21 +1846,6 @@ class TestRoom:
         welcome = last.frames[0]
         assert (len(welcome["members"]), welcome["members"][0], welcome["count"]) == (1000, "P1499", 1500)
         assert len(set(welcome["members"])) == 1000
-
-    def test_the_store_goes_away(self) -> None:
-        """Everybody is told once when the store goes away, once when it is back; who comes meanwhile is told too."""
-        room, ann, bob = filled_room(1), Recorder(member("Ann")), Recorder(member("Bob"))
-        room.join(ann)
-        assert [room.set_available(state) for state in (True, False, False)] == [False, True, False]
-        room.join(bob)
-        assert room.set_available(True)
-        assert [frame["available"] for frame in ann.of("store")] == [False, True]
-        assert [frame["type"] for frame in bob.frames] == ["welcome", "store", "message", "store"]
-
-    def test_variant(self) -> None:
-        room = filled_room(0)
-        room.apply(presence("joined", "Ann", "Ann2", "ann3"))
-        assert room.free_variant("Ann") == "Ann4"
 
 
 # === Command line =====================================================================================================
@@ -2284,21 +2172,13 @@ FORGERIES: dict[str, Callable[[str, str, str], str]] = {  # of the room's secret
 
 
 class TestLogin(Transcripts):
-    async def test_without_a_session(self, memory_lan: Lan) -> None:
-        """Whoever has no session is sent to the login page."""
-        await memory_lan.serve()
-        ann = memory_lan.browser()
-        answer = await ann.fetch("/")
-        assert (answer.code, answer.headers["Location"]) == (302, "login")
-        answer = await ann.fetch("/login")
-        assert answer.code == 200
-        assert 'name="nickname"' in text_of(answer)
-        assert 'type="password"' not in text_of(answer)
-
     async def test_login(self, lan: Lan) -> None:
         """A nickname is enough: a cookie, and the page is there."""
         await lan.serve(title="Class 3b")
         ann = lan.browser()
+        asked = await ann.fetch("/")
+        assert (asked.code, asked.headers["Location"]) == (302, "login")
+        assert 'type="password"' not in text_of(await ann.fetch("/login"))
         answer = await ann.login("Ann")
         cookie = answer.headers["Set-Cookie"]
         assert "httponly" in cookie.lower()
@@ -2363,7 +2243,6 @@ class TestLogin(Transcripts):
         page = text_of(await memory_lan.browser().fetch("/login?nickname=Ann&why=<b>"))
         assert 'class="error"' not in page
 
-    @slow
     async def test_G7_fifty_logins_for_one_name(self, lan: Lan) -> None:
         """50 logins for one name at once, at two daemons of a Redis: one wins, 49 get 409 and a free variant."""
         daemons = [await lan.serve() for _ in range(2 if lan.store.lasts else 1)]
@@ -2371,15 +2250,6 @@ class TestLogin(Transcripts):
         assert sorted(code for code, _ in answers) == [200] + [409] * 49
         for suggestion in {said["suggestion"] for code, said in answers if code == 409}:
             assert (await lan.browser().ask(suggestion))[0] == 200
-
-    async def test_G7_the_same_browser_gets_its_name_back(self, lan: Lan) -> None:
-        """The same browser may log in again under its own name at any time."""
-        ann = await lan.join("Ann")
-        await ann.login("Ann")
-        ann.drop()
-        await ann.login("Ann")
-        await ann.connect()
-        await ann.expect("welcome", name="Ann")
 
     @pytest.mark.parametrize("nickname", ["Anna", ""])
     async def test_a_session_has_one_name(self, nickname: str, lan: Lan) -> None:
@@ -2569,7 +2439,7 @@ class TestLogin(Transcripts):
         await (await bob.tab(at=second).connect()).expect("welcome", name="Bob")
 
     async def test_two_cookies_of_one_name(self, memory_lan: Lan) -> None:
-        """Planted for a path by another port of the host, it comes first; the one that is valid counts, or the last."""
+        """One that another port has planted comes first: the valid one counts, or the last; odd ones hide nothing."""
         daemon = await memory_lan.serve()
         ann, eve = memory_lan.browser(), memory_lan.browser()
         await ann.login("Ann")
@@ -2583,6 +2453,10 @@ class TestLogin(Transcripts):
         ]:
             page = text_of(await memory_lan.browser().fetch("/", Cookie=cookies))
             assert f'data-name="{name}"' in page
+        for odd in ("; ".join(f"c{n}={n}" for n in range(500)), 'a="\\', "=;;;=; ,", "a=\xff", "$Version=1", "\xa0=x"):
+            for cookie in (f"{odd}; {ours}", f"{ours}; {odd}"):  # do not hide it
+                answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
+                assert answer.startswith("HTTP/1.1 200 "), answer
 
     async def test_a_planted_cookie(self, memory_lan: Lan) -> None:
         """Eve gives Ann's browser a session that she has too: when Ann logs in, even under its name, it has another."""
@@ -2637,22 +2511,6 @@ class TestLogin(Transcripts):
         writer.close()
         assert (await ann.fetch("/")).code == 200
         assert len(caplog.records) <= 1
-
-    async def test_many_cookies(self, memory_lan: Lan) -> None:
-        """Among hundreds of cookies of others ours is found; an odd one beside it does not hide it."""
-        ann = await memory_lan.login("Ann")
-        ours = ann.headers()["Cookie"]
-        for others in (
-            "; ".join(f"c{n}={n}" for n in range(500)),
-            'a="\\',
-            "=;;;=; ,",
-            "a=\xff",
-            "$Version=1",
-            "\xa0=x",
-        ):
-            for cookie in (f"{others}; {ours}", f"{ours}; {others}"):
-                answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
-                assert answer.startswith("HTTP/1.1 200 "), answer
 
     @pytest.mark.parametrize("cookie", ["{name}={x}", "{name}=2|1:0|10:1;" * 400, ";" * 15_000])
     async def test_G5_cookies_that_take_time(
@@ -2724,7 +2582,7 @@ class TestSocket(Transcripts):
             assert not (await ann.expect("message", text="again", seq=seq)).get("cid")
         await ann.quiet()
 
-    async def test_wrong_input(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_G7_wrong_input(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
         """Wrong input is refused with its code; the log has one line at most of it, and nobody else is disturbed."""
         ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
         caplog.set_level(logging.INFO)
@@ -3147,7 +3005,7 @@ class TestResume(Transcripts):
         there = ann.tab(at=second)
         await there.connect(stored["seq"], ann.epoch)
         assert (await there.expect("welcome"))["recovered"] is True
-        await there.say("hi", cid="c1")
+        await there.say("hi again", cid="c1")
         assert await there.expect("message") == stored
         await there.quiet()
         await bob.expect_texts("hi", "(is anything else coming?)")
@@ -3338,20 +3196,6 @@ class TestMessages(Transcripts):
         assert kinds_of((await ann.messages(**place, last=ann.last))[1]["events"]) == ["joined"] * 3
         await memory_lan.browser().login("P4")
         assert kinds_of((await ann.messages(**place, last=ann.last))[1]["events"]) == ["welcome"]
-
-    @pytest.mark.parametrize(("away", "recovered", "missed", "first"), [(1000, True, 0, 1), (1001, False, 901, 902)])
-    async def test_G2_away(self, away: int, recovered: bool, missed: int, first: int, memory_lan: Lan) -> None:
-        bob, ann = await memory_lan.join("Bob"), await memory_lan.login("Ann")
-        await ann.poll()
-        ann.after = 0
-        await bob.say_many(away)
-        events = await ann.poll()
-        while more := await ann.poll():
-            events += more
-        assert (kinds_of(events)[0] == "message") is recovered
-        if missed:
-            assert (events[0]["missed"], events[0]["recovered"]) == (missed, False)
-        assert texts_of(events) == [str(number) for number in range(first, away + 1)]
 
     async def test_G2_from_socket_to_poll_and_back(self, lan: Lan) -> None:
         """Ann changes the transport after every few messages: nothing is lost, nothing comes twice."""
@@ -3579,22 +3423,13 @@ PICTURES = {
 }
 LIES = {
     "nothing": b"",
-    "text": b"hello",
     "svg": SVG,
     "svg, as xml": b'<?xml version="1.0"?>' + SVG,
-    "html": PAGE,
     "html, with a mark": b"\xef\xbb\xbf<!doctype html>" + PAGE,
-    "a script": b"alert(1)",
     "pdf": b"%PDF-1.4\n1 0 obj",
     "zip": b"PK\3\4" + bytes(26),
-    "a program": b"MZ" + bytes(60),
-    "bmp": b"BM" + bytes(52),
-    "tiff": b"II*\0" + bytes(20),
-    "ico": b"\0\0\1\0\1\0" + bytes(16),
     "avif": b"\0\0\0\x20ftypavif" + bytes(20),
-    "png: only the beginning": png()[:8],
     "png: cut": png()[:-20],
-    "png: without its end": png()[:-12],
     "png: a wrong checksum": png().replace(b"IDAT", b"IDAt"),
     "png: without a header": png()[:8] + png()[33:],
     "png: two headers": png()[:33] + png()[8:],
@@ -3606,7 +3441,6 @@ LIES = {
     "png: no pixels": png(width=0),
     "png: 30,000 x 30,000": png(width=30_000, height=30_000),
     "png: 40,000,000 x 1": png(width=40_000_000, height=1),
-    "jpeg: only the beginning": JPEG[:4],
     "jpeg: cut": JPEG[:-20],
     "jpeg: without its end": JPEG[:-2],
     "jpeg that never ends": JPEG[:-2] + 1_000_000 * b"\xff",
@@ -3615,7 +3449,6 @@ LIES = {
     "jpeg, a page in it": JPEG[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(PAGE)) + PAGE + JPEG[2:],
     "a page, then jpeg": PAGE + JPEG,
     "jpeg: 30,000 x 30,000": JPEG[: FRAME + 5] + struct.pack(">HH", 30_000, 30_000) + JPEG[FRAME + 9 :],
-    "gif: only the beginning": b"GIF89a",
     "gif that is a script": b"GIF89a/*" + bytes(40) + b"*/=1;alert(1);",
     "gif: cut": gif()[:-10],
     "gif: without an image": gif()[:19] + b";",
@@ -3623,7 +3456,6 @@ LIES = {
     "gif, then a page": gif() + PAGE,
     "gif, a page in it": gif(b"!\xfe" + bytes([len(PAGE)]) + PAGE + b"\0"),
     "gif: 30,000 x 30,000": gif(width=30_000, height=30_000),
-    "webp: only the beginning": webp()[:12],
     "webp that is a sound": webp(LOSSY).replace(b"WEBP", b"WAVE"),
     "webp: cut": webp(LOSSY)[:-10],
     "webp: larger than it says": webp(canvas(8, 7), LOSSY),
@@ -3880,15 +3712,6 @@ async def has_members(daemon: tornchat.Daemon, count: int) -> bool:
 
 
 class TestPresence(Transcripts):
-    async def test_login_is_joining(self, lan: Lan) -> None:
-        ann, bob = await lan.join("Ann"), await lan.login("Bob")
-        joined = await ann.expect("joined", names=["Bob"], count=2)
-        assert set(joined) == {"type", "names", "count", "ts"}
-        await bob.connect()
-        await bob.expect("welcome", members=["Bob", "Ann"], count=2)
-        await ann.quiet()
-        assert ann.names_in("joined").count("Bob") == 1
-
     async def test_G7_the_name_of_somebody_away(self, lan: Lan) -> None:
         """Who has left keeps the name for a while, at every daemon; who logs out gives it back at once."""
         daemon = await lan.serve(name_seconds=600.0)
@@ -4010,15 +3833,6 @@ class TestPresence(Transcripts):
         await ann.connect()
         await ann.expect("refused", code="name-lost")
         await ann.closed(4409)
-
-    async def test_a_crowd_is_folded(self, lan: Lan) -> None:
-        """Many who come at once are told in fewer frames, each with all its names; the counts end at the truth."""
-        ann = await lan.join("Ann")
-        await asyncio.gather(*(lan.browser().login(f"P{n}") for n in range(40)))
-        while len(ann.names_in("joined")) < 40:
-            await ann.expect("joined")
-        assert sorted(ann.names_in("joined")) == sorted(f"P{n}" for n in range(40))
-        assert ann.seen("joined")[-1]["count"] == 41
 
 
 # === Being the host ===================================================================================================
@@ -4158,8 +3972,10 @@ class TestHost(Transcripts):
         assert (await bob.expect("message", text="hi"))["host"] is True
         await bob.say("me, too", "c1")
         assert "host" not in await bob.expect("message", cid="c1")
-        lines = [await line.read() for _ in range(6)]
-        assert lines[2:] == ["~~~ Tess joined ~~~", "~~~ hosts: ★ Tess ~~~", "★ Tess: hi", "Bob: me, too"]
+        lines: list[object] = []
+        while "Bob: me, too" not in lines:
+            lines.append(await line.read())
+        assert lines[-4:] == ["~~~ Tess joined ~~~", "~~~ hosts: ★ Tess ~~~", "★ Tess: hi", "Bob: me, too"]
         assert (await bob.resume())["hosts"] == ["Tess"]
 
     async def test_all_modes(self, lan: Lan) -> None:
@@ -4992,34 +4808,6 @@ class Mute(tornado.websocket.WebSocketHandler):
         """Called by Tornado."""
 
 
-class Echo(tornchat.ChatSocket):
-    """The product's socket, its way in and its way out, for a fuzzer that wants everything back."""
-
-    async def session(self) -> tornchat.Session | None:
-        return await self.daemon.admission.log_in("", "", "127.0.0.1")
-
-    def on_message(self, message: str | bytes) -> None:
-        frame = tornchat.ws_frame(message, 0x2) if isinstance(message, bytes) else tornchat.ws_frame(message.encode())
-        if self.listener:
-            self.listener.send(tornchat.Batch(tornchat.Encoded(frame, b"")))
-
-
-async def echo(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Echoes on /chat for ever, for Autobahn's `wstest -m fuzzingclient`; the room itself keeps silent."""
-    for name, value in {
-        "ChatSocket": Echo,
-        "FRAME_BYTES": 2**26,
-        "BACKLOG_MOST_BYTES": 2**30,
-        "LAG_SECONDS": 2**30,
-        "FRAMES_A_TICK": 2**30,
-    }.items():
-        monkeypatch.setattr(tornchat, name, value)
-    monkeypatch.setattr(tornchat.Room, "replay", lambda self, listener, seen: setattr(listener, "base", 0))
-    monkeypatch.setattr(tornchat.Room, "notice", lambda self, kind, events: [])
-    await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", rate=0, ping_seconds=1e9))
-    await asyncio.Event().wait()
-
-
 def unquoted(value: str) -> str:
     """A cookie's value without the quotes that stand around it on the wire."""
     return value.strip('"')
@@ -5142,25 +4930,6 @@ class TestAttacks(Transcripts):
         assert (await asyncio.wait_for(reader.read(), RETURN)).endswith(b"\x88\x0a\x03\xeaunmasked")
         writer.close()
         assert daemon.room.seq == 0
-
-    @slow
-    async def test_echo(self, memory_lan: Lan) -> None:
-        """What Autobahn is let loose on answers however many cases there are."""
-        memory_lan.add(await Program.spawn([__file__, "echo", str(port := free_port())], {}))
-        fuzzer = memory_lan.browser(f"http://127.0.0.1:{port}")
-        await until(lambda: listens(port))
-        for number in range(tornchat.LOGINS_AT_ONCE + 50):
-            await fuzzer.connect()
-            await fuzzer.send(str(number))
-            assert await fuzzer.read() == str(number)
-
-    async def test_G7_only_says_are_heard(self, memory_lan: Lan) -> None:
-        """A frame that looks like one of the room's own is refused, and nobody else sees it."""
-        ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
-        for kind in ("message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say"):
-            await ann.send(json.dumps({"type": kind, "text": "hi", "names": ["Bob"], "name": "Bob", "seq": 1, "ts": 1}))
-            await ann.expect("refused", code="bad-frame")
-        await bob.quiet()
 
     async def test_G7_a_query_changes_nobody(self, lan: Lan) -> None:
         """With a session, the query of a socket can't make somebody else of its owner."""
@@ -5554,46 +5323,6 @@ class TestHealth(Transcripts):
         assert (health["version"], health["connections"], health["members"]) == (tornchat.__version__, 1, 2)
         assert 0 <= health["uptime"] < 10 * RETURN
 
-    @slow
-    async def test_G8_the_store_is_gone(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """Redis is killed: all are told, what is said is refused, reading goes on; then it comes back."""
-        await own_lan.serve(confirm_seconds=0.5)
-        ann, bob, dan = await own_lan.join("Ann"), await own_lan.join("Bob"), await own_lan.join("Dan")
-        await ann.say_many(3)
-        await dan.expect_texts(1, 2, 3)
-        own_redis.kill()
-        await ann.expect("store", available=False)
-        cid = await ann.say("can anyone hear me?")
-        refused = await ann.expect("refused", code="unavailable", cid=cid)
-        assert refused["retry_after"] > 0
-        assert (await own_lan.browser().fetch("/healthz")).code == 503
-        assert await verdict(own_lan.browser().ask("Carl")) == (503, "unavailable")
-        await dan.expect("store", available=False)
-        assert (await dan.fetch("/logout", form={})).code == 303
-        await dan.closed(4401, "logout")
-        welcome = await bob.connect()
-        await welcome.expect("welcome", name="Bob", seq=3)
-        await bob.expect("store", available=False)
-        await bob.expect_texts(1, 2, 3)
-        own_redis.start()
-        await ann.expect("store", available=True)
-        await ann.say("can anyone hear me?", cid)
-        await ann.expect("message", cid=cid, seq=4)
-        assert ann.names_in("left") == ["Dan"]  # the logout was not forgotten
-        await bob.expect("store", available=True)
-        await bob.expect("message", cid=cid, seq=4)
-        assert (await own_lan.browser().fetch("/healthz")).code == 200
-
-    @slow
-    async def test_G2_resuming_where_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """A client that has seen more than a daemon without its store knows is sent away to come back, not reset."""
-        daemon = await own_lan.serve()
-        ann = await own_lan.join("Ann")
-        own_redis.kill()
-        await ann.expect("store", available=False)
-        there = await ann.tab().connect(after=5, epoch=daemon.room.epoch)
-        await there.closed(1013)
-
     async def test_G8_logging_in_again(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """Who logs in once more while the store is away keeps the session that still is good, and the name."""
         ann = await own_lan.join("Ann")
@@ -5605,7 +5334,9 @@ class TestHealth(Transcripts):
         await ann.quiet()
 
     @slow
-    async def test_G1_a_silent_store(self, own_redis: RedisServer, own_lan: Lan) -> None:
+    async def test_G1_a_silent_store(
+        self, own_redis: RedisServer, own_lan: Lan, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Redis falls silent: a message is refused in time, everybody is told, nothing is stored twice."""
         daemon = await own_lan.serve()
         assert (daemon.config.confirm_seconds <= 5, daemon.config.silence_seconds <= 6) == (True, True)
@@ -5623,6 +5354,7 @@ class TestHealth(Transcripts):
             await ann.frame()
         await ann.quiet()
         assert [frame["seq"] for frame in ann.seen("message")] == [1, 2, 3]
+        assert state_lines(caplog) == ["away", "back"]
 
     @slow
     async def test_gone_before_the_welcome(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -6035,13 +5767,6 @@ class TestPages(Transcripts):
         stale = await ann.fetch("/style.css?v=older")
         assert "immutable" not in stale.headers["Cache-Control"]
 
-    async def test_types(self, memory_lan: Lan) -> None:
-        ann = await memory_lan.login("Ann")
-        for path, kind in (("style.css", "text/css"), ("chat.js", "text/javascript"), ("icon.svg", "image/svg+xml")):
-            answer = await ann.fetch(f"/{path}")
-            assert answer.code == 200
-            assert answer.headers["Content-Type"].startswith(kind)
-
     @pytest.mark.parametrize(
         ("accepted", "packed"),
         [
@@ -6069,14 +5794,6 @@ class TestPages(Transcripts):
                 again = f"GET {path} HTTP/1.0\r\nIf-None-Match: {tag}\r\n{told}\r\n"
                 assert b" 304 " in await exchange(daemon.port, again.encode())
         assert (size < 32_000) == packed
-
-    def test_script(self, tmp_path: Path) -> None:
-        node = shutil.which("node")
-        if node is None:
-            pytest.skip("node is not installed")
-        (tmp_path / "chat.js").write_text(tornchat.ASSETS["chat.js"][1], encoding="utf-8")
-        checked = subprocess.run([node, "--check", tmp_path / "chat.js"], capture_output=True, text=True)
-        assert checked.returncode == 0, checked.stderr
 
     def test_script_only_writes_text(self) -> None:
         script = tornchat.ASSETS["chat.js"][1]
@@ -6294,30 +6011,6 @@ class TestProcess(Transcripts):
         assert given == [(8192, resource.RLIM_INFINITY)]
 
     @slow
-    async def test_G2_killed_and_started_again(self, redis_lan: Lan) -> None:
-        """kill -9 and a new start on a real Redis: history, names and cookies are still there."""
-        program = await redis_lan.run("-p", "0", "--rate", "0")
-        ann = await redis_lan.join("Ann", at=await program.address())
-        await ann.say_many(120)
-        cid = await ann.say("did this arrive?")
-        await program.kill()
-        program = await redis_lan.run("-p", "0", "--rate", "0")
-        address = await program.address()
-        bob = redis_lan.browser(address)
-        assert (await bob.ask("Ann"))[0] == 409
-        there = ann.tab(at=address)
-        assert (await there.fetch("/")).code == 200
-        await there.connect(ann.after, ann.epoch)
-        assert (await there.expect("welcome", name="Ann"))["recovered"] is True
-        await there.say("did this arrive?", cid)
-        await there.expect("message", cid=cid, seq=121)
-        await there.quiet()
-        await bob.login("Bob")
-        await bob.connect()
-        await bob.expect("welcome", seq=122)
-        await bob.expect_texts(*range(23, 121), "did this arrive?")
-
-    @slow
     @pytest.mark.parametrize("signals", [1, 2])
     async def test_a_second_signal(self, signals: int, own_redis: RedisServer, own_lan: Lan) -> None:
         """A stop that cannot finish its work, for the store is silent, ends in order; a second one at once."""
@@ -6465,34 +6158,43 @@ class Window:
 
 
 @contextlib.asynccontextmanager
-async def windows(lan: Lan, count: int = 2, at: str = "", **options: Any) -> AsyncIterator[list[Window]]:
-    """That many windows of real browsers that share nothing, with options of playwright's contexts."""
+async def windows(
+    lan: Lan, *names: str, at: str = "", restarts: bool = False, **options: Any
+) -> AsyncIterator[list[Window]]:
+    """Windows of real browsers that share nothing, whose people have logged in, unless they have no name yet.
+
+    A host's name has a star. In the end nothing was wrong in any window.
+    """
     url = at or place(await lan.open()) + "/"
     options = {"locale": "en-US", "viewport": {"width": 1280, "height": 800}} | options
     async with async_playwright() as tools:
         chromium = await tools.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
         try:
-            yield [Window(await (await chromium.new_context(**options)).new_page(), url) for _ in range(count)]
+            people = [Window(await (await chromium.new_context(**options)).new_page(), url) for _ in names]
+            for person, name in zip(people, names, strict=True):
+                if name.startswith("★"):
+                    await person.page.goto(f"{url}host?key={lan.daemons[-1].host_key}")
+                if name:
+                    await person.login(name.strip("★ "))
+            yield people
+            for person in people:
+                person.well_behaved(restarts=restarts)
         finally:
             await chromium.close()
 
 
 @contextlib.asynccontextmanager
-async def window(lan: Lan, at: str = "", *, restarts: bool = False, **options: Any) -> AsyncIterator[Window]:
-    """Ann's window, when she has logged in; at the end nothing was wrong in it."""
-    async with windows(lan, 1, at, **options) as (ann,):
-        await ann.login("Ann")
+async def window(lan: Lan, **options: Any) -> AsyncIterator[Window]:
+    """Ann's window, when she has logged in."""
+    async with windows(lan, "Ann", **options) as (ann,):
         yield ann
-        ann.well_behaved(restarts=restarts)
 
 
 @slow
 class TestWindows(Transcripts):
     async def test_two_people_talk_in_windows(self, lan: Lan) -> None:
         """Two real windows: each sees the other come, both see what both say, as text and in one order."""
-        async with windows(lan) as (ann, bob):
-            await ann.login("Ann")
-            await bob.login("Bob <i>")
+        async with windows(lan, "Ann", "Bob <i>") as (ann, bob):
             await ann.shows("#members", "Bob <i>")
             attack = "<img src=x onerror=alert(1)> https://example.org/?a=b&c javascript:alert(1)"
             await ann.say(attack)
@@ -6504,13 +6206,10 @@ class TestWindows(Transcripts):
             assert [await links.nth(n).get_attribute("href") for n in range(await links.count())] == [
                 "https://example.org/?a=b&c"
             ]
-            ann.well_behaved()
-            bob.well_behaved()
 
     async def test_a_reload_keeps_all(self, lan: Lan) -> None:
         """A reload keeps name and history, and a draft; a taken name is refused with a free one filled in."""
-        async with windows(lan) as (ann, bob):
-            await ann.login("Ann")
+        async with windows(lan, "Ann", "") as (ann, bob):
             await ann.say("first")
             await ann.shows_messages("first")
             await ann.page.fill("#box", "half a sent")
@@ -6522,6 +6221,7 @@ class TestWindows(Transcripts):
             await bob.page.fill("#nickname", "ann")
             await bob.page.press("#nickname", "Enter")
             await bob.page.wait_for_selector("#error")
+            bob.problems.clear()  # of which the status 409 is one
             assert await bob.page.input_value("#nickname") not in ("Ann", "ann", "")
             offered = "nickname.selectionEnd - nickname.selectionStart === nickname.value.length"
             await bob.holds(f"document.activeElement === nickname && {offered}")
@@ -6530,26 +6230,12 @@ class TestWindows(Transcripts):
             await ann.page.click("summary")
             await ann.page.click("#logout button")
             await ann.page.wait_for_selector("#nickname")
-            ann.well_behaved()
-
-    async def test_G1_pending_then_confirmed(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """What is said waits visibly until the store has it, then it is a message like any other."""
-        async with window(own_lan) as ann:
-            own_redis.send_signal(signal.SIGSTOP)
-            await ann.say("is this kept?")
-            await ann.shows("#outbox", "is this kept?")
-            assert await ann.messages() == []
-            own_redis.send_signal(signal.SIGCONT)
-            await ann.shows_messages("is this kept?")
 
     async def test_G9_a_restart_under_windows(self, lan: Lan) -> None:
-        """The daemon restarts under two windows: what is said meanwhile is sent once; the loss of the history is told.
-
-        Without a Redis they log in again by themselves.
-        """
-        async with windows(lan) as (ann, bob):
-            await ann.login("Ann")
-            await bob.login("Bob")
+        """A restart under two windows, one that polls: what is said meanwhile is sent once; a lost history is told."""
+        async with windows(lan, "Ann", "Bob", restarts=True) as (ann, bob):
+            await bob.page.goto(bob.url + "?transport=polling")
+            await bob.shows("#state-text", "by polling")
             await ann.say("before")
             await bob.shows_messages("before")
             port = lan.daemons[-1].port
@@ -6568,17 +6254,13 @@ class TestWindows(Transcripts):
             await bob.say("after")
             await ann.shows_messages("before", "meanwhile", "after")
             await ann.shows("#members", "Bob")
-            ann.well_behaved(restarts=True)
-            bob.well_behaved(restarts=True)
 
     async def test_chinese_window(self, memory_lan: Lan) -> None:
-        async with windows(memory_lan, 1, locale="zh-CN") as (ann,):
-            await ann.login("小明")
+        async with windows(memory_lan, "小明", locale="zh-CN") as (ann,):
             assert (await ann.page.locator("html").get_attribute("lang") or "").startswith("zh")
             assert await ann.page.locator("#logout button").text_content() == tornchat.WORDS["zh"]["chat_logout"]
             await ann.say("大家好")
             await ann.shows_messages("大家好")
-            ann.well_behaved()
 
 
 @slow
@@ -6698,13 +6380,10 @@ class TestWriting(Transcripts):
             await ann.page.tap("#people")
             await ann.page.wait_for_selector("#roster.open")
             await ann.page.tap("summary")
-            for control in await ann.page.locator(
-                "button:not(.more):visible, summary:visible, .settings label:visible"
-            ).all():
+            for control in await ann.page.locator("summary:visible, .settings label:visible").all():
                 box = await control.bounding_box()
                 assert box
-                assert box["height"] >= 44, await control.inner_text()
-                assert box["width"] >= 44, await control.inner_text()
+                assert min(box["width"], box["height"]) >= 44, await control.inner_text()
             assert await ann.number("parseFloat(getComputedStyle(box).fontSize)") >= 16
             await ann.page.keyboard.press("Escape")
             await ann.page.wait_for_selector("#roster:not(.open)", state="attached")
@@ -6903,7 +6582,7 @@ class TestReading(Transcripts):
     async def test_days_by_the_servers_clock(self, memory_lan: Lan) -> None:
         """Today is what the server calls so, whatever the reader's clock says; each time tells its date."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 2, timezone_id="Asia/Shanghai") as (ann, eve):
+        async with windows(memory_lan, "", "", timezone_id="Asia/Shanghai") as (ann, eve):
             await eve.page.clock.set_system_time(time.time() - 3 * 86400)
             for window, name in ((ann, "Ann"), (eve, "Eve")):
                 await window.login(name)
@@ -6916,7 +6595,6 @@ class TestReading(Transcripts):
             assert str(time.gmtime().tm_year) in str(times[0])
             await eve.page.evaluate("setClock(serverTime() + 86400000); tick()")
             assert await eve.page.get_attribute("#log .message", "data-day") == "Yesterday"
-            ann.well_behaved()
 
     async def test_presence_is_folded(self, memory_lan: Lan) -> None:
         """Who comes and goes is one quiet line, with a number where many do, and never wakes anybody up."""
@@ -6955,7 +6633,7 @@ class TestAttention(Transcripts):
     async def test_sound_and_notifications(self, memory_lan: Lan) -> None:
         """Both are off until they are asked for; the second is offered only where a browser allows it at all."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 1, permissions=["notifications"]) as (ann,):
+        async with windows(memory_lan, "", permissions=["notifications"]) as (ann,):
             await ann.page.add_init_script(
                 "window.told = []; window.Notification = class { static permission = 'granted';"
                 "static requestPermission = async () => 'granted'; constructor(...it) { told.push(it); } };"
@@ -6977,7 +6655,6 @@ class TestAttention(Transcripts):
             await bob.say("heard")
             await ann.holds("audio !== null && told.length === 1")
             assert (await ann.page.evaluate("told"))[0][:1] == ["Bob"]
-            ann.well_behaved()
 
     async def test_two_tabs_agree(self, memory_lan: Lan) -> None:
         """Two tabs of one person: what one says is both's own, what one has read is read, one taste in colours."""
@@ -7027,7 +6704,7 @@ class TestAttention(Transcripts):
 
 @slow
 class TestTruth(Transcripts):
-    async def test_state_line(self, own_redis: RedisServer, own_lan: Lan) -> None:
+    async def test_G1_state_line(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """The page says what is wrong: no store, no server and when it tries again, no network."""
         daemon = await own_lan.serve(silence_seconds=0.5, block_seconds=0.1)
         async with window(own_lan, restarts=True) as ann:
@@ -7037,6 +6714,7 @@ class TestTruth(Transcripts):
             await ann.shows("#state-text", "cannot save messages right now")
             await ann.say("later")
             await ann.shows("#outbox .status", "Waiting until it can be saved")
+            assert await ann.messages() == []
             own_redis.start()
             await ann.shows_messages("later")
             await daemon.stop()
@@ -7132,22 +6810,6 @@ class TestTruth(Transcripts):
             await ann.shows_messages(*both, "by socket")
             await until_frame(bob, "message", text="by socket")
             assert bob.names_in("left") == ["Eve"]
-
-    async def test_G2_polling_over_a_restart(self, lan: Lan) -> None:
-        """A page that polls comes through a restart as one with a socket does: with what waited, and once."""
-        daemon = await lan.serve()
-        async with window(lan, restarts=True) as ann:
-            await ann.page.goto(ann.url + "?transport=polling")
-            await ann.shows("#state-text", "by polling")
-            await ann.say("before")
-            await ann.shows_messages("before")
-            await daemon.stop()
-            await ann.page.wait_for_selector("body:not([data-state=connected])")
-            await ann.say("meanwhile")
-            await lan.serve(port=daemon.port)
-            await ann.shows_messages("before", "meanwhile")
-            assert await ann.page.locator(".notice[data-kind=reset]").count() == (0 if lan.store.lasts else 1)
-            assert not [url for url in ann.requests if "/chat?" in url]
 
     async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
         async with window(memory_lan) as ann:
@@ -7259,6 +6921,7 @@ MARKUP = [
 ]
 
 
+@functools.cache
 def axe_core() -> str:
     axe = NODE_MODULES / "axe-core" / "axe.min.js"
     if not axe.exists():
@@ -7266,11 +6929,22 @@ def axe_core() -> str:
     return axe.read_text(encoding="utf-8")
 
 
-async def find_nothing(window: Window, script: str, where: str) -> None:
-    await window.page.evaluate(script)
+async def find_nothing(window: Window, where: str) -> None:
+    """axe-core has nothing to object to, nothing is cut off, a thumb meets every control; a picture, if wanted."""
+    if folder := os.environ.get("TORNCHAT_SCREENSHOTS"):
+        await window.page.screenshot(path=Path(folder) / f"{where}.png")
+    await window.page.evaluate(axe_core())
     result = await window.page.evaluate("axe.run()")
     faults = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]]
     assert faults == [], where
+    assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
+    if await window.page.evaluate("navigator.maxTouchPoints"):
+        in_dialog = await window.page.locator("dialog[open]").count()  # a finger holds a message instead of its .more
+        controls = "dialog[open] :is(button, a, label)" if in_dialog else "button:not(.more)"
+        for control in await window.page.locator(f":is({controls}):visible").all():
+            box = await control.bounding_box()
+            assert box
+            assert min(box["width"], box["height"]) >= 44, (where, await control.inner_text())
 
 
 class TestEveryone(Transcripts):
@@ -7326,44 +7000,60 @@ class TestEveryone(Transcripts):
             ann.problems = [problem for problem in ann.problems if "status of 40" not in problem]
 
     @slow
-    async def test_axe(self, memory_lan: Lan) -> None:
+    @pytest.mark.parametrize(
+        ("look", "options"),
+        [
+            ("desktop", {}),
+            ("dark", {"color_scheme": "dark"}),
+            ("phone", {"viewport": {"width": 390, "height": 780}, "has_touch": True, "device_scale_factor": 2}),
+            ("dark-phone", {"viewport": {"width": 390, "height": 780}, "color_scheme": "dark"}),
+            ("small", {"viewport": {"width": 320, "height": 560}}),
+            ("4k", {"viewport": {"width": 3840, "height": 2160}}),
+        ],
+    )
+    async def test_axe(
+        self, look: str, options: dict[str, Any], memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """axe-core finds nothing to object to on any page, in light and dark, on desktop and phone."""
-        script = axe_core()
-        bob = await memory_lan.join("Bob")
-        for text in ("hello https://a.example/ `x`", "```\ncode\n```", "👍", "@Ann0 look", "line\n" * 40):
-            await bob.say(text)
-        looks = [(scheme, size) for scheme in ("light", "dark") for size in ((1280, 800), (390, 780))]
-        for number, (scheme, (width, height)) in enumerate(looks):
-            options: dict[str, Any] = {
-                "color_scheme": scheme,
-                "viewport": {"width": width, "height": height},
-                "reduced_motion": "reduce",
-            }
-            async with windows(memory_lan, 1, **options) as (ann,):
-                await ann.page.goto(ann.url)
-                await find_nothing(ann, script, "login")
-                await ann.login(f"Ann{number}")
-                await ann.say("mine")
-                await ann.shows("#log", "mine")
-                await find_nothing(ann, script, "chat")
-                await ann.page.click("#join")
-                await ann.holds("addresses.options.length > 0")
-                await find_nothing(ann, script, "invitation")
-                await ann.page.keyboard.press("Escape")
-                if width < 500:
-                    await ann.page.click("#people")
-                await ann.page.click("summary")
-                await find_nothing(ann, script, "people")
-                await ann.page.goto(ann.url + "?view=projector")
-                await ann.state("connected")
-                await find_nothing(ann, script, "projector")
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
+        at = f"http://127.0.0.1:{(await memory_lan.serve(title='Class 5b', host='')).port}/"
+        people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}
+        for name, text in (
+            ("Bob", "Good morning! https://a.example/ `x`"),
+            ("小明", "大家好，我这边也可以了"),
+            ("Omar", "👍🎉"),
+            ("Omar", "@Ann can you show the line again?"),
+            ("Zoë", "مرحبا means hello"),
+            ("Zoë", "```\ncode\n```"),
+            ("Bob", "line\n" * 40),
+        ):
+            await people[name].post(text)
+        async with windows(memory_lan, "", at=at, reduced_motion="reduce", **options) as (ann,):
+            await ann.page.goto(ann.url)
+            await find_nothing(ann, f"{look}-login")
+            await ann.login("Ann")
+            await ann.say("mine")
+            await ann.shows("#log", "mine")
+            await find_nothing(ann, f"{look}-chat")
+            await ann.page.click("#join")
+            await ann.shows("#address", "192.168.178.24")
+            await ann.holds("code.hidden || code.complete")
+            await find_nothing(ann, f"{look}-invitation")
+            await ann.page.keyboard.press("Escape")
+            if await ann.page.is_visible("#people"):
+                await ann.page.click("#people")
+            await ann.page.click("summary")
+            await find_nothing(ann, f"{look}-people")
+            await ann.page.goto(ann.url + "?view=projector")
+            await ann.state("connected")
+            await find_nothing(ann, f"{look}-projector")
 
     @slow
     async def test_screen_reader(self, memory_lan: Lan) -> None:
         """History is not read out, what comes then is; every control has a name; Tab leads through them in order."""
         bob = await memory_lan.join("Bob")
         await bob.say("history")
-        async with windows(memory_lan, 1, reduced_motion="reduce") as (ann,):
+        async with windows(memory_lan, "", reduced_motion="reduce") as (ann,):
             await ann.page.add_init_script(
                 "new MutationObserver(() => { const log = document.getElementById('log');"
                 "if (log?.childElementCount) window.first ??= log.getAttribute('aria-live'); })"
@@ -7383,12 +7073,11 @@ class TestEveryone(Transcripts):
                 await ann.page.keyboard.press("Tab")
             assert order == ["join", "scroller", "button", "pick", "box", "send", "members", "summary", "theme"]
             assert await ann.page.get_attribute("html", "lang") == "en"
-            ann.well_behaved()
 
     @slow
     async def test_without_javascript(self, memory_lan: Lan) -> None:
         """Without JavaScript the page says that it needs it, and draws nothing that would not work."""
-        async with windows(memory_lan, 1, java_script_enabled=False) as (ann,):
+        async with windows(memory_lan, "", java_script_enabled=False) as (ann,):
             await ann.page.goto(ann.url)
             await ann.page.fill("#nickname", "Ann")
             await ann.page.press("#nickname", "Enter")
@@ -7401,20 +7090,11 @@ class TestEveryone(Transcripts):
             await ann.page.wait_for_selector("#nickname")
 
 
-async def a_host(window: Window, lan: Lan, name: str = "Tess") -> Window:
-    """Whoever has opened the host's link in that window, and logged in."""
-    await window.page.goto(f"{window.url}host?key={lan.daemons[-1].host_key}")
-    await window.login(name)
-    return window
-
-
 @slow
 class TestHostOnThePage(Transcripts):
     async def test_room(self, memory_lan: Lan) -> None:
         """A host locks the room, slows it and closes its door: all see so, nothing typed is lost, and it ends."""
-        async with windows(memory_lan, 4) as (first, second, bob, eve):
-            tess, tom = await a_host(first, memory_lan), await a_host(second, memory_lan, "Tom")
-            await bob.login("Bob")
+        async with windows(memory_lan, "★ Tess", "★ Tom", "Bob", "") as (tess, tom, bob, eve):
             assert await bob.page.locator(".for-hosts:visible").count() == 0
             await bob.page.fill("#box", "half a sentence")
             for host in (tess, tom):
@@ -7439,6 +7119,7 @@ class TestHostOnThePage(Transcripts):
             await eve.page.goto(eve.url)
             await eve.page.press("#nickname", "Enter")
             await eve.shows("#error", "The door is closed")
+            eve.problems.clear()  # of which the status 403 is one
             await tom.page.select_option("#every", "0")
             await tess.shows_messages("half a sentence", "and the rest")
             await bob.shows(".notice", "\u2068Tom\u2069: No pause between messages any more.")
@@ -7446,14 +7127,11 @@ class TestHostOnThePage(Transcripts):
                 await tess.page.click("#room a >> nth=0")
             file = Path(await (await saved.value).path())
             assert "Bob: half a sentence" in await asyncio.to_thread(file.read_text, encoding="utf-8")
-            bob.well_behaved()
 
     @pytest.mark.parametrize("way", ["", "?transport=polling"])
     async def test_people(self, way: str, memory_lan: Lan) -> None:
         """A host mutes somebody for a while, which both hosts and the muted one see; to remove somebody asks first."""
-        async with windows(memory_lan, 3) as (first, second, bob):
-            tess, tom = await a_host(first, memory_lan), await a_host(second, memory_lan, "Tom")
-            await bob.login("Bob")
+        async with windows(memory_lan, "★ Tess", "★ Tom", "Bob") as (tess, tom, bob):
             await bob.page.goto(bob.url + way)
             await bob.shows("#members li:has-text('Tess') .badge", "Host")
             assert await bob.page.locator("#members button").count() == 0
@@ -7484,6 +7162,7 @@ class TestHostOnThePage(Transcripts):
             await bob.page.press("#nickname", "Enter")
             await bob.shows("#error", tornchat.WORDS["en"]["refused_removed"])
             assert not [url for url in bob.requests[asked:] if "/chat?" in url or "/messages" in url]
+            bob.problems.clear()  # of which each refusal is one
 
     @pytest.mark.parametrize(("mode", "waits"), [({"talk": "hosts"}, "Not sent"), ({"every": 600}, "Sends in")])
     async def test_on_its_way(self, mode: Frame, waits: str, memory_lan: Lan) -> None:
@@ -7537,9 +7216,7 @@ class TestHostOnThePage(Transcripts):
         for text in ("one", "two", "three"):
             await bob.say(text)
             await until_frame(bob, "message", text=text)
-        async with windows(memory_lan, 2) as (first, ann):
-            tess = await a_host(first, memory_lan)
-            await ann.login("Ann")
+        async with windows(memory_lan, "★ Tess", "Ann") as (tess, ann):
             await ann.shows_messages("two", "three")
             await ann.shows("#earlier", "Earlier messages aren’t shown")
             await tess.page.click("#manage")
@@ -7559,12 +7236,13 @@ class TestHostOnThePage(Transcripts):
     )
     async def test_axe(self, scheme: str, width: int, height: int, memory_lan: Lan) -> None:
         """In every state of host and member axe-core finds nothing, nothing is cut off, and a thumb meets all of it."""
-        script = axe_core()
+        look = f"host-{scheme}-{width}"
         touch: dict[str, Any] = {"has_touch": True, "is_mobile": True} if width < 1000 else {}
         options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
-        async with windows(memory_lan, 2, reduced_motion="reduce", **options, **touch) as (first, bob):
-            tess = await a_host(first, memory_lan)
-            await bob.login("Pupil 07")
+        async with windows(memory_lan, "★ Tess", "Pupil 07", reduced_motion="reduce", **options, **touch) as (
+            tess,
+            bob,
+        ):
             await tess.say("Read page 7. " * 20)
             await tess.shows("#log", "page 7")
             await tess.page.evaluate("act({type: 'note', to: 1, kind: 'pin', value: true})")
@@ -7572,34 +7250,17 @@ class TestHostOnThePage(Transcripts):
             await bob.shows("#hold", "muted")
             await bob.page.click("#pin-fold")
             await tess.holds("memberList.children[1].firstChild.textContent === 'P7'")
-            await self.look_at(bob, script, "muted")
+            await find_nothing(bob, f"{look}-muted")
             if await tess.page.is_visible("#people"):
                 await tess.page.click("#people")
-            await self.look_at(tess, script, "roster")
+            await find_nothing(tess, f"{look}-roster")
             await tess.page.click("#members button")
-            await self.look_at(tess, script, "person")
+            await find_nothing(tess, f"{look}-person")
             await tess.page.click("#remove")
-            await self.look_at(tess, script, "question")
+            await find_nothing(tess, f"{look}-question")
             await tess.page.keyboard.press("Escape")
             await tess.page.click("#manage")
-            await self.look_at(tess, script, "room")
-
-    async def look_at(self, window: Window, script: str, where: str) -> None:
-        await find_nothing(window, script, where)
-        assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
-        controls = (
-            "dialog[open] :is(button, a, label)"
-            if await window.page.locator("dialog[open]").count()
-            else "button:not(.more)"  # a finger holds the message instead
-        )
-        for control in await window.page.locator(f":is({controls}):visible").all():
-            box = await control.bounding_box()
-            assert box
-            small = min(box["width"], box["height"]) < 44
-            assert not (small and await window.page.evaluate("navigator.maxTouchPoints")), (
-                where,
-                await control.inner_text(),
-            )
+            await find_nothing(tess, f"{look}-room")
 
 
 @slow
@@ -7700,9 +7361,7 @@ async def give(
 class TestPicturesInWindows(Transcripts):
     async def test_ways(self, memory_lan: Lan) -> None:
         """A picture is chosen, pasted or dropped, drawn smaller, and goes with the text in the box; all see it."""
-        async with windows(memory_lan) as (ann, bob):
-            await ann.login("Ann")
-            await bob.login("Bob")
+        async with windows(memory_lan, "Ann", "Bob") as (ann, bob):
             for count, way in enumerate(("choose", "paste", "drop"), 1):
                 await give(ann, way)
                 await ann.page.locator("#attached button").wait_for()
@@ -7719,8 +7378,6 @@ class TestPicturesInWindows(Transcripts):
             await bob.shows_messages("choose", "paste", "drop", "")
             assert await bob.page.locator("#log .picture").last.evaluate("(frame) => frame.clientWidth") == 44
             await ann.shows_messages("choose", "paste", "drop", "")
-            ann.well_behaved()
-            bob.well_behaved()
 
     async def test_no_picture(self, memory_lan: Lan) -> None:
         """What is no picture is refused in words before it is sent; a text with a picture of itself is a text."""
@@ -7736,7 +7393,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.say("still here")
             await ann.shows_messages("still here")
         await memory_lan.serve(pictures=0)
-        async with window(memory_lan, place(memory_lan.daemons[-1]) + "/") as ann:
+        async with window(memory_lan) as ann:
             assert await ann.page.locator("#pick").is_hidden()
             await give(ann, "drop")
             await ann.shows("#log .notice", "This room takes no pictures.")
@@ -7744,7 +7401,6 @@ class TestPicturesInWindows(Transcripts):
     @pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1280, 800), ("dark", 390, 780)])
     async def test_large(self, memory_lan: Lan, scheme: str, width: int, height: int) -> None:
         """The log knows a picture's size before it comes; a tap shows it large, Escape leads back. axe has no fault."""
-        script = axe_core()
         looks: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
         held = asyncio.Event()
 
@@ -7756,7 +7412,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.page.route("**/pictures/*", hold)
             await give(ann, "drop")
             await ann.page.locator("#attached canvas").wait_for()
-            await find_nothing(ann, script, "attached")
+            await find_nothing(ann, f"picture-{scheme}-attached")
             await ann.keys("Enter")
             frame = ann.page.locator("#log .picture")
             before = await frame.bounding_box()
@@ -7768,8 +7424,7 @@ class TestPicturesInWindows(Transcripts):
             await frame.focus()
             await ann.page.keyboard.press("Enter")
             await ann.holds("viewer.open && large.naturalWidth === 1600")
-            assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
-            await find_nothing(ann, script, "large")
+            await find_nothing(ann, f"picture-{scheme}-large")
             await ann.page.keyboard.press("Escape")
             await ann.holds("!viewer.open && document.activeElement.className === 'picture'")
             assert await ann.page.locator("#log img").get_attribute("alt") == "Picture from Ann"
@@ -7913,9 +7568,7 @@ class TestNotesOnThePage(Transcripts):
     async def test_deletion(self, memory_lan: Lan) -> None:
         """Authors delete their own, hosts all, after one question; no page has the text any more, nor gets it."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 2) as (tess, ann):
-            await a_host(tess, memory_lan)
-            await ann.login("Ann")
+        async with windows(memory_lan, "★ Tess", "Ann") as (tess, ann):
             wall = await ann.tab("?view=projector")
             await told(bob, "something silly")
             await ann.shows("#log", "something silly")
@@ -7940,15 +7593,12 @@ class TestNotesOnThePage(Transcripts):
                 await page.shows(".notice", "All that was said before is deleted.")
                 await page.shows_messages()
             await ann.shows("#reply", "to a message that is not here any more")
-            for page in (ann, wall, tess):
-                page.well_behaved()
+            wall.well_behaved()
 
     async def test_hosts(self, memory_lan: Lan) -> None:
         """Hosts wear a badge that only the room gives; they pin, and their page and the wall sort by a sign."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 2) as (tess, ann):
-            await a_host(tess, memory_lan)
-            await ann.login("Ann")
+        async with windows(memory_lan, "★ Tess", "Ann") as (tess, ann):
             await tess.say("a word from the desk")
             await ann.shows("#log .message:has(.badge)", "a word from the desk")
             await told(bob, "Host", host=True)
@@ -7972,8 +7622,7 @@ class TestNotesOnThePage(Transcripts):
                 await page.holds("sorted.textContent.match(/question \\d/g).join() === 'question 2,question 1'")
                 await page.page.select_option("#sort", "")
                 assert await page.page.locator("#sorted").is_hidden()
-            for page in (ann, wall, tess):
-                page.well_behaved()
+            wall.well_behaved()
 
     async def test_fingers(self, memory_lan: Lan) -> None:
         """A message that a finger holds opens its menu, one pushed aside is replied to; all is 44 px high."""
@@ -8005,15 +7654,12 @@ class TestNotesOnThePage(Transcripts):
             await ann.shows("#reply", "to Bob: hold me")
             assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
 
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    @pytest.mark.parametrize("width", [1280, 390])
+    @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
     async def test_axe(self, width: int, scheme: str, memory_lan: Lan) -> None:
         """axe-core finds nothing to object to in signs, replies, what is deleted, the menu and the sorted messages."""
-        script = axe_core()
-        bob = await memory_lan.join("Bob")
-        look: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 844}}
-        async with windows(memory_lan, 1, reduced_motion="reduce", **look) as (tess,):
-            await a_host(tess, memory_lan)
+        bob, look = await memory_lan.join("Bob"), f"notes-{scheme}-{width}"
+        options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 844}}
+        async with windows(memory_lan, "★ Tess", reduced_motion="reduce", **options) as (tess,):
             seqs = [await told(bob, text) for text in ("who agrees?", "silly", "why?")]
             for answered in seqs[:2]:
                 await told(bob, f"to {answered}", re=answered)
@@ -8026,63 +7672,16 @@ class TestNotesOnThePage(Transcripts):
             await tess.shows("#log", "one's own reply")
             await tess.shows(".deleted", "deleted")
             await tess.page.locator("#log .quote").first.click()
-            await find_nothing(tess, script, "log")
+            await find_nothing(tess, f"{look}-log")
             await tess.page.evaluate(f"openMenu(shown.get({seqs[2]}))")
-            await find_nothing(tess, script, "menu")
+            await find_nothing(tess, f"{look}-menu")
             await tess.page.click("#menu .bad")
-            await find_nothing(tess, script, "question")
+            await find_nothing(tess, f"{look}-question")
             await tess.page.keyboard.press("Escape")
             await tess.page.select_option("#sort", "✋")
-            await find_nothing(tess, script, "sorted")
+            await find_nothing(tess, f"{look}-sorted")
             await (wall := await tess.tab("?view=projector")).shows("#log", "reply")
-            await find_nothing(wall, script, "wall")
-
-
-class TestPictures(Transcripts):
-    @slow
-    async def test_pictures(self, memory_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The page as people see it: to be looked at, in TORNCHAT_SCREENSHOTS or in pytest's folder."""
-        folder = Path(os.environ.get("TORNCHAT_SCREENSHOTS", tmp_path))
-        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
-        daemon = await memory_lan.serve(title="Class 5b", host="")
-        people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}
-        for name, text in (
-            ("Bob", "Good morning! Did everybody get in?"),
-            ("Bob", "The sheet for today: https://example.org/sheets/5b.pdf"),
-            ("小明", "大家好，我这边也可以了"),
-            ("Omar", "👍🎉"),
-            ("Omar", "@Ann can you show the line with `print` again?"),
-            ("Zoë", "مرحبا means hello"),
-        ):
-            await people[name].say(text)
-            await until_frame(people[name], "message", name=name, text=text)
-        views: dict[str, dict[str, Any]] = {
-            "desktop": {},
-            "phone": {"viewport": {"width": 390, "height": 780}, "has_touch": True, "device_scale_factor": 2},
-            "dark": {"color_scheme": "dark"},
-            "small": {"viewport": {"width": 320, "height": 560}},
-            "4k": {"viewport": {"width": 3840, "height": 2160}},
-        }
-        at = f"http://127.0.0.1:{daemon.port}/"
-        for name, options in views.items():
-            async with windows(memory_lan, 1, at=at, **options) as (ann,):
-                await ann.page.goto(ann.url)
-                await ann.page.screenshot(path=folder / f"{name}-login.png")
-                await ann.login("Ann" if name == "desktop" else f"Ann {name}")
-                await ann.say("Sure:\n```python\nfor name in names:\n    print(f'hello {name}')\n```")
-                await ann.shows("#log", "hello {name}")
-                await ann.page.screenshot(path=folder / f"{name}.png")
-                assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
-                await ann.page.click("#join")
-                await ann.shows("#address", "192.168.178.24")
-                await ann.holds("code.hidden || code.complete")
-                await ann.page.screenshot(path=folder / f"{name}-invitation.png")
-                wall = await ann.tab("?view=projector")
-                await wall.shows("#address", "192.168.178.24")
-                await wall.holds("code.hidden || code.complete")
-                await wall.page.screenshot(path=folder / f"{name}-projector.png")
-                ann.well_behaved()
-                wall.well_behaved()
+            await find_nothing(wall, f"{look}-wall")
 
 
 # === Many daemons, and faults =========================================================================================
@@ -8638,38 +8237,6 @@ class TestManyDaemons(Transcripts):
             assert proxy.cuts > 10
             await daemon.stop()
 
-    @slow
-    async def test_G8_one_line_a_change(
-        self, redis_server: RedisServer, redis_lan: Lan, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Redis gone, Redis silent, and its return each time are told: one log line each, none a try."""
-        async with Proxy(redis_server.port) as proxy:
-            daemon = await redis_lan.serve(redis_url=proxy.url)
-            ann = await redis_lan.join("Ann")
-
-            proxy.disappear()
-            await ann.expect("store", available=False)
-            await until(lambda: proxy.refused >= 5)
-            proxy.gone = False
-            await ann.expect("store", available=True)
-            proxy.talking.clear()
-            await ann.expect("store", available=False)
-            proxy.talking.set()
-            await ann.expect("store", available=True)
-            await ann.quiet()
-            assert state_lines(caplog) == ["away", "back", "away", "back"]
-            await daemon.stop()
-
-    async def test_a_slow_redis(self, redis_server: RedisServer, redis_lan: Lan) -> None:
-        """A Redis that takes 50 ms for each answer is slow, but not away."""
-        async with Proxy(redis_server.port) as proxy:
-            daemon = await redis_lan.serve(redis_url=proxy.url)
-            ann = await redis_lan.join("Ann")
-            proxy.delay = 0.05
-            await ann.say_many(20)
-            assert not ann.seen("store")
-            await daemon.stop()
-
     async def test_G2_a_daemon_is_killed(self, redis_lan: Lan) -> None:
         """kill -9 of a daemon: its people are at the other under their names, nothing lost, nobody left."""
         first = await redis_lan.run("-p", "0", "--rate", "0")
@@ -8792,36 +8359,44 @@ class TestManyDaemons(Transcripts):
         with socket.create_server(("127.0.0.1", urllib.parse.urlsplit(address).port or 0)):
             pass
 
-    @pytest.mark.parametrize("harm", ["full", "read-only"])
+    @pytest.mark.parametrize("harm", ["gone", "full", "read-only"])
     async def test_G8_a_redis_that_takes_nothing(
         self, harm: str, own_redis: RedisServer, own_lan: Lan, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A Redis that is full, or a replica: what is said is refused, reading goes on, and writing when it can."""
+        """Redis is killed, full, or a replica: what is said is refused, reading goes on, and writing when it can."""
         await own_lan.serve(confirm_seconds=0.5)
-        ann, bob = await own_lan.join("Ann"), await own_lan.join("Bob")
+        ann, bob, dan = await own_lan.join("Ann"), await own_lan.join("Bob"), await own_lan.join("Dan")
         await ann.say_many(3)
         await bob.expect_texts(1, 2, 3)
         with own_redis.client as client:
-            if harm == "full":
+            if harm == "gone":
+                own_redis.kill()
+            elif harm == "full":
                 client.config_set("maxmemory", 1)
             else:
                 client.replicaof("127.0.0.1", "1")
             cid = await ann.say("too much?")
-            await until_frame(ann, "refused", code="unavailable", cid=cid)
+            assert (await until_frame(ann, "refused", code="unavailable", cid=cid))["retry_after"] > 0
             assert ann.seen("store")[-1] == {"type": "store", "available": False}
-            carl = own_lan.browser()
-            assert (await carl.ask("Carl"))[0] == 503
+            assert (await own_lan.browser().fetch("/healthz")).code == 503
+            assert await verdict(own_lan.browser().ask("Carl")) == (503, "unavailable")
+            assert (await dan.fetch("/logout", form={})).code == 303
+            assert await dan.ended() == 4401
             there = await bob.tab().connect(after=0, epoch=bob.welcome["epoch"])
             await there.expect("welcome", recovered=True, seq=3)
             await there.expect("store", available=False)
             await there.expect_texts(1, 2, 3)
-            if harm == "full":
+            if harm == "gone":
+                own_redis.start()
+            elif harm == "full":
                 client.config_set("maxmemory", 0)
             else:
                 client.replicaof("NO", "ONE")
         await until_frame(ann, "store", available=True)
         await ann.say("too much?", cid)
-        await ann.expect("message", cid=cid, seq=4)
+        await until_frame(ann, "message", cid=cid, seq=4)
+        assert (await own_lan.browser().fetch("/healthz")).code == 200
+        await until(lambda: len(own_lan.daemons[0].room.roster) == 2)  # the logout was not forgotten
         lines = state_lines(caplog)
         assert lines == ["away", "back"] * (len(lines) // 2)
         assert len(lines) <= 4
@@ -9442,6 +9017,7 @@ class TestTerminal(Transcripts):
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert tornchat.who(client, "") == "here: Ann"
 
+    @slow
     async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
         daemon = await memory_lan.serve()
@@ -9496,6 +9072,7 @@ class TestTerminal(Transcripts):
         tess.keys("\x04")
         assert await tess.leaves() == 0
 
+    @slow
     async def test_who_is_no_host(self, memory_lan: Lan) -> None:
         """A wrong key is told, and what only hosts can do; authors delete what they said; answers say to whom."""
         daemon = await memory_lan.serve()
@@ -9595,6 +9172,7 @@ class TestTerminal(Transcripts):
             await asyncio.wait_for(joined, RETURN)
         assert room.events == [{}, "logout"]
 
+    @slow
     async def test_colours(self, memory_lan: Lan) -> None:
         """A name has its colour, the same in every window; with NO_COLOR there is none."""
         bob = await memory_lan.join("Bob")
@@ -9610,6 +9188,7 @@ class TestTerminal(Transcripts):
         assert len(colors[0]) == 1
         assert colors == [colors[0], colors[0], set()]
 
+    @slow
     async def test_in_chinese(self, memory_lan: Lan) -> None:
         """The client speaks the language of its user, and so does the room to it."""
         ann = await Terminal.run(memory_lan, "--name", "Ann", LANG="zh_CN.UTF-8")
@@ -9759,24 +9338,6 @@ class TestTerminal(Transcripts):
             assert await ann.leaves() == 0
 
     @slow
-    async def test_restarted_without_a_store(self, memory_lan: Lan) -> None:
-        """A restart that forgets everything is told; the client is back under its name, and says what was waiting."""
-        ann = await Terminal.run(memory_lan, "--name", "Ann")
-        ann.keys("hi\r")
-        await ann.shows("Ann: hi")
-        port = memory_lan.daemons[-1].port
-        await memory_lan.daemons[-1].stop()
-        await ann.shows("The server was stopped.")
-        ann.keys("still there?\r")
-        await ann.shows("Waiting for the connection · still there?")
-        await memory_lan.serve(port=port)
-        await ann.shows("The room has lost its history")
-        await ann.shows("Ann: still there?")
-        assert [message.encoded.fields()["text"] for message in memory_lan.daemons[-1].room.ring.kept] == [
-            "still there?"
-        ]
-
-    @slow
     @pytest.mark.parametrize("lasting", [False, True])
     async def test_the_name_was_taken_meanwhile(self, lasting: bool, redis_server: RedisServer) -> None:
         """Somebody else took the name while the room was away: the client says so and ends, the terminal as before."""
@@ -9800,6 +9361,7 @@ class TestTerminal(Transcripts):
             assert await ann.leaves() == 1
             assert re.search("^tornchat: .*“Ann”", ann.text, re.MULTILINE), ann.text
 
+    @slow
     async def test_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """While the store is away the client says so, and what is said waits until it is back."""
         daemon = await own_lan.serve()
@@ -9999,6 +9561,9 @@ class PageVoice(Voice):
     async def say(self, text: str) -> None:
         await self.window.say(text)
 
+    async def go(self) -> None:
+        """The browser is closed with the windows."""
+
     async def lines(self) -> list[str]:
         rows = "[...document.querySelectorAll('#log .message')]"
         lines: list[str] = await self.window.page.evaluate(
@@ -10013,7 +9578,7 @@ class TestEveryWayIn(Transcripts):
         """Two hundred messages from six kinds of programs: each program shows all of them, in the same order."""
         await lan.serve(history=200)
         ann = await lan.join("Ann")
-        async with windows(lan) as (first, second), contextlib.AsyncExitStack() as leaving:
+        async with windows(lan, "", "") as (first, second), contextlib.AsyncExitStack() as leaving:
             pages = PageVoice(lan, first, "Paula"), PageVoice(lan, second, "Quentin", "?transport=polling")
             voices = [*pages, TerminalClient(lan), Wscat(lan), Websockets(lan), Curl(lan)]
             for voice in voices:
@@ -10108,27 +9673,24 @@ class TestReadme(Transcripts):
         server = re.sub("ssl_certificate.*", "", server).replace("location / {", "location /chat/ {")
         server = server.replace("http://127.0.0.1:8888", f"http://127.0.0.1:{daemon.port}/")
         url = f"http://127.0.0.1:{port}/chat/"
-        async with nginx(tmp_path, server, port), windows(memory_lan, 2, at=url) as (ann, bob):
-            await ann.login("Ann")
-            bob.url += "?transport=polling"
-            await bob.page.goto(url)
-            await bob.login("Bob")
-            for speaker, hearer in ((ann, bob), (bob, ann)):
-                await speaker.say(f"hello, {hearer.url}")
-                await hearer.shows("#log", f"hello, {hearer.url}")
+        async with nginx(tmp_path, server, port), windows(memory_lan, "Ann", "Bob", at=url) as (ann, bob):
+            await bob.page.goto(f"{url}?transport=polling")
+            await bob.state("connected")
+            for speaker, hearer, text in ((ann, bob, "hello, Bob"), (bob, ann, "hello, Ann")):
+                await speaker.say(text)
+                await hearer.shows("#log", text)
             await ann.page.goto(url + "no/such/page")
             await ann.page.click("a")
             await ann.state("connected")
             await ann.page.evaluate("document.getElementById('logout').requestSubmit()")
             await ann.page.wait_for_url(url + "login")
-            problems = [problem for problem in ann.problems + bob.problems if "404" not in problem]
-            assert (problems, {request for request in ann.requests if not request.startswith(url)}) == ([], set())
+            ann.problems = [problem for problem in ann.problems if "404" not in problem]
 
     @slow
     async def test_lesson_in_javascript(self, memory_lan: Lan) -> None:
         """Pupils paste it into the console of the login page: they hear each other, and who can't come in reads why."""
         ann = await memory_lan.join("Ann")
-        async with windows(memory_lan, 3) as pupils:
+        async with windows(memory_lan, "", "", "") as pupils:
             printed = [console(pupil.page) for pupil in pupils]
             for pupil, name in zip(pupils, ("小 明", "Bob & co", "ann"), strict=True):
                 await pupil.page.goto(pupil.url + "login")
@@ -10525,7 +10087,7 @@ async def bench_page(rounds: int = 5) -> None:
     """Prints medians of what a browser needs: from the login to a usable chat, and to show 1,000 messages."""
     lan, usable, shown = Lan(Store("")), [], []
     address = await (await lan.run("-p", "0", "--rate", "0")).address()
-    async with windows(lan, rounds, at=address) as people:
+    async with windows(lan, *[""] * rounds, at=address) as people:
         for number, person in enumerate(people):
             await person.page.goto(address)
             await person.page.fill("#nickname", f"Ann {number}")
@@ -10560,9 +10122,6 @@ def main(*arguments: str) -> int:
         case ["attack", port, what]:
             with contextlib.suppress(TimeoutError):
                 asyncio.run(asyncio.wait_for(attack(int(port), FLOODS[what]), 60))
-        case ["echo", port]:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                asyncio.run(echo(int(port), monkeypatch))
         case ["write", url, room, name, count]:
             asyncio.run(write_messages(url, room, name, int(count)))
         case _:
