@@ -122,7 +122,7 @@ hypothesis.settings.load_profile("tornchat")
 # === The stage: what the tests are played on ==========================================================================
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip for want of a program on a newcomer's machine; fail where CI is set, for there nothing may be skipped."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed")
@@ -522,9 +522,8 @@ class Browser:
         self.drop()
         places = {"after": after, "epoch": epoch, **query}
         wanted = urllib.parse.urlencode({name: value for name, value in places.items() if value is not None})
-        request = HTTPRequest(
-            f"ws{self.url[4:]}/chat?{wanted}", headers=self.headers() | dict(headers or {}), ca_certs=self.certificates
-        )
+        told = self.headers() | dict(headers or {})
+        request = HTTPRequest(f"ws{self.url[4:]}/chat?{wanted}", headers=told, ca_certs=self.certificates)
         connecting = websocket_connect(request, subprotocols=subprotocols, max_message_size=2**24)
         self.socket = await asyncio.wait_for(connecting, RETURN)
         return self
@@ -643,25 +642,12 @@ class Program:
         return await cls.spawn([*python, *options], environ)
 
     @classmethod
-    async def spawn(
-        cls,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        *,
-        stdin: int = asyncio.subprocess.DEVNULL,
-        stdout: int = asyncio.subprocess.PIPE,
-        stderr: int = asyncio.subprocess.PIPE,
-    ) -> Self:
-        """Start it with these streams."""
-        keep = {
-            name: os.environ[name]
-            for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "VIRTUAL_ENV")
-            if name in os.environ
-        }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, env=keep | dict(environ), stdin=stdin, stdout=stdout, stderr=stderr
-        )
-        return cls(process)
+    async def spawn(cls, command: Sequence[str], environ: Mapping[str, str], **streams: Any) -> Self:
+        """Start it; where no stream is given it reads nothing, and what it prints comes through pipes."""
+        kept = ("PATH", "HOME", "LANG", "SYSTEMROOT", "VIRTUAL_ENV")
+        env = {name: os.environ[name] for name in kept if name in os.environ} | dict(environ)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+        return cls(await asyncio.create_subprocess_exec(sys.executable, *command, env=env, **streams))
 
     async def address(self) -> str:
         """The first address that it prints."""
@@ -673,9 +659,9 @@ class Program:
 
     async def logs(self, words: str) -> str:
         """The next line of its log with these words."""
-        while line := (await asyncio.wait_for(self.process.stderr.readline(), RETURN)).decode():
-            if re.search(words, line):
-                return line
+        while line := await asyncio.wait_for(self.process.stderr.readline(), RETURN):
+            if re.search(words, line.decode()):
+                return str(line.decode())
         pytest.fail(f"it ends without a word of {words}")
 
     async def ended(self) -> tuple[int, str, str]:
@@ -926,9 +912,7 @@ WRONG_FRAMES: dict[str, tuple[str | bytes, str]] = {
 ODD_CIDS = ("a b", "", "c" * 65, 7, None, "c\n", "\u0661", "~1")  # the last one is as the daemon makes them
 OURS = ("message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say")
 WRONG_FRAMES |= {kind: (json.dumps({"type": kind, "text": "hi", "names": ["Bob"]}), "bad-frame") for kind in OURS}
-WRONG_FRAMES |= {
-    f"cid {cid!r}": (json.dumps({"type": "say", "text": "hi", "cid": cid}), "bad-frame") for cid in ODD_CIDS
-}
+WRONG_FRAMES |= {f"{cid}": (json.dumps({"type": "say", "text": "hi", "cid": cid}), "bad-frame") for cid in ODD_CIDS}
 any_json = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["type", "text", "cid", "x"]), inner),
@@ -965,9 +949,7 @@ def confusable_characters() -> list[set[str]]:
         alike = {one.replace("\u200e", "") for one in (char, *(twin["c"] for twin in twins))}
         alike = alike.union(*(sets.get(one, ()) for one in alike))
         sets |= dict.fromkeys(alike, alike)
-    return [
-        {char for char in alike if len(char) == 1} for alike in {id(alike): alike for alike in sets.values()}.values()
-    ]
+    return [{char for char in alike if len(char) == 1} for alike in {id(each): each for each in sets.values()}.values()]
 
 
 def keys_beside(base: str, chars: set[str]) -> Iterable[tuple[tuple[str, str], tuple[str, str]]]:
@@ -1070,9 +1052,8 @@ class TestMessagesAndNames:
             return
         assert tornchat.clean_name(name) == name == " ".join(name.split())
         assert 1 <= len(name) <= 64
-        assert not re.search(
-            r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff]", name
-        )
+        unfit = r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff]"
+        assert not re.search(unfit, name)
         assert tornchat.name_key(name)
 
     @hypothesis.given(st.text("aAnNmMrvVwW01lIiİıοоО éеÉ\u0301２", min_size=1, max_size=12), st.data())
@@ -1734,10 +1715,8 @@ def filled_room(count: int, history: int = 100, first: int = 1) -> tornchat.Room
 
 
 def messages(first: int, last: int) -> list[tornchat.Event]:
-    return [
-        tornchat.Event("message", seq, 1000 * seq, "s", f"c{seq}", "Ann", f"{seq}", (1, seq, 0))
-        for seq in range(first, last + 1)
-    ]
+    seqs = range(first, last + 1)
+    return [tornchat.Event("message", seq, 1000 * seq, "s", f"c{seq}", "Ann", f"{seq}", (1, seq, 0)) for seq in seqs]
 
 
 def presence(kind: str, *names: str) -> list[tornchat.Event]:
@@ -2445,12 +2424,8 @@ class TestLogin(Transcripts):
         await ann.login("Ann")
         await eve.login("Eve")
         ours, hers, bad = ann.headers()["Cookie"], eve.headers()["Cookie"], f"{daemon.cookie}=bad"
-        for cookies, name in [
-            (f"{bad}; {ours}", "Ann"),
-            (f"{ours}; {bad}", "Ann"),
-            (f"{hers}; {ours}", "Ann"),
-            (f"{bad}; a=b; {hers}; {bad}", "Eve"),
-        ]:
+        among = f"{bad}; a=b; {hers}; {bad}", "Eve"
+        for cookies, name in [*((f"{one}; {ours}", "Ann") for one in (bad, hers)), (f"{ours}; {bad}", "Ann"), among]:
             page = text_of(await memory_lan.browser().fetch("/", Cookie=cookies))
             assert f'data-name="{name}"' in page
         for odd in ("; ".join(f"c{n}={n}" for n in range(500)), 'a="\\', "=;;;=; ,", "a=\xff", "$Version=1", "\xa0=x"):
@@ -2620,9 +2595,8 @@ class TestSocket(Transcripts):
         say = {"type": "say", "text": text, "cid": "c" * 64}
         await ann.send(json.dumps(say, ensure_ascii=True))
         await ann.expect("message", cid="c" * 64, text=text)
-        answer = await ann.fetch(
-            "/messages", "POST", body=json.dumps(say | {"cid": "d"}), Content_Type="application/json"
-        )
+        body = json.dumps(say | {"cid": "d"})
+        answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json")
         assert (answer.code, json.loads(answer.body)["text"]) == (201, text)
         assert (await ann.post(text))[0] == 201
 
@@ -2737,12 +2711,8 @@ class TestSocket(Transcripts):
         """?nickname= lets a script in without a cookie, or refuses it like the form: 4409 taken, 4403 for the rest."""
         await lan.serve(password="open")
         await lan.login("Ann", "open")
-        for nickname, password, code in [
-            ("Bob", "", 4403),
-            ("Bob", "wrong", 4403),
-            ("ann", "open", 4409),
-            ("x" * 30, "open", 4403),
-        ]:
+        odd = "x" * 30, "open", 4403
+        for nickname, password, code in [("Bob", "", 4403), ("Bob", "wrong", 4403), ("ann", "open", 4409), odd]:
             refused = await lan.browser().connect(nickname=nickname, password=password)
             assert (await refused.ended(), refused.seen("welcome")) == (code, [])
         bob = await lan.browser().connect(nickname="Bob", password="open")
@@ -3388,10 +3358,8 @@ def gif(*more: bytes, width: int = 8, height: int = 6, wide: int = 8) -> bytes:
 
 
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    body = b"WEBP" + b"".join(
-        kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for kind, body in chunks
-    )
-    return b"RIFF" + struct.pack("<I", len(body)) + body
+    parts = [kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for kind, body in chunks]
+    return b"RIFF" + struct.pack("<I", 4 + len(b"".join(parts))) + b"WEBP" + b"".join(parts)
 
 
 def canvas(width: int, height: int) -> tuple[bytes, bytes]:
@@ -3614,9 +3582,7 @@ class TestPictureStore(Transcripts):
         ann = await memory_lan.join("Ann")
         status, told = await upload(ann)
         assert (status, told["text"]) == (404, "This room takes no pictures.")
-        assert 'id="pick" class="plain" type="button" aria-label="Add a picture"\n      hidden' in text_of(
-            await ann.fetch("/")
-        )
+        assert re.search(r'<button id="pick"[^>]*\bhidden\b', text_of(await ann.fetch("/")))
 
     async def test_store_away(self, own_lan: Lan, own_redis: RedisServer) -> None:
         """While the store is away a picture is refused for now, and one that cannot be read isn't said to be gone."""
@@ -4147,11 +4113,7 @@ def everything_in(redis_server: RedisServer) -> str:
     client, found = redis_server.client, []
     for key in client.scan_iter("*"):
         kind = client.type(key)
-        read: dict[object, Callable[[Any], object]] = {
-            b"stream": client.xrange,
-            b"hash": client.hgetall,
-            b"string": client.get,
-        }
+        read: dict[Any, Any] = {b"stream": client.xrange, b"hash": client.hgetall, b"string": client.get}
         found.append(read[kind](key) if kind in read else b"")
     return "".join(f"{value!r}" for value in found)
 
@@ -4345,12 +4307,7 @@ class TestTranscript(Transcripts):
         assert lines == ["Bob: hi", "Bob: one", "    2026-01-01 10:00:00 Tess: forged★ Tess: forged",
                          "Bob (to Bob): yes", "★ Tess: well"]  # fmt: skip
         said = [json.loads(line) for line in text_of(await tess.fetch("/transcript?format=json")).split("\n") if line]
-        assert [(message["seq"], message["text"][:3]) for message in said] == [
-            (1, "hi"),
-            (2, "one"),
-            (4, "yes"),
-            (5, "wel"),
-        ]
+        assert [(told["seq"], told["text"][:3]) for told in said] == [(1, "hi"), (2, "one"), (4, "yes"), (5, "wel")]
 
     @pytest.mark.parametrize(
         ("option", "statuses"),
@@ -4477,9 +4434,8 @@ class TestSecurity(Transcripts):
         """No Host, two of them, or one that could be read in two ways opens nothing, in HTTP 1.0 as in 1.1."""
         await memory_lan.serve()
         lines = "".join(f"Host: {host}\r\n" for host in hosts)
-        answer = await exchange(
-            memory_lan.browser().port, f"GET /login HTTP/{version}\r\n{lines}\r\n".encode(), b"\r\n"
-        )
+        wish = f"GET /login HTTP/{version}\r\n{lines}\r\n".encode()
+        answer = await exchange(memory_lan.browser().port, wish, b"\r\n")
         assert answer.startswith(b"HTTP/1.1 %d " % status)
 
     async def test_an_absolute_address(self, memory_lan: Lan) -> None:
@@ -4637,11 +4593,8 @@ class TestSecurity(Transcripts):
     async def test_proxy_headers_of_a_stranger(self, memory_lan: Lan) -> None:
         """Without --trust-proxy nobody is believed about addresses, hosts and https."""
         await memory_lan.serve()
-        forged: dict[str, Any] = {
-            "X_Forwarded_For": "1.2.3.4",
-            "X_Forwarded_Proto": "https",
-            "X_Forwarded_Host": "evil.example",
-        }
+        forged: dict[str, Any] = {"X_Forwarded_For": "1.2.3.4", "X_Forwarded_Proto": "https"}
+        forged["X_Forwarded_Host"] = "evil.example"
         answer = await memory_lan.browser().fetch("/login", form={"nickname": ""}, Accept="application/json", **forged)
         assert json.loads(answer.body)["name"] == "guest-1"  # of 127.0.0.1
         assert "secure" not in answer.headers["Set-Cookie"].lower()
@@ -4656,9 +4609,8 @@ class TestSecurity(Transcripts):
 
     def test_a_proxy_on_another_machine(self) -> None:
         """Even with --trust-proxy, only a proxy on this machine is believed."""
-        request: Any = types.SimpleNamespace(
-            remote_ip="192.0.2.1", protocol="http", headers={"X-Forwarded-Proto": "https"}
-        )
+        headers = {"X-Forwarded-Proto": "https"}
+        request: Any = types.SimpleNamespace(remote_ip="192.0.2.1", protocol="http", headers=headers)
         tornchat.believe_proxy(request)
         assert (request.remote_ip, request.protocol) == ("192.0.2.1", "http")
 
@@ -4666,11 +4618,8 @@ class TestSecurity(Transcripts):
         """With --trust-proxy a proxy on this machine is believed: address, https, and a Host that must be allowed."""
         await memory_lan.serve(trust_proxy=True, allow_host=("chat.example.org",))
         browser = memory_lan.browser()
-        told: dict[str, Any] = {
-            "X_Forwarded_For": "198.51.100.7, 1.2.3.4",
-            "X_Forwarded_Proto": "https",
-            "X_Forwarded_Host": "chat.example.org",
-        }
+        told: dict[str, Any] = {"X_Forwarded_For": "198.51.100.7, 1.2.3.4", "X_Forwarded_Proto": "https"}
+        told["X_Forwarded_Host"] = "chat.example.org"
         answer = await browser.fetch("/login", form={"nickname": "Ann"}, Origin="https://chat.example.org", **told)
         assert answer.code == 303
         assert "secure" in answer.headers["Set-Cookie"].lower()
@@ -4712,9 +4661,7 @@ class TestSecurity(Transcripts):
 CLOSES = (0, 999, 1000, 1001, 1003, 1004, 1005, 1006, 1007, 1011, 1012, 1015, 1016, 2999, 3000, 4999, 5000, 65535)
 ODD_HEADERS = ["Origin", "Sec-Fetch-Site", "Accept", "Accept-Language", "X-Forwarded-For", "X-Forwarded-Proto"]
 ODD_HEADERS += ["X-Forwarded-Host", "If-None-Match", "Range", "Expect", "Sec-WebSocket-Protocol", "Content-Encoding"]
-MISCHIEF = (
-    "\x1b]0;owned\x07\x1b[31m\x9b31m\x7f\x00\x08\r\u202e\u2066\u200f\u061c\u2028"  # what must not reach a terminal
-)
+MISCHIEF = "\x1b]0;owned\x07\x1b[31m\x9b31m\x7f\x00\x08\r\u202e\u2066\u200f\u061c\u2028"  # not for a terminal
 STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 any_header = st.text(st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"), max_size=60)
 any_query = st.dictionaries(
@@ -4896,9 +4843,8 @@ class TestAttacks(Transcripts):
     async def test_the_protocol(self, memory_lan: Lan) -> None:
         """Good and bad frames are answered as plain Tornado answers them, with the same pongs and close frames."""
         ann = await memory_lan.login("Ann")
-        server = tornado.httpserver.HTTPServer(
-            tornado.web.Application([("/chat", Mute)], websocket_max_message_size=tornchat.FRAME_BYTES)
-        )
+        application = tornado.web.Application([("/chat", Mute)], websocket_max_message_size=tornchat.FRAME_BYTES)
+        server = tornado.httpserver.HTTPServer(application)
         (port,) = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server.add_socket(port)
         plain = f"http://127.0.0.1:{port.getsockname()[1]}"
@@ -5245,10 +5191,9 @@ class TestAttacks(Transcripts):
                     continue
                 answer = await memory_lan.ask_raw(method, path, {"Host": "localhost"} | more)
                 headers = dict(line.split(": ", 1) for line in answer.strip().split("\r\n")[1:])
-                assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(
-                    headers["Content-Security-Policy"].split("; ")
-                )
-                assert "unsafe" not in headers["Content-Security-Policy"]
+                policy = headers["Content-Security-Policy"]
+                assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+                assert "unsafe" not in policy
                 assert headers["X-Content-Type-Options"] == "nosniff"
                 assert (headers["Referrer-Policy"], headers["Server"]) == ("no-referrer", "tornchat")
                 if not path.startswith(("/style", "/chat.js", "/icon")) or " 200 " not in answer:
@@ -5496,11 +5441,9 @@ class TestStopping(Transcripts):
 
     async def test_a_start_that_fails_leaves_nothing(self) -> None:
         """A daemon that cannot start says why in one line and gives its port back."""
-        port = free_port()
+        port, url = free_port(), "redis://:hunter2@127.0.0.1:1/0"
         with pytest.raises(tornchat.FatalError) as why:
-            await tornchat.Daemon.start(
-                tornchat.Config(port=port, host="127.0.0.1", redis_url="redis://:hunter2@127.0.0.1:1/0", wait=0)
-            )
+            await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", redis_url=url, wait=0))
         assert "hunter2" not in str(why.value)
         assert "\n" not in str(why.value)
         with socket.create_server(("127.0.0.1", port)):
@@ -5517,9 +5460,8 @@ class TestOperator(Transcripts):
         daemon = await memory_lan.serve(host="0.0.0.0")
         lines = tornchat.banner(daemon.config, daemon.port, "key").splitlines()
         assert len(lines) < 15
-        assert re.findall(r"http://\S+", "\n".join(lines)) == [
-            f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")
-        ]
+        urls = [f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")]
+        assert re.findall(r"http://\S+", "\n".join(lines)) == urls
         assert tornchat.__version__ in lines[0]
         assert "memory" in "\n".join(lines)
         assert "Phones" in "\n".join(lines)
@@ -5531,10 +5473,8 @@ class TestOperator(Transcripts):
         banner = tornchat.banner(daemon.config, daemon.port, "key")
         assert re.findall(r"http://\S+", banner) == [daemon.url]
         assert redis_lan.store.url in banner
-        assert (
-            tornchat.store_name(tornchat.Config(redis_url="redis://user:hunter2@example.org:7000/3"))
-            == "redis://example.org:7000/3"
-        )
+        elsewhere = tornchat.Config(redis_url="redis://user:hunter2@example.org:7000/3")
+        assert tornchat.store_name(elsewhere) == "redis://example.org:7000/3"
 
     async def test_banner_with_a_certificate(self, tmp_path: Path, memory_lan: Lan) -> None:
         """A certificate is for a name: that address stands first, and no port where it is the one of https."""
@@ -5706,12 +5646,8 @@ class Page(html.parser.HTMLParser):
 
     @property
     def links(self) -> list[str]:
-        return [
-            attributes[name]
-            for _, attributes in self.elements
-            for name in ("href", "src", "action")
-            if name in attributes
-        ]
+        names = ("href", "src", "action")
+        return [attributes[name] for _, attributes in self.elements for name in names if name in attributes]
 
 
 async def pages(lan: Lan) -> tuple[Page, Page, str]:
@@ -5738,9 +5674,7 @@ class TestPages(Transcripts):
     async def test_ids(self, memory_lan: Lan) -> None:
         """Every element that the script asks for is there, and every label and description has its control."""
         login, chat, script = await pages(memory_lan)
-        asked = set(re.findall(r"getElementById\(['\"]([\w-]+)", script)) | set(
-            re.findall(r"querySelector\(['\"]#([\w-]+)", script)
-        )
+        asked = set(re.findall(r"(?:getElementById\(['\"]|querySelector\(['\"]#)([\w-]+)", script))
         for names in re.findall(r"const \{([^{}]*)\} = Object.fromEntries\(\[\.\.\.document", script):
             asked |= {name.split(":")[0].strip("' \n") for name in names.split(",")} - {""}
         assert asked
@@ -5796,11 +5730,8 @@ class TestPages(Transcripts):
         assert (size < 32_000) == packed
 
     def test_script_only_writes_text(self) -> None:
-        script = tornchat.ASSETS["chat.js"][1]
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|createContextualFragment",
-            script,
-        )
+        forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|createContextual"
+        assert not re.search(forbidden, tornchat.ASSETS["chat.js"][1])
 
     def test_words(self) -> None:
         """Every word has a text in each language, with the same values to fill in."""
@@ -5887,9 +5818,8 @@ class TestProcess(Transcripts):
 
     async def test_the_log_on_a_terminal(self, memory_lan: Lan) -> None:
         master, slave = pty.openpty()
-        program = memory_lan.add(
-            await Program.spawn([str(PROGRAM), "-p", "0", "--host", "127.0.0.1"], {}, stderr=slave)
-        )
+        command = [str(PROGRAM), "-p", "0", "--host", "127.0.0.1"]
+        program = memory_lan.add(await Program.spawn(command, {}, stderr=slave))
         await program.address()
         program.signal(signal.SIGTERM)
         assert await program.process.wait() == 0
@@ -5924,10 +5854,8 @@ class TestProcess(Transcripts):
 
     async def test_alone_in_an_empty_folder(self, tmp_path: Path, memory_lan: Lan) -> None:
         """The file alone is the whole program: nothing beside it is needed, nothing is left beside it."""
-        shutil.copy(PROGRAM, tmp_path / "tornchat.py")
-        program = memory_lan.add(
-            await Program.start("-p", "0", "--host", "127.0.0.1", python=(str(tmp_path / "tornchat.py"),))
-        )
+        copy = str(shutil.copy(PROGRAM, tmp_path))
+        program = memory_lan.add(await Program.start("-p", "0", "--host", "127.0.0.1", python=(copy,)))
         ann = await memory_lan.join("Ann", at=await program.address())
         await ann.quiet()
         assert os.listdir(tmp_path) == ["tornchat.py"]
@@ -6033,12 +5961,10 @@ class TestProcess(Transcripts):
 
 
 def chromium_path() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-    )
-    if not found:
-        missing("Chromium")
-    return found
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    return missing("Chromium")
 
 
 CHROMIUM_FLAGS = [
@@ -6070,9 +5996,8 @@ class Window:
         await self.page.goto(self.url)
         await self.page.fill("#nickname", name)
         await self.page.press("#nickname", "Enter")
-        await self.page.locator("#members", has_text=name).first.wait_for(
-            state="attached"
-        )  # on a phone it is in a drawer
+        # On a phone it is in a drawer.
+        await self.page.locator("#members", has_text=name).first.wait_for(state="attached")
         await self.state("connected")
 
     async def say(self, text: str) -> None:
@@ -6131,6 +6056,9 @@ class Window:
         except pytest.fail.Exception:
             pytest.fail(f"still not so: {expression}")
 
+    async def links(self) -> list[str]:
+        return list(await self.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)"))
+
     async def number(self, expression: str) -> float:
         return float(await self.page.evaluate(expression))
 
@@ -6152,9 +6080,8 @@ class Window:
         """Nothing in the console, but what a browser itself writes when a server is away; nothing from elsewhere."""
         expected = r"net::ERR_|WebSocket connection to|status of (401|503)" if restarts else r"(?!)"
         assert [problem for problem in self.problems if not re.search(expected, problem)] == []
-        assert [
-            url for url in self.requests if not url.startswith((self.url, "ws" + self.url[4:], "data:", "blob:"))
-        ] == []
+        ours = (self.url, "ws" + self.url[4:], "data:", "blob:")
+        assert [url for url in self.requests if not url.startswith(ours)] == []
 
 
 @contextlib.asynccontextmanager
@@ -6202,10 +6129,7 @@ class TestWindows(Transcripts):
             await bob.say("hi Ann")
             await ann.shows_messages(attack, "hi Ann")
             assert await bob.page.locator("#log img").count() == 0
-            links = bob.page.locator("#log a")
-            assert [await links.nth(n).get_attribute("href") for n in range(await links.count())] == [
-                "https://example.org/?a=b&c"
-            ]
+            assert await bob.links() == ["https://example.org/?a=b&c"]
 
     async def test_a_reload_keeps_all(self, lan: Lan) -> None:
         """A reload keeps name and history, and a draft; a taken name is refused with a free one filled in."""
@@ -6403,9 +6327,7 @@ class TestWriting(Transcripts):
             assert await ann.number("composer.getBoundingClientRect().bottom") <= 180
             assert await ann.number("scroller.clientHeight") > 45
             await ann.page.set_viewport_size({"width": 740, "height": 360})
-            closing = (
-                "const way = invite.querySelector('.close'); way.getBoundingClientRect().bottom < 360 && way.click()"
-            )
+            closing = "const it = invite.querySelector('.close'); it.getBoundingClientRect().bottom < 360 && it.click()"
             for close in (closing, ""):
                 await ann.page.click("#join")
                 await ann.holds("addresses.options.length > 1")
@@ -6489,10 +6411,9 @@ class TestReading(Transcripts):
             await bob.say("while away")
             await bob.say("and more")
             await ann.titled("(2) Den")
-            assert "unread" in (await ann.page.get_attribute("#icon", "href") or "")
-            assert (
-                await memory_lan.browser().fetch(str(await ann.page.get_attribute("#icon", "href")).removeprefix("."))
-            ).code == 200
+            icon = str(await ann.page.get_attribute("#icon", "href"))
+            assert "unread" in icon
+            assert (await memory_lan.browser().fetch(icon.removeprefix("."))).code == 200
             await ann.shows_messages("before", "while away", "and more")
             await ann.look()
             await ann.titled("Den")
@@ -6517,7 +6438,7 @@ class TestReading(Transcripts):
         bob = await memory_lan.join("\u05d1\u05d5\u05d1")
         async with window(memory_lan) as ann:
             await bob.say(
-                "see (https://example.org/a_(b)?c=1#d), or http://[::1]/ and javascript:alert(1) *not* <b>bold</b>"
+                "see (https://example.org/a_(b)?c=1#d), or http://[::1]/ and javascript:alert(1) *not* <b>b</b>"
             )
             await bob.say("run `ls -l` and\n```python\nif x:\n    y = '`https://no.link`'\n```\nthen `")
             await bob.say("👍🏽 👨‍👩‍👧 🇩🇪")
@@ -6525,10 +6446,7 @@ class TestReading(Transcripts):
             await bob.say("long " * 400)
             await bob.say("\u202eevil\u202c and \u2067rtl")
             await ann.shows("#log", "rtl")
-            assert await ann.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)") == [
-                "https://example.org/a_(b)?c=1#d",
-                "http://[::1]/",
-            ]
+            assert await ann.links() == ["https://example.org/a_(b)?c=1#d", "http://[::1]/"]
             for attribute, value in (("rel", "noopener noreferrer"), ("target", "_blank")):
                 assert await ann.page.get_attribute("#log a", attribute) == value
             assert await ann.texts("#log code") == ["ls -l", "if x:\n    y = '`https://no.link`'"]
@@ -6552,10 +6470,8 @@ class TestReading(Transcripts):
                 await bob.say(text)
             await bob.say("\n".join("x" * 2000))
             await ann.holds("shown.size === 4")
-            counts = await ann.page.eval_on_selector_all(
-                "#log .text", "all => all.map((text) => text.querySelectorAll('*').length)"
-            )
-            assert counts == [100, 100, 99, 0]
+            counted = "all => all.map((text) => text.querySelectorAll('*').length)"
+            assert await ann.page.eval_on_selector_all("#log .text", counted) == [100, 100, 99, 0]
             assert (await ann.messages())[0] == "x" * 100 + heavy[0][300:]
             assert (await ann.messages())[1] == heavy[1].strip()
             await wall.holds("shown.size === 4")
@@ -6569,11 +6485,7 @@ class TestReading(Transcripts):
             await bob.say("www.example.org/a, awww.b https://c.example/\u202egpj.exe \u202ehttps://d.example/")
             await ann.shows("#log", "awww.b")
             links = "#log a >> visible=true"
-            assert await ann.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)") == [
-                "http://www.example.org/a",
-                "https://c.example/",
-                "https://d.example/",
-            ]
+            assert await ann.links() == ["http://www.example.org/a", "https://c.example/", "https://d.example/"]
             assert await ann.texts(links) == ["www.example.org/a", "https://c.example/", "https://d.example/"]
             order = "a => { const range = new Range(); const at = (n) => { range.setStart(a.firstChild, n);"
             order += "range.setEnd(a.firstChild, n + 1); return range.getBoundingClientRect().left; };"
@@ -6940,7 +6852,7 @@ async def find_nothing(window: Window, where: str) -> None:
     assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
     if await window.page.evaluate("navigator.maxTouchPoints"):
         in_dialog = await window.page.locator("dialog[open]").count()  # a finger holds a message instead of its .more
-        controls = "dialog[open] :is(button, a, label)" if in_dialog else "button:not(.more)"
+        controls = "dialog[open] :is(button, label), #room a" if in_dialog else "button:not(.more)"
         for control in await window.page.locator(f":is({controls}):visible").all():
             box = await control.bounding_box()
             assert box
@@ -6987,10 +6899,7 @@ class TestEveryone(Transcripts):
             more_tags, more_attributes = map(set, await ann.page.evaluate(found))
             assert more_tags <= tags
             assert more_attributes <= attributes
-            assert all(
-                re.match("https?://", link)
-                for link in await ann.page.eval_on_selector_all("#log a", "a => a.map(b => b.href)")
-            )
+            assert all(re.match("https?://", link) for link in await ann.links())
             for attack in MARKUP[::6]:
                 await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
                 await ann.page.press("#nickname", "Enter")
@@ -8043,9 +7952,8 @@ class Witness(Recorder):
             self.say(cid)
 
     def say(self, cid: str) -> None:
-        self.feed.outbox.act(
-            self.member, tornchat.Act("message", {}, cid, self.said[cid]), functools.partial(self.told.__setitem__, cid)
-        )
+        done = functools.partial(self.told.__setitem__, cid)
+        self.feed.outbox.act(self.member, tornchat.Act("message", {}, cid, self.said[cid]), done)
 
     def say_refused(self) -> None:
         for cid in self.unconfirmed():
@@ -8097,9 +8005,8 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
             await person.join(person.feed)
 
     async def open_feed(self) -> tornchat.Feed:
-        config = tornchat.Config(
-            rate=0.0, tick_seconds=0.01, retry_seconds=0.01, block_seconds=0.01, repair_seconds=0.05, name_seconds=0.0
-        )
+        quick: dict[str, Any] = dict.fromkeys(("tick_seconds", "retry_seconds", "block_seconds"), 0.01)
+        config = tornchat.Config(rate=0.0, repair_seconds=0.05, name_seconds=0.0, **quick)
         connect = functools.partial(fakeredis.FakeAsyncRedis, server=self.server, protocol=2)
         return await open_feed(FaultyStore, connect, config)
 
@@ -8167,9 +8074,7 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def same() -> bool:
             for person in self.people:
                 person.say_refused()
-            rooms = {
-                (feed.room.epoch, feed.room.seq, feed.memory.last, len(feed.outbox.waiting)) for feed in self.feeds
-            }
+            rooms = {(it.room.epoch, it.room.seq, it.memory.last, len(it.outbox.waiting)) for it in self.feeds}
             length = await self.feeds[0].store.redis.xlen(self.feeds[0].store.feed)
             return len(rooms) == 1 and bool(length) and not any(person.unconfirmed() for person in self.people)
 
@@ -8622,9 +8527,8 @@ class Terminal(Program):
         command = [*python, "--join", at or place(await lan.open()), *options]
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         modes = termios.tcgetattr(slave)
-        program = await cls.spawn(
-            command, {"TERM": "xterm-256color"} | environ, stdin=slave, stdout=slave, stderr=slave
-        )
+        environ = {"TERM": "xterm-256color"} | environ
+        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
         program.master, program.slave, program.modes = master, slave, modes
         program.screen = pyte.HistoryScreen(columns, 24, history=5000)
         program.screen.write_process_input = program.keys  # where the cursor is, when it is asked
@@ -8678,7 +8582,7 @@ class Terminal(Program):
         code = await asyncio.wait_for(self.process.wait(), RETURN)
         assert termios.tcgetattr(self.slave) == self.modes
         self.on_output()
-        return code
+        return int(code)
 
     async def kill(self) -> None:
         await super().kill()
@@ -9064,9 +8968,7 @@ class TestTerminal(Transcripts):
         assert await run_to_end("--join", place(daemon)) == (0, "", "")
         tess.keys("/remove Ann\r")
         assert await ann.leaves() == 1
-        assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [
-            "tornchat: A host has removed you from the room for a while."
-        ]
+        assert "\ntornchat: A host has removed you from the room for a while.\n" in ann.text
         sentence = tornchat.WORDS["en"]["refused_removed-name"].format(name="Ann")
         assert sentence in await fails(1, "--join", place(daemon), "--name", "Ann")
         tess.keys("\x04")
@@ -9181,10 +9083,8 @@ class TestTerminal(Transcripts):
         plain = await Terminal.run(memory_lan, NO_COLOR="1")
         for terminal in (one, two, plain):
             await terminal.shows("Bob: hi")
-        colors = [
-            {cell.fg for line in terminal.screen.buffer.values() for cell in line.values()} - {"default"}
-            for terminal in (one, two, plain)
-        ]
+        lines = [terminal.screen.buffer.values() for terminal in (one, two, plain)]
+        colors = [{cell.fg for line in each for cell in line.values()} - {"default"} for each in lines]
         assert len(colors[0]) == 1
         assert colors == [colors[0], colors[0], set()]
 
@@ -9239,9 +9139,8 @@ class TestTerminal(Transcripts):
         daemon = await memory_lan.serve()
         bob = await memory_lan.join("Bob")
         command = f"tail -f /dev/null | {sys.executable} {PROGRAM} --join {place(daemon)} --name Ann | head -n 2"
-        shell = await asyncio.create_subprocess_exec(
-            *("sh", "-c", command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
+        pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        shell: Any = await asyncio.create_subprocess_exec("sh", "-c", command, start_new_session=True, **pipes)
         try:
             await bob.expect("joined", names=["Ann"])
             await bob.say_many(2)
@@ -9566,10 +9465,8 @@ class PageVoice(Voice):
 
     async def lines(self) -> list[str]:
         rows = "[...document.querySelectorAll('#log .message')]"
-        lines: list[str] = await self.window.page.evaluate(
-            f"{rows}.map((row) => `${{row.dataset.name}}: ${{row.querySelector('.text').textContent}}`)"
-        )
-        return lines
+        line = "`${row.dataset.name}: ${row.querySelector('.text').textContent}`"
+        return list(await self.window.page.evaluate(f"{rows}.map((row) => {line})"))
 
 
 class TestEveryWayIn(Transcripts):
@@ -9906,12 +9803,8 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
 async def bench_transports() -> None:
     """Each way in a room of its own, all at once."""
     logging.getLogger("tornado.application").disabled = True  # it tells of each request that is given up at the end
-    ways = (
-        bench_transport("short polling, 2 s", 0, 2),
-        bench_transport("long polling", 25),
-        bench_transport("WebSocket"),
-    )
-    await asyncio.gather(*ways)
+    polling = bench_transport("short polling, 2 s", 0, 2), bench_transport("long polling", 25)
+    await asyncio.gather(*polling, bench_transport("WebSocket"))
 
 
 async def write_messages(url: str, room: str, name: str, count: int) -> None:
@@ -10011,7 +9904,7 @@ FLOODS = {
 async def log_in(port: int, name: bytes, address: bytes = b"192.0.2.66") -> bytes:
     """Somebody of that address; the cookie."""
     form = request("POST /login", b"nickname=%b&password=open" % name).replace(b"192.0.2.66", address)
-    return re.findall(rb"(?i)set-cookie: ([^;]+)", await exchange(port, form, b"\r\n\r\n"))[0]
+    return bytes(re.findall(rb"(?i)set-cookie: ([^;]+)", await exchange(port, form, b"\r\n\r\n"))[0])
 
 
 async def attack(port: int, attack: Attack) -> None:
