@@ -5689,118 +5689,29 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # === Command line =====================================================================================================
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
-
-CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, and what isn't on the command line may be in the environment."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"tornchat: {message} (--help tells more)\n")
-
-    def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
-        """An option with a value, which may stand in one of these variables of the environment instead."""
-        variables = env.split()
-        help += f" [{', '.join(variables)}]" if env else ""
-        action = self.add_argument(*flags, type=type, help=help, **kwargs)
-        self.variables[action.dest] = variables, type
-
-    def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
-        """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
-        variables, kind = self.variables[dest]
-        for name in filter(environ.get, variables):
-            try:
-                return {dest: kind(environ[name])}
-            except argparse.ArgumentTypeError as error:
-                self.error(f"environment variable {name}: {error}")
-        return {}
+# What the value of an option must be: each of these raises ArgumentTypeError with the reason.
 
 
-def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+def number(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    def convert(value: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (number := kind(value)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number from {least} to {most}")
 
-    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
-    """
-    parser = Parser(
-        prog="tornchat.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    add_options(parser)
-    settings = vars(parser.parse_args(argv))
-    for dest in CLIENT_SETTINGS if "join" in settings else parser.variables:
-        if dest not in settings:
-            settings |= parser.from_environment(dest, environ)
-    settings.setdefault("name", user_name(environ))
-    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
-    config = Config(**settings)
-    if config.workers > 1 and not config.redis_url:
-        parser.error("--workers needs a Redis (--redis-url), where the workers meet")
-    if config.workers > 1 and not hasattr(os, "fork"):
-        parser.error("--workers needs a Unix system")
-    if config.workers > 1 and not Path(__file__).is_file():
-        parser.error("--workers needs tornchat.py as a file, which each of them can read")
-    if config.keyfile and not config.certfile:
-        parser.error("--keyfile needs --certfile")
-    if environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join):
-        parser.error("environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password")
-    return config
+    return convert
 
 
-def add_options(parser: Parser) -> None:
-    """All options. A setting without flag and variable is what Config says."""
-    option, switch = parser.option, parser.add_argument
-    # fmt: off
-    option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
-           help="port to listen on, 0 = any free one; default 8888, or the next free one")
-    option("--host", metavar="ADDR", env="TORNCHAT_HOST", type=host_address, help="address to bind; default all")
-    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", type=room_title,
-           help="name of the room on every page; default tornchat")
-    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", type=text, help="asked at login; default none")
-    option("--redis-url", metavar="URL", env="REDIS_URL", type=redis_url,
-           help="redis://, rediss:// or unix://; default none: messages are kept in memory")
-    option("--room", metavar="NAME", env="TORNCHAT_ROOM", type=room_name,
-           help="which room of that Redis; default lobby")
-    option("--history", metavar="N", env="TORNCHAT_HISTORY", type=history_length,
-           help="messages shown to a newcomer; default 100")
-    option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
-           help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
-    option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
-           help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
-           help="a public name under which the room may be opened; repeatable, or with commas")
-    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
-           metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
-    option("--workers", metavar="N", env="TORNCHAT_WORKERS", type=worker_count,
-           help="that many processes on one port; more than 1 needs a Redis; default 1")
-    option("--wait", metavar="SECONDS", env="TORNCHAT_WAIT", type=patience,
-           help="for a Redis that doesn't answer yet at the start; default 30")
-    option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
-    option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
-           help="who may download what was said: host, everyone or off; default host")
-    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
-           "only")
-    option("--join", metavar="URL", type=room_url,
-           help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
-           "--history is how many earlier messages are shown")
-    option("--name", metavar="NAME", type=text, help="with --join: the nickname; default [USER]")
-    switch("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
-    switch("-v", "--verbose", action="count", help="log requests; twice: everything")
-    # fmt: on
-    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+def one_of(meanings: Mapping[str, Any]) -> Callable[[str], Any]:
+    def convert(value: str) -> Any:
+        if value.lower() in meanings:
+            return meanings[value.lower()]
+        raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(meanings)}")
+
+    return convert
 
 
-# What the value of an option must be. Each of these raises ArgumentTypeError with the reason.
+yes_or_no = one_of(dict.fromkeys(("1", "yes", "true", "on"), True) | dict.fromkeys(("0", "no", "false", "off"), False))
 
 
 def text(value: str) -> str:
@@ -5819,36 +5730,6 @@ def host_address(value: str) -> str:
     raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host")
 
 
-def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
-    with contextlib.suppress(ValueError):
-        if least <= (value := kind(text)) <= most:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
-
-
-port_number = functools.partial(number_between, least=0, most=65535, kind=int)
-worker_count = functools.partial(number_between, least=1, most=64, kind=int)
-history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
-picture_megabytes = functools.partial(number_between, least=0, most=100_000, kind=int)
-message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
-patience = functools.partial(number_between, least=0, most=86400, kind=float)
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() in ("1", "yes", "true", "on"):
-        return True
-    if text.lower() in ("0", "no", "false", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-
-
-def transcript_readers(value: str) -> str:
-    """Raises ArgumentTypeError."""
-    if value not in ("host", "everyone", "off"):
-        raise argparse.ArgumentTypeError(f"{value!r} is neither host, everyone nor off")
-    return value
-
-
 def room_title(value: str) -> str:
     if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
@@ -5862,10 +5743,10 @@ def room_name(value: str) -> str:
     return text(value)
 
 
-def host_names(text: str) -> list[str]:
-    names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
+def host_names(value: str) -> list[str]:
+    names = [host_name(name) for name in map(str.strip, value.split(",")) if name]
     if not names or "" in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
+        raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host, or several with commas")
     return names
 
 
@@ -5880,15 +5761,15 @@ def redis_url(value: str) -> str:
     raise argparse.ArgumentTypeError("malformed: redis://host:port/db expected, or rediss://, or unix:///path")
 
 
-def room_url(text: str) -> str:
+def room_url(value: str) -> str:
     """The address of a room, as its routes begin.
 
     People leave out the scheme, and then mean our default port; or they copy the address of a page.
     """
     with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        parts = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
         scheme = {"http": "http", "ws": "http", "https": "https", "wss": "https"}.get(parts.scheme)
-        port = f":{parts.port}" if parts.port else "" if "://" in text else f":{DEFAULT_PORT}"
+        port = f":{parts.port}" if parts.port else "" if "://" in value else f":{DEFAULT_PORT}"
         if scheme and re.fullmatch(r"[\w.-]+|[0-9a-f:.]+(%\w+)?", parts.hostname or "") and "@" not in parts.netloc:
             host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
             path = urllib.parse.quote(re.sub(r"/(login|chat)?$", "", parts.path), safe="/%")
@@ -5896,10 +5777,109 @@ def room_url(text: str) -> str:
     raise argparse.ArgumentTypeError("malformed: http://host:8888/ expected, or https://, or host:port")
 
 
-def user_name(environ: Mapping[str, str]) -> str:
-    """The user's name on this machine, if the room can take it; root, for one, comes as a guest."""
-    with contextlib.suppress(Refused):
-        return clean_name(environ.get("USER", ""))
+# Each option with a value: flags, metavar, its variables in the environment, what the value must be, help. A setting
+# without flag and variable is what Config says.
+# fmt: off
+OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
+    ("-p --port", "N", "TORNCHAT_PORT PORT", number(0, 65535),
+     "port to listen on, 0 = any free one; default 8888, or the next free one"),
+    ("--host", "ADDR", "TORNCHAT_HOST", host_address, "address to bind; default all"),
+    ("--title", "TEXT", "TORNCHAT_TITLE", room_title, "name of the room on every page; default tornchat"),
+    ("--password", "TEXT", "TORNCHAT_PASSWORD", text, "asked at login; default none"),
+    ("--redis-url", "URL", "REDIS_URL", redis_url,
+     "redis://, rediss:// or unix://; default none: messages are kept in memory"),
+    ("--room", "NAME", "TORNCHAT_ROOM", room_name, "which room of that Redis; default lobby"),
+    ("--history", "N", "TORNCHAT_HISTORY", number(0, RING_MESSAGES), "messages shown to a newcomer; default 100"),
+    ("--rate", "N", "TORNCHAT_RATE", number(0, 1_000_000, float),
+     "messages per second and session, burst 5 times that, 0 = no limit; default 2"),
+    ("--pictures", "MB", "TORNCHAT_PICTURES", number(0, 100_000),
+     "so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32"),
+    ("--allow-host", "NAME", "TORNCHAT_ALLOW_HOST", host_names,
+     "a public name under which the room may be opened; repeatable, or with commas"),
+    ("--trust-proxy", "yes", "TORNCHAT_TRUST_PROXY", yes_or_no,
+     "believe X-Forwarded-For, -Proto and -Host from a proxy on this machine"),
+    ("--workers", "N", "TORNCHAT_WORKERS", number(1, 64),
+     "that many processes on one port; more than 1 needs a Redis; default 1"),
+    ("--wait", "SECONDS", "TORNCHAT_WAIT", number(0, 86400, float),
+     "for a Redis that doesn't answer yet at the start; default 30"),
+    ("--certfile", "FILE", "", text, "certificate (PEM) to serve https with"),
+    ("--keyfile", "FILE", "", text, "its key, where that is a file of its own"),
+    ("--transcript", "WHO", "TORNCHAT_TRANSCRIPT", one_of({who: who for who in ("host", "everyone", "off")}),
+     "who may download what was said: host, everyone or off; default host"),
+    ("--secret", "TEXT", "TORNCHAT_SECRET", text, "signs the cookies; default: made up"),
+    ("--host-key", "TEXT", "TORNCHAT_HOST_KEY", text,
+     "whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal only"),
+    ("--join", "URL", "", room_url, "talk in that room instead of serving one: http://host:8888/, or host:port; "
+     "the password as above, and --history is how many earlier messages are shown"),
+    ("--name", "NAME", "", text, "with --join: the nickname; default [USER]"),
+)
+# fmt: on
+SPECIAL: dict[str, dict[str, Any]] = {
+    "--allow-host": {"action": "extend"},
+    "--trust-proxy": {"nargs": "?", "const": True},
+}
+CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+
+    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tornchat",
+        usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    variables = add_options(parser)
+    settings = vars(parser.parse_args(argv))
+    for setting in CLIENT_SETTINGS if "join" in settings else variables:
+        names, kind = variables[setting]
+        name = next(filter(environ.get, names), "")
+        if name and setting not in settings:
+            try:
+                settings[setting] = kind(environ[name])
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"environment variable {name}: {error}")
+    with contextlib.suppress(Refused):  # root, for one, comes as a guest
+        settings.setdefault("name", clean_name(environ.get("USER", "")))
+    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
+    config = Config(**settings)
+    if reason := contradiction(config, environ):
+        parser.error(reason)
+    return config
+
+
+def add_options(parser: argparse.ArgumentParser) -> dict[str, tuple[list[str], Callable[[str], Any]]]:
+    """For each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    variables = {}
+    for flags, metavar, env, kind, words in OPTIONS:
+        names = env.split()
+        words += f" [{', '.join(names)}]" if names else ""
+        special = SPECIAL.get(flags, {})
+        action = parser.add_argument(*flags.split(), metavar=metavar, type=kind, help=words, **special)
+        variables[action.dest] = names, kind
+    parser.add_argument("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
+    parser.add_argument("-v", "--verbose", action="count", help="log requests; twice: everything")
+    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+    return variables
+
+
+def contradiction(config: Config, environ: Mapping[str, str]) -> str:
+    """What is wrong with settings that don't go together; "" if nothing is."""
+    if config.workers > 1 and not config.redis_url:
+        return "--workers needs a Redis (--redis-url), where the workers meet"
+    if config.workers > 1 and not hasattr(os, "fork"):
+        return "--workers needs a Unix system"
+    if config.workers > 1 and not Path(__file__).is_file():
+        return "--workers needs tornchat.py as a file, which each of them can read"
+    if config.keyfile and not config.certfile:
+        return "--keyfile needs --certfile"
+    if environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join):
+        return "environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password"
     return ""
 
 
@@ -5918,16 +5898,13 @@ class LogHandler(logging.StreamHandler[TextIO]):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.INFO or record.name == log.name:
             return True
-        place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
-        now = time.monotonic()
+        place, now = (record.pathname, record.lineno, record.exc_info and record.exc_info[0]), time.monotonic()
         last, left_out = self.places.get(place, (-math.inf, 0))
-        if now - last < 1:
-            self.places[place] = last, left_out + 1
-            return False
-        self.places[place] = now, 0
-        if left_out:
+        due = now - last >= 1
+        self.places[place] = (now, 0) if due else (last, left_out + 1)
+        if due and left_out:
             record.msg = f"{record.msg} (and {left_out} more like this)"
-        return True
+        return due
 
 
 def configure_logging(config: Config) -> None:
