@@ -9403,9 +9403,8 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
 
 def client_of(url: str = "http://h/", *, at_a_screen: bool = False) -> tornchat.Client:
     """A client in this process, which prints what it hears."""
-    config = tornchat.Config(join=url)
-    client = tornchat.Client(config, "en")
-    client.view = tornchat.Screen(client, config, colors=False) if at_a_screen else tornchat.Lines(client, config)
+    client = tornchat.Client(tornchat.Config(join=url), "en")
+    client.view = tornchat.Screen(client, colors=False) if at_a_screen else tornchat.Lines(client)
     return client
 
 
@@ -9648,7 +9647,7 @@ class TestTerminal(Transcripts):
             assert all(words in shown for words in told.split("|")), (frame, shown)
         assert shown == ""
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
-        assert tornchat.who(client, "") == "here: Ann"
+        assert client.people(9) == "here: Ann"
 
     async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
@@ -9757,7 +9756,7 @@ class TestTerminal(Transcripts):
         messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
                     for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
         client = client_of()
-        for known in (WELCOME | {"host": True, "seq": 3}, *messages):
+        for known in (WELCOME | {"hosts": ["Ann"], "seq": 3}, *messages):
             client.receive(json.dumps(known))
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
@@ -9766,7 +9765,8 @@ class TestTerminal(Transcripts):
             [frame] if isinstance(frame, dict) else []
         )
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
-        assert typed.partition(" ")[0] in tornchat.help(client, "")
+        assert tornchat.obey(client, "/help")
+        assert typed.partition(" ")[0] in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("code", "retry_after", "over"),
@@ -9815,7 +9815,7 @@ class TestTerminal(Transcripts):
         async with StandIn(WELCOME) as room:
             client = client_of(room.url)
             await client.connect()
-            client.connected, connection = True, client.socket and client.socket.protocol
+            client.state, connection = "js_state_connected", client.socket and client.socket.protocol
             assert isinstance(connection, tornado.websocket.WebSocketProtocol13)
             connection._abort()
             client.say("hi")

@@ -5020,12 +5020,17 @@ def print_out(config: Config, text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor spoil the exit code
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Nobody reads it any more: Python's own flush at the end must not spoil the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes). A command is a row of COMMANDS, or of ACTS.
+# to a Screen (a person at a terminal) or to Lines (pipes).
 
 RETRY_SECONDS = 10  # the longest pause between two tries
 PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
@@ -5055,17 +5060,14 @@ class Client:
     view: Lines
 
     def __init__(self, config: Config, language: str) -> None:
-        self.url, self.name, self.password = config.join or "", config.name, config.password
-        self.host_key = config.host_key
-        self.history = config.history
-        self.language, self.words = language, WORDS[language]
+        self.config, self.language, self.words = config, language, WORDS[language]
+        self.url, self.name = config.join or "", config.name
         self.headers = {"Accept": "application/json", "Accept-Language": language}
         self.let_in = False  # the room knows our session
         self.clock_ahead = 0.0  # the room's clock, of ours, in s
         self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
-        self.connected: bool | None = None  # None: for the first time
-        self.restarting = self.store_away = False
+        self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = 0  # up to this seq it is history
@@ -5076,16 +5078,16 @@ class Client:
         self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
         self.hold_until = 0.0  # nothing is said before, in s of time.monotonic ...
         self.hold_reason = ""  # ... because of a host, in words
-        self.is_host, self.hosts = False, list[str]()
+        self.hosts: list[str] = []
         self.mode: Mapping[str, Any] = OPEN_MODE
         self.recent: dict[int, tuple[str, str]] = {}  # seq -> author and beginning
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     async def log_in(self) -> None:
         """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
-        if self.host_key:
+        if self.config.host_key:
             await self.become_host()
-        answer = await self.fetch("login", "POST", nickname=self.name, password=self.password)
+        answer = await self.fetch("login", "POST", nickname=self.name, password=self.config.password)
         fields = parse_any(answer.body)
         if answer.code >= 500:
             raise OSError(fields.get("text", answer.reason))
@@ -5104,7 +5106,7 @@ class Client:
 
     async def become_host(self) -> None:
         """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch(host_path(self.host_key))
+        answer = await self.fetch(host_path(self.config.host_key))
         if answer.code >= 400 and not self.epoch:
             raise FatalError(self.words["term_no_host"])
         if answer.code >= 400:  # the room was restarted, and has another key
@@ -5127,6 +5129,10 @@ class Client:
 
     # --- connection ---
 
+    @property
+    def connected(self) -> bool:
+        return self.state in ("js_state_connected", "js_state_away")
+
     async def keep_connected(self) -> NoReturn:
         """Connects, again and again. Raises FatalError."""
         while True:
@@ -5139,7 +5145,6 @@ class Client:
                     raise self.unreachable(error) from None
             else:
                 await self.receive_all()
-            self.connected = False
             self.update()
             await self.backoff()
 
@@ -5171,7 +5176,7 @@ class Client:
             self.let_in = False
         if not self.epoch:
             raise self.unreachable(ConnectionError(reason or "silence"))
-        self.restarting |= code == 1001
+        self.state = "js_state_restarting" if code == 1001 else "js_state_waiting"
 
     def no_room(self, reason: str) -> FatalError:
         return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
@@ -5197,8 +5202,8 @@ class Client:
                 self.on_refused(frame)
             case {"type": "note" | "cleared" | "muted" | "mode" | "hosts"}:
                 self.on_act(frame)
-            case {"type": "store", "available": bool(available)}:
-                self.store_away, self.hold_until = not available, 0
+            case {"type": "store", "available": bool(available)} if self.connected:
+                self.state, self.hold_until = "js_state_connected" if available else "js_state_away", 0
             case {"type": "time", "ts": int(ts)} if ts in TIMES:
                 self.clock_ahead = ts / 1000 - time.time()
             case _ if not self.epoch:
@@ -5209,11 +5214,8 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.is_host = frame.get("host") is True
         self.on_act({"type": "hosts", "names": frame.get("hosts")})
-        self.connected = self.let_in = True
-        self.restarting = self.store_away = False
-        self.hold_until = 0
+        self.state, self.let_in, self.hold_until = "js_state_connected", True, 0
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
@@ -5223,7 +5225,7 @@ class Client:
                 if not first:
                     self.on_act({"type": "cleared", "seq": cleared})
         if first:
-            self.skipped = frame["seq"] - self.history
+            self.skipped = frame["seq"] - self.config.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
             self.view.notice(f"{title} · {self.people(NAMES_IN_LINE)} · {hint}", minor=True)
         if frame["reset"]:
@@ -5261,11 +5263,10 @@ class Client:
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
-        names = [shown(str(name)) for name in frame["names"] if name != self.name]
-        for name in names:
-            self.members.pop(name, None)
+        names = dict.fromkeys(shown(str(name)) for name in frame["names"] if name != self.name)
+        self.members = {name: None for name in self.members if name not in names}
         if frame["type"] == "joined":
-            self.members |= dict.fromkeys(names)
+            self.members |= names
         if names:
             self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
@@ -5285,20 +5286,35 @@ class Client:
             self.view.notice(reason)
 
     def on_act(self, frame: Mapping[str, Any]) -> None:
-        """A host, or an author, did something."""
-        if words := act_words(frame, self.words, self.recent):
-            self.view.notice(words, minor="counts" in frame)
+        """A host, or somebody with a message, did something: tells it, and takes note of it."""
+        words, told = self.words, ""
+        by = shown(f"{frame['by']}: ") if "by" in frame else ""
         match frame:
-            case {"kind": "delete", "to": int(seq)}:
-                self.recent.pop(seq, None)
-            case {"type": "cleared", "seq": int(seq)}:
-                self.recent = {n: message for n, message in self.recent.items() if n > seq}
-            case {"type": "mode", "talk": str(talk), "every": int(every), "door": str(door)}:
-                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
-            case {"type": "muted"}:
+            case {"kind": "delete", "to": int(seq)} if message := self.recent.pop(seq, None):
+                told = words["term_deleted"].format(name=message[0])
+            case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in self.recent:
+                signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
+                told = f"{signs} · {': '.join(self.recent[seq])}"
+            case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
+                told = words["term_pinned"].format(name=shown(name), text=text)
+            case {"kind": "pin", "message": None}:
+                told = words["term_unpinned"]
+            case {"type": "cleared", "seq": int(last)}:
+                self.recent = {seq: message for seq, message in self.recent.items() if seq > last}
+                told = by + words["js_cleared"]
+            case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
                 self.hold_until = 0
+                clock = f"{datetime.datetime.fromtimestamp(until / 1000):%H:%M}"
+                told = words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=clock)
+            case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
+                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
+                told = by + words["js_locked" if talk == "hosts" else "js_unlocked"]
+                told += f" {words['js_slow'].format(n=every)}" if every else ""
+                told += f" {words['js_door_closed']}" if door == "closed" else ""
             case {"type": "hosts", "names": [*names]}:
                 self.hosts = [shown(str(name)) for name in names]
+        if told:
+            self.view.notice(told, minor="counts" in frame)
 
     # --- outbox ---
 
@@ -5311,8 +5327,8 @@ class Client:
 
     def update(self) -> None:
         """After whatever has changed: says what can be said, and lets everybody know."""
-        ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
-        if ready and self.outbox and not self.in_flight and self.socket:
+        ready = self.state == "js_state_connected" and time.monotonic() >= self.hold_until
+        if ready and self.outbox and not self.in_flight:
             self.in_flight, text = next(iter(self.outbox.items()))
             self.hold_reason = ""
             self.send({"type": "say", "text": text, "cid": self.in_flight})
@@ -5345,65 +5361,28 @@ class Client:
         """By the room's clock, in our time zone."""
         return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
 
-    def state(self) -> str:
-        """The word for how the connection is."""
-        if self.connected:
-            return "js_state_away" if self.store_away else "js_state_connected"
-        if self.connected is None:
-            return "js_state_connecting"
-        return "js_state_restarting" if self.restarting else "js_state_waiting"
-
-
-def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
-    """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
-    by = shown(f"{frame['by']}: ") if "by" in frame else ""
-    match frame:
-        case {"kind": "delete", "to": int(seq)} if seq in recent:
-            return words["term_deleted"].format(name=recent[seq][0])
-        case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in recent:
-            signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
-            return f"{signs} · {': '.join(recent[seq])}"
-        case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
-            return words["term_pinned"].format(name=shown(name), text=text)
-        case {"kind": "pin", "message": None}:
-            return words["term_unpinned"]
-        case {"type": "cleared"}:
-            return by + words["js_cleared"]
-        case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
-            clock = datetime.datetime.fromtimestamp(until / 1000)
-            return words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
-        case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
-            keys = ["js_locked" if talk == "hosts" else "js_unlocked"]
-            keys += ["js_slow"] * (every > 0) + ["js_door_closed"] * (door == "closed")
-            return by + " ".join(words[key].format(n=every) for key in keys)
-    return ""
-
 
 # --- what the user asks for ---
 
 
-def obey(client: Client, text: str) -> bool:
+def obey(client: Client, typed: str) -> bool:
     """Says what was typed, or does what stands after a slash. Whether the user wants to stay."""
-    command, _, rest = text.strip().partition(" ")
-    if command in COMMANDS:
-        client.view.notice(COMMANDS[command](client, rest.strip()))
-    elif command in ACTS:
-        act(client, command, rest.strip())
-    elif command == "/quit":
-        return False
-    elif re.match("/(?!/)", command):
-        client.view.notice(client.words["term_no_command"].format(command=shown(command)))
-    elif command:
-        client.say(text.removeprefix("/"))
+    command, _, rest = typed.strip().partition(" ")
+    match command:
+        case "/quit":
+            return False
+        case "/who":
+            client.view.notice(client.people(client.count))
+        case "/help":
+            is_host = client.name in client.hosts
+            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+        case "/time":
+            client.view.notice(room_time(client, rest.strip()))
+        case _ if re.match("/(?!/)", command):
+            ask(client, command, rest.strip())
+        case _ if command:
+            client.say(typed.removeprefix("/"))
     return True
-
-
-def who(client: Client, rest: str) -> str:
-    return client.people(client.count)
-
-
-def help(client: Client, rest: str) -> str:
-    return client.words["term_help"] + ("\n" + client.words["term_help_host"] if client.is_host else "")
 
 
 def room_time(client: Client, wish: str) -> str:
@@ -5417,50 +5396,49 @@ def room_time(client: Client, wish: str) -> str:
     return client.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
 
 
-def act(client: Client, command: str, rest: str) -> None:
+def ask(client: Client, command: str, rest: str) -> None:
     """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
-    if not client.connected:
-        client.view.notice(client.words[client.state()])
-        return
     try:
-        client.send(ACTS[command](client, rest) | {"cid": secrets.token_hex(12)})
+        frame = act_frame(client, command, rest)
     except ValueError:
-        client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
+        lines = client.words["term_help_host"].splitlines()
+        usage = [line for line in lines if command in re.findall("/[a-z-]+", line)]
+        client.view.notice(*usage or [client.words["term_no_command"].format(command=shown(command))])
+    else:
+        if client.connected:
+            client.send(frame | {"cid": secrets.token_hex(12)})
+        else:
+            client.view.notice(client.words[client.state])
 
 
-def note_frame(client: Client, name: str, **fields: Any) -> dict[str, Any]:
-    """The frame for something that is done to the last message of somebody, or of all. Raises ValueError for none."""
-    wanted = name_key(name)
-    to = max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == wanted)
-    return {"type": "note", "to": to, **fields}
+def act_frame(client: Client, command: str, rest: str) -> dict[str, Any]:
+    """The frame for a command; ValueError where there is none, or what stands behind it makes no sense."""
+    match [command, *rest.split()]:
+        case ["/delete-last", *_]:
+            return {"type": "note", "kind": "delete", "to": last_message(client, rest or client.name)}
+        case ["/pin" | "/unpin", *_]:
+            return {"type": "note", "kind": "pin", "to": last_message(client, rest), "value": command == "/pin"}
+        case ["/mute", *name, minutes]:
+            return {"type": "mute", "name": " ".join(name), "seconds": 60 * int(minutes)}
+        case ["/remove", *_]:
+            return {"type": "remove", "name": rest, "seconds": REMOVE_SECONDS}
+        case ["/lock"]:
+            return {"type": "mode", "talk": "hosts"}
+        case ["/open"]:
+            return {"type": "mode", "talk": "everyone"}
+        case ["/slow", seconds]:
+            return {"type": "mode", "every": int(seconds)}
+        case ["/door"]:
+            return {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"}
+        case ["/clear", "yes"]:  # it can't be undone
+            return {"type": "clear"}
+    raise ValueError(command)
 
 
-def mute_frame(client: Client, rest: str) -> dict[str, Any]:
-    name, _, minutes = rest.rpartition(" ")
-    return {"type": "mute", "name": name.strip(), "seconds": 60 * int(minutes)}
-
-
-def clear_frame(client: Client, rest: str) -> dict[str, Any]:
-    """Raises ValueError where it isn't meant: it can't be undone."""
-    if rest != "yes":
-        raise ValueError
-    return {"type": "clear"}
-
-
-COMMANDS = {"/who": who, "/help": help, "/time": room_time}
-# What becomes a frame; ValueError where what stands behind the command makes no sense.
-ACTS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
-    "/delete-last": lambda client, name: note_frame(client, name or client.name, kind="delete"),
-    "/pin": lambda client, name: note_frame(client, name, kind="pin", value=True),
-    "/unpin": lambda client, _: note_frame(client, "", kind="pin", value=False),
-    "/mute": mute_frame,
-    "/remove": lambda client, name: {"type": "remove", "name": name, "seconds": REMOVE_SECONDS},
-    "/lock": lambda client, _: {"type": "mode", "talk": "hosts"},
-    "/open": lambda client, _: {"type": "mode", "talk": "everyone"},
-    "/slow": lambda client, seconds: {"type": "mode", "every": int(seconds)},
-    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"},
-    "/clear": clear_frame,
-}
+def last_message(client: Client, name: str) -> int:
+    """The seq of the last message of somebody; of all for "". Raises ValueError for none."""
+    key = name_key(name)
+    return max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == key)
 
 
 # === Terminal views ===================================================================================================
@@ -5516,12 +5494,10 @@ def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_colu
 class Lines:
     """Pipes: a line of stdin is said, a message is a line of stdout; whatever else there is to know goes to stderr."""
 
-    def __init__(self, client: Client, config: Config) -> None:
-        self.client, self.config, self.words = client, config, client.words
-        self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
-        self.hold_reason = ""  # the one that was told last
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
+    def __init__(self, client: Client) -> None:
+        self.client, self.config, self.words = client, client.config, client.words
+        self.state, self.hold_reason = "js_state_connected", ""  # that were told last
+        self.leaving = asyncio.Event()
 
     def said(self, frame: Mapping[str, Any]) -> str:
         """Who says it, with the badge of a host, to whom, and what."""
@@ -5536,7 +5512,7 @@ class Lines:
         try:
             print(lines_for(sys.stdout, self.said(frame)), flush=True)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            discard_stdout()
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
@@ -5546,7 +5522,7 @@ class Lines:
 
     def update(self) -> None:
         """Tells when the connection is lost, and when it is back; and why a host lets nobody write."""
-        if (state := self.client.state()) not in (self.state, "js_state_connecting"):
+        if (state := self.client.state) not in (self.state, "js_state_connecting"):
             self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
@@ -5563,39 +5539,29 @@ class Lines:
     def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
         with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
-            for line in read_lines():
-                asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
+            with contextlib.suppress(OSError):
+                for line in open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False):  # noqa: SIM115
+                    asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
             loop.call_soon_threadsafe(self.leaving.set)
 
     async def on_line(self, line: str) -> None:
         """Says it and waits until that is confirmed, or does what a person asks for who types it."""
-        if not sys.stdin.isatty():
-            if line.strip():
-                self.client.say(line)
-                await self.client.idle.wait()
-        elif not obey(self.client, line):
-            self.leaving.set()
-
-
-def read_lines() -> Iterator[str]:
-    """The lines of stdin, each as soon as it is there. Of one that is too long to be said, only its beginning."""
-    if sys.stdin is None:
-        return
-    with contextlib.suppress(OSError), open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as pipe:
-        while line := pipe.readline(2 * TEXT_CHARS):
-            yield line
-            while line and not line.endswith("\n"):
-                line = pipe.readline(2 * TEXT_CHARS)
+        if sys.stdin.isatty():
+            if not obey(self.client, line):
+                self.leaving.set()
+        elif line.strip():
+            self.client.say(line)
+            await self.client.idle.wait()
 
 
 class Screen(Lines):
     """A person at a terminal: prompt_toolkit edits what is typed, and keeps it below what is printed."""
 
-    def __init__(self, client: Client, config: Config, *, colors: bool) -> None:
+    def __init__(self, client: Client, *, colors: bool) -> None:
         """Raises ModuleNotFoundError where prompt_toolkit isn't installed."""
         import prompt_toolkit.patch_stdout  # type: ignore[import-not-found,unused-ignore]
 
-        super().__init__(client, config)
+        super().__init__(client)
         self.colors, self.day = colors, client.now().date()
         self.tools: Any = prompt_toolkit
         keys = prompt_toolkit.key_binding.KeyBindings()
@@ -5633,7 +5599,7 @@ class Screen(Lines):
 
     def update(self) -> None:
         """Below what is being typed: what is wrong, and what isn't sent yet."""
-        texts, state = [*self.client.outbox.values()], self.client.state()
+        texts, state = [*self.client.outbox.values()], self.client.state
         rows = [self.words[state]] if state != "js_state_connected" else []
         why = (self.client.connected and self.client.hold_reason) or self.words[WAITS.get(state, "js_waiting")]
         rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
@@ -5652,14 +5618,13 @@ class Screen(Lines):
                 await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
 
 
-def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> Lines:
-    view = Lines(client, config)
+def choose_view(client: Client, environ: Mapping[str, str]) -> Lines:
     if os.isatty(0) and os.isatty(1) and environ.get("TERM") != "dumb":
         try:
-            return Screen(client, config, colors=not environ.get("NO_COLOR"))
+            return Screen(client, colors=not environ.get("NO_COLOR"))
         except ModuleNotFoundError:
-            view.notice(client.words["term_plain"])
-    return view
+            Lines(client).notice(client.words["term_plain"])
+    return Lines(client)
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
@@ -5670,14 +5635,12 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
         await client.log_in()
     except UNREACHED as error:
         raise client.unreachable(error) from None
-    client.view = choose_view(client, config, environ)
+    client.view = choose_view(client, environ)
+    ends = client.keep_connected(), client.view.read(), stop_on_signals().wait()
+    tasks = [asyncio.create_task(end) for end in ends]
     try:
-        stop = stop_on_signals()
-        tasks = [asyncio.create_task(task) for task in (client.keep_connected(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
     finally:
         await client.log_out()
     if client.outbox:
