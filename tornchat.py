@@ -257,7 +257,7 @@ ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
 FULL_LOG_SECONDS = 60  # between two lines that say it is full
-WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
+WORKER_PAUSE_SECONDS = 1  # between two starts of a worker that dies young
 WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
 
 
@@ -4852,13 +4852,13 @@ class Daemon:
         """Tells everybody, and gives them a moment to close; who doesn't is cut off."""
         for handler in tuple(self.sockets):
             handler.shut(1001, "stopping")
-        for poll in tuple(self.room.listeners):
-            poll.shut(1001, "stopping")
+        for listener in tuple(self.room.listeners):
+            listener.shut(1001, "stopping")
         deadline = time.monotonic() + 0.5
         while (self.sockets or self.room.listeners) and time.monotonic() < deadline:  # noqa: ASYNC110 - short, and once
             await asyncio.sleep(0.01)
-        for listener in tuple(self.sockets):
-            listener.stream.close()
+        for handler in tuple(self.sockets):
+            handler.stream.close()
         await self.server.close_all_connections()
 
 
@@ -4941,8 +4941,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
 
 
 async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
-    """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
-    pause = Backoff(WORKER_PAUSE_SECONDS)
+    """Starts a worker, and another one whenever it has ended, but not twice within WORKER_PAUSE_SECONDS."""
     environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
     while True:
         began = time.monotonic()
@@ -4958,9 +4957,7 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
         finally:  # we may have been cancelled
             await end_worker(worker)
         log.error("worker %d has ended with code %d: another one is started", number, code)
-        if time.monotonic() - began > WORKER_PAUSE_SECONDS:
-            pause.reset()
-        await pause()
+        await asyncio.sleep(began + WORKER_PAUSE_SECONDS - time.monotonic())
 
 
 async def end_worker(worker: asyncio.subprocess.Process) -> None:
@@ -5655,7 +5652,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # What the value of an option must be: each of these raises ArgumentTypeError with the reason.
 
 
-def number(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+def within(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
     def convert(value: str) -> float:
         with contextlib.suppress(ValueError):
             if least <= (number := kind(value)) <= most:
@@ -5744,7 +5741,7 @@ def room_url(value: str) -> str:
 # without flag and variable is what Config says.
 # fmt: off
 OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
-    ("-p --port", "N", "TORNCHAT_PORT PORT", number(0, 65535),
+    ("-p --port", "N", "TORNCHAT_PORT PORT", within(0, 65535),
      "port to listen on, 0 = any free one; default 8888, or the next free one"),
     ("--host", "ADDR", "TORNCHAT_HOST", host_address, "address to bind; default all"),
     ("--title", "TEXT", "TORNCHAT_TITLE", room_title, "name of the room on every page; default tornchat"),
@@ -5752,18 +5749,18 @@ OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
     ("--redis-url", "URL", "REDIS_URL", redis_url,
      "redis://, rediss:// or unix://; default none: messages are kept in memory"),
     ("--room", "NAME", "TORNCHAT_ROOM", room_name, "which room of that Redis; default lobby"),
-    ("--history", "N", "TORNCHAT_HISTORY", number(0, RING_MESSAGES), "messages shown to a newcomer; default 100"),
-    ("--rate", "N", "TORNCHAT_RATE", number(0, 1_000_000, float),
+    ("--history", "N", "TORNCHAT_HISTORY", within(0, RING_MESSAGES), "messages shown to a newcomer; default 100"),
+    ("--rate", "N", "TORNCHAT_RATE", within(0, 1_000_000, float),
      "messages per second and session, burst 5 times that, 0 = no limit; default 2"),
-    ("--pictures", "MB", "TORNCHAT_PICTURES", number(0, 100_000),
+    ("--pictures", "MB", "TORNCHAT_PICTURES", within(0, 100_000),
      "so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32"),
     ("--allow-host", "NAME", "TORNCHAT_ALLOW_HOST", host_names,
      "a public name under which the room may be opened; repeatable, or with commas"),
     ("--trust-proxy", "yes", "TORNCHAT_TRUST_PROXY", yes_or_no,
      "believe X-Forwarded-For, -Proto and -Host from a proxy on this machine"),
-    ("--workers", "N", "TORNCHAT_WORKERS", number(1, 64),
+    ("--workers", "N", "TORNCHAT_WORKERS", within(1, 64),
      "that many processes on one port; more than 1 needs a Redis; default 1"),
-    ("--wait", "SECONDS", "TORNCHAT_WAIT", number(0, 86400, float),
+    ("--wait", "SECONDS", "TORNCHAT_WAIT", within(0, 86400, float),
      "for a Redis that doesn't answer yet at the start; default 30"),
     ("--certfile", "FILE", "", text, "certificate (PEM) to serve https with"),
     ("--keyfile", "FILE", "", text, "its key, where that is a file of its own"),
