@@ -5051,6 +5051,11 @@ def parse_any(raw: str | bytes) -> dict[str, Any]:
     return {}
 
 
+def quoted(text: str) -> str:
+    text = shown(text)
+    return text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "…"
+
+
 class Client:
     """One session in a room: it comes back after every loss, where it was, and what isn't confirmed is said again."""
 
@@ -5176,7 +5181,7 @@ class Client:
         self.state = "js_state_restarting" if code == 1001 else "js_state_waiting"
 
     def no_room(self, reason: str) -> FatalError:
-        return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
+        return FatalError(self.words["term_no_room"].format(url=self.url, reason=quoted(reason)))
 
     def unreachable(self, error: Exception) -> FatalError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -5247,7 +5252,8 @@ class Client:
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
-            self.recent[seq] = name, shown(self.text_of(frame))[:QUOTED_CHARS]
+            self.recent[seq] = name, quoted(self.text_of(frame))
+            self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
 
@@ -5347,7 +5353,7 @@ class Client:
         return self.outbox.pop(str(cid), "")
 
     def report_unsent(self, text: str, reason: str) -> None:
-        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
+        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {quoted(text)}")
 
     def people(self, most: int) -> str:
         names = [f"{HOST_MARK} {name}" if name in self.hosts else name for name in [*self.members][:most]]
@@ -5495,6 +5501,7 @@ class Lines:
         self.client, self.config, self.words = client, client.config, client.words
         self.state, self.hold_reason = "js_state_connected", ""  # that were told last
         self.leaving = asyncio.Event()
+        self.typed = os.isatty(0)  # by a person, who has commands and is told who comes and goes
 
     def said(self, frame: Mapping[str, Any]) -> str:
         """Who says it, with the badge of a host, to whom, and what."""
@@ -5513,7 +5520,7 @@ class Lines:
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.config.verbose or not minor:
+        if self.typed or self.config.verbose or not minor:
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
@@ -5542,8 +5549,8 @@ class Lines:
             loop.call_soon_threadsafe(self.leaving.set)
 
     async def on_line(self, line: str) -> None:
-        """Says it and waits until that is confirmed, or does what a person asks for who types it."""
-        if sys.stdin.isatty():
+        """Says it and waits until that is confirmed, or does what a person asks for."""
+        if self.typed:
             if not obey(self.client, line):
                 self.leaving.set()
         elif line.strip():
