@@ -9433,8 +9433,10 @@ class TestTerminal(Transcripts):
                 with pytest.raises(tornchat.FatalError, match="There is no tornchat at"):
                     await tornchat.join(tornchat.Config(join=room.url), {})
 
-    @pytest.mark.parametrize("refused", ["/login", "/chat"])
-    @pytest.mark.parametrize("status", ["404 No\x85t\x9b2J", "503 \x9b2J", "200 \x1b[2J", "7"])
+    @pytest.mark.parametrize(
+        ("refused", "status"),
+        [("/login", "404 No\x85t\x9b2J"), ("/login", "7"), ("/chat", "503 \x9b2J"), ("/chat", "200 \x1b[2J")],
+    )
     async def test_G10_an_odd_answer(self, refused: str, status: str) -> None:
         """Nor does what it answers instead of HTTP as it should be steer the terminal."""
 
