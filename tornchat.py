@@ -4971,17 +4971,6 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
         await worker.wait()
 
 
-def wake_on_signals() -> None:
-    """Lets a signal wake the loop. Python calls handlers between two instructions: without this, one that comes after
-    the last instruction before the loop waits is not heard before the wait is over.
-    """
-    if os.name == "posix":  # elsewhere asyncio does it
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        asyncio.get_running_loop().add_reader(read_end, os.read, read_end, 4096)
-        signal.set_wakeup_fd(write_end)
-
-
 def stop_on_signals() -> asyncio.Event:
     """What the first signal to stop sets; the second one ends the process."""
     loop = asyncio.get_running_loop()
@@ -5455,11 +5444,6 @@ WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
 
 
-def safe(text: str) -> str:
-    """What others wrote, for a terminal: of its controls only newlines are left."""
-    return STEERING.sub("", text.replace("\t", INDENT))
-
-
 def most_columns(text: str) -> int:
     """What it takes at the most, whichever terminal draws it."""
     return sum(1 if char.isascii() else 2 for char in text)
@@ -5486,12 +5470,13 @@ def wrap(text: str, columns: int, width: Callable[[str], int]) -> list[str]:
 
 
 def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_columns) -> str:
-    """Text of others as it may be written there: a terminal is left nothing to wrap by itself."""
+    """Text of others as it may be written there, without controls; a terminal is left nothing to wrap by itself."""
+    text = STEERING.sub("", text.replace("\t", INDENT))
     try:
         columns = os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:  # it is no terminal
-        return safe(text).replace("\n", f"\n{INDENT}")
-    return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
+        return text.replace("\n", f"\n{INDENT}")
+    return "\n".join(wrap(text, max(columns - 1, 12), width))
 
 
 class Lines:
@@ -5893,7 +5878,8 @@ def configure_logging(config: Config) -> None:
 
 async def run(config: Config) -> None:
     """Talks in a room, serves one, or keeps workers that do. Raises FatalError."""
-    wake_on_signals()
+    if os.name == "posix":  # where the loop handles a signal of its own, each wakes it: Python's handlers don't
+        asyncio.get_running_loop().add_signal_handler(signal.SIGURG, lambda: None)
     if config.join:
         await join(config, os.environ)
     elif config.workers > 1 and not config.inherited:
