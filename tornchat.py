@@ -133,18 +133,13 @@ except ModuleNotFoundError:
 REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40")
 
 
-def is_installed(requirement: str) -> bool:
-    """Whether there is such a package, new enough."""
-    name, floor = requirement.split(">=")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        installed, needed = (re.findall(r"\d+", text)[:3] for text in (importlib.metadata.version(name), floor))
-        return list(map(int, installed)) >= list(map(int, needed))
-    return False
+def version_numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)[:3]]
 
 
 try:
-    unmet = [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]
-    if unmet:
+    installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
+    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -4563,19 +4558,23 @@ def banner(config: Config, port: int, host_key: str) -> str:
     """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
     for a person at a terminal: what goes elsewhere may be a log that others read.
     """
-    urls, terminal = lan_urls(config, port), sys.stdout is not None and sys.stdout.isatty()
-    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    urls, here, terminal = (
+        lan_urls(config, port),
+        local_url(config, port),
+        sys.stdout is not None and sys.stdout.isatty(),
+    )
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
-    lines = [
-        f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
-        f"  on this machine  {local_url(config, port)}{moved}",
-        *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
-        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
-        *([f"  for the host     {local_url(config, port)}{host_path(host_key)}"] if terminal else []),
-        f"  messages         {kept}",
-    ]
+    rows = [("on this machine", here + moved), *(("on the network", url) for url in urls[:BANNER_URLS])]
+    if len(urls) > BANNER_URLS:
+        rows.append(("", f"and {len(urls) - BANNER_URLS} more"))
+    if terminal:
+        rows.append(("for the host", here + host_path(host_key)))
+    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    rows.append(("messages", kept))
     if config.workers > 1:
-        lines.append(f"  workers          {config.workers} processes")
+        rows.append(("workers", f"{config.workers} processes"))
+    lines = [f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}"]
+    lines += [f"  {what:<17}{told}" for what, told in rows]
     if urls:
         lines += [
             "  Phones cannot connect? They need the same Wi-Fi,",
@@ -5210,11 +5209,10 @@ class Client:
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
-        match frame:
-            case {"cleared": int(cleared)} if cleared > self.after:
-                self.after, self.at = cleared, 0
-                if not first:
-                    self.on_act({"type": "cleared", "seq": cleared})
+        if isinstance(cleared := frame.get("cleared"), int) and cleared > self.after:
+            self.after, self.at = cleared, 0
+            if not first:
+                self.on_act({"type": "cleared", "seq": cleared})
         if first:
             self.skipped = frame["seq"] - self.config.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
