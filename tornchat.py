@@ -4558,11 +4558,8 @@ def banner(config: Config, port: int, host_key: str) -> str:
     """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
     for a person at a terminal: what goes elsewhere may be a log that others read.
     """
-    urls, here, terminal = (
-        lan_urls(config, port),
-        local_url(config, port),
-        sys.stdout is not None and sys.stdout.isatty(),
-    )
+    urls, here = lan_urls(config, port), local_url(config, port)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
     rows = [("on this machine", here + moved), *(("on the network", url) for url in urls[:BANNER_URLS])]
     if len(urls) > BANNER_URLS:
@@ -4673,13 +4670,7 @@ class Door(socket.socket):
         raise BlockingIOError
 
     def full(self) -> bool:
-        """Whether only the spare descriptors are left: the system gives the lowest free number first."""
-        if resource is None:
-            return len(self.visitors.open) >= SELECT_SOCKETS - SPARE_FILES
-        lowest_free = os.dup(self.fileno())
-        os.close(lowest_free)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
+        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4903,13 +4894,21 @@ async def serve(config: Config) -> None:
     log.info("stopped")
 
 
+def file_limit() -> float:
+    """How many files and connections this process may have open."""
+    if resource is None:
+        return SELECT_SOCKETS
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
 def raise_file_limit() -> None:
     """Lets the process have as many connections as the system allows; a shell's own limit is often 1,024."""
     if resource is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
-    while soft != resource.RLIM_INFINITY and soft < wanted:
+    while file_limit() < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return
