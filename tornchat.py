@@ -5074,8 +5074,10 @@ class Client:
 
     async def log_in(self) -> None:
         """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
-        if self.config.host_key:
-            await self.become_host()
+        if (key := self.config.host_key) and (await self.fetch(host_path(key))).code >= 400:
+            if not self.epoch:
+                raise FatalError(self.words["term_no_host"])
+            self.view.notice(self.words["term_no_host"])  # the room was restarted, and has another key
         answer = await self.fetch("login", "POST", nickname=self.name, password=self.config.password)
         fields = parse_any(answer.body)
         if answer.code >= 500:
@@ -5092,14 +5094,6 @@ class Client:
         with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
             date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
             self.clock_ahead = date.timestamp() + 0.5 - time.time()
-
-    async def become_host(self) -> None:
-        """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch(host_path(self.config.host_key))
-        if answer.code >= 400 and not self.epoch:
-            raise FatalError(self.words["term_no_host"])
-        if answer.code >= 400:  # the room was restarted, and has another key
-            self.view.notice(self.words["term_no_host"])
 
     async def fetch(self, path: str, method: str = "GET", **form: str) -> tornado.httpclient.HTTPResponse:
         body = urllib.parse.urlencode(form) if method == "POST" else None
@@ -5411,10 +5405,8 @@ def act_frame(client: Client, command: str, rest: str) -> dict[str, Any]:
             return {"type": "mute", "name": " ".join(name), "seconds": 60 * int(minutes)}
         case ["/remove", *_]:
             return {"type": "remove", "name": rest, "seconds": REMOVE_SECONDS}
-        case ["/lock"]:
-            return {"type": "mode", "talk": "hosts"}
-        case ["/open"]:
-            return {"type": "mode", "talk": "everyone"}
+        case ["/lock" | "/open"]:
+            return {"type": "mode", "talk": "hosts" if command == "/lock" else "everyone"}
         case ["/slow", seconds]:
             return {"type": "mode", "every": int(seconds)}
         case ["/door"]:
