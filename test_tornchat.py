@@ -9802,6 +9802,18 @@ class TestTerminal(Transcripts):
             await ann.prompts()
             assert "You are" not in ann.text
 
+    @slow
+    @pytest.mark.parametrize("python", [(str(PROGRAM),), WITHOUT_PROMPT_TOOLKIT], ids=["prompt_toolkit", "plain"])
+    async def test_leaving_before_it_is_sent(self, python: Sequence[str], memory_lan: Lan) -> None:
+        """Who leaves before the room has confirmed everything waits a few seconds for it, and is told then."""
+        async with StandIn(WELCOME) as room:
+            ann = await Terminal.run(memory_lan, "--name", "Ann", at=room.url, python=python)
+            await ann.shows("here: Ann")
+            ann.keys("hi\r/quit\r")
+            await room.hears("say")
+            assert await ann.leaves() == 0
+        assert "Messages that could not be sent: 1" in ann.text
+
     async def test_where_it_goes_on(self) -> None:
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""
         message = {"type": "message", "name": "Bob", "text": "hi", "seq": 1001, "ts": 1795166143321}

@@ -5508,11 +5508,16 @@ class Lines:
             self.hold_reason = reason
             self.notice(reason)
 
+    async def run(self) -> None:
+        """Says what comes, until it ends and all is confirmed; a person waits for that only so long."""
+        await self.read()
+        if self.client.outbox or not self.typed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS if self.typed else None)
+
     async def read(self) -> None:
-        """Says what comes, until it ends and all is confirmed."""
         threading.Thread(target=self.read_stdin, args=[asyncio.get_running_loop()], daemon=True).start()
         await self.leaving.wait()
-        await self.client.idle.wait()
 
     def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
@@ -5587,13 +5592,9 @@ class Screen(Lines):
         self.session.app.invalidate()
 
     async def read(self) -> None:
-        """Until the user leaves and has been heard."""
         with self.tools.patch_stdout.patch_stdout(raw=True), contextlib.suppress(EOFError, KeyboardInterrupt):
             while obey(self.client, await self.session.prompt_async(handle_sigint=False)):
                 pass
-        if self.client.outbox:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
 
 
 def choose_view(client: Client, environ: Mapping[str, str]) -> Lines:
@@ -5614,7 +5615,7 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
     except UNREACHED as error:
         raise client.unreachable(error) from None
     client.view = choose_view(client, environ)
-    ends = client.keep_connected(), client.view.read(), stop_on_signals().wait()
+    ends = client.keep_connected(), client.view.run(), stop_on_signals().wait()
     tasks = [asyncio.create_task(end) for end in ends]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
