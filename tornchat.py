@@ -5756,10 +5756,6 @@ OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
     ("--name", "NAME", "", text, "with --join: the nickname; default [USER]"),
 )
 # fmt: on
-SPECIAL: dict[str, dict[str, Any]] = {
-    "--allow-host": {"action": "extend"},
-    "--trust-proxy": {"nargs": "?", "const": True},
-}
 CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
 
 
@@ -5768,15 +5764,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
     A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
     """
-    parser = argparse.ArgumentParser(
-        prog="tornchat",
-        usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    variables = add_options(parser)
+    parser, variables = make_parser()
     settings = vars(parser.parse_args(argv))
     for setting in CLIENT_SETTINGS if "join" in settings else variables:
         names, kind = variables[setting]
@@ -5790,39 +5778,42 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         settings.setdefault("name", clean_name(environ.get("USER", "")))
     settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
     config = Config(**settings)
-    if reason := contradiction(config, environ):
-        parser.error(reason)
+    several = config.workers > 1
+    for wrong, why in (
+        (several and not config.redis_url, "--workers needs a Redis (--redis-url), where the workers meet"),
+        (several and not hasattr(os, "fork"), "--workers needs a Unix system"),
+        (several and not Path(__file__).is_file(), "--workers needs tornchat.py as a file that they can read"),
+        (config.keyfile and not config.certfile, "--keyfile needs --certfile"),
+        (environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join),
+         "environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(why)
     return config
 
 
-def add_options(parser: argparse.ArgumentParser) -> dict[str, tuple[list[str], Callable[[str], Any]]]:
-    """For each setting, its variables in the environment, the first of which counts, and what its value must be."""
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
+    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    parser = argparse.ArgumentParser(
+        prog="tornchat",
+        usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     variables = {}
     for flags, metavar, env, kind, words in OPTIONS:
         names = env.split()
         words += f" [{', '.join(names)}]" if names else ""
-        special = SPECIAL.get(flags, {})
-        action = parser.add_argument(*flags.split(), metavar=metavar, type=kind, help=words, **special)
+        extra: dict[str, Any] = {"action": "extend"} if kind is host_names else {}
+        extra |= {"nargs": "?", "const": True} if kind is yes_or_no else {}
+        action = parser.add_argument(*flags.split(), metavar=metavar, type=kind, help=words, **extra)
         variables[action.dest] = names, kind
     parser.add_argument("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
     parser.add_argument("-v", "--verbose", action="count", help="log requests; twice: everything")
     parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
-    return variables
-
-
-def contradiction(config: Config, environ: Mapping[str, str]) -> str:
-    """What is wrong with settings that don't go together; "" if nothing is."""
-    if config.workers > 1 and not config.redis_url:
-        return "--workers needs a Redis (--redis-url), where the workers meet"
-    if config.workers > 1 and not hasattr(os, "fork"):
-        return "--workers needs a Unix system"
-    if config.workers > 1 and not Path(__file__).is_file():
-        return "--workers needs tornchat.py as a file, which each of them can read"
-    if config.keyfile and not config.certfile:
-        return "--keyfile needs --certfile"
-    if environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join):
-        return "environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password"
-    return ""
+    return parser, variables
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
