@@ -8327,9 +8327,8 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
 
 def client_of(url: str = "http://h/", *, at_a_screen: bool = False) -> tornchat.Client:
     """A client in this process, which prints what it hears."""
-    config = tornchat.Config(join=url)
-    client = tornchat.Client(config, "en")
-    client.view = tornchat.Screen(client, config, colors=False) if at_a_screen else tornchat.Lines(client, config)
+    client = tornchat.Client(tornchat.Config(join=url), "en")
+    client.view = tornchat.Screen(client, colors=False) if at_a_screen else tornchat.Lines(client)
     return client
 
 
@@ -8358,13 +8357,18 @@ class TestTerminal(Transcripts):
                 with pytest.raises(tornchat.FatalError, match="There is no tornchat at"):
                     await tornchat.join(tornchat.Config(join=room.url), {})
 
-    @pytest.mark.parametrize("status", ["404 No\x85t\x9b2J", "200 \x1b[2J", "7"])
-    async def test_G10_an_odd_answer(self, status: str, memory_lan: Lan) -> None:
+    @pytest.mark.parametrize(
+        ("refused", "status"),
+        [("/login", "404 No\x85t\x9b2J"), ("/login", "7"), ("/chat", "503 \x9b2J"), ("/chat", "200 \x1b[2J")],
+    )
+    async def test_G10_an_odd_answer(self, refused: str, status: str) -> None:
         """Nor does what it answers instead of HTTP as it should be steer the terminal."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(f"HTTP/1.1 {status}\r\nDate: 7\r\nContent-Length: 0\r\n\r\n".encode("latin-1"))
+            request = await reader.readuntil(b"\r\n\r\n")
+            line, body = (status, "") if f" {refused}".encode() in request else ("200 OK", '{"name":"Me"}')
+            answer = f"HTTP/1.1 {line}\r\nDate: 7\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+            writer.write(answer.encode("latin-1"))
             writer.close()
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
@@ -8550,7 +8554,7 @@ class TestTerminal(Transcripts):
              "here: ★ Ann|Everybody can write. One message in 9 s.|Pinned: Bob: Pages 7 to 9"),
             (message | {"seq": 1001}, " Bob: hi"),
             (message | {"seq": 1002, "name": "Ann", "host": True, "re": 1001}, " ★ Ann (to Bob): hi"),
-            (message | {"seq": 1003, "re": 7}, " Bob: hi"),
+            (message | {"seq": 1003, "re": 7, "counts": {"✋": 3}}, " Bob: hi~|~ ✋ 3 · Bob: hi"),
             (message | {"seq": 1004, "deleted": True, "text": ""}, "~ A message of Bob was deleted."),
             (note | {"kind": "react", "counts": {"👍": 2, "😂": 1}}, "~ 👍 2 😂 1 · Bob: hi"),
             (note | {"kind": "pin", "by": "host", "message": message | {"seq": 1001}}, "~ Pinned: Bob: hi"),
@@ -8571,7 +8575,7 @@ class TestTerminal(Transcripts):
             assert all(words in shown for words in told.split("|")), (frame, shown)
         assert shown == ""
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
-        assert tornchat.who(client, "") == "here: Ann"
+        assert client.people(9) == "here: Ann"
 
     @slow
     async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
@@ -8672,7 +8676,7 @@ class TestTerminal(Transcripts):
         messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
                     for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
         client = client_of()
-        for known in (WELCOME | {"host": True, "seq": 3}, *messages):
+        for known in (WELCOME | {"hosts": ["Ann"], "seq": 3}, *messages):
             client.receive(json.dumps(known))
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
@@ -8681,7 +8685,20 @@ class TestTerminal(Transcripts):
             [frame] if isinstance(frame, dict) else []
         )
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
-        assert typed.partition(" ")[0] in tornchat.help(client, "")
+        assert tornchat.obey(client, "/help")
+        assert typed.partition(" ")[0] in capsys.readouterr().err
+
+    @slow
+    @pytest.mark.parametrize("python", [(str(PROGRAM),), WITHOUT_PROMPT_TOOLKIT], ids=["prompt_toolkit", "plain"])
+    async def test_leaving_before_it_is_sent(self, python: Sequence[str], memory_lan: Lan) -> None:
+        """Who leaves before the room has confirmed everything waits a few seconds for it, and is told then."""
+        async with StandIn(WELCOME) as room:
+            ann = await Terminal.run(memory_lan, "--name", "Ann", at=room.url, python=python)
+            await ann.shows("here: Ann")
+            ann.keys("hi\r/quit\r")
+            await room.hears("say")
+            assert await ann.leaves() == 0
+        assert "Messages that could not be sent: 1" in ann.text
 
     async def test_where_it_goes_on(self) -> None:
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""
@@ -8701,7 +8718,7 @@ class TestTerminal(Transcripts):
         async with StandIn(WELCOME) as room:
             client = client_of(room.url)
             await client.connect()
-            client.connected, connection = True, client.socket and client.socket.protocol
+            client.state, connection = "js_state_connected", client.socket and client.socket.protocol
             assert isinstance(connection, tornado.websocket.WebSocketProtocol13)
             connection._abort()
             client.say("hi")
@@ -8823,7 +8840,7 @@ class TestTerminal(Transcripts):
         os.write(master, b"/who\n\x04")
         code, out, err = await ann.ended()
         assert (code, out) == (0, "")
-        assert "Ann, Bob" in err
+        assert err.count("here: Ann, Bob") == 2  # when she came, and when she asked
         os.close(master)
         os.close(slave)
 
