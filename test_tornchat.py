@@ -8569,11 +8569,12 @@ class TestTerminal(Transcripts):
             (WELCOME | {"seq": 1007, "cleared": 1006}, "~ All that was said before is deleted."),
             (WELCOME | {"seq": 1007, "cleared": 1006}, ""),
             (note | {"kind": "delete"}, ""),
+            (message | {"seq": 1, "counts": {"✋": 3}}, ""),
         ]:  # fmt: skip
             client.receive(json.dumps(frame))
             shown = re.sub(r"\x1b\[\?7[lh]", "", capsys.readouterr().out).replace("\n", "~")
             assert all(words in shown for words in told.split("|")), (frame, shown)
-        assert shown == ""
+            assert (shown == "") == (told == "")
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert client.people(9) == "here: Ann"
 

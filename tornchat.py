@@ -4653,8 +4653,9 @@ class Door(socket.socket):
             self.visitors.crowded = False
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
+        full = len(self.visitors.open) >= file_limit() - SPARE_FILES
         try:
-            if (full := self.full()) and not self.visitors.quiet:
+            if full and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             newcomer = super().accept()  # nobody has to leave before somebody is there
             if full:
@@ -4668,9 +4669,6 @@ class Door(socket.socket):
                 self.logged = time.monotonic()
                 log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
-
-    def full(self) -> bool:
-        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -5233,6 +5231,7 @@ class Client:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, quoted(self.text_of(frame))
+        if seq > self.skipped:
             self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
@@ -5357,8 +5356,8 @@ def obey(client: Client, typed: str) -> bool:
         case "/who":
             client.view.notice(client.people(client.count))
         case "/help":
-            is_host = client.name in client.hosts
-            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+            more = f"\n{client.words['term_help_host']}" if client.name in client.hosts else ""
+            client.view.notice(client.words["term_help"] + more)
         case "/time":
             client.view.notice(room_time(client, rest.strip()))
         case _ if re.match("/(?!/)", command):
@@ -5793,7 +5792,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
-    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    """The parser; and for each setting its variables in the environment, the best first, and what its value must be."""
     parser = argparse.ArgumentParser(
         prog="tornchat",
         usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
