@@ -139,7 +139,8 @@ def version_numbers(text: str) -> list[int]:
 
 try:
     installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
-    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
+    unmet = [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
