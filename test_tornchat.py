@@ -1999,6 +1999,18 @@ class TestRoom:
         assert [frame["available"] for frame in ann.of("store")] == [False, True]
         assert [frame["type"] for frame in bob.frames] == ["welcome", "store", "message", "store"]
 
+    def test_G5_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who spoke is known for as long as slow mode needs it, and of hosts who have logged out the newest."""
+        monkeypatch.setattr(tornchat, "HOST_LOGOUTS", 2)
+        room = filled_room(0)
+        room.state.mode["every"] = 3
+        room.apply([event._replace(sid=f"s{event.seq}", name=f"P{event.seq}") for event in messages(1, 50)])
+        assert [mark for mark in room.state.said if mark.startswith("s")] == ["s48", "s49", "s50"]
+        assert len(room.state.said) == 6
+        for joined in presence("joined", "Ann", "Bob", "Carl"):
+            room.apply([joined._replace(details={"host": True}), joined._replace(type="left", text=tornchat.LOGOUT)])
+        assert [*room.state.ended] == ["sid-Bob", "sid-Carl"]
+
     def test_variant(self) -> None:
         room = filled_room(0)
         room.apply(presence("joined", "Ann", "Ann2", "ann3"))
@@ -4605,6 +4617,21 @@ class TestNotes(Transcripts):
         await zoe.expect("message", seq=1, counts={"👍": 1, "✋": 1})
         again = await bob.tab(at=lan.daemons[-1]).connect()
         assert (await again.expect("welcome"))["mine"] == {"1": "👍"}
+
+    async def test_one_cid_for_several(self, memory_lan: Lan) -> None:
+        """A message and an act with the same cid are two things: both are done, and each of them once."""
+        await memory_lan.serve()
+        ann, tess = await memory_lan.join("Ann"), await join_as_host(memory_lan)
+        await ann.say("secret of Ann", "c1")
+        await until_frame(tess, "message", seq=1)
+        for _ in range(2):
+            for act, told in (({"type": "mute", "name": "Ann", "seconds": 9}, "muted"), (note(1, "pin"), "note")):
+                status, answer = await post_act(tess, act | {"cid": "c1"})
+                assert (status, answer["type"]) == (201, told)
+            status, said = await tess.post("mine", "c1")
+            assert (status, said["seq"], said["name"], said["text"]) == (201, 2, "Tess", "mine")
+        await tess.send(json.dumps({"type": "mute", "name": "Nobody", "seconds": 9, "cid": "c2"}))
+        await until_frame(tess, "refused", code="no-member", cid="c2")
 
     async def test_a_class_votes(self, memory_lan: Lan) -> None:
         """Two hundred react to a message within a second: that is told no more than twice."""

@@ -335,12 +335,9 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
     def event(self, language: str) -> dict[str, object]:
-        event: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
-        if self.cid:
-            event["cid"] = self.cid
-        if self.retry_after:
-            event["retry_after"] = math.ceil(self.retry_after * 10) / 10
-        return event
+        retry_after = math.ceil(self.retry_after * 10) / 10
+        event = {"type": "refused", "code": self.code, "text": self.sentence(language), "cid": self.cid}
+        return {name: value for name, value in (event | {"retry_after": retry_after}).items() if value}
 
 
 class Taken(Refused):
@@ -1629,11 +1626,6 @@ class Room:
         for listener in tuple(self.listeners):
             listener.send(batch)
 
-    def send_notice(self, event: Event, encoded: Encoded) -> None:
-        for listener in tuple(self.listeners):
-            if self.concerns(event, listener.member):
-                listener.send(Batch(encoded))
-
     def concerns(self, event: Event, member: Member) -> bool:
         """Whether a member is told of an event: who is muted knows it, and the hosts do."""
         return event.type != "muted" or event.details.get("sid") == member.sid or self.is_host(member)
@@ -1673,7 +1665,7 @@ class Room:
         if seen.after is None or self.is_ahead(seen):
             return False
         found = self.ring.find(seen.after)
-        return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found.ts == seen.at)
+        return found is None or seen.at in (None, found.ts)
 
     def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
@@ -1732,14 +1724,14 @@ class Room:
 
     def restore(self, roster: Mapping[str, tuple[str, str]], events: Sequence[Event], state: Mapping[str, str]) -> None:
         """Begins anew with these, told to nobody."""
+        self.state = State()
+        self.state.load(state, events[-1].seq if events else 0)
         for table in (self.ring, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         for sid, name in roster.values():
             sid, _, origin = sid.partition("@")
             self.enter(sid, name, origin)
-        self.state = State()
-        self.state.load(state, events[-1].seq if events else 0)
         pinned = self.state.pinned
         self.apply(self.state.restored(events))
         self.notices.clear()
@@ -1774,19 +1766,17 @@ class Room:
         """Who has come; and who is a host now, be it that they come as one or have become one."""
         new = [event for event in events if self.enter(event.sid, event.name, event.details.get("origin", ""))]
         encoded = self.notice("joined", new)
-        if hosts := [event for event in events if "host" in event.details]:
-            for event in hosts:
-                self.state.apply(event)
+        for event in (hosts := [event for event in events if "host" in event.details]):
+            self.state.apply(event)
+        if hosts:
             encoded.append(self.keep_notice(hosts[-1], encode({"type": "hosts", "names": self.hosts()})))
         return encoded
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
         """One event for however many came or went in this turn."""
-        if not events:
-            return []
-        names, last = [event.details.get("name", event.name) for event in events], events[-1]
-        frame = {"type": type, "names": names, "count": len(self.roster), "ts": last.ts}
-        return [self.keep_notice(last, encode(frame))]
+        names = [event.details.get("name", event.name) for event in events]
+        frame = {"type": type, "names": names, "count": len(self.roster)}
+        return [self.keep_notice(last, encode(frame | {"ts": last.ts})) for last in events[-1:]]
 
     def keep_notice(self, event: Event, encoded: Encoded) -> Encoded:
         """For those who poll."""
@@ -1807,10 +1797,13 @@ class Room:
         for event in last.values():
             if event.type == "removed":
                 encoded += self.notice("left", [event])
-            elif event.type == "muted":
-                self.send_notice(event, self.keep_notice(event, self.state.encode(event)))
-            else:
-                encoded.append(self.keep_notice(event, self.state.encode(event)))
+                continue
+            told = self.keep_notice(event, self.state.encode(event))
+            if event.type != "muted":
+                encoded.append(told)
+                continue
+            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
@@ -1918,7 +1911,7 @@ class Proposal:
     @property
     def cid_of_client(self) -> str:
         """The cid that its author knows; "" for one that the daemon made."""
-        return "" if self.cid.startswith("~") else self.cid
+        return "" if self.cid.startswith("~") else self.cid.rpartition(":")[2]
 
 
 class Outbox:
@@ -1940,12 +1933,13 @@ class Outbox:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
-        if (seq := self.stored.get((member.sid, act.cid))) is not None:
+        cid = f"{act.type}:{act.cid}" if act.cid and act.type != "message" else act.cid  # each kind has its own
+        if (seq := self.stored.get((member.sid, cid))) is not None:
             done(self.as_stored(seq, member, act))
             return
         if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
+        proposal = self.proposal(act.type, member, cid, act.text, act.details)
         if act.details.get("kind") == "react":
             self.react(proposal, done)
         else:
