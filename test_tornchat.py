@@ -1367,7 +1367,7 @@ def redis_feeds(redis_server: RedisServer) -> Feeds:
 def say(feed: tornchat.Feed, who: Recorder, text: str, cid: str = "") -> list[object]:
     """Say something at this feed; the list fills with what is heard of it."""
     outcomes: list[object] = []
-    feed.outbox.act(who.member, tornchat.Act("message", {}, cid, text), outcomes.append)
+    feed.outbox.act(who.member, tornchat.Event("message", 0, 0, cid=cid, text=text), outcomes.append)
     return outcomes
 
 
@@ -8666,7 +8666,9 @@ class Witness(Recorder):
 
     def say(self, cid: str) -> None:
         self.feed.outbox.act(
-            self.member, tornchat.Act("message", {}, cid, self.said[cid]), functools.partial(self.told.__setitem__, cid)
+            self.member,
+            tornchat.Event("message", 0, 0, cid=cid, text=self.said[cid]),
+            functools.partial(self.told.__setitem__, cid),
         )
 
     def say_refused(self) -> None:
@@ -8746,7 +8748,7 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         person, feed = self.people[who], self.feeds[at]
         here = await feed.outbox.enter(f"sid-{person.name}", person.name)
         for cid in list(person.said)[-last:]:
-            feed.outbox.act(here, tornchat.Act("message", {}, cid, person.said[cid]), lambda outcome: None)
+            feed.outbox.act(here, tornchat.Event("message", 0, 0, cid=cid, text=person.said[cid]), lambda outcome: None)
 
     @hypothesis.stateful.rule(at=st.integers(0, 1), answers=st.integers(1, 3))
     def cut(self, at: int, answers: int) -> None:
@@ -10678,7 +10680,7 @@ async def write_messages(url: str, room: str, name: str, count: int) -> None:
     for number in range(count):
         if len(feed.outbox.waiting) >= 500:
             await feed.outbox.empty.wait()
-        feed.outbox.act(member, tornchat.Act("message", {}, f"c{number}", "x" * 100), lambda outcome: None)
+        feed.outbox.act(member, tornchat.Event("message", 0, 0, cid=f"c{number}", text="x" * 100), lambda outcome: None)
     await feed.outbox.empty.wait()
     print(began, time.time())
     await feed.stop()

@@ -354,9 +354,8 @@ def picture_id(key: str, browser: str, name: str) -> str:
 
 def picture_fields(id: str) -> dict[str, object]:
     """A picture as clients are told of it: its id, which tells its size."""
-    match = PICTURE.fullmatch(id)
-    assert match
-    return {"id": id, "width": int(match[1]), "height": int(match[2])}
+    width, height = id.split("-")[1].split("x")
+    return {"id": id, "width": int(width), "height": int(height)}
 
 
 def check_characters(text: str) -> None:
@@ -773,15 +772,6 @@ MODES: Mapping[str, Sequence[Any]] = {
 }
 
 
-class Act(NamedTuple):
-    """The event that a client asks for. `cid` is "" where it wants no confirmation."""
-
-    type: str
-    details: Mapping[str, Any]
-    cid: str = ""
-    text: str = ""
-
-
 def parse_object(raw: str | bytes) -> dict[str, Any]:
     """A JSON object; {} for any other JSON. Raises Refused."""
     try:
@@ -791,56 +781,61 @@ def parse_object(raw: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_frame(raw: str | bytes) -> Act:
+def parse_frame(raw: str | bytes) -> Event:
     """What a client sends through its socket. Raises Refused."""
     if isinstance(raw, bytes):
         raise Refused("bad-frame", "binary")
     return parse_act(parse_object(raw))
 
 
-def parse_act(frame: Mapping[str, Any]) -> Act:
-    """What is asked for. Raises Refused, with the cid once that is known to be one."""
+def parse_act(frame: Mapping[str, Any]) -> Event:
+    """The event that is asked for, as far as the client knows it; without a cid where it wants no confirmation. Raises
+    Refused, with the cid once that is known to be one.
+    """
     cid = frame.get("cid", "")
     if not isinstance(cid, str) or ("cid" in frame and not CID.fullmatch(cid)):
         raise Refused("bad-frame", "bad-cid")
     try:
-        return read_act(frame, cid)
+        text = read_text(frame) if frame.get("type") == "say" else ""
+        type, details = read_act(frame)
     except Refused as refused:
         refused.cid = cid
         raise
+    return Event(type, 0, 0, cid=cid, text=text, details=details)
 
 
-def read_act(frame: Mapping[str, Any], cid: str) -> Act:
+def read_act(frame: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The type and details of the event."""
     match frame.get("type"):
         case "say":
-            return read_say(frame, cid)
+            answered, picture = read_field(frame, "re", range(MOST_MESSAGES + 1), 0), frame.get("picture")
+            return "message", ({"re": answered} if answered else {}) | ({"picture": picture} if picture else {})
         case "note":
             kind = read_field(frame, "kind", tuple(NOTES))
             to = read_field(frame, "to", range(1, MOST_MESSAGES + 1))
-            return Act("note", {"to": to, "kind": kind, "value": read_field(frame, "value", NOTES[kind], True)}, cid)
+            return "note", {"to": to, "kind": kind, "value": read_field(frame, "value", NOTES[kind], True)}
         case "clear":
-            return Act("cleared", {}, cid)
+            return "cleared", {}
         case "mute":
-            return Act("muted", read_target(frame, 0), cid)
+            return "muted", read_target(frame, 0)
         case "remove":
-            return Act("removed", read_target(frame, 1), cid)
+            return "removed", read_target(frame, 1)
         case "mode" if mode := {name: read_field(frame, name, MODES[name]) for name in MODES if name in frame}:
-            return Act("mode", mode, cid)
+            return "mode", mode
         case "mode":
             raise Refused("bad-frame", "bad-field", field=", ".join(MODES))
     raise Refused("bad-frame", "unknown-type")
 
 
-def read_say(frame: Mapping[str, Any], cid: str) -> Act:
+def read_text(frame: Mapping[str, Any]) -> str:
+    """The text of a message; a picture needs none."""
     picture = frame.get("picture", "")
     if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
         raise Refused("no-picture")
     text = frame.get("text", "" if picture else None)
     if not isinstance(text, str):
         raise Refused("bad-frame", "no-text")
-    fields = {"re": read_field(frame, "re", range(MOST_MESSAGES + 1), 0), "picture": picture}
-    details = {name: value for name, value in fields.items() if value}
-    return Act("message", details, cid, clean_text(text, may_be_empty=bool(picture)))
+    return clean_text(text, may_be_empty=bool(picture))
 
 
 def read_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
@@ -1059,12 +1054,12 @@ class State:
 
     def standing(self, sid: str, name: str) -> dict[str, Any]:
         """What a welcome says of all this."""
-        browser, marks = sid[:BROWSER_CHARS], marks_of(sid, name)
+        browser = sid[:BROWSER_CHARS]
         return {
             "host": self.is_host(sid, name_key(name)),
             "mode": self.mode,
             "pinned": self.pinned,
-            "muted_until": max(self.muted.get(mark, 0) for mark in marks),
+            "muted_until": self.muted_until(sid, name),
             "cleared": self.cleared,
             "signs": SIGNS,
             "mine": {str(seq): note.signs[browser] for seq, note in self.notes.items() if browser in note.signs},
@@ -1074,6 +1069,9 @@ class State:
 
     def is_host(self, sid: str, key: str) -> bool:
         return key in self.hosts and self.hosts[key][0] == sid
+
+    def muted_until(self, sid: str, name: str) -> int:
+        return max(self.muted.get(mark, 0) for mark in marks_of(sid, name))
 
     def waits(self, table: Mapping[str, int], marks: Iterable[str], now: int) -> float:
         """For how many s one of these marks is still in that table."""
@@ -1693,9 +1691,9 @@ class Room:
 
     def muted(self) -> dict[str, int]:
         """Who on the roster is muted, and till when."""
-        until = self.state.muted
-        marks = {member.name: marks_of(member.sid, member.name) for member in self.roster.values()} if until else {}
-        return {name: max(until.get(mark, 0) for mark in both) for name, both in marks.items() if until.keys() & both}
+        roster = self.roster.values() if self.state.muted else ()
+        times = {member.name: self.state.muted_until(member.sid, member.name) for member in roster}
+        return {name: until for name, until in times.items() if until}
 
     # --- what the feed brings ---
 
@@ -1929,7 +1927,7 @@ class Outbox:
         self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
         self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
 
-    def act(self, member: Member, act: Act, done: Done) -> None:
+    def act(self, member: Member, act: Event, done: Done) -> None:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
@@ -1963,11 +1961,11 @@ class Outbox:
                 self.put(proposal, done)
         self.reactions.clear()
 
-    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
+    def as_stored(self, seq: int, member: Member, act: Event) -> Event:
         """Where that has been forgotten, as it is asked for now."""
         if act.type == "message" and (found := self.room.ring.find(seq)):
             return found
-        return Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
+        return act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -3167,7 +3165,7 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def take(self, member: Member, act: Act, done: Done) -> None:
+    def take(self, member: Member, act: Event, done: Done) -> None:
         """What a member asks for, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
         picture = act.details.get("picture", "")
@@ -4073,7 +4071,7 @@ class MessagesHandler(EventHandler):
         self.finish(self.daemon.room.state.encode(stored).json)
         self.release(member)
 
-    def asked(self) -> Act:
+    def asked(self) -> Event:
         return parse_act({**self.fields(), "type": "say"})
 
     def fields(self) -> Mapping[str, Any]:
@@ -4091,7 +4089,7 @@ class ActsHandler(MessagesHandler):
     async def get(self) -> None:
         raise tornado.web.HTTPError(405)
 
-    def asked(self) -> Act:
+    def asked(self) -> Event:
         return parse_act(parse_object(self.request.body))
 
 
