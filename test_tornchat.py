@@ -4618,6 +4618,27 @@ class TestNotes(Transcripts):
         again = await bob.tab(at=lan.daemons[-1]).connect()
         assert (await again.expect("welcome"))["mine"] == {"1": "👍"}
 
+    async def test_hands(self, lan: Lan) -> None:
+        """Who raises a hand is named in the order they came, to newcomers and after a restart, too."""
+        await lan.serve()
+        ann, bob, carl = [await lan.join(name) for name in ("Ann", "Bob", "Carl")]
+        await ann.say("who is next?")
+        steps = ((bob, "✋", ["Bob"]), (ann, "✋", ["Bob", "Ann"]), (carl, "👍", ["Bob", "Ann"]))
+        again = (
+            (bob, "✋", ["Bob", "Ann"]),
+            (bob, "", ["Ann"]),
+            (bob, "✋", ["Ann", "Bob"]),
+            (carl, "", ["Ann", "Bob"]),
+        )
+        for who, sign, hands in (*steps, *again):
+            status, told = await post_act(who, note(1, "react", value=sign))
+            assert (status, told["hands"]) == (201, hands)
+        await until_frame(carl, "note", hands=["Ann", "Bob"], counts={"✋": 2})
+        if lan.store.url:
+            await lan.restart()
+        zoe = await lan.join("Zoe")
+        await zoe.expect("message", seq=1, hands=["Ann", "Bob"])
+
     async def test_one_cid_for_several(self, memory_lan: Lan) -> None:
         """A message and an act with the same cid are two things: both are done, and each of them once."""
         await memory_lan.serve()
@@ -4642,10 +4663,10 @@ class TestNotes(Transcripts):
         pupils = [memory_lan.browser() for _ in range(200)]
         for n, pupil in enumerate(pupils):
             await pupil.login(f"Pupil {n}")
-        answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="👍")) for pupil in pupils))
+        answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="✋")) for pupil in pupils))
         assert {status for status, _ in answers} == {201}
-        last = await until_frame(ann, "note", counts={"👍": 200})
-        assert len(ann.seen("note")) <= 2
+        last = await until_frame(ann, "note", counts={"✋": 200})
+        assert (len(ann.seen("note")) <= 2, len(last["hands"])) == (True, 30)
         assert last["to"] == 1
 
     async def test_replies(self, lan: Lan) -> None:

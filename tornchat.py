@@ -32,7 +32,8 @@ Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` h
 made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
-  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
+  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; all are told
+                                       the "counts", and in "hands" who has raised one (✋), in the order they came
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
 A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
@@ -691,7 +692,7 @@ def encode(event: Mapping[str, Any]) -> Encoded:
     return Encoded(ws_frame(to_json(event).encode()))
 
 
-def encode_message(event: Event, counts: Mapping[str, int] = NO_DETAILS) -> Encoded:
+def encode_message(event: Event, reactions: Mapping[str, Any] = NO_DETAILS) -> Encoded:
     """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside."""
     message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
     if not event.cid.startswith("~"):
@@ -700,8 +701,7 @@ def encode_message(event: Event, counts: Mapping[str, int] = NO_DETAILS) -> Enco
         message |= event.details
         if "picture" in message:
             message["picture"] = picture_fields(event.details["picture"])
-    if counts:
-        message["counts"] = counts
+    message |= reactions
     return encode(message)
 
 
@@ -762,7 +762,9 @@ def mode_line(mode: Mapping[str, Any]) -> str:
 # room. All of it goes through the outbox and the feed. What comes of it, beside messages, is the State, which follows
 # from the feed alone, so that all daemons agree. Pure, too.
 
-SIGNS = ("👍", "👎", "❤️", "😂", "✋", "❓")  # to react with
+HAND = "✋"
+SIGNS = ("👍", "👎", "❤️", "😂", HAND, "❓")  # to react with
+HANDS_SHOWN = 30  # by name: as many as a host calls upon
 # What a note can say, by its kind, and what a mode can be.
 NOTES: Mapping[str, Sequence[Any]] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}
 MODES: Mapping[str, Sequence[Any]] = {
@@ -859,13 +861,27 @@ class Note:
     """What has been done to one message."""
 
     signs: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> its reaction
+    hands: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> name, in the order they were raised
     deleted: Event | None = None  # the message without its text
     changed: int = 0  # the seq of the room then
 
-    def counts(self) -> dict[str, int]:
-        """How many reacted with which sign, in the order of SIGNS."""
+    def react(self, browser: str, sign: str, name: str) -> None:
+        """The reaction of somebody from now on; "" for none. A hand that is up already keeps its place."""
+        if sign:
+            self.signs[browser] = sign
+        else:
+            self.signs.pop(browser, None)
+        if sign == HAND:
+            self.hands[browser] = name
+        else:
+            self.hands.pop(browser, None)
+
+    def reactions(self) -> dict[str, Any]:
+        """How many reacted with which sign, in the order of SIGNS, and who has raised a hand, the first ones."""
         counter = collections.Counter(self.signs.values())
-        return {sign: counter[sign] for sign in SIGNS if sign in counter}
+        counts = {sign: counter[sign] for sign in SIGNS if sign in counter}
+        hands = [*itertools.islice(self.hands.values(), HANDS_SHOWN)]
+        return {"counts": counts, "hands": hands} if hands else {"counts": counts}
 
 
 def marks_of(sid: str, name: str) -> tuple[str, str]:
@@ -901,7 +917,10 @@ class State:
         if name in self.PARTS:
             return to_json(getattr(self, name))
         note = self.notes.get(int(name))
-        return to_json({"signs": note.signs, "deleted": note.deleted and event_fields(note.deleted)}) if note else ""
+        if note is None:
+            return ""
+        deleted = note.deleted and event_fields(note.deleted)
+        return to_json({"signs": note.signs, "hands": note.hands, "deleted": deleted})
 
     def take_changes(self) -> dict[str, str]:
         changed, self.changed = self.changed, set()
@@ -917,7 +936,8 @@ class State:
                         setattr(self, name, stored)
                 elif name.isdecimal():
                     deleted = decode_events(to_json([stored["deleted"]]).encode())
-                    self.notes[int(name)] = Note(dict(stored["signs"]), next(iter(deleted), None), seq)
+                    signs, hands = dict(stored["signs"]), dict(stored.get("hands", {}))
+                    self.notes[int(name)] = Note(signs, hands, next(iter(deleted), None), seq)
 
     # --- what the feed brings ---
 
@@ -978,9 +998,8 @@ class State:
             self.forget_notes(event.seq)
         note = self.notes.setdefault(to, Note())
         note.changed = event.seq
-        note.signs.pop(browser := event.sid[:BROWSER_CHARS], None)
-        if kind == "react" and value and not note.deleted:
-            note.signs[browser] = value
+        if kind == "react" and not note.deleted:
+            note.react(event.sid[:BROWSER_CHARS], value, event.name)
         elif kind == "delete" and about:
             self.delete(note, about, event.details.get("by", "host"))
         self.changed.add(str(to))
@@ -1001,7 +1020,7 @@ class State:
         if self.pinned and self.pinned["seq"] == message.seq:
             self.pin(None)
         kept = {name: message.details[name] for name in ("host", "re") if name in message.details}
-        note.signs.clear()
+        note.signs, note.hands = {}, {}
         note.deleted = message._replace(text="", details=kept | {"deleted": True, "by": by})
 
     def restored(self, events: Sequence[Event]) -> list[Event]:
@@ -1034,7 +1053,7 @@ class State:
     def encode_note(self, to: int, kind: str) -> Encoded:
         note, frame = self.notes.get(to, Note()), {"type": "note", "to": to, "kind": kind}
         if kind == "react":
-            return encode(frame | {"counts": note.counts()})
+            return encode(frame | note.reactions())
         if kind == "pin":
             return encode(frame | {"message": self.pinned})
         left = note.deleted or Event("message", to, 0, details={"by": "host"})
@@ -1050,7 +1069,7 @@ class State:
         """A message with what was done to it, and as it is sent now."""
         note = self.notes[message.seq]
         message = note.deleted or message
-        return message, encode_message(message, note.counts())
+        return message, encode_message(message, note.reactions() if note.signs else NO_DETAILS)
 
     def standing(self, sid: str, name: str) -> dict[str, Any]:
         """What a welcome says of all this."""
