@@ -1589,6 +1589,7 @@ class ResumePoint(NamedTuple):
 
 
 NEWCOMER = ResumePoint()
+Roster = Mapping[str, tuple[str, str]]  # as it is stored: key -> "sid@origin", name
 
 
 class Room:
@@ -1665,24 +1666,14 @@ class Room:
 
     def owed(self, seen: ResumePoint) -> tuple[list[Encoded], dict[str, Any]]:
         """The messages that somebody is to be told who has seen that, and what the welcome says of those between."""
-        ours = self.is_ours(seen)
-        after = max(seen.after or 0, self.state.cleared)
+        after, found = max(seen.after or 0, self.state.cleared), self.ring.find(seen.after or 0)
+        ours = seen.after is not None and not self.is_ahead(seen) and (found is None or seen.at in (None, found.ts))
         messages = self.ring.after(after) if ours else None
         if messages is None or len(messages) > RING_MESSAGES:
             messages = self.ring.newest(self.history)
         missed = self.seq - after - len(messages) if ours else 0
-        return messages, {
-            "recovered": ours and not missed,
-            "missed": missed,
-            "reset": not ours and seen.after is not None,
-        }
-
-    def is_ours(self, seen: ResumePoint) -> bool:
-        """Whether a resume point belongs to this history, as far as can be told."""
-        if seen.after is None or self.is_ahead(seen):
-            return False
-        found = self.ring.find(seen.after)
-        return found is None or seen.at in (None, found.ts)
+        reset = not ours and seen.after is not None  # it was another history, as far as can be told
+        return messages, {"recovered": ours and not missed, "missed": missed, "reset": reset}
 
     def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
@@ -1700,9 +1691,9 @@ class Room:
                 "count": len(self.roster) + (member.key not in self.roster),  # not yet back on it after a reset
                 "epoch": self.epoch,
                 "seq": self.seq,
-                **gap,
                 "limits": {"text": TEXT_CHARS, "history": self.history},
                 "hosts": self.hosts(),
+                **gap,
                 **({"muted": self.muted()} if self.is_host(member) else {}),
                 **self.state.standing(member.sid, member.name),
             }
@@ -1716,17 +1707,10 @@ class Room:
 
     # --- what the feed brings ---
 
-    def adopt(
-        self,
-        epoch: str,
-        last: Id,
-        roster: Mapping[str, tuple[str, str]],
-        events: Sequence[Event],
-        state: Mapping[str, str] = NO_DETAILS,
-    ) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> "sid@origin", name) and
-        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
-        already is told as if just back: recovered or reset.
+    def adopt(self, epoch: str, last: Id, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster and the fields of the State, both
+        as they were before `events` or later, and these, oldest first. Who listens already is told as if just back:
+        recovered or reset.
         """
         seen, known = ResumePoint(self.seq, self.epoch), self.ring.find(self.seq)
         listeners, self.listeners = self.listeners, set()
@@ -1739,7 +1723,7 @@ class Room:
         for listener in tuple(listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Mapping[str, tuple[str, str]], events: Sequence[Event], state: Mapping[str, str]) -> None:
+    def restore(self, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
         """Begins anew with these, told to nobody."""
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
