@@ -701,7 +701,8 @@ def encode_message(event: Event, reactions: Mapping[str, Any] = NO_DETAILS) -> E
         message |= event.details
         if "picture" in message:
             message["picture"] = picture_fields(event.details["picture"])
-    message |= reactions
+    if reactions:
+        message |= reactions
     return encode(message)
 
 
@@ -1738,8 +1739,8 @@ class Room:
         self.notices.clear()
         if pinned and self.state.pinned and self.state.pinned["seq"] == pinned["seq"]:
             self.state.pinned = pinned  # it may be older than the texts that were read of the feed
-        for found in filter(None, map(self.ring.find, self.state.notes)):
-            self.ring.replace(*self.state.noted(found))
+        for seq in self.state.notes:
+            self.show_note(seq)
         self.state.take_changes()
 
     def apply(self, events: Iterable[Event]) -> None:
@@ -1799,6 +1800,8 @@ class Room:
             if event.type == "removed":
                 encoded += self.notice("left", [event])
                 continue
+            if event.type == "note":
+                self.show_note(event.details["to"])
             told = self.keep_notice(event, self.state.encode(event))
             if event.type != "muted":
                 encoded.append(told)
@@ -1809,8 +1812,7 @@ class Room:
 
     def act(self, event: Event) -> bool:
         """Does what was to be done; whether that is news."""
-        found = self.ring.find(to := event.details.get("to", 0))
-        self.state.apply(event, found)
+        self.state.apply(event, self.ring.find(event.details.get("to", 0)))
         if event.type == "cleared" or event.details.get("kind") == "delete":
             self.forget_pins()
         if event.type == "cleared":
@@ -1818,9 +1820,12 @@ class Room:
         elif event.type == "removed":
             sid, name = event.details.get("sid", ""), event.details["name"]
             return self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
-        elif found and to in self.state.notes:
-            self.ring.replace(*self.state.noted(found))
         return True
+
+    def show_note(self, seq: int) -> None:
+        """The ring has a message as it is now."""
+        if seq in self.state.notes and (found := self.ring.find(seq)):
+            self.ring.replace(*self.state.noted(found))
 
     def forget_pins(self) -> None:
         """A notice of what was pinned may hold what is deleted now: whoever polls is told what is pinned instead."""
