@@ -4678,7 +4678,7 @@ class TestNotes(Transcripts):
         await bob.expect("message", seq=1)
         await bob.send(json.dumps({"type": "say", "text": "because", "re": 1}))
         await ann.expect("message", text="why?")
-        await ann.expect("message", text="because", re=1)
+        await ann.expect("message", text="because", re=1, answered="Ann")
         while (told := await line.read()) != "Bob (to Ann): because":
             assert told is not None
         status, answer = await bob.post("because", re="1")

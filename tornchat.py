@@ -32,11 +32,12 @@ Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` h
 made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
-  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; all are told
-                                       the "counts", and in "hands" who has raised one (✋), in the order they came
+  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow,
+                                       and in "hands" the names of those who raise one (✋), in the order they came
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
-A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
+A say may have "re":12, the message that it answers: all get its author as "answered". GET /transcript?format=txt|json
+is all that was said, as a file.
 
 Without a socket, GET /messages?after=SEQ&epoch=EPOCH&at=TS&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L}
 as soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests.
@@ -882,7 +883,7 @@ class Note:
         counter = collections.Counter(self.signs.values())
         counts = {sign: counter[sign] for sign in SIGNS if sign in counter}
         hands = [*itertools.islice(self.hands.values(), HANDS_SHOWN)]
-        return {"counts": counts, "hands": hands} if hands else {"counts": counts}
+        return ({"counts": counts} if counts else {}) | ({"hands": hands} if hands else {})
 
 
 def marks_of(sid: str, name: str) -> tuple[str, str]:
@@ -1054,7 +1055,7 @@ class State:
     def encode_note(self, to: int, kind: str) -> Encoded:
         note, frame = self.notes.get(to, Note()), {"type": "note", "to": to, "kind": kind}
         if kind == "react":
-            return encode(frame | note.reactions())
+            return encode(frame | {"counts": {}} | note.reactions())
         if kind == "pin":
             return encode(frame | {"message": self.pinned})
         left = note.deleted or Event("message", to, 0, details={"by": "host"})
@@ -1065,12 +1066,6 @@ class State:
         first = after - RING_MESSAGES  # no client keeps more
         changed = ((seq, note) for seq, note in self.notes.items() if first < seq <= after <= note.changed)
         return [self.encode_note(seq, "delete" if note.deleted else "react") for seq, note in changed]
-
-    def noted(self, message: Event) -> tuple[Event, Encoded]:
-        """A message with what was done to it, and as it is sent now."""
-        note = self.notes[message.seq]
-        message = note.deleted or message
-        return message, encode_message(message, note.reactions() if note.signs else NO_DETAILS)
 
     def standing(self, sid: str, name: str) -> dict[str, Any]:
         """What a welcome says of all this."""
@@ -1823,9 +1818,11 @@ class Room:
         return True
 
     def show_note(self, seq: int) -> None:
-        """The ring has a message as it is now."""
-        if seq in self.state.notes and (found := self.ring.find(seq)):
-            self.ring.replace(*self.state.noted(found))
+        """The ring has a message with what was done to it."""
+        note, message = self.state.notes.get(seq), self.ring.find(seq)
+        if note and message:
+            message = note.deleted or message
+            self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
         """A notice of what was pinned may hold what is deleted now: whoever polls is told what is pinned instead."""
