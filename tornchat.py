@@ -32,8 +32,8 @@ Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` h
 made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
-  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow,
-                                       and in "hands" the names of those who raise one (✋), in the order they came
+  {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
+                                       (and in "hands" the names of those who raise one, ✋, in the order they came)
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
 A say may have "re":12, the message that it answers: all get its author as "answered". GET /transcript?format=txt|json
@@ -184,7 +184,7 @@ NAME_CODEPOINTS = 64
 RAW_NAME_CODEPOINTS = 256  # looked at, before they are normalized
 PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
-RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages; the newest 100 stay in any case
+RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages, as they are stored
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_BYTES = 32 * 1024 * 1024  # in the store
 FEED_NOTICES = 1000  # entries of joined and left in the store: they must never push a message out
@@ -1058,8 +1058,8 @@ class State:
             return encode(frame | {"counts": {}} | note.reactions())
         if kind == "pin":
             return encode(frame | {"message": self.pinned})
-        left = note.deleted or Event("message", to, 0, details={"by": "host"})
-        return encode(frame | {"by": left.details.get("by"), "name": left.name})
+        left = note.deleted or Event("message", to, 0)
+        return encode(frame | {"by": left.details.get("by", "host"), "name": left.name})
 
     def notes_since(self, after: int) -> list[Encoded]:
         """What was done to messages up to this one after it came: whoever has seen it last comes back."""
@@ -1534,34 +1534,25 @@ class Member:
 
 
 class Ring:
-    """The newest messages, and how they are sent, without a hole: at most `size`, and RING_BYTES, but `least`."""
+    """The newest messages, and how they are sent, without a hole."""
 
-    def __init__(self, size: int, least: int) -> None:
-        self.size, self.least, self.bytes = size, least, 0
-        self.kept: collections.deque[tuple[Event, Encoded]] = collections.deque()  # oldest first
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.kept: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=size)  # oldest first
         self.last = 0  # seq of the newest
 
     def append(self, event: Event) -> Encoded:
         """Takes the next message, encoded. One that isn't the next begins anew."""
         if event.seq != self.last + 1:
-            self.clear()
+            self.kept.clear()
         encoded = encode_message(event)
         self.last = event.seq
         self.kept.append((event, encoded))
-        self.bytes += len(encoded.frame)
-        while len(self.kept) > self.size or (self.bytes > RING_BYTES and len(self.kept) > self.least):
-            self.bytes -= len(self.kept.popleft()[1].frame)
         return encoded
-
-    def clear(self) -> None:
-        self.kept.clear()
-        self.bytes = 0
 
     def replace(self, event: Event, encoded: Encoded) -> None:
         """Another form of a message that is here."""
-        at = event.seq - self.last - 1
-        self.bytes += len(encoded.frame) - len(self.kept[at][1].frame)
-        self.kept[at] = event, encoded
+        self.kept[event.seq - self.last - 1] = event, encoded
 
     def newest(self, count: int) -> list[Encoded]:
         """The last `count`, oldest first."""
@@ -1596,7 +1587,7 @@ class Room:
         self.epoch, self.seq, self.ts = "", 0, 0  # seq and ts of the newest message and event
         self.place = self.notices_after = NOWHERE  # of the newest event, and of that before the first of the notices
         self.state = State()
-        self.ring = Ring(max(RING_MESSAGES, self.history), max(100, self.history))
+        self.ring = Ring(RING_MESSAGES)
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
@@ -1665,7 +1656,7 @@ class Room:
         after, found = max(seen.after or 0, self.state.cleared), self.ring.find(seen.after or 0)
         ours = seen.after is not None and not self.is_ahead(seen) and (found is None or seen.at in (None, found.ts))
         messages = self.ring.after(after) if ours else None
-        if messages is None or len(messages) > RING_MESSAGES:
+        if messages is None:
             messages = self.ring.newest(self.history)
         missed = self.seq - after - len(messages) if ours else 0
         reset = not ours and seen.after is not None  # it was another history, as far as can be told
@@ -1723,7 +1714,7 @@ class Room:
         """Begins anew with these, told to nobody."""
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
-        for table in (self.ring, self.roster, self.kept_names):
+        for table in (self.ring.kept, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         for sid, name in roster.values():
@@ -1811,7 +1802,7 @@ class Room:
         if event.type == "cleared" or event.details.get("kind") == "delete":
             self.forget_pins()
         if event.type == "cleared":
-            self.ring.clear()
+            self.ring.kept.clear()
         elif event.type == "removed":
             sid, name = event.details.get("sid", ""), event.details["name"]
             return self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
