@@ -347,13 +347,6 @@ class Taken(Refused):
         super().__init__("taken", name=name)
 
 
-def picture_id(key: str, browser: str, name: str) -> str:
-    """The id under which this browser alone can say the picture of that name: what is shown is never another's, and
-    goes with its own message.
-    """
-    return f"{name}-{hmac.new(key.encode(), f'{browser} {name}'.encode(), 'sha256').hexdigest()[:16]}"
-
-
 def picture_fields(id: str) -> dict[str, object]:
     """A picture as clients are told of it: its id, which tells its size."""
     width, height = id.split("-")[1].split("x")
@@ -3175,7 +3168,9 @@ class BaseHandler(tornado.web.RequestHandler):
             limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
-        return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
+        """The one under which this browser alone can say that picture, which goes with its own message then."""
+        browsers = f"{member.sid[:BROWSER_CHARS]} {name}".encode()
+        return f"{name}-{hmac.new(self.daemon.cookie_key.encode(), browsers, 'sha256').hexdigest()[:16]}"
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
