@@ -337,9 +337,10 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
     def event(self, language: str) -> dict[str, object]:
-        retry_after = math.ceil(self.retry_after * 10) / 10
-        event = {"type": "refused", "code": self.code, "text": self.sentence(language), "cid": self.cid}
-        return {name: value for name, value in (event | {"retry_after": retry_after}).items() if value}
+        cid = self.cid.rpartition(":")[2]  # as the client wrote it, see parse_act
+        event = {"type": "refused", "code": self.code, "text": self.sentence(language), "cid": cid}
+        more = {"retry_after": math.ceil(self.retry_after * 10) / 10}
+        return {name: value for name, value in (event | more).items() if value}
 
 
 class Taken(Refused):
@@ -798,7 +799,8 @@ def parse_act(frame: Mapping[str, Any]) -> Event:
     except Refused as refused:
         refused.cid = cid
         raise
-    return Event(type, 0, 0, cid=cid, text=text, details=details)
+    own = f"{type}:{cid}" if cid and type != "message" else cid  # an act and a message with one cid are two things
+    return Event(type, 0, 0, cid=own, text=text, details=details)
 
 
 def read_act(frame: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -1898,7 +1900,7 @@ class Proposal:
     @property
     def cid_of_client(self) -> str:
         """The cid that its author knows; "" for one that the daemon made."""
-        return "" if self.cid.startswith("~") else self.cid.rpartition(":")[2]
+        return "" if self.cid.startswith("~") else self.cid
 
 
 class Outbox:
@@ -1920,13 +1922,12 @@ class Outbox:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
-        cid = f"{act.type}:{act.cid}" if act.cid and act.type != "message" else act.cid  # each kind has its own
-        if (seq := self.stored.get((member.sid, cid))) is not None:
+        if (seq := self.stored.get((member.sid, act.cid))) is not None:
             done(self.as_stored(seq, member, act))
             return
         if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        proposal = self.proposal(act.type, member, cid, act.text, act.details)
+        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
         if act.details.get("kind") == "react":
             self.react(proposal, done)
         else:
@@ -3169,8 +3170,8 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def picture_id(self, member: Member, name: str) -> str:
         """The one under which this browser alone can say that picture, which goes with its own message then."""
-        browsers = f"{member.sid[:BROWSER_CHARS]} {name}".encode()
-        return f"{name}-{hmac.new(self.daemon.cookie_key.encode(), browsers, 'sha256').hexdigest()[:16]}"
+        made_of = f"{member.sid[:BROWSER_CHARS]} {name}".encode()
+        return f"{name}-{hmac.new(self.daemon.cookie_key.encode(), made_of, 'sha256').hexdigest()[:16]}"
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
