@@ -4622,7 +4622,7 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
         ],
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
-        template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
+        template_loader=tornado.template.DictLoader(TEMPLATES),
         cross_origin_protection=True,
         websocket_max_message_size=FRAME_BYTES,
         log_function=log_request,
