@@ -6514,8 +6514,8 @@ button {
 }
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
-button.bad:not(.plain) { background: var(--bad); }
-button.plain.bad { color: var(--bad); }
+button.bad { background: var(--bad); }
+button.plain.bad { background: none; color: var(--bad); }
 button:where(:disabled) { background: var(--line); color: var(--quiet); cursor: default; }
 button.plain:disabled { color: var(--quiet); }
 input:not([type="checkbox"]), textarea, select {
@@ -8043,8 +8043,8 @@ function noted({to, kind, counts, message}) {
 
 function addChoices(row, counts) {
   if (!projector) {
-    const ariaLabel = fill(words.choices, {name: isolate(row.dataset.name)});
-    const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ariaLabel, ariaHasPopup: 'dialog'});
+    const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
+    const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
