@@ -4532,7 +4532,7 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
         ],
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
-        template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
+        template_loader=tornado.template.DictLoader(TEMPLATES),
         cross_origin_protection=True,
         websocket_max_message_size=FRAME_BYTES,
         log_function=log_request,
@@ -6340,9 +6340,9 @@ button {
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button.bad { background: var(--bad); }
-button.plain.bad, button.plain:disabled { background: none; }
-button.plain.bad { color: var(--bad); }
-button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain.bad { background: none; color: var(--bad); }
+button:where(:disabled) { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain:disabled { color: var(--quiet); }
 input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
   background: var(--surface); color: inherit; font: inherit;
@@ -6452,7 +6452,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   padding: 0 2px 10px 15px;
 }
 #unpin { margin-inline-start: auto; }
-[data-state="connected"] #log:empty::before {
+[data-state="connected"] #log:empty::before, #sorted:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
@@ -6502,7 +6502,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .mine .face { display: none; }
 .mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
 .past { color: var(--quiet); filter: grayscale(1); }
-.past .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.past .bubble, .deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .notice:empty { display: none; }
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
@@ -6524,13 +6524,13 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
   resize: none;
 }
-#send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
-#break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
+#send, #break, #pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; }
+#break { margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
 #matches {
   position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px);
-  padding: 4px;
-  border: 1px solid var(--line); border-radius: 14px; background: var(--surface); box-shadow: 0 2px 8px #0003;
+  padding: 4px; border: 1px solid var(--line); border-radius: 14px; background: var(--surface);
+  box-shadow: 0 2px 8px #0003;
 }
 #matches button { display: block; width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
 #matches button:first-child:not(:hover) { background: var(--code); }
@@ -6544,7 +6544,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 
 /* Pictures: as large as they will be, before they are there */
-#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#pick { margin-inline: -6px -4px; }
 #attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
 #attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
 #attached button::after {
@@ -6552,10 +6552,11 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   background: var(--ink); color: var(--surface); line-height: 22px;
 }
 #attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture, .sign, .quote { background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; }
 .picture {
   display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
   max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
-  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+  border-radius: 8px;
 }
 .picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
 .picture.gone { min-width: 10rem; padding: 8px; }
@@ -6593,25 +6594,22 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .copied { position: absolute; opacity: 0; }
 .signs { display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 1px; }
 .sign {
-  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background: var(--code) padding-box;
-  color: inherit; font-size: .8125rem; font-variant-numeric: tabular-nums;
+  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background-clip: padding-box; font-weight: 600;
+  font-variant-numeric: tabular-nums;
 }
-.sign:disabled { background: var(--code); color: inherit; }
 .sign[aria-pressed="true"] { box-shadow: inset 0 0 0 1.5px var(--accent); color: var(--accent); }
 .quote {
   display: block; max-width: 100%; min-height: 32px; margin: 2px 0 5px; padding: 0 10px; overflow: hidden;
-  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px;
-  background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; text-align: start;
+  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px; text-align: start;
   text-overflow: ellipsis; white-space: nowrap;
 }
-.quote:disabled { border-color: var(--quiet); background: var(--code); }
+.quote:disabled { border-color: currentColor; color: var(--quiet); }
 .quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
 @media (any-pointer: coarse) {
   .signs { gap: 0; margin: -4px -4px -6px; }
   .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
   .quote { min-height: 44px; }
 }
-.deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .deleted .text { color: var(--quiet); font-style: italic; }
 .found .bubble { outline: 2px solid var(--accent); outline-offset: 2px; }
 .back { display: block; margin: 6px 0 4px; font-size: .875rem; }
@@ -6629,9 +6627,6 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
 #sorted:not([hidden]) ~ #composer #newer { display: none; }
-#sorted:empty::before {
-  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
-}
 @media (max-width: 48rem) {
   #menu { inset: auto 0 0; width: 100%; max-width: 100%; padding: 12px 12px var(--foot); border-radius: 20px 20px 0 0; }
   #menu::backdrop { background: #0006; }
@@ -6856,8 +6851,8 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick});
+function makeButton(text, onclick, attributes = {}) {
+  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -7736,15 +7731,14 @@ function showMode() {
   showHold();
 }
 
-function modeChanged({by, talk, every: pause, door: entry}) {
-  const next = {talk, every: pause, door: entry};
-  const changed = Object.keys(next).filter((part) => next[part] !== mode[part]);
-  const told = modeWords(next);
-  mode = next;
+function modeChanged(frame) {
+  const told = modeWords(frame);
+  const changed = Object.keys(told).filter((part) => frame[part] !== mode[part]);
+  mode = frame;
   holdUntil = 0;
   if (changed.length) {
     const sentences = changed.map((part) => told[part]).join(' ');
-    draw(() => notice(`mode ${changed}`, `${isolate(by)}: ${sentences}`));
+    draw(() => notice(`mode ${changed}`, `${isolate(frame.by)}: ${sentences}`));
   }
   showMode();
   pump();
@@ -7814,7 +7808,7 @@ function showPinned(message) {
 
 function unfoldPin(open) {
   pinBar.classList.toggle('open', open);
-  pinFold.setAttribute('aria-expanded', open);
+  pinFold.ariaExpanded = open;
 }
 
 function toPinned() {  // where it isn't in the page any more, the whole of it is shown here
@@ -7839,7 +7833,7 @@ let menuRow = null;
 let tabStop = null;               // of the log's many menu buttons the one that Tab leads to
 let touch = null;                 // the finger on a message
 let sortedDue = false;
-const back = Object.assign(makeButton(words.back), {className: 'plain back'});
+const back = makeButton(words.back, null, {className: 'plain back'});
 
 function react(seq, sign) {
   const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
@@ -7874,9 +7868,8 @@ function noted({to, kind, counts, message}) {
 
 function addChoices(row, counts) {
   if (!projector) {
-    const more = Object.assign(makeButton('', () => openMenu(row)), {className: 'more', tabIndex: -1});
-    more.setAttribute('aria-label', fill(words.choices, {name: isolate(row.dataset.name)}));
-    more.setAttribute('aria-haspopup', 'dialog');
+    const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
+    const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
@@ -7901,15 +7894,15 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
   const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
   const list = bubble.querySelector('.signs') || make('div', 'signs');
   const buttons = Object.entries(counts).map(([sign, count]) => {
-    const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
-    Object.assign(button, {className: 'sign', value: sign, disabled: projector});
-    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
+    const button = [...list.children].find(({value}) => value === sign)
+      || makeButton('', () => react(seq, sign), {className: 'sign', value: sign, disabled: projector});
+    button.ariaPressed = !projector && mine.get(seq) === sign;
     setText(button, `${sign} ${count}`);
     return button;
   });
   const focused = list.contains(document.activeElement) && document.activeElement;
   row.dataset.counts = JSON.stringify(counts);
-  list.setAttribute('aria-live', 'off');  // thirty hands are not thirty announcements
+  list.ariaLive = 'off';  // thirty hands are not thirty announcements
   list.replaceChildren(...buttons);
   if (buttons.length) bubble.append(list);
   else list.remove();
@@ -7951,31 +7944,24 @@ function clearLog(upTo) {
 function openMenu(row) {
   const seq = Number(row.dataset.seq);
   if (!seq || !row.querySelector('.more')) return;  // of a history that is lost, or deleted
-  const choose = (text, todo) => makeButton(text, () => {
+  const choose = (text, todo, attributes) => makeButton(text, () => {
     menu.close();
     todo();
-  });
+  }, attributes);
+  const note = (kind, value) => act({type: 'note', to: seq, kind, value});
   const pin = seq === pinned?.seq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
-  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
+  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => note('pin', !pin)));
   if (isHost || row.dataset.name === me) {
-    const sure = () => ask(words.delete_ask, words.delete, () => act(noteOn(seq, 'delete')));
-    choices.push(Object.assign(choose(words.delete, sure), {className: 'bad'}));
+    const sure = () => ask(words.delete_ask, words.delete, () => note('delete', true));
+    choices.push(choose(words.delete, sure, {className: 'bad'}));
   }
-  const offered = signs.map((sign) => {
-    const button = choose(sign, () => react(seq, sign));
-    button.setAttribute('aria-pressed', mine.get(seq) === sign);
-    return button;
-  });
+  const offered = signs.map((sign) => choose(sign, () => react(seq, sign), {ariaPressed: mine.get(seq) === sign}));
   menuRow = row;
   menu.ariaLabel = row.querySelector('.more').ariaLabel;
   menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
   menu.showModal();
   placeMenu(row.querySelector('.more').getBoundingClientRect());
-}
-
-function noteOn(to, kind) {
-  return {type: 'note', to, kind};
 }
 
 function placeMenu({left, top, bottom}) {
@@ -7999,8 +7985,7 @@ function firstLine(row) {
 }
 
 function quoteOf(re) {
-  const quote = makeButton('', () => leadTo(quote));
-  quote.className = 'quote';
+  const quote = makeButton('', () => leadTo(quote), {className: 'quote'});
   quote.dataset.re = re;
   return fillQuote(quote);
 }
@@ -8058,10 +8043,10 @@ function setReply(next) {
   reply = next;
   keep('reply', reply ? JSON.stringify(reply) : '');
   replyLine.hidden = !reply;
-  const cancel = Object.assign(makeButton('×', () => {
+  const cancel = makeButton('×', () => {
     setReply(null);
     box.focus();
-  }), {className: 'plain', ariaLabel: words.no_answer});
+  }, {className: 'plain', ariaLabel: words.no_answer});
   replyLine.replaceChildren(...(reply ? [quoteOf(reply.re), cancel] : []));
 }
 
