@@ -6464,7 +6464,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .message { content-visibility: auto; contain-intrinsic-size: auto 48px; overflow-clip-margin: 6px; }
+  .part { content-visibility: auto; contain-intrinsic-size: auto 1920px; overflow-clip-margin: 6px; }
 }
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
@@ -6480,7 +6480,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .text[data-time]::after {
   content: attr(data-time); display: inline-block; padding-inline-start: 12px; font-size: .75rem; visibility: hidden;
 }
-.message:has(+ .run) time, .message:has(+ .run) .text::after { display: none; }
+.goes-on time, .goes-on .text::after { display: none; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -6522,7 +6522,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 #box {
   flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
-  resize: none;
+  field-sizing: content; resize: none;
 }
 #send, #break, #pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; }
 #break { margin-inline-end: -8px; color: var(--quiet); }
@@ -6745,9 +6745,11 @@ const HOLD_MS = 3000;             // to wait where a refusal names no time
 const SOCKETS_TRIED = 2;          // in a row that never got through, before it is tried by polling
 const PROBE_MS = [3000, 300000];  // while polling, pauses between tries of the socket: the first, and the longest
 const POLL_SECONDS = 25;          // below what proxies and the server end by themselves
-const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
+const SLICE_MS = 24;              // of drawing what has come, before keys are listened to
+const REST = [16, 800];           // after drawing: times as long as it took, milliseconds at most: for keys and fingers
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
-const MAX_ROWS = 1200;            // in the page: the 1,000 messages that come back at most, and notices between them
+const PART_ROWS = 40;             // of the log: a few of them are in sight, and the others cost nothing
+const MAX_PARTS = 30;             // of the log: the 1,000 messages that come back at most, and notices between them
 const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
 const MAX_ELEMENTS = 100;         // in a message: what comes behind them is plain text
 const SAID_KEPT = 20;             // for the arrow keys
@@ -6833,6 +6835,7 @@ const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
 let sliceTimer = 0;
 let sliceFrame = 0;
+let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
 let rosterDue = false;
@@ -6866,22 +6869,26 @@ function draw(task) {
 function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
   clearTimeout(sliceTimer);
   cancelAnimationFrame(sliceFrame);
+  const rest = restUntil - performance.now();
   if (document.hidden) sliceTimer = setTimeout(drawSlice);
+  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
   else sliceFrame = requestAnimationFrame(drawSlice);
 }
 
 function drawSlice() {
-  const end = performance.now() + SLICE_MS;
+  const began = performance.now();
   try {
-    while (toDraw.length && performance.now() < end) toDraw.shift()();
+    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
   } finally {
-    drawnAt = performance.now();
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  if (!toDraw.length && !document.hidden) markRead();
+  drawnAt = performance.now();
+  if (toDraw.length) return;
+  restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
+  if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
@@ -6990,7 +6997,8 @@ function showMessage(frame, away) {
   const missed = !following && name !== me;
   if (missed && !unseen) removeNewLine();
   if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  log.insertBefore(row, next);
+  if (next) next.before(row);
+  else addRow(row);
   lastDrawn = Math.max(lastDrawn, seq);
   shown.set(seq, row);
   settle(row);
@@ -6999,15 +7007,29 @@ function showMessage(frame, away) {
   if (missed) unseen += 1;
 }
 
+function addRow(row) {
+  if (!(log.lastElementChild?.childElementCount < PART_ROWS)) log.append(make('div', 'part'));
+  log.lastElementChild.append(row);
+}
+
+function lastRow() {
+  return log.lastElementChild?.lastElementChild;
+}
+
+function rowAbove(row) {
+  return row.previousElementSibling || row.parentElement.previousElementSibling?.lastElementChild;
+}
+
 function settle(row) {  // what a message shows of its day and its author depends on the one above
   if (!row?.dataset.seq) return;
   const {name, ts} = row.dataset;
-  let above = row.previousElementSibling;
-  while (above && !above.dataset.ts) above = above.previousElementSibling;
+  let above = rowAbove(row);
+  const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
+  while (above && !above.dataset.ts) above = rowAbove(above);
   const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
-  const goesOn = above === row.previousElementSibling && above?.dataset.name === name &&
-    above.dataset.host === row.dataset.host;
-  row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
+  const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
+  row.classList.toggle('run', run);
+  above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
 }
@@ -7020,17 +7042,15 @@ function renewDays() {  // when today has become yesterday
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
-  const most = following ? MAX_ROWS : 3 * MAX_ROWS;
-  while (log.childElementCount > most) {
-    shown.delete(Number(log.firstElementChild.dataset.seq));
-    log.firstElementChild.remove();
-    if (log.childElementCount === most) settle(log.firstElementChild);
-  }
+  if (log.childElementCount <= (following ? MAX_PARTS : 3 * MAX_PARTS)) return;
+  for (const row of log.firstElementChild.children) shown.delete(Number(row.dataset.seq));
+  log.firstElementChild.remove();
+  settle(log.firstElementChild.firstElementChild);
 }
 
 function notice(kind, text) {
-  let row = log.lastElementChild;
-  if (row?.dataset.kind !== kind) log.append(row = make('p', 'notice'));
+  let row = lastRow();
+  if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
 }
@@ -7038,7 +7058,7 @@ function notice(kind, text) {
 function drawNewLine() {
   if (newLine || projector) return;
   notice('new', words.new_line);
-  newLine = log.lastElementChild;
+  newLine = lastRow();
 }
 
 function removeNewLine() {
@@ -7047,7 +7067,7 @@ function removeNewLine() {
 }
 
 function showPresence(type, names) {  // lines are folded, and who is back at once was never away
-  if (log.lastElementChild?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
+  if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
   const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
@@ -7055,7 +7075,7 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
-  for (const row of log.children) {
+  for (const row of log.querySelectorAll('.part > *')) {
     row.classList.add('past');
     delete row.dataset.seq;
   }
@@ -7114,7 +7134,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.offsetTop > scroller.scrollTop + scroller.clientHeight)) return toBottom();
+  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7162,8 +7182,10 @@ function showState() {
 }
 
 function fitBox() {
-  box.style.height = 'auto';
-  box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  if (!CSS.supports('field-sizing', 'content')) {
+    box.style.height = 'auto';
+    box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  }
   const rest = maxText - [...box.value].length;
   setText(leftOver, rest < COUNT_FROM ? fill(rest < 0 ? words.too_many : words.left_over, {n: Math.abs(rest)}) : '');
   leftOver.classList.toggle('over', rest < 0);
@@ -7927,13 +7949,13 @@ function deleteText(row) {  // its place stays, and says so; nothing of it is le
 
 function clearLog(upTo) {
   if (![...shown.keys()].some((seq) => seq <= upTo)) return;
-  const rest = [...log.children].filter(({dataset: {seq}}) => seq > upTo);
+  const rest = [...log.querySelectorAll('[data-seq]')].filter(({dataset: {seq}}) => seq > upTo);
   if (menuRow && !rest.includes(menuRow)) menu.close();
   for (const seq of [...shown.keys()].filter((number) => number <= upTo)) shown.delete(seq);
   log.replaceChildren();
   [newLine, unseen] = [null, 0];
   notice('cleared', words.cleared);
-  log.append(...rest);
+  rest.forEach(addRow);
   settle(rest[0]);
   showUnread(0);
   fillQuotes('');
@@ -8098,7 +8120,7 @@ function drawSorted() {
   sortedDue = false;
   const [sign, since] = [sort.value, serverTime() - HOUR_MS];
   const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
-  const rows = [...log.children].filter((row) => countOf(row));
+  const rows = [...log.querySelectorAll('[data-counts]')].filter(countOf);
   if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
@@ -8108,7 +8130,7 @@ function drawSorted() {
 
 function copyOf(row) {  // to be read
   const copy = row.cloneNode(true);
-  copy.classList.remove('run', 'mine', 'found');
+  copy.classList.remove('run', 'goes-on', 'mine', 'found');
   delete copy.dataset.day;
   for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
   for (const button of copy.querySelectorAll('button')) button.disabled = true;
