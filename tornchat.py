@@ -33,9 +33,11 @@ made up; the banner shows the link to a terminal only, never to a pipe or a log,
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
   {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
+                                       (and in "hands" the names of those who raise one, ✋, in the order they came)
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
-A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
+A say may have "re":12, the message that it answers: all get its author as "answered". GET /transcript?format=txt|json
+is all that was said, as a file.
 
 Without a socket, GET /messages?after=SEQ&epoch=EPOCH&at=TS&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L}
 as soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests.
@@ -178,7 +180,7 @@ NAME_CODEPOINTS = 64
 RAW_NAME_CODEPOINTS = 256  # looked at, before they are normalized
 PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
-RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages; the newest 100 stay in any case
+RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages, as they are stored
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_BYTES = 32 * 1024 * 1024  # in the store
 FEED_NOTICES = 1000  # entries of joined and left in the store: they must never push a message out
@@ -241,6 +243,7 @@ ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
 MOST_MESSAGES = 10**15  # of a room: a seq above that is none
 EVERY_SECONDS = 3600  # the slowest pace that a host can set
 REACT_SECONDS = 1  # between two entries with reactions: a class that votes costs two of them, not two hundred
+HOST_LOGOUTS = 1000  # remembered, the newest: a copied cookie of such a session makes nobody a host again
 NOTED_MESSAGES = 2 * FEED_MESSAGES  # that older ones are deleted is forgotten: the feed doesn't hold them any more
 BROWSER_CHARS = 16  # of a sid, that tell the browser: they stay when it logs out; the rest is new with each login
 DEFAULT_PORT = 8888
@@ -330,12 +333,10 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
     def event(self, language: str) -> dict[str, object]:
-        event: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
-        if self.cid:
-            event["cid"] = self.cid
-        if self.retry_after:
-            event["retry_after"] = math.ceil(self.retry_after * 10) / 10
-        return event
+        cid = self.cid.rpartition(":")[2]  # as the client wrote it, see parse_act
+        event = {"type": "refused", "code": self.code, "text": self.sentence(language), "cid": cid}
+        more = {"retry_after": math.ceil(self.retry_after * 10) / 10}
+        return {name: value for name, value in (event | more).items() if value}
 
 
 class Taken(Refused):
@@ -343,18 +344,10 @@ class Taken(Refused):
         super().__init__("taken", name=name)
 
 
-def picture_id(key: str, browser: str, name: str) -> str:
-    """The id under which this browser alone can say the picture of that name: what is shown is never another's, and
-    goes with its own message.
-    """
-    return f"{name}-{hmac.new(key.encode(), f'{browser} {name}'.encode(), 'sha256').hexdigest()[:16]}"
-
-
 def picture_fields(id: str) -> dict[str, object]:
     """A picture as clients are told of it: its id, which tells its size."""
-    match = PICTURE.fullmatch(id)
-    assert match
-    return {"id": id, "width": int(match[1]), "height": int(match[2])}
+    width, height = id.split("-")[1].split("x")
+    return {"id": id, "width": int(width), "height": int(height)}
 
 
 def check_characters(text: str) -> None:
@@ -576,7 +569,8 @@ OPEN_MODE = types.MappingProxyType({"talk": "everyone", "every": 0, "door": "ope
 class Event(NamedTuple):
     """What happened, as the feed keeps it: a `message`, or a notice (all others), which has the seq before it.
 
-    `details` are what only some have: a message `host`, `re`, `picture` and `deleted`, an act what its frame says.
+    `details` are what only some have: a message `host`, `re`, `answered`, `picture` and `deleted`, an act what its
+    frame says.
     """
 
     type: str
@@ -589,18 +583,27 @@ class Event(NamedTuple):
     place: Place = NOWHERE  # isn't stored
     details: Mapping[str, Any] = NO_DETAILS
 
+    @property
+    def entry(self) -> tuple[int, int]:
+        """The id of the entry that holds it."""
+        return self.place[:2]
+
+    def is_same(self, other: Event) -> bool:
+        """Whether that is this message, whatever was done to it since."""
+        deleted = "deleted" in self.details or "deleted" in other.details
+        return self[2:4] == other[2:4] and (deleted or self.text == other.text)
+
 
 FIELDS = Event._fields[:-2]
 DETAILS = {"to": int, "kind": str, "value": str | bool, "by": str, "name": str, "sid": str, "seconds": int,
            "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int,
-           "picture": str}  # fmt: skip
+           "answered": str, "picture": str}  # fmt: skip
 NEEDED = {"note": {"to", "kind", "value"}, "muted": {"name", "seconds"}, "removed": {"name", "seconds"}}
 
 
 def encode_events(events: Iterable[Event]) -> bytes:
     """The field `events` of an entry: a JSON array."""
-    plain = [dict(zip(FIELDS, event, strict=False)) if not event.details else event_fields(event) for event in events]
-    return to_json(plain).encode()
+    return to_json([event_fields(event) for event in events]).encode()
 
 
 def event_fields(event: Event) -> dict[str, Any]:
@@ -613,26 +616,21 @@ def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
     try:
         events = [Event(**fields, place=(*id, n)) for n, fields in enumerate(json.loads(raw))]
         return events if all(map(is_event, events)) else []
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return []
 
 
 def is_event(event: Event) -> bool:
-    """Whether what was read is one. Raises TypeError or ValueError where a field is no text that can be sent."""
+    """Whether what was read is one. Raises some error where a field is no text that can be sent, or no mapping."""
     type, seq, ts, *texts, _, details = event
-    "".join(texts).encode()  # JSON may spell half a character
-    numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
-    return type in EVENTS and numbers and are_details(type, details)
-
-
-def are_details(type: str, details: object) -> bool:
-    """Whether an event of that type can have them. Raises ValueError where a text can't be sent."""
-    if not isinstance(details, Mapping) or not NEEDED.get(type, set()) <= details.keys():
-        return False
-    "".join(value for value in details.values() if isinstance(value, str)).encode()
-    if "picture" in details and not PICTURE.fullmatch(details["picture"]):
-        return False
-    return all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
+    "".join([*texts, *(value for value in details.values() if isinstance(value, str))]).encode()  # half a character?
+    return (
+        type in EVENTS
+        and all(isinstance(number, int) and number >= 0 for number in (seq, ts))
+        and NEEDED.get(type, set()) <= details.keys()
+        and all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
+        and ("picture" not in details or PICTURE.fullmatch(details["picture"]) is not None)
+    )
 
 
 def shown(text: str) -> str:
@@ -655,16 +653,11 @@ def ws_frame(payload: bytes, opcode: int = 0x1) -> bytes:
     return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
 
 
-PING = ws_frame(b"", 0x9)
-
-
 class Encoded:
     """An event as a WebSocket frame, made once and sent to everybody as it is."""
 
-    __slots__ = ("frame", "plain")
-
-    def __init__(self, frame: bytes, plain: bytes | None = None) -> None:
-        self.frame, self.plain = frame, plain
+    def __init__(self, frame: bytes) -> None:
+        self.frame = frame
 
     @property
     def json(self) -> bytes:
@@ -674,67 +667,79 @@ class Encoded:
     def fields(self) -> Any:
         return json.loads(self.json)
 
-    @property
+    @functools.cached_property
     def line(self) -> bytes:
-        """The frame for the subprotocol `text`, made when it is first needed; b"" if the event has no words."""
-        if self.plain is None:
-            self.plain = encode_line(line_of(self.fields()))
-        return self.plain
+        """The frame for the subprotocol `text`; b"" if the event has no words."""
+        line = STEERING.sub("", line_of(self.fields()))
+        return ws_frame(line.encode()) if line else b""
 
 
-def encode(event: Mapping[str, Any], line: str | None = None) -> Encoded:
-    """An event that is given as its JSON object; with the line of plain text, where that doesn't follow from it."""
-    return Encoded(ws_frame(to_json(event).encode()), None if line is None else encode_line(line))
+PING = Encoded(ws_frame(b"", 0x9))
+PING.line = PING.frame
 
 
-def encode_line(line: str) -> bytes:
-    line = STEERING.sub("", line)
-    return ws_frame(line.encode()) if line else b""
+def encode(event: Mapping[str, Any]) -> Encoded:
+    """An event that is given as its JSON object."""
+    return Encoded(ws_frame(to_json(event).encode()))
+
+
+def encode_message(event: Event, reactions: Mapping[str, Any] = NO_DETAILS) -> Encoded:
+    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside."""
+    message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
+    if not event.cid.startswith("~"):
+        message["cid"] = event.cid
+    if event.details:
+        message |= event.details
+        if "picture" in message:
+            message["picture"] = picture_fields(event.details["picture"])
+    if reactions:
+        message |= reactions
+    return encode(message)
+
+
+def encode_store(available: bool) -> Encoded:
+    return encode({"type": "store", "available": available})
 
 
 def line_of(event: Mapping[str, Any]) -> str:
     """What a reader of plain lines is told. Only the room begins a line with a tilde: a message has a name before it,
     and spaces before its further lines.
     """
-    match event["type"]:  # a SyntaxError here? tornchat needs Python 3.11 or newer
-        case "message" if "deleted" in event:
-            return f"~~~ a message of {event['name']} was deleted ~~~"
-        case "message":
-            answered = f" (to {event['to']})" if "to" in event else ""
-            picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
-            text = "\n".join(filter(None, (event["text"], picture)))
-            return f"{badge(event)}{event['name']}{answered}: {text}".replace("\n", "\n    ")
-        case "joined" | "left" as what:
-            return f"~~~ {', '.join(event['names'])} {what} ~~~"
-        case "welcome":
+    if event["type"] == "message" and "deleted" not in event:
+        host = HOST_MARK + " " if "host" in event else ""
+        answered = f" (to {event['answered']})" if "answered" in event else ""
+        picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
+        text = "\n".join(filter(None, (event["text"], picture)))
+        return f"{host}{event['name']}{answered}: {text}".replace("\n", "\n    ")
+    words = words_of(event)
+    return f"~~~ {words} ~~~" if words else ""
+
+
+def words_of(event: Mapping[str, Any]) -> str:
+    """What the room says of an event; "" for one without words."""
+    match event:  # a SyntaxError here? tornchat needs Python 3.11 or newer
+        case {"type": "message", "name": name} | {"type": "note", "kind": "delete", "name": name}:
+            return f"a message of {name} was deleted"
+        case {"type": "note", "kind": "pin", "message": pinned}:
+            return f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
+        case {"type": "joined" | "left" as what, "names": names}:
+            return f"{', '.join(names)} {what}"
+        case {"type": "hosts", "names": names}:
+            return "hosts: " + ", ".join(f"{HOST_MARK} {name}" for name in names)
+        case {"type": "welcome", "title": title, "count": count, "members": members, "missed": missed, "mode": mode}:
             lost = "; the history was lost" if event["reset"] else ""
-            missed = f"; {event['missed']} messages missed" if event["missed"] else ""
-            mode = f"; {mode_line(event['mode'])}" if event["mode"] != OPEN_MODE else ""
-            return f"~~~ {event['title']}, {event['count']} here: {', '.join(event['members'])}{lost}{missed}{mode} ~~~"
-        case "refused":
-            return f"~~~ {event['text']} ~~~"
-        case "store":
-            return f"~~~ the message store is {'back' if event['available'] else 'away'} ~~~"
-    line = act_line(event)
-    return f"~~~ {line} ~~~" if line else ""
-
-
-def act_line(event: Mapping[str, Any]) -> str:
-    """What is told of what a host does."""
-    match event["type"]:
-        case "hosts":
-            return f"hosts: {', '.join(f'{HOST_MARK} {name}' for name in event['names'])}"
-        case "cleared":
-            return f"{event['by']} has cleared the room"
-        case "muted":
-            return f"{event['name']} {'cannot write for now' if event['until'] else 'can write again'}"
-        case "mode":
-            return f"{event['by']}: {mode_line(event)}"
-    return ""
-
-
-def badge(event: Mapping[str, Any]) -> str:
-    return HOST_MARK + " " if "host" in event else ""
+            gap = f"; {missed} messages missed" if missed else ""
+            rules = f"; {mode_line(mode)}" if mode != OPEN_MODE else ""
+            return f"{title}, {count} here: {', '.join(members)}{lost}{gap}{rules}"
+        case {"type": "store", "available": available}:
+            return f"the message store is {'back' if available else 'away'}"
+        case {"type": "cleared", "by": host}:
+            return f"{host} has cleared the room"
+        case {"type": "muted", "name": name, "until": until}:
+            return f"{name} {'cannot write for now' if until else 'can write again'}"
+        case {"type": "mode", "by": host}:
+            return f"{host}: {mode_line(event)}"
+    return str(event.get("text", ""))  # why something is refused
 
 
 def mode_line(mode: Mapping[str, Any]) -> str:
@@ -744,39 +749,21 @@ def mode_line(mode: Mapping[str, Any]) -> str:
     return f"{talk}{pace}, the door is {mode['door']}"
 
 
-def encode_message(event: Event, answered: str = "") -> Encoded:
-    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside. `answered` is whom
-    plain lines say that it answers.
-    """
-    message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
-    if not event.cid.startswith("~"):
-        message["cid"] = event.cid
-    if event.details:
-        message |= event.details
-        if "picture" in message:
-            message["picture"] = picture_fields(event.details["picture"])
-    return encode(message, line_of(message | {"to": answered}) if answered else None)
-
-
-def encode_store(available: bool) -> Encoded:
-    return encode({"type": "store", "available": available})
-
-
 # === Acts =============================================================================================================
 # What clients ask for: to say something, to do something to a message (a note), and what hosts do with people and the
 # room. All of it goes through the outbox and the feed. What comes of it, beside messages, is the State, which follows
 # from the feed alone, so that all daemons agree. Pure, too.
 
-SIGNS = ("👍", "👎", "❤️", "😂", "✋", "❓")  # to react with
-
-
-class Act(NamedTuple):
-    """The event that a client asks for. `cid` is "" where it wants no confirmation."""
-
-    type: str
-    details: Mapping[str, Any]
-    cid: str = ""
-    text: str = ""
+HAND = "✋"
+SIGNS = ("👍", "👎", "❤️", "😂", HAND, "❓")  # to react with
+HANDS_SHOWN = 30  # by name: as many as a host calls upon
+# What a note can say, by its kind, and what a mode can be.
+NOTES: Mapping[str, Sequence[Any]] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}
+MODES: Mapping[str, Sequence[Any]] = {
+    "talk": ("everyone", "hosts"),
+    "every": range(EVERY_SECONDS + 1),
+    "door": ("open", "closed"),
+}
 
 
 def parse_object(raw: str | bytes) -> dict[str, Any]:
@@ -788,100 +775,78 @@ def parse_object(raw: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_frame(raw: str | bytes) -> Act:
+def parse_frame(raw: str | bytes) -> Event:
     """What a client sends through its socket. Raises Refused."""
     if isinstance(raw, bytes):
         raise Refused("bad-frame", "binary")
     return parse_act(parse_object(raw))
 
 
-def parse_act(frame: Mapping[str, Any]) -> Act:
-    """What is asked for. Raises Refused, with the cid once that is known to be one."""
+def parse_act(frame: Mapping[str, Any]) -> Event:
+    """The event that is asked for, as far as the client knows it; without a cid where it wants no confirmation. Raises
+    Refused, with the cid once that is known to be one.
+    """
     cid = frame.get("cid", "")
     if not isinstance(cid, str) or ("cid" in frame and not CID.fullmatch(cid)):
         raise Refused("bad-frame", "bad-cid")
     try:
-        return read_act(frame, cid)
+        text = read_text(frame) if frame.get("type") == "say" else ""
+        type, details = read_act(frame)
     except Refused as refused:
         refused.cid = cid
         raise
+    own = f"{type}:{cid}" if cid and type != "message" else cid  # an act and a message with one cid are two things
+    return Event(type, 0, 0, cid=own, text=text, details=details)
 
 
-def read_act(frame: Mapping[str, Any], cid: str) -> Act:
+def read_act(frame: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The type and details of the event."""
     match frame.get("type"):
         case "say":
-            details, text = parse_say(frame)
-            return Act("message", details, cid, text)
+            answered, picture = read_field(frame, "re", range(MOST_MESSAGES + 1), 0), frame.get("picture")
+            return "message", ({"re": answered} if answered else {}) | ({"picture": picture} if picture else {})
         case "note":
-            return Act("note", parse_note(frame), cid)
+            kind = read_field(frame, "kind", tuple(NOTES))
+            to = read_field(frame, "to", range(1, MOST_MESSAGES + 1))
+            return "note", {"to": to, "kind": kind, "value": read_field(frame, "value", NOTES[kind], True)}
         case "clear":
-            return Act("cleared", {}, cid)
+            return "cleared", {}
         case "mute":
-            return Act("muted", parse_target(frame, 0), cid)
+            return "muted", read_target(frame, 0)
         case "remove":
-            return Act("removed", parse_target(frame, 1), cid)
+            return "removed", read_target(frame, 1)
+        case "mode" if mode := {name: read_field(frame, name, MODES[name]) for name in MODES if name in frame}:
+            return "mode", mode
         case "mode":
-            return Act("mode", parse_mode(frame), cid)
+            raise Refused("bad-frame", "bad-field", field=", ".join(MODES))
     raise Refused("bad-frame", "unknown-type")
 
 
-def parse_say(frame: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Details and text."""
+def read_text(frame: Mapping[str, Any]) -> str:
+    """The text of a message; a picture needs none."""
     picture = frame.get("picture", "")
     if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
         raise Refused("no-picture")
     text = frame.get("text", "" if picture else None)
     if not isinstance(text, str):
         raise Refused("bad-frame", "no-text")
-    answered = number_field(frame, "re", 1, MOST_MESSAGES, 0)
-    details = {name: value for name, value in (("re", answered), ("picture", picture)) if value}
-    return details, clean_text(text, may_be_empty=bool(picture))
+    return clean_text(text, may_be_empty=bool(picture))
 
 
-def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
-    """A whole number of a frame. Raises Refused."""
-    value = fields.get(name, default)
-    if type(value) is int and (least <= value <= most or value == default):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
-
-
-def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
-    """One of these values. Raises Refused."""
-    value = fields.get(name, default)
-    if value in choices and type(value) is type(choices[0]):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
-
-
-def parse_note(frame: Mapping[str, Any]) -> dict[str, Any]:
-    kind = choice_field(frame, "kind", ("delete", "pin", "react"))
-    values: Sequence[Any] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}[kind]
-    default = None if kind == "react" else True
-    to = number_field(frame, "to", 1, MOST_MESSAGES)
-    return {"to": to, "kind": kind, "value": choice_field(frame, "value", values, default)}
-
-
-def parse_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
+def read_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
     """Who is meant, and for how many seconds."""
     if not isinstance(name := frame.get("name"), str):
         raise Refused("bad-frame", "bad-field", field="name")
     check_characters(name)
-    return {"name": name[:RAW_NAME_CODEPOINTS], "seconds": number_field(frame, "seconds", least, ACT_SECONDS)}
+    return {"name": name[:RAW_NAME_CODEPOINTS], "seconds": read_field(frame, "seconds", range(least, ACT_SECONDS + 1))}
 
 
-def parse_mode(frame: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are to change."""
-    mode: dict[str, Any] = {}
-    if "talk" in frame:
-        mode["talk"] = choice_field(frame, "talk", ("everyone", "hosts"))
-    if "every" in frame:
-        mode["every"] = number_field(frame, "every", 0, EVERY_SECONDS)
-    if "door" in frame:
-        mode["door"] = choice_field(frame, "door", ("open", "closed"))
-    if not mode:
-        raise Refused("bad-frame", "bad-field", field="talk, every, door")
-    return mode
+def read_field(frame: Mapping[str, Any], name: str, values: Sequence[Any], default: object = None) -> Any:
+    """One of these values, which are of one type. Raises Refused."""
+    value = frame.get(name, default)
+    if type(value) is type(values[0]) and value in values:
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
 
 
 @dataclasses.dataclass(slots=True)
@@ -889,13 +854,27 @@ class Note:
     """What has been done to one message."""
 
     signs: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> its reaction
+    hands: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> name, in the order they were raised
     deleted: Event | None = None  # the message without its text
     changed: int = 0  # the seq of the room then
 
-    def counts(self) -> dict[str, int]:
-        """How many reacted with which sign, in the order of SIGNS."""
+    def react(self, browser: str, sign: str, name: str) -> None:
+        """The reaction of somebody from now on; "" for none. A hand that is up already keeps its place."""
+        if sign:
+            self.signs[browser] = sign
+        else:
+            self.signs.pop(browser, None)
+        if sign == HAND:
+            self.hands[browser] = name
+        else:
+            self.hands.pop(browser, None)
+
+    def reactions(self) -> dict[str, Any]:
+        """How many reacted with which sign, in the order of SIGNS, and who has raised a hand, the first ones."""
         counter = collections.Counter(self.signs.values())
-        return {sign: counter[sign] for sign in SIGNS if sign in counter}
+        counts = {sign: counter[sign] for sign in SIGNS if sign in counter}
+        hands = [*itertools.islice(self.hands.values(), HANDS_SHOWN)]
+        return ({"counts": counts} if counts else {}) | ({"hands": hands} if hands else {})
 
 
 def marks_of(sid: str, name: str) -> tuple[str, str]:
@@ -915,7 +894,7 @@ class State:
         self.hosts: dict[str, tuple[str, int]] = {}  # a name's key -> sid, and for how long that name is the host's
         self.ended: dict[str, int] = {}  # sids of hosts who have logged out: their cookies are no host's any more
         self.notes: dict[int, Note] = {}
-        self.said: dict[str, int] = {}  # mark -> when; isn't stored, because the feed tells it
+        self.said: dict[str, int] = {}  # mark -> when, in slow mode, oldest first; isn't stored: the feed tells it
         self.changed: set[str] = set()  # fields to be stored, see `field`
 
     # --- as it is stored: the fields of a hash, each of them JSON ---
@@ -931,7 +910,10 @@ class State:
         if name in self.PARTS:
             return to_json(getattr(self, name))
         note = self.notes.get(int(name))
-        return to_json({"signs": note.signs, "deleted": note.deleted and event_fields(note.deleted)}) if note else ""
+        if note is None:
+            return ""
+        deleted = note.deleted and event_fields(note.deleted)
+        return to_json({"signs": note.signs, "hands": note.hands, "deleted": deleted})
 
     def take_changes(self) -> dict[str, str]:
         changed, self.changed = self.changed, set()
@@ -947,23 +929,22 @@ class State:
                         setattr(self, name, stored)
                 elif name.isdecimal():
                     deleted = decode_events(to_json([stored["deleted"]]).encode())
-                    self.notes[int(name)] = Note(dict(stored["signs"]), next(iter(deleted), None), seq)
+                    signs, hands = dict(stored["signs"]), dict(stored.get("hands", {}))
+                    self.notes[int(name)] = Note(signs, hands, next(iter(deleted), None), seq)
 
     # --- what the feed brings ---
 
-    def apply(self, event: Event, message: Mapping[str, Any] | None = None) -> None:
-        """Takes an event; with a note comes the `message` that it is about, as it was sent and with its `sid`."""
+    def apply(self, event: Event, about: Event | None = None) -> None:
+        """Takes an event; with a note comes the message that it is `about`, if that is still known."""
         match event.type:
             case "message":
-                self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
-                if len(self.said) > PACES:
-                    since = event.ts - 1000 * self.mode["every"]
-                    self.said = {mark: ts for mark, ts in self.said.items() if ts > since}
+                self.slow_down(event)
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
             case "left" if event.text == LOGOUT and self.is_host(event.sid, name_key(event.name)):
-                self.ended = {sid: until for sid, until in self.ended.items() if until > event.ts}
+                newest = itertools.islice(self.ended.items(), max(0, len(self.ended) + 1 - HOST_LOGOUTS), None)
+                self.ended = {sid: until for sid, until in newest if until > event.ts}
                 self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
                 self.changed |= {"hosts", "ended"}
             case "mode":
@@ -978,34 +959,42 @@ class State:
                 self.changed |= {"cleared", "pinned", *map(str, self.notes)}
                 self.notes.clear()
             case "note":
-                self.note(event, message)
+                self.note(event, about)
+
+    def slow_down(self, event: Event) -> None:
+        """Remembers who said something, for as long as it is too early for more."""
+        for mark in marks_of(event.sid, event.name):
+            self.said.pop(mark, None)
+            self.said[mark] = event.ts
+        while self.said[oldest := next(iter(self.said))] <= event.ts - 1000 * self.mode["every"]:
+            del self.said[oldest]
 
     def restrict(self, event: Event) -> None:
         """Somebody is muted or kept out for a while, or, with until = 0, no longer."""
-        table, details = (self.muted if event.type == "muted" else self.barred), event.details
+        name, details = "muted" if event.type == "muted" else "barred", event.details
         marks = [*marks_of(details.get("sid", ""), details["name"])]
         if "origin" in details:
             marks.append("from " + details["origin"])
-        for mark in [mark for mark, until in table.items() if until <= event.ts or mark in marks]:
-            del table[mark]
-        if until := details.get("until", 0):
-            table |= dict.fromkeys(marks, until)
-        self.changed.add("muted" if event.type == "muted" else "barred")
+        table = getattr(self, name) | dict.fromkeys(marks, details.get("until", 0))
+        setattr(self, name, {mark: until for mark, until in table.items() if until > event.ts})
+        self.changed.add(name)
 
-    def note(self, event: Event, message: Mapping[str, Any] | None) -> None:
+    def note(self, event: Event, about: Event | None) -> None:
         to, kind, value = (event.details[name] for name in ("to", "kind", "value"))
         if kind == "pin":
-            self.pin(value, to, message)
+            if not value or self.is_deleted(to):
+                self.pin(None)
+            elif about and not (self.pinned and self.pinned["seq"] == to):
+                self.pin(about)
             return
         if to not in self.notes:
             self.forget_notes(event.seq)
         note = self.notes.setdefault(to, Note())
         note.changed = event.seq
-        note.signs.pop(browser := event.sid[:BROWSER_CHARS], None)
-        if kind == "react" and value and not note.deleted:
-            note.signs[browser] = value
-        elif kind == "delete" and message:
-            self.delete(note, message, event.details.get("by", "host"))
+        if kind == "react" and not note.deleted:
+            note.react(event.sid[:BROWSER_CHARS], value, event.name)
+        elif kind == "delete" and about:
+            self.delete(note, about, event.details.get("by", "host"))
         self.changed.add(str(to))
 
     def forget_notes(self, last: int) -> None:
@@ -1015,35 +1004,26 @@ class State:
             del self.notes[seq]
             self.changed.add(str(seq))
 
-    def pin(self, value: bool, to: int, message: Mapping[str, Any] | None) -> None:
-        if not value or self.is_deleted(to):
-            self.pinned = None
-        elif message and (self.pinned is None or self.pinned["seq"] != to):
-            self.pinned = {name: field for name, field in message.items() if name != "sid"}
+    def pin(self, message: Event | None) -> None:
+        self.pinned = encode_message(message).fields() if message else None
         self.changed.add("pinned")
 
-    def delete(self, note: Note, message: Mapping[str, Any], by: str) -> None:
+    def delete(self, note: Note, message: Event, by: str) -> None:
         """The text is gone, the rest stays."""
-        if self.pinned and self.pinned["seq"] == message["seq"]:
-            self.pinned = None
-            self.changed.add("pinned")
-        kept = {name: message[name] for name in ("host", "re") if name in message}
-        note.signs.clear()
-        note.deleted = Event("message", message["seq"], message["ts"], message["sid"], message.get("cid", ""),
-                             message["name"], details=kept | {"deleted": True, "by": by})  # fmt: skip
+        if self.pinned and self.pinned["seq"] == message.seq:
+            self.pin(None)
+        kept = {name: message.details[name] for name in ("host", "re") if name in message.details}
+        note.signs, note.hands = {}, {}
+        note.deleted = message._replace(text="", details=kept | {"deleted": True, "by": by})
 
     def restored(self, events: Sequence[Event]) -> list[Event]:
         """What the feed holds, without the deleted texts, and with what is left of messages that it holds no more."""
-        deleted = {seq: note.deleted for seq, note in self.notes.items() if note.deleted}
-        here: list[Event] = []
-        for event in events:
-            if event.type != "message":
-                here.append(event)
-            elif event.seq > self.cleared:
-                left = deleted.pop(event.seq, None)
-                here.append(left._replace(place=event.place) if left else event)
-        gone = [event for event in deleted.values() if event.seq > here[0].seq] if here else []
-        return sorted(gone + here, key=lambda event: event.seq)
+        first = events[0].seq if events else math.inf
+        places = {event.seq: event.place for event in events if event.type == "message"}
+        deleted = [note.deleted for seq, note in self.notes.items() if note.deleted and seq >= first]
+        left = [event._replace(place=places.get(event.seq, NOWHERE)) for event in deleted]
+        others = (event for event in events if event.type != "message" or not self.is_deleted(event.seq))
+        return sorted([*left, *others], key=lambda event: event.seq)
 
     # --- as it is told ---
 
@@ -1064,15 +1044,13 @@ class State:
         return encode(frame)
 
     def encode_note(self, to: int, kind: str) -> Encoded:
-        frame, note = {"type": "note", "to": to, "kind": kind}, self.notes.get(to, Note())
+        note, frame = self.notes.get(to, Note()), {"type": "note", "to": to, "kind": kind}
         if kind == "react":
-            return encode(frame | {"counts": note.counts()}, "")
-        if kind == "delete":
-            left = note.deleted or Event("message", to, 0, details={"by": "host"})
-            return encode(frame | {"by": left.details.get("by")}, f"~~~ a message of {left.name} was deleted ~~~")
-        pinned = self.pinned
-        said = f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
-        return encode(frame | {"message": pinned}, f"~~~ {said} ~~~")
+            return encode(frame | {"counts": {}} | note.reactions())
+        if kind == "pin":
+            return encode(frame | {"message": self.pinned})
+        left = note.deleted or Event("message", to, 0)
+        return encode(frame | {"by": left.details.get("by", "host"), "name": left.name})
 
     def notes_since(self, after: int) -> list[Encoded]:
         """What was done to messages up to this one after it came: whoever has seen it last comes back."""
@@ -1080,23 +1058,14 @@ class State:
         changed = ((seq, note) for seq, note in self.notes.items() if first < seq <= after <= note.changed)
         return [self.encode_note(seq, "delete" if note.deleted else "react") for seq, note in changed]
 
-    def noted(self, seq: int, encoded: Encoded) -> Encoded:
-        """A message as it is sent now."""
-        note = self.notes[seq]
-        if note.deleted:
-            return encode_message(note.deleted)
-        fields = {name: value for name, value in encoded.fields().items() if name != "counts"}
-        counts = {"counts": note.counts()} if note.signs else {}
-        return Encoded(encode(fields | counts).frame, encoded.plain)
-
     def standing(self, sid: str, name: str) -> dict[str, Any]:
         """What a welcome says of all this."""
-        browser, marks = sid[:BROWSER_CHARS], marks_of(sid, name)
+        browser = sid[:BROWSER_CHARS]
         return {
             "host": self.is_host(sid, name_key(name)),
             "mode": self.mode,
             "pinned": self.pinned,
-            "muted_until": max(self.muted.get(mark, 0) for mark in marks),
+            "muted_until": self.muted_until(sid, name),
             "cleared": self.cleared,
             "signs": SIGNS,
             "mine": {str(seq): note.signs[browser] for seq, note in self.notes.items() if browser in note.signs},
@@ -1106,6 +1075,9 @@ class State:
 
     def is_host(self, sid: str, key: str) -> bool:
         return key in self.hosts and self.hosts[key][0] == sid
+
+    def muted_until(self, sid: str, name: str) -> int:
+        return max(self.muted.get(mark, 0) for mark in marks_of(sid, name))
 
     def waits(self, table: Mapping[str, int], marks: Iterable[str], now: int) -> float:
         """For how many s one of these marks is still in that table."""
@@ -1507,10 +1479,7 @@ class Batch:
 
     def __init__(self, *events: Encoded) -> None:
         self.events = events
-
-    @functools.cached_property
-    def frames(self) -> memoryview:
-        return memoryview(b"".join([event.frame for event in self.events]))
+        self.frames = memoryview(b"".join([event.frame for event in events]))
 
     @functools.cached_property
     def lines(self) -> memoryview:
@@ -1555,73 +1524,38 @@ class Member:
         return f"{self.sid}{'@' * bool(self.origin)}{self.origin} {self.name}"
 
 
-class Kept(NamedTuple):
-    """A message in the ring."""
-
-    ts: int
-    encoded: Encoded
-    sid: str
-    entry: Id  # which holds it
-
-    def is_same(self, other: Kept) -> bool:
-        """Whether that is this message, whatever was done to it since."""
-        forms = self.encoded.fields(), other.encoded.fields()
-        texts = {fields["text"] for fields in forms if "deleted" not in fields}
-        return self.ts == other.ts and self.sid == other.sid and len(texts) < 2
-
-
 class Ring:
-    """The newest messages as they are sent, by seq, without a hole: at most `size`, and RING_BYTES, but `least`."""
+    """The newest messages, and how they are sent, without a hole."""
 
-    def __init__(self, size: int, least: int) -> None:
-        self.size, self.least, self.bytes = size, least, 0
-        self.kept: collections.deque[Kept] = collections.deque()  # oldest first
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.kept: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=size)  # oldest first
         self.last = 0  # seq of the newest
 
     def append(self, event: Event) -> Encoded:
         """Takes the next message, encoded. One that isn't the next begins anew."""
         if event.seq != self.last + 1:
-            self.clear()
-        answered = self.find(event.details["re"]) if "re" in event.details else None
-        encoded = encode_message(event, answered.encoded.fields()["name"] if answered else "")
+            self.kept.clear()
+        encoded = encode_message(event)
         self.last = event.seq
-        self.kept.append(Kept(event.ts, encoded, event.sid, event.place[:2]))
-        self.bytes += len(encoded.frame)
-        while len(self.kept) > self.size or (self.bytes > RING_BYTES and len(self.kept) > self.least):
-            self.bytes -= len(self.kept.popleft().encoded.frame)
+        self.kept.append((event, encoded))
         return encoded
 
-    def clear(self) -> None:
-        self.kept.clear()
-        self.bytes = 0
-
-    def replace(self, seq: int, encoded: Encoded) -> None:
+    def replace(self, event: Event, encoded: Encoded) -> None:
         """Another form of a message that is here."""
-        at = len(self.kept) - 1 - (self.last - seq)
-        self.bytes += len(encoded.frame) - len(self.kept[at].encoded.frame)
-        self.kept[at] = self.kept[at]._replace(encoded=encoded)
+        self.kept[event.seq - self.last - 1] = event, encoded
 
     def newest(self, count: int) -> list[Encoded]:
         """The last `count`, oldest first."""
-        return [kept.encoded for kept in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
+        return [encoded for _, encoded in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
 
     def after(self, seq: int) -> list[Encoded] | None:
         """All that came after `seq`, oldest first; None if the first of them has fallen out."""
         return self.newest(self.last - seq) if self.last - seq <= len(self.kept) else None
 
-    def find(self, seq: int) -> Kept | None:
+    def find(self, seq: int) -> Event | None:
         """The message of that number, if it is still here."""
-        at = len(self.kept) - 1 - (self.last - seq)
-        return self.kept[at] if 0 <= at < len(self.kept) else None
-
-
-class Owed(NamedTuple):
-    """What a joining listener is told first."""
-
-    events: list[Encoded]
-    recovered: bool = False
-    missed: int = 0
-    reset: bool = False
+        return self.kept[seq - self.last - 1][0] if 0 <= self.last - seq < len(self.kept) else None
 
 
 class ResumePoint(NamedTuple):
@@ -1633,6 +1567,7 @@ class ResumePoint(NamedTuple):
 
 
 NEWCOMER = ResumePoint()
+Roster = Mapping[str, tuple[str, str]]  # as it is stored: key -> "sid@origin", name
 
 
 class Room:
@@ -1643,7 +1578,7 @@ class Room:
         self.epoch, self.seq, self.ts = "", 0, 0  # seq and ts of the newest message and event
         self.place = self.notices_after = NOWHERE  # of the newest event, and of that before the first of the notices
         self.state = State()
-        self.ring = Ring(max(RING_MESSAGES, self.history), max(100, self.history))
+        self.ring = Ring(RING_MESSAGES)
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
@@ -1664,15 +1599,15 @@ class Room:
         self.sessions[listener.member.sid] = listener.member
 
     def replay(self, listener: Listener, seen: ResumePoint) -> None:
-        owed = self.owed(seen)
-        listener.base = self.seq - len(owed.events)
-        listener.replay([*self.greeting(listener.member, owed, seen), *owed.events])
+        messages, gap = self.owed(seen)
+        listener.base = self.seq - len(messages)
+        listener.replay([*self.greeting(listener.member, seen, gap), *messages])
 
-    def greeting(self, member: Member, owed: Owed, seen: ResumePoint) -> list[Encoded]:
+    def greeting(self, member: Member, seen: ResumePoint, gap: Mapping[str, Any]) -> list[Encoded]:
         """The welcome, the store if it is away, and what was done since to messages that the client has seen."""
         away = [] if self.available else [encode_store(self.available)]
-        notes = [] if seen.after is None or owed.reset else self.state.notes_since(seen.after)
-        return [self.welcome(member, owed), *away, *notes]
+        notes = [] if seen.after is None or gap["reset"] else self.state.notes_since(seen.after)
+        return [self.welcome(member, gap), *away, *notes]
 
     def leave(self, listener: Listener) -> None:
         self.listeners.discard(listener)
@@ -1686,11 +1621,6 @@ class Room:
         """The only way out to everybody. A listener that can't keep up deals with it by itself."""
         for listener in tuple(self.listeners):
             listener.send(batch)
-
-    def send_notice(self, event: Event, encoded: Encoded) -> None:
-        for listener in tuple(self.listeners):
-            if self.concerns(event, listener.member):
-                listener.send(Batch(encoded))
 
     def concerns(self, event: Event, member: Member) -> bool:
         """Whether a member is told of an event: who is muted knows it, and the hosts do."""
@@ -1712,29 +1642,22 @@ class Room:
 
     # --- what somebody is owed who comes, or comes back ---
 
-    def owed(self, seen: ResumePoint) -> Owed:
-        """What somebody has to be told who has seen that."""
-        if seen.after is None or not self.is_ours(seen):
-            return Owed(self.ring.newest(self.history), reset=seen.after is not None)
-        after = max(seen.after, self.state.cleared)
-        events = self.ring.after(after)
-        if events is None or len(events) > RING_MESSAGES:
-            events = self.ring.newest(self.history)
-        missed = self.seq - after - len(events)
-        return Owed(events, recovered=not missed, missed=missed)
-
-    def is_ours(self, seen: ResumePoint) -> bool:
-        """Whether a resume point belongs to this history, as far as can be told."""
-        if seen.after is None or self.is_ahead(seen):
-            return False
-        found = self.ring.find(seen.after)
-        return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found.ts == seen.at)
+    def owed(self, seen: ResumePoint) -> tuple[list[Encoded], dict[str, Any]]:
+        """The messages that somebody is to be told who has seen that, and what the welcome says of those between."""
+        after, found = max(seen.after or 0, self.state.cleared), self.ring.find(seen.after or 0)
+        ours = seen.after is not None and not self.is_ahead(seen) and (found is None or seen.at in (None, found.ts))
+        messages = self.ring.after(after) if ours else None
+        if messages is None:
+            messages = self.ring.newest(self.history)
+        missed = self.seq - after - len(messages) if ours else 0
+        reset = not ours and seen.after is not None  # it was another history, as far as can be told
+        return messages, {"recovered": ours and not missed, "missed": missed, "reset": reset}
 
     def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
         return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
 
-    def welcome(self, member: Member, owed: Owed) -> Encoded:
+    def welcome(self, member: Member, gap: Mapping[str, Any]) -> Encoded:
         """The first event of a connection, and of a new beginning."""
         others = itertools.islice((other.name for key, other in self.roster.items() if key != member.key), ROSTER_NAMES)
         return encode(
@@ -1746,11 +1669,9 @@ class Room:
                 "count": len(self.roster) + (member.key not in self.roster),  # not yet back on it after a reset
                 "epoch": self.epoch,
                 "seq": self.seq,
-                "recovered": owed.recovered,
-                "missed": owed.missed,
-                "reset": owed.reset,
                 "limits": {"text": TEXT_CHARS, "history": self.history},
                 "hosts": self.hosts(),
+                **gap,
                 **({"muted": self.muted()} if self.is_host(member) else {}),
                 **self.state.standing(member.sid, member.name),
             }
@@ -1758,58 +1679,45 @@ class Room:
 
     def muted(self) -> dict[str, int]:
         """Who on the roster is muted, and till when."""
-        until = self.state.muted
-        marks = {member.name: marks_of(member.sid, member.name) for member in self.roster.values()} if until else {}
-        return {name: max(until.get(mark, 0) for mark in both) for name, both in marks.items() if until.keys() & both}
+        roster = self.roster.values() if self.state.muted else ()
+        times = {member.name: self.state.muted_until(member.sid, member.name) for member in roster}
+        return {name: until for name, until in times.items() if until}
 
     # --- what the feed brings ---
 
-    def adopt(
-        self,
-        epoch: str,
-        last: Id,
-        roster: Mapping[str, tuple[str, str]],
-        events: Sequence[Event],
-        state: Mapping[str, str] = NO_DETAILS,
-    ) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> "sid@origin", name) and
-        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
-        already is told as if just back: recovered or reset.
+    def adopt(self, epoch: str, last: Id, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster and the fields of the State, both
+        as they were before `events` or later, and these, oldest first. Who listens already is told as if just back:
+        recovered or reset.
         """
-        seq, known = self.seq, self.ring.find(self.seq)
-        seen = ResumePoint(seq, self.epoch)
-        self.state = State()
-        self.state.load(state, events[-1].seq if events else 0)
-        self.restore(roster, events)
+        seen, known = ResumePoint(self.seq, self.epoch), self.ring.find(self.seq)
+        listeners, self.listeners = self.listeners, set()
+        self.restore(roster, events, state)
+        self.listeners = listeners
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
-        if known and (found := self.ring.find(seq)) and not found.is_same(known):
+        if known and (found := self.ring.find(known.seq)) and not found.is_same(known):
             seen = seen._replace(epoch="another")
-        for listener in tuple(self.listeners):
+        for listener in tuple(listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
-        """Begins anew with these."""
-        for table in (self.ring, self.notices, self.roster, self.kept_names):
+    def restore(self, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+        """Begins anew with these, told to nobody."""
+        self.state = State()
+        self.state.load(state, events[-1].seq if events else 0)
+        for table in (self.ring.kept, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         for sid, name in roster.values():
             sid, _, origin = sid.partition("@")
             self.enter(sid, name, origin)
         pinned = self.state.pinned
-        for event in self.state.restored(events):
-            if event.type == "message":
-                self.add_message(event)
-            elif event.type == "joined":
-                self.enter(event.sid, event.name, event.details.get("origin", ""))
-                self.state.apply(event)
-            else:
-                (self.exit if event.type == "left" else self.act)(event)
+        self.apply(self.state.restored(events))
+        self.notices.clear()
         if pinned and self.state.pinned and self.state.pinned["seq"] == pinned["seq"]:
             self.state.pinned = pinned  # it may be older than the texts that were read of the feed
         for seq in self.state.notes:
-            if found := self.ring.find(seq):
-                self.ring.replace(seq, self.state.noted(seq, found.encoded))
+            self.show_note(seq)
         self.state.take_changes()
 
     def apply(self, events: Iterable[Event]) -> None:
@@ -1824,7 +1732,7 @@ class Room:
                 encoded += self.notice(type, [event for event in run if self.exit(event)])
             else:
                 encoded += self.add_acts(run)
-        if encoded:
+        if encoded and self.listeners:
             self.send(Batch(*encoded))
 
     def add_message(self, event: Event) -> Encoded:
@@ -1837,19 +1745,17 @@ class Room:
         """Who has come; and who is a host now, be it that they come as one or have become one."""
         new = [event for event in events if self.enter(event.sid, event.name, event.details.get("origin", ""))]
         encoded = self.notice("joined", new)
-        if hosts := [event for event in events if "host" in event.details]:
-            for event in hosts:
-                self.state.apply(event)
+        for event in (hosts := [event for event in events if "host" in event.details]):
+            self.state.apply(event)
+        if hosts:
             encoded.append(self.keep_notice(hosts[-1], encode({"type": "hosts", "names": self.hosts()})))
         return encoded
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
         """One event for however many came or went in this turn."""
-        if not events:
-            return []
-        names, last = [event.details.get("name", event.name) for event in events], events[-1]
-        frame = {"type": type, "names": names, "count": len(self.roster), "ts": last.ts}
-        return [self.keep_notice(last, encode(frame))]
+        names = [event.details.get("name", event.name) for event in events]
+        frame = {"type": type, "names": names, "count": len(self.roster)}
+        return [self.keep_notice(last, encode(frame | {"ts": last.ts})) for last in events[-1:]]
 
     def keep_notice(self, event: Event, encoded: Encoded) -> Encoded:
         """For those who poll."""
@@ -1870,26 +1776,35 @@ class Room:
         for event in last.values():
             if event.type == "removed":
                 encoded += self.notice("left", [event])
-            elif event.type == "muted":
-                self.send_notice(event, self.keep_notice(event, self.state.encode(event)))
-            else:
-                encoded.append(self.keep_notice(event, self.state.encode(event)))
+                continue
+            if event.type == "note":
+                self.show_note(event.details["to"])
+            told = self.keep_notice(event, self.state.encode(event))
+            if event.type != "muted":
+                encoded.append(told)
+                continue
+            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
         """Does what was to be done; whether that is news."""
-        found = self.ring.find(to := event.details.get("to", 0))
-        self.state.apply(event, found and found.encoded.fields() | {"sid": found.sid})
+        self.state.apply(event, self.ring.find(event.details.get("to", 0)))
         if event.type == "cleared" or event.details.get("kind") == "delete":
             self.forget_pins()
         if event.type == "cleared":
-            self.ring.clear()
+            self.ring.kept.clear()
         elif event.type == "removed":
             sid, name = event.details.get("sid", ""), event.details["name"]
             return self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
-        elif found and to in self.state.notes:
-            self.ring.replace(to, self.state.noted(to, found.encoded))
         return True
+
+    def show_note(self, seq: int) -> None:
+        """The ring has a message with what was done to it."""
+        note, message = self.state.notes.get(seq), self.ring.find(seq)
+        if note and message:
+            message = note.deleted or message
+            self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
         """A notice of what was pinned may hold what is deleted now: whoever polls is told what is pinned instead."""
@@ -1999,7 +1914,7 @@ class Outbox:
         self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
         self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
 
-    def act(self, member: Member, act: Act, done: Done) -> None:
+    def act(self, member: Member, act: Event, done: Done) -> None:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
@@ -2032,14 +1947,11 @@ class Outbox:
                 self.put(proposal, done)
         self.reactions.clear()
 
-    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
+    def as_stored(self, seq: int, member: Member, act: Event) -> Event:
         """Where that has been forgotten, as it is asked for now."""
-        event = Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
         if act.type == "message" and (found := self.room.ring.find(seq)):
-            fields = found.encoded.fields()
-            gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
-            event = event._replace(ts=found.ts, text=fields["text"], details=gone or act.details)
-        return event
+            return found
+        return act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2158,6 +2070,8 @@ class Outbox:
         """Those of the event, which say all that is needed to apply it."""
         room, details = self.room, proposal.details
         if proposal.type == "message":
+            if details and (answered := room.ring.find(details.get("re", 0))):
+                details = {**details, "answered": answered.name}
             host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
             return {"host": True, **details} if host else details
         if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
@@ -3237,7 +3151,7 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def take(self, member: Member, act: Act, done: Done) -> None:
+    def take(self, member: Member, act: Event, done: Done) -> None:
         """What a member asks for, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
         picture = act.details.get("picture", "")
@@ -3251,7 +3165,9 @@ class BaseHandler(tornado.web.RequestHandler):
             limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
-        return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
+        """The one under which this browser alone can say that picture, which goes with its own message then."""
+        made_of = f"{member.sid[:BROWSER_CHARS]} {name}".encode()
+        return f"{name}-{hmac.new(self.daemon.cookie_key.encode(), made_of, 'sha256').hexdigest()[:16]}"
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -3956,7 +3872,7 @@ class SocketListener:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
             self.pinged = now
-            events = [Encoded(PING, PING)]
+            events = [PING]
             if now - self.timed >= config.time_seconds:
                 self.timed = now
                 events.append(time)
@@ -4003,11 +3919,11 @@ class News(NamedTuple):
 
 def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
     """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-    owed = room.owed(seen)
+    owed, gap = room.owed(seen)
     events: list[Encoded] = []
-    if not owed.recovered or cursor is None or cursor.place < room.notices_after:
-        events, cursor = room.greeting(member, owed, seen), newest_cursor(room)
-    messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, room.seq - len(owed.events) + 1)]
+    if not gap["recovered"] or cursor is None or cursor.place < room.notices_after:
+        events, cursor = room.greeting(member, seen, gap), newest_cursor(room)
+    messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
     notices = [
         (event.seq, event.place, encoded)
         for event, encoded in room.notices
@@ -4143,7 +4059,7 @@ class MessagesHandler(EventHandler):
         self.finish(self.daemon.room.state.encode(stored).json)
         self.release(member)
 
-    def asked(self) -> Act:
+    def asked(self) -> Event:
         return parse_act({**self.fields(), "type": "say"})
 
     def fields(self) -> Mapping[str, Any]:
@@ -4161,7 +4077,7 @@ class ActsHandler(MessagesHandler):
     async def get(self) -> None:
         raise tornado.web.HTTPError(405)
 
-    def asked(self) -> Act:
+    def asked(self) -> Event:
         return parse_act(parse_object(self.request.body))
 
 
@@ -4190,22 +4106,20 @@ class TranscriptHandler(BaseHandler):
     async def send_all(self, as_json: bool) -> None:
         """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
         daemon = self.daemon
-        names: dict[int, str] = {}  # who said what, for the answers
         async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
             for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
                 if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
-                    names[event.seq] = event.name
-                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
+                    self.write(transcript_line(event, as_json))
             async with asyncio.timeout(daemon.config.answer_seconds):
                 await self.flush()
 
 
-def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
+def transcript_line(event: Event, as_json: bool) -> bytes:
     """A message; what looks like the next line of the file is indented."""
-    message = encode_message(event, answered)
+    message = encode_message(event)
     if as_json:
         return message.json + b"\n"
-    line = STEERING.sub("", line_of(json.loads(message.json) | ({"to": answered} if answered else {})))
+    line = STEERING.sub("", line_of(message.fields()))
     return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
 
 
@@ -4619,7 +4533,7 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
         ],
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
-        template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
+        template_loader=tornado.template.DictLoader(TEMPLATES),
         cross_origin_protection=True,
         websocket_max_message_size=FRAME_BYTES,
         log_function=log_request,
@@ -6426,9 +6340,9 @@ button {
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button.bad { background: var(--bad); }
-button.plain.bad, button.plain:disabled { background: none; }
-button.plain.bad { color: var(--bad); }
-button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain.bad { background: none; color: var(--bad); }
+button:where(:disabled) { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain:disabled { color: var(--quiet); }
 input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
   background: var(--surface); color: inherit; font: inherit;
@@ -6538,7 +6452,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   padding: 0 2px 10px 15px;
 }
 #unpin { margin-inline-start: auto; }
-[data-state="connected"] #log:empty::before {
+[data-state="connected"] #log:empty::before, #sorted:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
@@ -6550,7 +6464,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .message { content-visibility: auto; contain-intrinsic-size: auto 48px; overflow-clip-margin: 6px; }
+  .part { content-visibility: auto; contain-intrinsic-size: auto 1920px; overflow-clip-margin: 6px; }
 }
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
@@ -6566,7 +6480,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .text[data-time]::after {
   content: attr(data-time); display: inline-block; padding-inline-start: 12px; font-size: .75rem; visibility: hidden;
 }
-.message:has(+ .run) time, .message:has(+ .run) .text::after { display: none; }
+.goes-on time, .goes-on .text::after { display: none; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -6588,7 +6502,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .mine .face { display: none; }
 .mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
 .past { color: var(--quiet); filter: grayscale(1); }
-.past .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.past .bubble, .deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .notice:empty { display: none; }
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
@@ -6608,15 +6522,15 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 #box {
   flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
-  resize: none;
+  field-sizing: content; resize: none;
 }
-#send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
-#break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
+#send, #break, #pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; }
+#break { margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
 #matches {
   position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px);
-  padding: 4px;
-  border: 1px solid var(--line); border-radius: 14px; background: var(--surface); box-shadow: 0 2px 8px #0003;
+  padding: 4px; border: 1px solid var(--line); border-radius: 14px; background: var(--surface);
+  box-shadow: 0 2px 8px #0003;
 }
 #matches button { display: block; width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
 #matches button:first-child:not(:hover) { background: var(--code); }
@@ -6630,7 +6544,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 
 /* Pictures: as large as they will be, before they are there */
-#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#pick { margin-inline: -6px -4px; }
 #attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
 #attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
 #attached button::after {
@@ -6638,10 +6552,11 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   background: var(--ink); color: var(--surface); line-height: 22px;
 }
 #attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture, .sign, .quote { background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; }
 .picture {
   display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
   max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
-  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+  border-radius: 8px;
 }
 .picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
 .picture.gone { min-width: 10rem; padding: 8px; }
@@ -6679,25 +6594,22 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .copied { position: absolute; opacity: 0; }
 .signs { display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 1px; }
 .sign {
-  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background: var(--code) padding-box;
-  color: inherit; font-size: .8125rem; font-variant-numeric: tabular-nums;
+  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background-clip: padding-box; font-weight: 600;
+  font-variant-numeric: tabular-nums;
 }
-.sign:disabled { background: var(--code); color: inherit; }
 .sign[aria-pressed="true"] { box-shadow: inset 0 0 0 1.5px var(--accent); color: var(--accent); }
 .quote {
   display: block; max-width: 100%; min-height: 32px; margin: 2px 0 5px; padding: 0 10px; overflow: hidden;
-  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px;
-  background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; text-align: start;
+  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px; text-align: start;
   text-overflow: ellipsis; white-space: nowrap;
 }
-.quote:disabled { border-color: var(--quiet); background: var(--code); }
+.quote:disabled { border-color: currentColor; color: var(--quiet); }
 .quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
 @media (any-pointer: coarse) {
   .signs { gap: 0; margin: -4px -4px -6px; }
   .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
   .quote { min-height: 44px; }
 }
-.deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .deleted .text { color: var(--quiet); font-style: italic; }
 .found .bubble { outline: 2px solid var(--accent); outline-offset: 2px; }
 .back { display: block; margin: 6px 0 4px; font-size: .875rem; }
@@ -6715,9 +6627,6 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
 #sorted:not([hidden]) ~ #composer #newer { display: none; }
-#sorted:empty::before {
-  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
-}
 @media (max-width: 48rem) {
   #menu { inset: auto 0 0; width: 100%; max-width: 100%; padding: 12px 12px var(--foot); border-radius: 20px 20px 0 0; }
   #menu::backdrop { background: #0006; }
@@ -6836,9 +6745,11 @@ const HOLD_MS = 3000;             // to wait where a refusal names no time
 const SOCKETS_TRIED = 2;          // in a row that never got through, before it is tried by polling
 const PROBE_MS = [3000, 300000];  // while polling, pauses between tries of the socket: the first, and the longest
 const POLL_SECONDS = 25;          // below what proxies and the server end by themselves
-const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
+const SLICE_MS = 24;              // of drawing what has come, before keys are listened to
+const REST = [16, 800];           // after drawing: times as long as it took, milliseconds at most: for keys and fingers
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
-const MAX_ROWS = 1200;            // in the page: the 1,000 messages that come back at most, and notices between them
+const PART_ROWS = 40;             // of the log: a few of them are in sight, and the others cost nothing
+const MAX_PARTS = 30;             // of the log: the 1,000 messages that come back at most, and notices between them
 const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
 const MAX_ELEMENTS = 100;         // in a message: what comes behind them is plain text
 const SAID_KEPT = 20;             // for the arrow keys
@@ -6924,6 +6835,7 @@ const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
 let sliceTimer = 0;
 let sliceFrame = 0;
+let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
 let rosterDue = false;
@@ -6942,8 +6854,8 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick});
+function makeButton(text, onclick, attributes = {}) {
+  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -6957,22 +6869,26 @@ function draw(task) {
 function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
   clearTimeout(sliceTimer);
   cancelAnimationFrame(sliceFrame);
+  const rest = restUntil - performance.now();
   if (document.hidden) sliceTimer = setTimeout(drawSlice);
+  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
   else sliceFrame = requestAnimationFrame(drawSlice);
 }
 
 function drawSlice() {
-  const end = performance.now() + SLICE_MS;
+  const began = performance.now();
   try {
-    while (toDraw.length && performance.now() < end) toDraw.shift()();
+    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
   } finally {
-    drawnAt = performance.now();
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  if (!toDraw.length && !document.hidden) markRead();
+  drawnAt = performance.now();
+  if (toDraw.length) return;
+  restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
+  if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
@@ -7081,7 +6997,8 @@ function showMessage(frame, away) {
   const missed = !following && name !== me;
   if (missed && !unseen) removeNewLine();
   if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  log.insertBefore(row, next);
+  if (next) next.before(row);
+  else addRow(row);
   lastDrawn = Math.max(lastDrawn, seq);
   shown.set(seq, row);
   settle(row);
@@ -7090,15 +7007,29 @@ function showMessage(frame, away) {
   if (missed) unseen += 1;
 }
 
+function addRow(row) {
+  if (!(log.lastElementChild?.childElementCount < PART_ROWS)) log.append(make('div', 'part'));
+  log.lastElementChild.append(row);
+}
+
+function lastRow() {
+  return log.lastElementChild?.lastElementChild;
+}
+
+function rowAbove(row) {
+  return row.previousElementSibling || row.parentElement.previousElementSibling?.lastElementChild;
+}
+
 function settle(row) {  // what a message shows of its day and its author depends on the one above
   if (!row?.dataset.seq) return;
   const {name, ts} = row.dataset;
-  let above = row.previousElementSibling;
-  while (above && !above.dataset.ts) above = above.previousElementSibling;
+  let above = rowAbove(row);
+  const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
+  while (above && !above.dataset.ts) above = rowAbove(above);
   const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
-  const goesOn = above === row.previousElementSibling && above?.dataset.name === name &&
-    above.dataset.host === row.dataset.host;
-  row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
+  const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
+  row.classList.toggle('run', run);
+  above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
 }
@@ -7111,17 +7042,15 @@ function renewDays() {  // when today has become yesterday
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
-  const most = following ? MAX_ROWS : 3 * MAX_ROWS;
-  while (log.childElementCount > most) {
-    shown.delete(Number(log.firstElementChild.dataset.seq));
-    log.firstElementChild.remove();
-    if (log.childElementCount === most) settle(log.firstElementChild);
-  }
+  if (log.childElementCount <= (following ? MAX_PARTS : 3 * MAX_PARTS)) return;
+  for (const row of log.firstElementChild.children) shown.delete(Number(row.dataset.seq));
+  log.firstElementChild.remove();
+  settle(log.firstElementChild.firstElementChild);
 }
 
 function notice(kind, text) {
-  let row = log.lastElementChild;
-  if (row?.dataset.kind !== kind) log.append(row = make('p', 'notice'));
+  let row = lastRow();
+  if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
 }
@@ -7129,7 +7058,7 @@ function notice(kind, text) {
 function drawNewLine() {
   if (newLine || projector) return;
   notice('new', words.new_line);
-  newLine = log.lastElementChild;
+  newLine = lastRow();
 }
 
 function removeNewLine() {
@@ -7138,7 +7067,7 @@ function removeNewLine() {
 }
 
 function showPresence(type, names) {  // lines are folded, and who is back at once was never away
-  if (log.lastElementChild?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
+  if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
   const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
@@ -7146,7 +7075,7 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
-  for (const row of log.children) {
+  for (const row of log.querySelectorAll('.part > *')) {
     row.classList.add('past');
     delete row.dataset.seq;
   }
@@ -7205,7 +7134,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.offsetTop > scroller.scrollTop + scroller.clientHeight)) return toBottom();
+  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7253,8 +7182,10 @@ function showState() {
 }
 
 function fitBox() {
-  box.style.height = 'auto';
-  box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  if (!CSS.supports('field-sizing', 'content')) {
+    box.style.height = 'auto';
+    box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  }
   const rest = maxText - [...box.value].length;
   setText(leftOver, rest < COUNT_FROM ? fill(rest < 0 ? words.too_many : words.left_over, {n: Math.abs(rest)}) : '');
   leftOver.classList.toggle('over', rest < 0);
@@ -7822,15 +7753,14 @@ function showMode() {
   showHold();
 }
 
-function modeChanged({by, talk, every: pause, door: entry}) {
-  const next = {talk, every: pause, door: entry};
-  const changed = Object.keys(next).filter((part) => next[part] !== mode[part]);
-  const told = modeWords(next);
-  mode = next;
+function modeChanged(frame) {
+  const told = modeWords(frame);
+  const changed = Object.keys(told).filter((part) => frame[part] !== mode[part]);
+  mode = frame;
   holdUntil = 0;
   if (changed.length) {
     const sentences = changed.map((part) => told[part]).join(' ');
-    draw(() => notice(`mode ${changed}`, `${isolate(by)}: ${sentences}`));
+    draw(() => notice(`mode ${changed}`, `${isolate(frame.by)}: ${sentences}`));
   }
   showMode();
   pump();
@@ -7900,7 +7830,7 @@ function showPinned(message) {
 
 function unfoldPin(open) {
   pinBar.classList.toggle('open', open);
-  pinFold.setAttribute('aria-expanded', open);
+  pinFold.ariaExpanded = open;
 }
 
 function toPinned() {  // where it isn't in the page any more, the whole of it is shown here
@@ -7925,7 +7855,7 @@ let menuRow = null;
 let tabStop = null;               // of the log's many menu buttons the one that Tab leads to
 let touch = null;                 // the finger on a message
 let sortedDue = false;
-const back = Object.assign(makeButton(words.back), {className: 'plain back'});
+const back = makeButton(words.back, null, {className: 'plain back'});
 
 function react(seq, sign) {
   const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
@@ -7960,9 +7890,8 @@ function noted({to, kind, counts, message}) {
 
 function addChoices(row, counts) {
   if (!projector) {
-    const more = Object.assign(makeButton('', () => openMenu(row)), {className: 'more', tabIndex: -1});
-    more.setAttribute('aria-label', fill(words.choices, {name: isolate(row.dataset.name)}));
-    more.setAttribute('aria-haspopup', 'dialog');
+    const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
+    const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
@@ -7987,15 +7916,15 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
   const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
   const list = bubble.querySelector('.signs') || make('div', 'signs');
   const buttons = Object.entries(counts).map(([sign, count]) => {
-    const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
-    Object.assign(button, {className: 'sign', value: sign, disabled: projector});
-    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
+    const button = [...list.children].find(({value}) => value === sign)
+      || makeButton('', () => react(seq, sign), {className: 'sign', value: sign, disabled: projector});
+    button.ariaPressed = !projector && mine.get(seq) === sign;
     setText(button, `${sign} ${count}`);
     return button;
   });
   const focused = list.contains(document.activeElement) && document.activeElement;
   row.dataset.counts = JSON.stringify(counts);
-  list.setAttribute('aria-live', 'off');  // thirty hands are not thirty announcements
+  list.ariaLive = 'off';  // thirty hands are not thirty announcements
   list.replaceChildren(...buttons);
   if (buttons.length) bubble.append(list);
   else list.remove();
@@ -8020,13 +7949,13 @@ function deleteText(row) {  // its place stays, and says so; nothing of it is le
 
 function clearLog(upTo) {
   if (![...shown.keys()].some((seq) => seq <= upTo)) return;
-  const rest = [...log.children].filter(({dataset: {seq}}) => seq > upTo);
+  const rest = [...log.querySelectorAll('[data-seq]')].filter(({dataset: {seq}}) => seq > upTo);
   if (menuRow && !rest.includes(menuRow)) menu.close();
   for (const seq of [...shown.keys()].filter((number) => number <= upTo)) shown.delete(seq);
   log.replaceChildren();
   [newLine, unseen] = [null, 0];
   notice('cleared', words.cleared);
-  log.append(...rest);
+  rest.forEach(addRow);
   settle(rest[0]);
   showUnread(0);
   fillQuotes('');
@@ -8037,31 +7966,24 @@ function clearLog(upTo) {
 function openMenu(row) {
   const seq = Number(row.dataset.seq);
   if (!seq || !row.querySelector('.more')) return;  // of a history that is lost, or deleted
-  const choose = (text, todo) => makeButton(text, () => {
+  const choose = (text, todo, attributes) => makeButton(text, () => {
     menu.close();
     todo();
-  });
+  }, attributes);
+  const note = (kind, value) => act({type: 'note', to: seq, kind, value});
   const pin = seq === pinned?.seq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
-  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
+  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => note('pin', !pin)));
   if (isHost || row.dataset.name === me) {
-    const sure = () => ask(words.delete_ask, words.delete, () => act(noteOn(seq, 'delete')));
-    choices.push(Object.assign(choose(words.delete, sure), {className: 'bad'}));
+    const sure = () => ask(words.delete_ask, words.delete, () => note('delete', true));
+    choices.push(choose(words.delete, sure, {className: 'bad'}));
   }
-  const offered = signs.map((sign) => {
-    const button = choose(sign, () => react(seq, sign));
-    button.setAttribute('aria-pressed', mine.get(seq) === sign);
-    return button;
-  });
+  const offered = signs.map((sign) => choose(sign, () => react(seq, sign), {ariaPressed: mine.get(seq) === sign}));
   menuRow = row;
   menu.ariaLabel = row.querySelector('.more').ariaLabel;
   menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
   menu.showModal();
   placeMenu(row.querySelector('.more').getBoundingClientRect());
-}
-
-function noteOn(to, kind) {
-  return {type: 'note', to, kind};
 }
 
 function placeMenu({left, top, bottom}) {
@@ -8085,8 +8007,7 @@ function firstLine(row) {
 }
 
 function quoteOf(re) {
-  const quote = makeButton('', () => leadTo(quote));
-  quote.className = 'quote';
+  const quote = makeButton('', () => leadTo(quote), {className: 'quote'});
   quote.dataset.re = re;
   return fillQuote(quote);
 }
@@ -8144,10 +8065,10 @@ function setReply(next) {
   reply = next;
   keep('reply', reply ? JSON.stringify(reply) : '');
   replyLine.hidden = !reply;
-  const cancel = Object.assign(makeButton('×', () => {
+  const cancel = makeButton('×', () => {
     setReply(null);
     box.focus();
-  }), {className: 'plain', ariaLabel: words.no_answer});
+  }, {className: 'plain', ariaLabel: words.no_answer});
   replyLine.replaceChildren(...(reply ? [quoteOf(reply.re), cancel] : []));
 }
 
@@ -8199,7 +8120,7 @@ function drawSorted() {
   sortedDue = false;
   const [sign, since] = [sort.value, serverTime() - HOUR_MS];
   const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
-  const rows = [...log.children].filter((row) => countOf(row));
+  const rows = [...log.querySelectorAll('[data-counts]')].filter(countOf);
   if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
@@ -8209,7 +8130,7 @@ function drawSorted() {
 
 function copyOf(row) {  // to be read
   const copy = row.cloneNode(true);
-  copy.classList.remove('run', 'mine', 'found');
+  copy.classList.remove('run', 'goes-on', 'mine', 'found');
   delete copy.dataset.day;
   for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
   for (const button of copy.querySelectorAll('button')) button.disabled = true;
