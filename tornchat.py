@@ -4972,8 +4972,7 @@ class Client:
         self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
-        self.replay_end = 0  # up to this seq it is history
-        self.skipped = 0  # and up to this one, older than what the user wants
+        self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
@@ -5126,8 +5125,8 @@ class Client:
         if frame["reset"]:
             self.skipped = 0
             self.view.notice(self.words["js_reset"])
-        if frame["missed"]:
-            self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
+        if missed := frame["missed"]:
+            self.view.notice(self.words["js_missed"].format(n=missed))
         if (mode := frame.get("mode", self.mode)) != self.mode:
             self.on_act({"type": "mode"} | mode)
         if first and frame.get("pinned"):
