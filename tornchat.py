@@ -5125,8 +5125,8 @@ class Client:
         if frame["reset"]:
             self.skipped = 0
             self.view.notice(self.words["js_reset"])
-        if missed := frame["missed"]:
-            self.view.notice(self.words["js_missed"].format(n=missed))
+        if frame["missed"]:
+            self.view.notice(self.words["js_missed"].format(n=frame["missed"]))
         if (mode := frame.get("mode", self.mode)) != self.mode:
             self.on_act({"type": "mode"} | mode)
         if first and frame.get("pinned"):
