@@ -5407,7 +5407,7 @@ class Lines:
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.typed or self.config.verbose or not minor:
+        if not minor or self.config.verbose or (self.typed and not self.config.quiet):
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
