@@ -1672,9 +1672,9 @@ class TestFeed(Transcripts):
     async def test_slow_rates(self) -> None:
         """A rate so slow that five times it is no message lets one through all the same."""
         limits = tornchat.Limits(0.1)
-        limits.pace(limits.says, "sid-Ann")
+        limits.says.pace("sid-Ann")
         with pytest.raises(tornchat.Refused) as refused:
-            limits.pace(limits.says, "sid-Ann")
+            limits.says.pace("sid-Ann")
         assert 9 < refused.value.retry_after <= 10
 
     async def test_a_name_is_someone_elses(self, feeds: Feeds) -> None:
@@ -3109,7 +3109,7 @@ class TestSocket(Transcripts):
         daemon = await memory_lan.serve()
         bob = await memory_lan.join("Bob")
         (listener,) = daemon.room.listeners
-        assert isinstance(listener, tornchat.SocketListener)
+        assert isinstance(listener, tornchat.ChatSocket)
         monkeypatch.setattr(listener.stream, "writing", lambda: True)
         event = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Ann", "text": text})
         for _ in range(enough - 1):
@@ -3125,15 +3125,15 @@ class TestSocket(Transcripts):
         daemon = await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         (listener,) = daemon.room.listeners
-        assert isinstance(listener, tornchat.SocketListener)
-        write, refusals = listener.put, iter([BlockingIOError()] * 2)
+        assert isinstance(listener, tornchat.ChatSocket)
+        write, refusals = listener.transmit, iter([BlockingIOError()] * 2)
 
         def full(data: memoryview) -> int | None:
             for refusal in refusals:
                 raise refusal
             return write(data)
 
-        monkeypatch.setattr(listener, "put", full)
+        monkeypatch.setattr(listener, "transmit", full)
         await ann.say_many(5)
         assert next(refusals, None) is None
 
@@ -5150,8 +5150,8 @@ class Echo(tornchat.ChatSocket):
 
     def on_message(self, message: str | bytes) -> None:
         frame = tornchat.ws_frame(message, 0x2) if isinstance(message, bytes) else tornchat.ws_frame(message.encode())
-        if self.listener:
-            self.listener.send(tornchat.Batch(tornchat.Encoded(frame, b"")))
+        if self.is_member():
+            self.send(tornchat.Batch(tornchat.Encoded(frame, b"")))
 
 
 async def echo(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5347,9 +5347,7 @@ class TestAttacks(Transcripts):
             stalled.append(await handshake(browser.url, browser.headers()["Cookie"], buffer=4096))
         await until(lambda: len(daemon.room.listeners) == 6)
         kept = [
-            weakref.ref(handler)
-            for handler in daemon.sockets
-            if handler.listener and handler.listener.member.name in names
+            weakref.ref(handler) for handler in daemon.sockets if handler.is_member() and handler.member.name in names
         ]
         tasks = len(asyncio.all_tasks())
         caplog.set_level(logging.INFO)

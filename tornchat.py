@@ -1530,7 +1530,6 @@ class Listener(Protocol):
     def send(self, batch: Batch) -> None: ...  # live events
     def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
     def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
-    def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
     def turn_away(self, refused: Refused) -> None: ...  # the end, for that reason
     def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
@@ -2900,13 +2899,15 @@ def network(address: str) -> str:
 def is_this_machine(address: str) -> bool:
     """Whether proxies and tests come from there: a crowd of people may stand behind it."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
+        return ipaddress.ip_address(network(address)).is_loopback
     return False
 
 
 @contextlib.contextmanager
-def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
-    """One more of that name, for a while."""
+def one_of(most: float, counter: collections.Counter[str], name: str, refused: Refused) -> Iterator[None]:
+    """One more of that name, for a while. Raises `refused` where there are so many already."""
+    if counter[name] >= most:
+        raise refused
     counter[name] += 1
     try:
         yield
@@ -2932,6 +2933,11 @@ class TokenBuckets:
             self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
 
+    def pace(self, name: str, cid: str = "", cost: float = 1) -> None:
+        """Takes tokens now. Raises Refused if there is none."""
+        if wait := self.take(name, asyncio.get_running_loop().time(), cost):
+            raise Refused("too-fast", cid=cid, retry_after=wait)
+
 
 class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
@@ -2946,7 +2952,7 @@ class Limits:
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.rest = 0 if free else TURN_SECONDS
-        self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
+        self.guesses = collections.Counter[str]()  # wrong passwords that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
         self.drawn = collections.deque[str](maxlen=50)  # addresses of the room that aren't announced
@@ -2963,31 +2969,6 @@ class Limits:
                 self.requests.take(address, loop.time(), cost)
         finally:
             loop.call_later(self.rest if cost else 0, turn.release)
-
-    @staticmethod
-    def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
-        """Takes from a bucket. Raises Refused if it is empty."""
-        if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
-            raise Refused("too-fast", cid=cid, retry_after=wait)
-
-    def log_in(self, address: str) -> None:
-        """Somebody new. Raises Refused if too many come from there."""
-        if not is_this_machine(address):
-            self.pace(self.logins, address)
-
-    def rejoin(self, sid: str, address: str) -> None:
-        """Somebody whose name had left the list. Raises Refused, as above."""
-        self.pace(self.rejoins, sid)
-        if not is_this_machine(address):
-            self.pace(self.returns, address)
-
-    @contextlib.contextmanager
-    def poll(self, address: str) -> Iterator[None]:
-        """While a poll waits. Raises Refused if too many do."""
-        if self.polls[address] >= POLLS_AN_ADDRESS and not is_this_machine(address):
-            raise Refused("too-fast", retry_after=1)
-        with counted(self.polls, address):
-            yield
 
     def warn_of_proxy(self, address: str) -> None:
         """Tells the operator, once, of a proxy on this machine that isn't trusted."""
@@ -3020,8 +3001,9 @@ class Visitors:
     def wait(self, stream: tornado.iostream.IOStream) -> None:
         """A request has come, or a poll has ended."""
         if address := self.open.get(stream):
-            self.quiet.setdefault(address, collections.OrderedDict())[stream] = None
-            self.quiet[address].move_to_end(stream)
+            quiet = self.quiet.setdefault(address, collections.OrderedDict())
+            quiet[stream] = None
+            quiet.move_to_end(stream)
 
     def join(self, stream: tornado.iostream.IOStream) -> None:
         """From now on it is a member's."""
@@ -3248,11 +3230,11 @@ class BaseHandler(tornado.web.RequestHandler):
         if picture and picture != self.picture_id(member, picture.rpartition("-")[0]):
             raise Refused("no-picture", cid=act.cid)
         if paced:
-            limits.pace(limits.messages, self.address, act.cid, cost=0)
-            limits.pace(limits.says, member.sid[:BROWSER_CHARS], act.cid)
+            limits.messages.pace(self.address, act.cid, cost=0)
+            limits.says.pace(member.sid[:BROWSER_CHARS], act.cid)
         self.daemon.outbox.act(member, act, done)  # only what that takes counts
         if paced:
-            limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
+            limits.messages.pace(self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
         return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
@@ -3430,7 +3412,7 @@ class JoinHandler(BaseHandler):
             return True
         if len(url) > URL_CHARS or not re.fullmatch(rf"https?://{here}/[\w./~-]*", url):
             return False
-        limits.pace(limits.drawings, "")
+        limits.drawings.pace("")
         limits.drawn.append(url)
         return True
 
@@ -3487,7 +3469,8 @@ class Admission:
             await self.rejoin(same, address)
             return same
         self.check_door(before, name, address)
-        self.limits.log_in(network(address))
+        if not is_this_machine(address):
+            self.limits.logins.pace(network(address))
         if same:  # given back and taken in one entry, so that nobody else can take it between the two
             _, new = await asyncio.gather(self.give_back(same), self.enter_as(name, address, before))
         else:
@@ -3540,19 +3523,19 @@ class Admission:
 
     async def check_guess(self, guess: str, right: str, code: str, address: str) -> None:
         """Raises Refused for a wrong password or key, but not at once. The right one never waits, whoever guesses."""
-        wait, wrong, origin = self.config.guess_seconds, self.limits.wrong_passwords, network(address)
         if not right or hmac.compare_digest(guess.encode(), right.encode()):
             return
-        if wrong[origin] >= GUESSES_AT_ONCE:
-            raise Refused(code, "guesses", retry_after=wait)
-        with counted(wrong, origin):
-            await asyncio.sleep(wait)
+        too_many = Refused(code, "guesses", retry_after=self.config.guess_seconds)
+        with one_of(GUESSES_AT_ONCE, self.limits.guesses, network(address), too_many):
+            await asyncio.sleep(self.config.guess_seconds)
         raise Refused(code)
 
     async def rejoin(self, session: Session, address: str) -> Member:
         """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
         if session.sid not in self.room.sessions:
-            self.limits.rejoin(session.sid, network(address))
+            self.limits.rejoins.pace(session.sid)
+            if not is_this_machine(address):
+                self.limits.returns.pace(network(address))
         member = await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
         self.note_origin(session, address)
         return member
@@ -3648,8 +3631,8 @@ class HostHandler(BaseHandler):
 
 
 # === Sockets ==========================================================================================================
-# GET /chat. A ChatSocket is a member's way in, frame by frame; its SocketListener is the way out: bytes that were made
-# once for everybody go straight to the socket, and what a slow client can't take waits in a bounded backlog.
+# GET /chat. A member's way in, frame by frame; and the way out: bytes that were made once for everybody go straight to
+# the socket, and what a slow client can't take waits in a bounded backlog.
 
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed": 4403, "door": 4403, "taken": 4409,
                "name-lost": 4409, "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
@@ -3684,6 +3667,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         """More has come, unless the connection is gone."""
         if not read.exception():
             self.unread += read.result()
+            self.handler.heard = asyncio.get_running_loop().time()
             self.work()
 
     def work(self) -> None:
@@ -3708,7 +3692,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         start = {126: 4, 127: 10}.get(size, 2)
         if not data[1] & 0x80:
             self.fail(1002, "unmasked")
-        elif data[0] & 0x70 or (data[0] & 0x8 and size > 125):
+        elif data[0] & 0x70 or (data[0] & 0x8 and (size > 125 or not data[0] & 0x80)):  # no control frame is in parts
             self._abort()
         elif len(data) >= start + 4:
             size = size if start == 2 else int.from_bytes(data[2:start], "big")
@@ -3720,21 +3704,21 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         return None
 
     def handle(self, first: int, payload: bytes) -> None:
-        """A control frame, or a part of a message."""
-        opcode, is_final = first & 0xF, first & 0x80
-        is_control, is_continued = bool(opcode & 0x8), opcode == 0
-        if is_control and is_final:
-            try:
-                self._handle_message(opcode, payload)
-            except UnicodeDecodeError:  # in the reason of a close
+        """A control frame, which may come within a message, or a part of a message."""
+        opcode = first & 0xF
+        if not opcode & 0x8:
+            if (opcode == 0) != bool(self.opcode):  # nothing to continue, or a message within another
                 self._abort()
-        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
+                return
+            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            if not first & 0x80:
+                return
+            opcode, payload = self.opcode, self.message
+            self.opcode, self.message = 0, b""
+        try:
+            self._handle_message(opcode, payload)
+        except UnicodeDecodeError:  # in the reason of a close
             self._abort()
-        else:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
-            if is_final:
-                self._handle_message(opcode, message)
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3749,11 +3733,18 @@ def unmask(mask: bytes, data: bytes) -> bytes:
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
-    """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
+    """GET /chat: a member's WebSocket, and the reason why tornchat is fast.
 
-    listener: SocketListener | None = None
+    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
+    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
+    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
+    """
+
+    member: Member  # once it has joined
+    base = 0
     frames = 0  # since the last heartbeat, that weren't messages, each KB counted as one
     taken = False  # the last frame was a message
+    draining: asyncio.Task[None] | None = None  # while there is a backlog
 
     async def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
@@ -3775,8 +3766,15 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         """From the handshake to the first event, or to the close code that says why not."""
         self.set_nodelay(True)
         self.daemon.sockets.add(self)
+        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+        self.plain = self.selected_subprotocol == "text"
+        # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
+        tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
+        self.transmit: Callable[[memoryview], int | None] = self.stream.write_to_fd if tls else self.stream.socket.send
+        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
+        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
         try:
-            await self.enter(await self.session(), self.resume_point)
+            await self.enter(await self.session())
         except Refused as refused:
             if refused.code == "name-lost":
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
@@ -3795,109 +3793,73 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return known
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
-    async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        member = await self.admit(session)
+    async def enter(self, session: Session | None) -> None:
+        member, seen = await self.admit(session), self.resume_point
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if self.ws_connection is not None and not self.stream.closed():  # it may have gone while we waited
-            self.listener = SocketListener(self, member)
+            self.member = member
             self.daemon.visitors.join(self.stream)
-            self.daemon.room.join(self.listener, seen)
+            self.daemon.room.join(self, seen)
+
+    def is_member(self) -> bool:
+        """Whether it has joined, and hasn't been turned away."""
+        return self in self.daemon.room.listeners
+
+    # --- the way in ---
 
     def on_message(self, message: str | bytes) -> None:
-        listener = self.listener
-        if listener is None:
-            return  # it has been turned away
-        listener.heard = asyncio.get_running_loop().time()
+        if not self.is_member():
+            return
         try:
-            act = parse_act({"type": "say", "text": message}) if listener.plain else parse_frame(message)
-            self.take(listener.member, act, listener.settled)
-            listener.member.refusals = 0
+            act = parse_act({"type": "say", "text": message}) if self.plain else parse_frame(message)
+            self.take(self.member, act, self.settled)
+            self.member.refusals = 0
             self.taken = True
         except Refused as refused:
-            listener.refuse(refused)
-            listener.member.refusals += 1
-            if listener.member.refusals > IGNORED_REFUSALS:
+            self.tell_refused(refused)
+            self.member.refusals += 1
+            if self.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
     def count(self, size: int) -> bool:
         """Counts a frame that has been read; whether there were too many, and the socket is closed."""
         self.frames += 0 if self.taken else 1 + size // 1024
         self.taken = False
-        if self.frames > FRAMES_A_TICK and self.listener:
+        if self.frames > FRAMES_A_TICK and self.is_member():
             self.shut(4429, "too many frames")
         return self.frames > FRAMES_A_TICK
 
-    def on_pong(self, data: bytes) -> None:
-        if self.listener:
-            self.listener.heard = asyncio.get_running_loop().time()
+    def settled(self, outcome: Outcome) -> None:
+        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        if isinstance(outcome, Refused):
+            self.tell_refused(outcome)
+        elif outcome.type == "message" and outcome.seq <= self.base:
+            self.tell(encode_message(outcome))
 
-    def shut(self, code: int, reason: str) -> None:
-        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
-        self.leave()
-        self.close(code, reason)
-        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+    def tell_refused(self, refused: Refused) -> None:
+        self.tell(encode(refused.event(self.language)))
 
-    def on_close(self) -> None:
-        self.daemon.sockets.discard(self)
-        self.daemon.visitors.leave(self.stream)
-        self.leave()
+    def tell(self, event: Encoded) -> None:
+        """Something for this client alone, if it is still there."""
+        if self.is_member():
+            self.send(Batch(event))
 
-    def leave(self) -> None:
-        """From now on nothing that comes in is heard, and nothing goes out."""
-        listener, self.listener = self.listener, None
-        if listener:
-            self.daemon.room.leave(listener)
-            self.daemon.presence.release(listener.member, self.daemon.config.grace_seconds)
-
-
-class SocketListener:
-    """The way out to one socket, and the reason why tornchat is fast.
-
-    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
-    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
-    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
-    """
-
-    __slots__ = ("backlog", "base", "draining", "handler", "heard", "lagging", "member", "pinged", "plain", "put",
-                 "stream", "timed", "waiting_bytes", "waiting_events")  # fmt: skip
-
-    def __init__(self, handler: ChatSocket, member: Member) -> None:
-        self.handler, self.member, self.stream = handler, member, handler.stream
-        # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
-        tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
-        self.put: Callable[[memoryview], int | None] = self.stream.write_to_fd if tls else self.stream.socket.send
-        self.plain = handler.selected_subprotocol == "text"
-        self.base = 0
-        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
-        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
-        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+    # --- the way out ---
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if self.backlog is None and not self.stream.writing():
-            self.transmit(data)
+        if self.backlog is not None or self.stream.writing():
+            self.wait([(data, len(batch.events))])
+            self.waiting_bytes += len(data)
+            self.waiting_events += len(batch.events)
+            if self.too_slow():
+                self.shut(4008, "too slow")
             return
-        self.wait([(data, len(batch.events))])
-        self.waiting_bytes += len(data)
-        self.waiting_events += len(batch.events)
-        if self.too_slow():
-            self.shut(4008, "too slow")
-
-    def too_slow(self) -> bool:
-        """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
-        if self.waiting_bytes <= BACKLOG_BYTES and self.waiting_events <= BACKLOG_EVENTS:
-            return False
-        lag = asyncio.get_running_loop().time() - self.lagging
-        return lag > LAG_SECONDS or self.waiting_bytes > BACKLOG_MOST_BYTES
-
-    def transmit(self, data: memoryview) -> None:
-        """Straight to the socket; what that doesn't take goes through the stream."""
         try:
-            sent = self.put(data) or 0
+            sent = self.transmit(data) or 0
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -3905,6 +3867,13 @@ class SocketListener:
             return
         if sent < len(data):
             self.stream.write(data[sent:])
+
+    def too_slow(self) -> bool:
+        """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
+        if self.waiting_bytes <= BACKLOG_BYTES and self.waiting_events <= BACKLOG_EVENTS:
+            return False
+        lag = asyncio.get_running_loop().time() - self.lagging
+        return lag > LAG_SECONDS or self.waiting_bytes > BACKLOG_MOST_BYTES
 
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
@@ -3937,25 +3906,10 @@ class SocketListener:
             self.waiting_events -= events
         return b"".join(chunk)
 
-    def settled(self, outcome: Outcome) -> None:
-        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
-        if isinstance(outcome, Refused):
-            self.refuse(outcome)
-        elif outcome.type == "message" and outcome.seq <= self.base:
-            self.tell(encode_message(outcome))
-
-    def refuse(self, refused: Refused) -> None:
-        self.tell(encode(refused.event(self.handler.language)))
-
-    def tell(self, event: Encoded) -> None:
-        """Something for this client alone, if it is still there."""
-        if self.handler.listener is self:
-            self.send(Batch(event))
-
     def heartbeat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
-        config = self.handler.daemon.config
-        self.handler.frames = 0
+        config = self.daemon.config
+        self.frames = 0
         if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
@@ -3966,14 +3920,30 @@ class SocketListener:
                 events.append(time)
             self.send(Batch(*events))
 
+    # --- the end ---
+
     def turn_away(self, refused: Refused) -> None:
         """The end, and why."""
-        self.refuse(refused)
-        self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
+        self.tell_refused(refused)
+        self.shut(CLOSE_CODES[refused.code], self.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
+        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
+        self.leave()
         self.backlog = None
-        self.handler.shut(code, reason)
+        self.close(code, reason)
+        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+
+    def on_close(self) -> None:
+        self.daemon.sockets.discard(self)
+        self.daemon.visitors.leave(self.stream)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on nothing that comes in is heard, and nothing goes out."""
+        if self.is_member():
+            self.daemon.room.leave(self)
+            self.daemon.presence.release(self.member, self.daemon.config.grace_seconds)
 
 
 # === Polling ==========================================================================================================
@@ -4108,7 +4078,8 @@ class MessagesHandler(EventHandler):
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
         self.listener = PollListener(member)
         daemon = self.daemon
-        with daemon.limits.poll(self.address):
+        most = math.inf if is_this_machine(self.address) else POLLS_AN_ADDRESS
+        with one_of(most, daemon.limits.polls, self.address, Refused("too-fast", retry_after=1)):
             daemon.room.register(self.listener)
             daemon.visitors.join(self.stream)
             try:
@@ -4398,9 +4369,9 @@ class PicturesHandler(EventHandler):
         if not self.daemon.room.is_host(member):
             if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
                 raise silenced
-            limits.pace(limits.messages, self.address, cost=0)
-            limits.pace(limits.says, browser, cost=PICTURE_COST)
-            limits.pace(limits.messages, self.address, cost=PICTURE_COST)
+            limits.messages.pace(self.address, cost=0)
+            limits.says.pace(browser, cost=PICTURE_COST)
+            limits.messages.pace(self.address, cost=PICTURE_COST)
         self.sender = member
         uploads.add(browser)
 
