@@ -3762,9 +3762,11 @@ LIES = {
 }
 
 
-async def upload(browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png") -> tuple[int, Frame]:
+async def upload(
+    browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png", **headers: str
+) -> tuple[int, Frame]:
     """Send a picture; the status and what the JSON says."""
-    answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind)
+    answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind, **headers)
     return answer.code, json.loads(answer.body)
 
 
@@ -3899,6 +3901,30 @@ class TestPictureStore(Transcripts):
         writer.close()
         await until(lambda: not daemon.uploads)
         assert (await upload(bob))[0] == 201
+
+    async def test_G5_stalled_uploads(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Eve stalls as many uploads as there may be: the oldest gives way to another address, or once it is old."""
+        monkeypatch.setattr(tornchat, "UPLOADS_AT_ONCE", 3)
+        daemon = await memory_lan.serve(trust_proxy=True)
+        stalled = []
+        for number in range(3):
+            eve = await memory_lan.login(f"Eve {number}")
+            reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            head = f"POST /pictures HTTP/1.1\r\nHost: localhost\r\nCookie: {eve.headers()['Cookie']}\r\n"
+            more = f"X-Forwarded-For: 192.0.2.66\r\nContent-Length: {len(JPEG)}\r\n\r\n"
+            writer.write((head + more).encode() + JPEG[:99])
+            await until(lambda: len(daemon.uploads) == len(stalled) + 1)
+            stalled.append((reader, writer))
+        ann, bob = await memory_lan.login("Ann"), await memory_lan.login("Bob")
+        assert (await upload(ann, X_Forwarded_For="192.0.2.7"))[0] == 201
+        monkeypatch.setattr(tornchat, "UPLOADS_AT_ONCE", 2)
+        assert (await upload(bob, X_Forwarded_For="192.0.2.66"))[0] == 429
+        monkeypatch.setattr(tornchat, "UPLOAD_SECONDS", 0)
+        assert (await upload(bob, X_Forwarded_For="192.0.2.66"))[0] == 201
+        for (reader, writer), status in zip(stalled, (b"429", b"429", b"201"), strict=True):
+            writer.write(JPEG[99:])
+            assert status in await asyncio.wait_for(reader.readline(), RETURN)
+            writer.close()
 
     async def test_none(self, memory_lan: Lan) -> None:
         """With --pictures 0 the room takes none, and says so; its page has no button for it."""

@@ -95,7 +95,6 @@ import errno
 import functools
 import gzip
 import hashlib
-import heapq
 import hmac
 import importlib.metadata
 import io
@@ -236,7 +235,8 @@ PICTURE_PARTS = 10_000  # blocks, chunks or segments of one file; the most have 
 PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
 PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
 PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
-UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
+UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another browser, which are in memory till they are complete
+UPLOAD_SECONDS = 5  # from then on one gives way, where there are more: 1 MB over 2 Mbit/s
 TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
@@ -3310,12 +3310,20 @@ class BaseHandler(tornado.web.RequestHandler):
             text = compress(text)
         self.finish(text)
 
+    async def deliver_pieces(self, pieces: AsyncIterator[bytes]) -> None:
+        """Answers with each piece when the one before has been taken. Half an answer must not look like a whole one:
+        where a piece can't be had, or nobody takes it, the connection is closed.
+        """
+        try:
+            async for piece in pieces:
+                self.write(piece)
+                async with asyncio.timeout(self.daemon.config.answer_seconds):
+                    await self.flush()
+        except STORE_ERRORS:
+            self.stream.close()
 
-def compress(text: bytes) -> bytes:
-    """With gzip; the same text always gives the same bytes."""
-    return gzip.compress(text, mtime=0)
 
-
+compress = functools.partial(gzip.compress, mtime=0)  # the same text always gives the same bytes
 compress_once = functools.cache(compress)  # for what is made once
 
 
@@ -3947,88 +3955,80 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
 
 # === Polling ==========================================================================================================
-# GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket; whatever
-# comes ends the waiting, and the answer is what the room says then.
+# GET and POST /messages, POST /acts: the room for whatever speaks HTTP. A request that waits is a listener like a
+# socket; whatever comes ends the waiting, and the answer is what the room says then.
+
+CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)")  # as clients give it back, "!": the store is away
+Cursor = tuple[
+    Place, bool
+]  # up to where a poller knows what has no seq (any daemon understands it); is the store there
 
 
-class Cursor(NamedTuple):
-    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
-
-    place: Place  # of an event in the feed: any daemon understands it
-    available: bool
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self.place)) + ("" if self.available else "!")
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor | None:
-        """What a client gives back; None if it is none of ours."""
-        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
-        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
+def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
+    """From where a poller goes on: as it says, or else where its last poll here ended; None if it says nonsense."""
+    match = CURSOR.fullmatch(member.told if given is None else given)
+    cursor = ((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
+    if given is None and (cursor is None or cursor[0] < room.notices_after):
+        return room.place, room.available
+    return cursor
 
 
-class News(NamedTuple):
-    """What a poller is told, and from where it goes on."""
-
-    events: list[Encoded]
-    seq: int
-    cursor: Cursor
-
-
-def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
-    """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-    owed = room.owed(seen)
+def news_since(
+    room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None
+) -> tuple[list[Encoded], int, Cursor]:
+    """What a poller is told, in the feed's order, and from which seq and cursor it goes on; a greeting first where it
+    can't be told the rest alone.
+    """
+    owed, newest = room.owed(seen), (room.place, room.available)
     events: list[Encoded] = []
-    if not owed.recovered or cursor is None or cursor.place < room.notices_after:
-        events, cursor = room.greeting(member, owed, seen), newest_cursor(room)
+    if not owed.recovered or cursor is None or cursor[0] < room.notices_after:
+        events, cursor = room.greeting(member, owed, seen), newest
+    told, available = cursor
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, room.seq - len(owed.events) + 1)]
     notices = [
         (event.seq, event.place, encoded)
         for event, encoded in room.notices
-        if event.place > cursor.place and room.concerns(event, member)
+        if event.place > told and room.concerns(event, member)
     ]
     size = 0
-    for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
+    for seq, place, encoded in sorted([*messages, *notices], key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
-            return News(events, seq - (place == NOWHERE), cursor)
+            return events, seq - (place == NOWHERE), (told, available)
         size += len(encoded.frame)
         events.append(encoded)
-        cursor = cursor._replace(place=max(place, cursor.place))
-    if cursor.available != room.available:
+        told = max(place, told)
+    if available != room.available:
         events.append(encode_store(room.available))
-    return News(events, room.seq, newest_cursor(room))
+    return events, room.seq, newest
 
 
-def newest_cursor(room: Room) -> Cursor:
-    return Cursor(room.place, room.available)
-
-
-def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
-    """From where a poller goes on: as it says, or else where its last poll here ended."""
-    if given is not None:
-        return Cursor.parse(given)
-    told = Cursor.parse(member.told)
-    return told if told and told.place >= room.notices_after else newest_cursor(room)
-
-
-class EventHandler(BaseHandler):
-    """What a member asks for without a socket."""
+class ActsHandler(BaseHandler):
+    """POST /acts: whatever a socket takes. What else a member asks for without a socket is made of this."""
 
     only_json = True
-    gone = False
 
     def compute_etag(self) -> None:
         """None: hashing answers that are never the same costs more than the rest of them."""
 
-    def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
-        super().on_connection_close()
-        self.gone = True
+    async def post(self) -> None:
+        """201 when the store has it."""
+        member = await self.admit(self.current_user)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.take(member, self.asked(), outcome.set_result)
+        stored = await outcome
+        if isinstance(stored, Refused):
+            raise stored
+        self.release(member)
+        self.set_status(201)
+        self.finish(self.daemon.room.state.encode(stored).json)
+
+    def asked(self) -> Act:
+        return parse_act(parse_object(self.request.body))
 
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
         config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        rest = 0 if self.stream.closed() else config.poll_seconds - self.request.request_time()
         self.daemon.presence.release(member, max(config.grace_seconds, rest))
 
     def refuse(self, refused: Refused) -> None:
@@ -4038,21 +4038,29 @@ class EventHandler(BaseHandler):
         self.finish(refused.event(self.language))
 
 
-class MessagesHandler(EventHandler):
-    """GET and POST /messages."""
+class MessagesHandler(ActsHandler):
+    """GET and POST /messages; while a GET waits it is the member's listener."""
 
-    listener: PollListener | None = None
+    member: Member
+    base = 0
+    refused: Refused | None = None  # why it waits no more
+
+    def initialize(self, daemon: Daemon) -> None:
+        super().initialize(daemon)
+        self.woken = asyncio.Event()  # there is a reason to answer
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
-        wait = self.wait()
-        member = await self.admit(self.current_user)
+        wait = self.patience()
+        self.member = await self.admit(self.current_user)
         try:
-            self.tell(member, await self.news(member, wait))
+            events, seq, cursor = await self.news(wait)
         finally:
-            self.release(member)
+            self.release(self.member)
+        if not self.stream.closed():
+            self.tell(events, seq, cursor)
 
-    def wait(self) -> float:
+    def patience(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
         try:
             wait = float(self.get_query_argument("wait", "0"))
@@ -4062,61 +4070,41 @@ class MessagesHandler(EventHandler):
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
         return min(wait, POLL_SECONDS)
 
-    async def news(self, member: Member, wait: float) -> News:
-        """What this poll is told. Raises Refused."""
+    async def news(self, wait: float) -> tuple[list[Encoded], int, Cursor]:
+        """As `news_since`, after a wait where that is nothing. Raises Refused."""
         room, seen = self.daemon.room, self.seen()
         await self.daemon.feed.catch_up(seen)
-        cursor = cursor_of(room, member, self.get_query_argument("last", None))
-        if wait and not (self.gone or news_since(room, member, seen, cursor).events):
-            await self.listen(member, wait)
-        return news_since(room, member, seen, cursor)
+        cursor = cursor_of(room, self.member, self.get_query_argument("last", None))
+        if wait and not (self.stream.closed() or news_since(room, self.member, seen, cursor)[0]):
+            await self.listen(wait)
+        return news_since(room, self.member, seen, cursor)
 
-    async def listen(self, member: Member, wait: float) -> None:
+    async def listen(self, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
-        if len(member.listeners) >= SOCKETS_A_SESSION:
+        daemon = self.daemon
+        if len(self.member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
-        self.listener = PollListener(member)
-        daemon = self.daemon
         most = math.inf if is_this_machine(self.address) else POLLS_AN_ADDRESS
         with one_of(most, daemon.limits.polls, self.address, Refused("too-fast", retry_after=1)):
-            daemon.room.register(self.listener)
+            daemon.room.register(self)
             daemon.visitors.join(self.stream)
             try:
-                async with asyncio.timeout(wait):
-                    await self.listener.news.wait()
-            except TimeoutError:
-                pass
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self.woken.wait()
             finally:
-                daemon.room.leave(self.listener)
+                daemon.room.leave(self)
                 daemon.visitors.wait(self.stream)
-        if self.listener.refused:
-            raise self.listener.refused
+        if self.refused:
+            raise self.refused
         await daemon.limits.turn(self.address, self.stream, cost=0)
 
-    def on_connection_close(self) -> None:
-        super().on_connection_close()
-        if self.listener:
-            self.listener.news.set()
-
-    def tell(self, member: Member, news: News) -> None:
-        if self.gone:
-            return
-        member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.daemon.room.epoch, "last": member.told}).encode()
-        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
-
-    async def post(self) -> None:
-        """Says something: 201 when the store has it."""
-        member = await self.admit(self.current_user)
-        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.take(member, self.asked(), outcome.set_result)
-        stored = await outcome
-        if isinstance(stored, Refused):
-            raise stored
-        self.set_status(201)
-        self.finish(self.daemon.room.state.encode(stored).json)
-        self.release(member)
+    def tell(self, events: Sequence[Encoded], seq: int, cursor: Cursor) -> None:
+        place, available = cursor
+        self.member.told = "-".join(map(str, place)) + "!" * (not available)
+        end = to_json({"seq": seq, "epoch": self.daemon.room.epoch, "last": self.member.told}).encode()
+        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in events]), end[1:]))
 
     def asked(self) -> Act:
         return parse_act({**self.fields(), "type": "say"})
@@ -4125,19 +4113,36 @@ class MessagesHandler(EventHandler):
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
-        number = whole_number(values.pop("re") or "")
-        return {name: value for name, value in (*values.items(), ("re", number)) if value is not None}
+        values: dict[str, Any] = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
+        values["re"] = whole_number(values["re"] or "")
+        return {name: value for name, value in values.items() if value is not None}
 
+    # --- as a listener ---
 
-class ActsHandler(MessagesHandler):
-    """POST /acts: whatever a socket takes."""
+    def wake(self, refused: Refused | None = None) -> None:
+        self.refused = self.refused or refused
+        self.woken.set()
 
-    async def get(self) -> None:
-        raise tornado.web.HTTPError(405)
+    def send(self, batch: Batch) -> None:
+        self.wake()
 
-    def asked(self) -> Act:
-        return parse_act(parse_object(self.request.body))
+    def replay(self, events: list[Encoded]) -> None:
+        """There is another history."""
+        self.wake()
+
+    def heartbeat(self, now: float, time: Encoded) -> None:
+        """A request needs no sign of life: its end is near."""
+
+    def turn_away(self, refused: Refused) -> None:
+        self.wake(refused)
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end of the session, or of the daemon."""
+        self.wake(Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1))
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        self.wake()
 
 
 class TranscriptHandler(BaseHandler):
@@ -4157,22 +4162,18 @@ class TranscriptHandler(BaseHandler):
         name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
         self.set_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=UTF-8")
         self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}")
-        try:
-            await self.send_all(as_json)
-        except STORE_ERRORS:  # gone, as the client may be, or too slow: half a file must not look like a whole one
-            self.stream.close()
+        await self.deliver_pieces(self.pieces(as_json))
 
-    async def send_all(self, as_json: bool) -> None:
-        """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
-        daemon = self.daemon
+    async def pieces(self, as_json: bool) -> AsyncIterator[bytes]:
+        """A page of the feed each. Raises STORE_ERRORS."""
         names: dict[int, str] = {}  # who said what, for the answers
-        async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
+        async for page in self.daemon.store.pages("-", id_text(self.daemon.feed.memory.last)):
+            lines: list[bytes] = []
             for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
-                if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
+                if event.type == "message" and not self.daemon.room.state.is_deleted(event.seq):
                     names[event.seq] = event.name
-                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
-            async with asyncio.timeout(daemon.config.answer_seconds):
-                await self.flush()
+                    lines.append(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
+            yield b"".join(lines)
 
 
 def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
@@ -4182,37 +4183,6 @@ def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
         return message.json + b"\n"
     line = STEERING.sub("", line_of(json.loads(message.json) | ({"to": answered} if answered else {})))
     return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
-
-
-class PollListener:
-    """A request that waits: whatever comes ends the waiting, and the answer is what the room says then."""
-
-    __slots__ = ("base", "member", "news", "refused")
-
-    def __init__(self, member: Member) -> None:
-        self.member, self.base = member, 0
-        self.news = asyncio.Event()
-        self.refused: Refused | None = None
-
-    def send(self, batch: Batch) -> None:
-        self.news.set()
-
-    def replay(self, events: list[Encoded]) -> None:
-        """There is another history."""
-        self.news.set()
-
-    def heartbeat(self, now: float, time: Encoded) -> None:
-        """A request needs no sign of life: its end is near."""
-
-    def refuse(self, refused: Refused) -> None:
-        self.refused = refused
-        self.news.set()
-
-    turn_away = refuse
-
-    def shut(self, code: int, reason: str) -> None:
-        """The end of the session, or of the daemon."""
-        self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
 
 
 # === Pictures =========================================================================================================
@@ -4339,11 +4309,12 @@ def gif_colors(flags: int) -> int:
 
 
 @tornado.web.stream_request_body
-class PicturesHandler(EventHandler):
+class PicturesHandler(ActsHandler):
     """POST /pictures: takes one, and tells the id to say it with."""
 
-    sender: Member | None = None
-    refused: Refused | None = None
+    sender: Member | None = None  # while all that comes is kept
+    refused: Refused | None = None  # why it isn't
+    whole = False
 
     async def prepare(self) -> None:
         """Whoever may not send one hears so when all of it has come: who is still sending doesn't listen."""
@@ -4364,16 +4335,32 @@ class PicturesHandler(EventHandler):
         limits, uploads, browser = self.daemon.limits, self.daemon.uploads, member.sid[:BROWSER_CHARS]
         if not self.daemon.config.pictures:
             raise Refused("no-picture", "pictures-off")
-        if browser in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+        if browser in uploads:
             raise Refused("too-fast", retry_after=1)
+        surplus = self.surplus() if len(uploads) >= UPLOADS_AT_ONCE else None
         if not self.daemon.room.is_host(member):
             if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
                 raise silenced
             limits.messages.pace(self.address, cost=0)
             limits.says.pace(browser, cost=PICTURE_COST)
             limits.messages.pace(self.address, cost=PICTURE_COST)
+        if surplus:
+            surplus.end(Refused("too-fast", retry_after=1))
         self.sender = member
-        uploads.add(browser)
+        uploads[browser] = self
+
+    def surplus(self) -> PicturesHandler:
+        """Which upload ends for this one: the oldest from the address with most of them. Raises Refused where that
+        would not be fair: it has just begun, and as many come from this address.
+        """
+        coming = [upload for upload in self.daemon.uploads.values() if not upload.whole]
+        counts = collections.Counter(upload.address for upload in coming)
+        oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
+        if oldest and oldest.request.request_time() < UPLOAD_SECONDS:
+            oldest = oldest if counts[oldest.address] > counts[self.address] + 1 else None
+        if not oldest:
+            raise Refused("too-fast", retry_after=1)
+        return oldest
 
     def data_received(self, chunk: bytes) -> None:
         """Of what is refused or too large nothing is kept."""
@@ -4382,19 +4369,20 @@ class PicturesHandler(EventHandler):
 
     async def post(self) -> None:
         """201 when the store has it."""
-        if self.sender is None:
+        self.whole, sender = True, self.sender
+        if sender is None:
             raise self.refused or Refused("unavailable")
         if len(self.received) > PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
         width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
-        id = self.picture_id(self.sender, f"{secrets.token_hex(8)}-{width}x{height}")
+        id = self.picture_id(sender, f"{secrets.token_hex(8)}-{width}x{height}")
         try:
             await self.daemon.store.add_picture(id, data)
         except STORE_ERRORS:
             raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        self.release(sender)
         self.set_status(201)
         self.finish(picture_fields(id))
-        self.release(self.sender)
 
     def on_finish(self) -> None:
         """Called by Tornado when the answer is out."""
@@ -4405,9 +4393,12 @@ class PicturesHandler(EventHandler):
         super().on_connection_close()
         self.end()
 
-    def end(self) -> None:
+    def end(self, refused: Refused | None = None) -> None:
+        """Nothing of it is kept any more."""
         if self.sender:
-            self.daemon.uploads.discard(self.sender.sid[:BROWSER_CHARS])
+            del self.daemon.uploads[self.sender.sid[:BROWSER_CHARS]]
+            self.sender, self.refused = None, refused
+            self.received.clear()
 
 
 class PictureHandler(BaseHandler):
@@ -4427,24 +4418,18 @@ class PictureHandler(BaseHandler):
         self.set_header("Content-Length", size)
         self.set_header("Content-Security-Policy", "default-src 'none'; sandbox")
         self.set_header("Cache-Control", f"private, max-age={PICTURE_DAYS * 86400}, immutable")
-        try:
-            await self.send(id, piece, size)
-        except STORE_ERRORS:  # gone, as the client, the picture or the store may be: the answer stays incomplete
-            self.stream.close()
+        await self.deliver_pieces(self.pieces(id, piece, size))
 
-    async def send(self, id: str, piece: bytes, size: int) -> None:
-        """Each piece when the one before has been taken. Raises STORE_ERRORS."""
-        sent = 0
-        while True:
-            self.write(piece)
-            async with asyncio.timeout(self.daemon.config.answer_seconds):
-                await self.flush()
-            sent += len(piece)
-            if sent >= size:
-                return
+    async def pieces(self, id: str, piece: bytes, size: int) -> AsyncIterator[bytes]:
+        """The rest is read as it is needed. Raises STORE_ERRORS."""
+        yield piece
+        sent = len(piece)
+        while sent < size:
             piece, _ = await self.daemon.store.read_picture(id, sent)
             if not piece:
                 raise ConnectionError("the picture is gone")
+            yield piece
+            sent += len(piece)
 
 
 # === Addresses and banner =============================================================================================
@@ -4739,7 +4724,7 @@ class Daemon:
             host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host)
         )
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
-        self.uploads: set[str] = set()  # browsers that are sending a picture
+        self.uploads: dict[str, PicturesHandler] = {}  # of browsers that are sending a picture, the oldest first
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
