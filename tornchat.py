@@ -3019,8 +3019,8 @@ class Visitors:
 
     def make_room(self, address: str = "") -> None:
         """Closes the connection that has been quiet for longest: of that address, or of the one with most of them."""
-        address = address or max(self.quiet, key=lambda address: len(self.quiet[address]))
-        stream = next(iter(self.quiet[address]))
+        quiet = self.quiet[address] if address else max(self.quiet.values(), key=len)
+        stream = next(iter(quiet))
         self.leave(stream)
         stream.close()
         self.crowded = True
@@ -3151,10 +3151,9 @@ class BaseHandler(tornado.web.RequestHandler):
         """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.daemon.hostnames):
+            host, option = name[:100] or "(none)", f"--allow-host {name[:100] or 'NAME'}"
             web_log.warning(
-                "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
-                name[:100] or "(none)",
-                name[:100] or "NAME",
+                "a request for the host %s was refused: if that is a name of this room, %s lets it in", host, option
             )
             raise tornado.web.HTTPError(421, reason="Misdirected Request")
 
@@ -3183,8 +3182,7 @@ class BaseHandler(tornado.web.RequestHandler):
         name, key = self.daemon.cookie, self.daemon.cookie_key
         cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
         for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES_READ : -1]:
-            signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
-            if signed:
+            if signed := tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2):
                 session = Session.parse(signed.decode(errors="replace"))
                 return session._replace(host=session.host and session.sid not in self.daemon.room.state.ended)
         return None
@@ -3197,15 +3195,9 @@ class BaseHandler(tornado.web.RequestHandler):
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
         what a foreign page could do with it is stopped by the checks of Origin.
         """
-        name, value = self.daemon.cookie, str(session)
-        self.set_cookie(
-            name,
-            tornado.web.create_signed_value(self.daemon.cookie_key, name, value),
-            expires_days=COOKIE_DAYS,
-            httponly=True,
-            samesite="Lax",
-            secure=self.request.protocol == "https",
-        )
+        name, secure = self.daemon.cookie, self.request.protocol == "https"
+        value = tornado.web.create_signed_value(self.daemon.cookie_key, name, str(session))
+        self.set_cookie(name, value, expires_days=COOKIE_DAYS, httponly=True, samesite="Lax", secure=secure)
 
     def page_path(self) -> str:
         """Leads to the chat page in the view that was asked for: that of a projector is read-only, in huge type."""
@@ -3268,16 +3260,14 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
-        _, error, _ = kwargs.get("exc_info", (None, None, None))
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         if isinstance(error, Refused):
             self.set_status(STATUSES.get(error.code, 400))
             self.refuse(error)
-            return
-        words = WORDS[self.language]
-        text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
-        )
-        self.explain(status_code, text)
+        else:
+            words, host = WORDS[self.language], host_name(self.request.headers.get("Host", ""))[:100] or "?"
+            text = words.get(f"error_{status_code}", words["error"])
+            self.explain(status_code, text.format(status=status_code, reason=self._reason, host=host))
 
     def refuse(self, refused: Refused) -> None:
         self.explain(refused.code, refused.sentence(self.language))
@@ -3485,7 +3475,6 @@ class Admission:
             new = await (self.enter_as(name, address, before) if name else self.enter_as_guest(address, before))
         if session and not same:
             await self.give_back(session)
-        self.note_origin(new, address)
         return new
 
     def check_door(self, before: Session | None, name: str, address: str) -> None:
@@ -3504,13 +3493,6 @@ class Admission:
     def origin(self, address: str) -> str:
         """The same for all who come from an address; nobody who reads it learns the address."""
         return hmac.new(self.feed.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
-
-    def note_origin(self, session: Session, address: str) -> None:
-        """Remembers from which address a session was last used."""
-        self.origins.pop(session.sid, None)
-        self.origins[session.sid] = session, network(address)
-        if len(self.origins) > PACES:
-            del self.origins[next(iter(self.origins))]
 
     async def give_back(self, session: Session) -> None:
         """Frees a session's name at once, and closes its connections."""
@@ -3544,13 +3526,20 @@ class Admission:
             self.limits.rejoins.pace(session.sid)
             if not is_this_machine(address):
                 self.limits.returns.pace(network(address))
+        return await self.enter(session, address)
+
+    async def enter(self, session: Session, address: str) -> Member:
+        """Takes the session's name, if it has it not. Raises Refused."""
         member = await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
-        self.note_origin(session, address)
+        self.origins.pop(session.sid, None)
+        self.origins[session.sid] = session, network(address)
+        if len(self.origins) > PACES:
+            del self.origins[next(iter(self.origins))]
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
         session = Session.make(name, before)
-        await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
+        await self.enter(session, address)
         return session
 
     async def enter_as_guest(self, address: str, before: Session | None) -> Session:
@@ -3598,8 +3587,8 @@ class LoginHandler(BaseHandler):
             self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
 
     def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
-        config, words = self.daemon.config, WORDS[self.language]
-        kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
+        config = self.daemon.config
+        kept = WORDS[self.language]["kept_redis" if config.redis_url else "kept_memory"]
         self.page(
             "login.html",
             nickname=nickname,
@@ -3608,7 +3597,7 @@ class LoginHandler(BaseHandler):
             password_needed=bool(config.password),
             wrong_password=wrong_password,
             path=self.page_path(),
-            kept=kept,
+            kept=kept.format(history=config.history),
         )
 
 
@@ -4007,9 +3996,6 @@ class ActsHandler(BaseHandler):
 
     only_json = True
 
-    def compute_etag(self) -> None:
-        """None: hashing answers that are never the same costs more than the rest of them."""
-
     async def post(self) -> None:
         """201 when the store has it."""
         member = await self.admit(self.current_user)
@@ -4133,8 +4119,7 @@ class MessagesHandler(ActsHandler):
     def heartbeat(self, now: float, time: Encoded) -> None:
         """A request needs no sign of life: its end is near."""
 
-    def turn_away(self, refused: Refused) -> None:
-        self.wake(refused)
+    turn_away = wake
 
     def shut(self, code: int, reason: str) -> None:
         """The end of the session, or of the daemon."""
@@ -4181,7 +4166,7 @@ def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
     message = encode_message(event, answered)
     if as_json:
         return message.json + b"\n"
-    line = STEERING.sub("", line_of(json.loads(message.json) | ({"to": answered} if answered else {})))
+    line = STEERING.sub("", line_of(message.fields() | ({"to": answered} if answered else {})))
     return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
 
 
@@ -4356,11 +4341,10 @@ class PicturesHandler(ActsHandler):
         coming = [upload for upload in self.daemon.uploads.values() if not upload.whole]
         counts = collections.Counter(upload.address for upload in coming)
         oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
-        if oldest and oldest.request.request_time() < UPLOAD_SECONDS:
-            oldest = oldest if counts[oldest.address] > counts[self.address] + 1 else None
-        if not oldest:
-            raise Refused("too-fast", retry_after=1)
-        return oldest
+        fair = oldest and counts[oldest.address] > counts[self.address] + 1
+        if oldest and (fair or oldest.request.request_time() >= UPLOAD_SECONDS):
+            return oldest
+        raise Refused("too-fast", retry_after=1)
 
     def data_received(self, chunk: bytes) -> None:
         """Of what is refused or too large nothing is kept."""
