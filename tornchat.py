@@ -3169,7 +3169,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return False
 
     def get_current_user(self) -> Session | None:
-        """The session of the cookie; None if there is none that we signed, or nobody has logged in."""
         session = self.browser()
         return session if session and session.name else None
 
@@ -3273,6 +3272,7 @@ class BaseHandler(tornado.web.RequestHandler):
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
+        """Answers with a sentence: JSON, or a page."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3447,7 +3447,8 @@ class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
     def __init__(self, feed: Feed, limits: Limits) -> None:
-        self.feed, self.outbox, self.room, self.config, self.limits = feed, feed.outbox, feed.room, feed.config, limits
+        self.store, self.outbox, self.room, self.config = feed.store, feed.outbox, feed.room, feed.config
+        self.limits = limits
         self.origins: dict[str, tuple[Session, str]] = {}  # sid -> session and address, in the order of last use
 
     async def log_in(
@@ -3472,16 +3473,16 @@ class Admission:
         if same:  # given back and taken in one entry, so that nobody else can take it between the two
             _, new = await asyncio.gather(self.give_back(same), self.enter_as(name, address, before))
         else:
-            new = await (self.enter_as(name, address, before) if name else self.enter_as_guest(address, before))
-        if session and not same:
-            await self.give_back(session)
+            new = await self.enter_as(name, address, before)
+            if session:
+                await self.give_back(session)
         return new
 
     def check_door(self, before: Session | None, name: str, address: str) -> None:
         """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
         if before and before.host:
             return
-        state, now = self.room.state, self.feed.store.now()
+        state, now = self.room.state, self.store.now()
         browser, key = marks_of(before.sid if before else "", name)
         if wait := state.waits(state.barred, (browser, "from " + self.origin(address)), now):
             raise Refused("removed", retry_after=wait)
@@ -3492,7 +3493,7 @@ class Admission:
 
     def origin(self, address: str) -> str:
         """The same for all who come from an address; nobody who reads it learns the address."""
-        return hmac.new(self.feed.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
+        return hmac.new(self.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
 
     async def give_back(self, session: Session) -> None:
         """Frees a session's name at once, and closes its connections."""
@@ -3538,19 +3539,21 @@ class Admission:
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        session = Session.make(name, before)
-        await self.enter(session, address)
-        return session
-
-    async def enter_as_guest(self, address: str, before: Session | None) -> Session:
-        """A new session under a free name that is made from the address. Raises Refused."""
-        for _ in range(5):  # others may take the same one meanwhile
-            name = guest_name(address)
-            if self.room.owner(name_key(name)):
-                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-            with contextlib.suppress(Taken):
-                return await self.enter_as(name, address, before)
+        """A new session under that name; "" = a guest's, another one where that is taken meanwhile. Raises Refused."""
+        for _ in range(5):
+            session = Session.make(name or self.free_guest_name(address), before)
+            try:
+                await self.enter(session, address)
+                return session
+            except Taken:
+                if name:
+                    raise
         raise Refused("unavailable", retry_after=1)
+
+    def free_guest_name(self, address: str) -> str:
+        name = guest_name(address)
+        taken = self.room.owner(name_key(name))
+        return (self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}") if taken else name
 
 
 class LoginHandler(BaseHandler):
@@ -4175,14 +4178,19 @@ def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
 # last one. It comes whole, bounded in size and number; it goes piece by piece, so that a slow reader costs one piece.
 
 
+MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
+SVG = re.compile(rb"<svg\s+\w")  # as this would
+SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
+AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
+
+
 def measure_picture(data: bytes) -> tuple[int, int]:
     """Width and height in pixels. Raises Refused where it is no whole picture of the types that all browsers show."""
-    measure = {"image/png": png_size, "image/jpeg": jpeg_size, "image/webp": webp_size, "image/gif": gif_size}
     kind = picture_type(data)
     if kind is None:
         raise Refused("bad-picture", "picture-type")
     try:
-        width, height = measure[kind](data)
+        width, height = PICTURE_TYPES[kind][1](data)
     except (ValueError, IndexError, StopIteration, struct.error):
         raise Refused("bad-picture", "picture-broken") from None
     text = data.lower()
@@ -4193,32 +4201,24 @@ def measure_picture(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
-SVG = re.compile(rb"<svg\s+\w")  # as this would
-SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
-AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
-
-
 def picture_type(data: bytes) -> str | None:
     """As the first bytes tell it, for Content-Type."""
-    if data[:4] == b"RIFF":
-        return "image/webp" if data[8:12] == b"WEBP" else None
-    signatures = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif"}
-    return next((f"image/{kind}" for start, kind in signatures.items() if data.startswith(start)), None)
+    return next((kind for kind, (beginning, _) in PICTURE_TYPES.items() if re.match(beginning, data)), None)
 
 
 def png_size(data: bytes) -> tuple[int, int]:
     """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
-    at, kinds, parts = 8, list[bytes](), iter(range(PICTURE_PARTS))
-    while at < len(data):
-        next(parts)
+    at, kinds = 8, list[bytes]()
+    while at < len(data) and len(kinds) < PICTURE_PARTS:
         length, kind = struct.unpack_from(">I4s", data, at)
         (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
         if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
             raise ValueError
         at += 12 + length
         kinds.append(kind)
-    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds or kinds.index(b"IEND") < len(kinds) - 1:
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds:
+        raise ValueError
+    if at != len(data) or kinds.index(b"IEND") < len(kinds) - 1:
         raise ValueError
     width, height = struct.unpack_from(">II", data, 16)
     return width, height
@@ -4244,11 +4244,10 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
 
 def webp_size(data: bytes) -> tuple[int, int]:
     """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
-    at, sizes, filled, parts = 12, set[tuple[int, int]](), False, iter(range(PICTURE_PARTS))
+    at, kinds, sizes = 12, list[bytes](), set[tuple[int, int]]()
     if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
         raise ValueError
-    while at < len(data):
-        next(parts)
+    while at < len(data) and len(kinds) < PICTURE_PARTS:
         kind, length = struct.unpack_from("<4sI", data, at)
         head = int.from_bytes(data[at + 8 : at + 18], "little")
         if kind == b"VP8X":
@@ -4257,9 +4256,9 @@ def webp_size(data: bytes) -> tuple[int, int]:
             sizes.add(((head >> 8 & 0x3FFF) + 1, (head >> 22 & 0x3FFF) + 1))
         elif kind == b"VP8 ":
             sizes.add((head >> 48 & 0x3FFF, head >> 64 & 0x3FFF))
-        filled |= kind in (b"VP8L", b"VP8 ", b"ANMF")
         at += 8 + length + length % 2
-    if at != len(data) or not filled or len(sizes) != 1:
+        kinds.append(kind)
+    if at != len(data) or len(sizes) != 1 or not {b"VP8L", b"VP8 ", b"ANMF"}.intersection(kinds):
         raise ValueError
     return sizes.pop()
 
@@ -4291,6 +4290,14 @@ def gif_size(data: bytes) -> tuple[int, int]:
 def gif_colors(flags: int) -> int:
     """How many bytes the table of colours has that these flags announce."""
     return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
+
+
+PICTURE_TYPES = {  # how a file of that type begins, and what measures it
+    "image/png": (rb"\x89PNG\r\n\x1a\n", png_size),
+    "image/jpeg": (rb"\xff\xd8\xff", jpeg_size),
+    "image/webp": (rb"(?s:RIFF....WEBP)", webp_size),
+    "image/gif": (rb"GIF8[79]a", gif_size),
+}
 
 
 @tornado.web.stream_request_body
