@@ -3110,7 +3110,7 @@ class TestSocket(Transcripts):
         bob = await memory_lan.join("Bob")
         (listener,) = daemon.room.listeners
         assert isinstance(listener, tornchat.ChatSocket)
-        monkeypatch.setattr(listener.stream, "writing", lambda: True)
+        listener.wait([])
         event = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Ann", "text": text})
         for _ in range(enough - 1):
             daemon.room.send(tornchat.Batch(event))
@@ -3136,6 +3136,32 @@ class TestSocket(Transcripts):
         monkeypatch.setattr(listener, "transmit", full)
         await ann.say_many(5)
         assert next(refusals, None) is None
+
+    async def test_no_message_within_a_pong(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a socket has taken only the beginning of a pong, a message waits for the rest of it."""
+        daemon = await memory_lan.serve()
+        ann = await memory_lan.login("Ann")
+        reader, writer = await handshake(ann.url, ann.headers()["Cookie"])
+        await until(lambda: daemon.room.listeners)
+        (listener,) = daemon.room.listeners
+        assert isinstance(listener, tornchat.ChatSocket)
+        await until(lambda: not listener.stream.writing())
+        write, room = listener.stream.write_to_fd, [1, 0]
+
+        def full(data: memoryview) -> int:
+            if not room[0]:
+                raise BlockingIOError
+            return write(data[: room.pop(0)])
+
+        monkeypatch.setattr(listener.stream, "write_to_fd", full)
+        writer.write(masked(0x89, b"are you there?"))
+        await until(listener.stream.writing)
+        message = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Bob", "text": "yes"})
+        daemon.room.send(tornchat.Batch(message))
+        room[:] = [10**6] * 9
+        pong = tornchat.ws_frame(b"are you there?", 0xA)
+        assert (await asyncio.wait_for(reader.readuntil(message.frame), RETURN)).endswith(pong + message.frame)
+        writer.close()
 
 
 async def opens(browser: Browser) -> bool:

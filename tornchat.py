@@ -160,6 +160,7 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, ResponseError, WatchError
+    from tornado.util import _websocket_mask
 except ImportError as missing:
     packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
     sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
@@ -3148,7 +3149,6 @@ class BaseHandler(tornado.web.RequestHandler):
         self.check_host()
 
     def check_host(self) -> None:
-        """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.daemon.hostnames):
             host, option = name[:100] or "(none)", f"--allow-host {name[:100] or 'NAME'}"
@@ -3561,8 +3561,7 @@ class LoginHandler(BaseHandler):
 
     def get(self) -> None:
         """The form, filled in with ?nickname=; the chat page adds ?why= when it sends somebody here."""
-        why = WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), "")
-        self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS], error=why)
+        self.form(WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), ""))
 
     head = get
 
@@ -3581,20 +3580,19 @@ class LoginHandler(BaseHandler):
 
     def refuse(self, refused: Refused) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
-        nickname, text = self.field("nickname") or "", refused.sentence(self.language)
-        suggestion = self.daemon.room.free_variant(nickname) if isinstance(refused, Taken) else ""
+        text, taken = refused.sentence(self.language), isinstance(refused, Taken)
+        suggestion = self.daemon.room.free_variant(self.field("nickname") or "") if taken else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
-            wrong = refused.code == "password"
-            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
+            self.form(text, suggestion, wrong_password=refused.code == "password")
 
-    def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
-        config = self.daemon.config
+    def form(self, error: str, suggestion: str = "", *, wrong_password: bool = False) -> None:
+        config, nickname = self.daemon.config, self.field("nickname") or self.get_query_argument("nickname", "")
         kept = WORDS[self.language]["kept_redis" if config.redis_url else "kept_memory"]
         self.page(
             "login.html",
-            nickname=nickname,
+            nickname=nickname[:NAME_CODEPOINTS],
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
@@ -3700,7 +3698,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
                 self.fail(1009, "message too big")
             elif len(data) >= (end := start + 4 + size):
                 self.unread = data[end:]
-                return data[0], unmask(data[start : start + 4], data[start + 4 : end])
+                return data[0], _websocket_mask(data[start : start + 4], data[start + 4 : end])
         return None
 
     def handle(self, first: int, payload: bytes) -> None:
@@ -3720,16 +3718,17 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         except UnicodeDecodeError:  # in the reason of a close
             self._abort()
 
+    def _write_frame(self, *frame: Any, **flags: Any) -> asyncio.Future[None]:
+        """Called by Tornado for pongs and the close. What the socket doesn't take of them holds up all that follows."""
+        written = super()._write_frame(*frame, **flags)
+        if self.stream.writing():
+            self.handler.wait([])
+        return written
+
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
         self.close(code, reason)
         self._abort()
-
-
-def unmask(mask: bytes, data: bytes) -> bytes:
-    """A client's bytes as it meant them (RFC 6455, 5.3)."""
-    key = (mask * (len(data) // 4 + 1))[: len(data)]
-    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(len(data), "big")
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -3739,6 +3738,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
     gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
     """
+
+    __slots__ = ("backlog", "plain", "transmit")  # which `send` needs; in the object itself they are found sooner
 
     member: Member  # once it has joined
     base = 0
@@ -3851,7 +3852,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if self.backlog is not None or self.stream.writing():
+        if self.backlog is not None:
             self.wait([(data, len(batch.events))])
             self.waiting_bytes += len(data)
             self.waiting_events += len(batch.events)
@@ -3867,6 +3868,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return
         if sent < len(data):
             self.stream.write(data[sent:])
+            self.wait([])
 
     def too_slow(self) -> bool:
         """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
@@ -3880,7 +3882,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         self.wait([(memoryview(event.line if self.plain else event.frame), 0) for event in events])
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
-        """Into the backlog, and out again as soon as the stream can take it."""
+        """Into the backlog, and out again as soon as the stream can take it: without a backlog the stream is empty."""
         if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
             self.backlog = collections.deque()
             self.lagging = asyncio.get_running_loop().time()
@@ -3890,16 +3892,16 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
         with contextlib.suppress(tornado.iostream.StreamClosedError):
-            while self.backlog:
-                await self.stream.write(self.next_chunk(self.backlog))
+            while self.backlog or self.stream.writing():
+                await self.stream.write(self.next_chunk())
         self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
+    def next_chunk(self) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
-        while backlog and size < CHUNK_BYTES:
-            data, events = backlog.popleft()
+        while self.backlog and size < CHUNK_BYTES:
+            data, events = self.backlog.popleft()
             chunk.append(data)
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
@@ -3923,7 +3925,6 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
     # --- the end ---
 
     def turn_away(self, refused: Refused) -> None:
-        """The end, and why."""
         self.tell_refused(refused)
         self.shut(CLOSE_CODES[refused.code], self.reason(refused))
 
@@ -3951,9 +3952,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 # socket; whatever comes ends the waiting, and the answer is what the room says then.
 
 CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)")  # as clients give it back, "!": the store is away
-Cursor = tuple[
-    Place, bool
-]  # up to where a poller knows what has no seq (any daemon understands it); is the store there
+Cursor = tuple[Place, bool]  # how far a poller knows what has no seq, to any daemon; and whether the store was there
 
 
 def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
@@ -4051,13 +4050,10 @@ class MessagesHandler(ActsHandler):
 
     def patience(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
-        try:
-            wait = float(self.get_query_argument("wait", "0"))
-        except ValueError:
-            wait = math.nan
-        if not wait >= 0:
+        wait = self.get_query_argument("wait", "0")
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", wait):
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
-        return min(wait, POLL_SECONDS)
+        return min(float(wait), POLL_SECONDS)
 
     async def news(self, wait: float) -> tuple[list[Encoded], int, Cursor]:
         """As `news_since`, after a wait where that is nothing. Raises Refused."""
@@ -4376,11 +4372,9 @@ class PicturesHandler(ActsHandler):
         self.finish(picture_fields(id))
 
     def on_finish(self) -> None:
-        """Called by Tornado when the answer is out."""
         self.end()
 
     def on_connection_close(self) -> None:
-        """The client has hung up."""
         super().on_connection_close()
         self.end()
 
