@@ -3019,7 +3019,7 @@ class Visitors:
         self.open.pop(stream, None)
 
     def make_room(self, address: str = "") -> None:
-        """Closes the connection that has been quiet for longest: of that address, or of the one with most of them."""
+        """Closes the connection that has been quiet for longest: of that address, or of that with most of them."""
         quiet = self.quiet[address] if address else max(self.quiet.values(), key=len)
         stream = next(iter(quiet))
         self.leave(stream)
@@ -3953,6 +3953,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
 CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)")  # as clients give it back, "!": the store is away
 Cursor = tuple[Place, bool]  # how far a poller knows what has no seq, to any daemon; and whether the store was there
+News = tuple[list[Encoded], int, Cursor]  # what a poller is told, and from which seq and cursor it goes on
 
 
 def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
@@ -3964,12 +3965,8 @@ def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
     return cursor
 
 
-def news_since(
-    room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None
-) -> tuple[list[Encoded], int, Cursor]:
-    """What a poller is told, in the feed's order, and from which seq and cursor it goes on; a greeting first where it
-    can't be told the rest alone.
-    """
+def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
+    """In the feed's order; a greeting first where somebody can't be told the rest alone."""
     owed, newest = room.owed(seen), (room.place, room.available)
     events: list[Encoded] = []
     if not owed.recovered or cursor is None or cursor[0] < room.notices_after:
@@ -4042,11 +4039,11 @@ class MessagesHandler(ActsHandler):
         wait = self.patience()
         self.member = await self.admit(self.current_user)
         try:
-            events, seq, cursor = await self.news(wait)
+            news = await self.news(wait)
         finally:
             self.release(self.member)
         if not self.stream.closed():
-            self.tell(events, seq, cursor)
+            self.tell(*news)
 
     def patience(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
@@ -4055,7 +4052,7 @@ class MessagesHandler(ActsHandler):
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
         return min(float(wait), POLL_SECONDS)
 
-    async def news(self, wait: float) -> tuple[list[Encoded], int, Cursor]:
+    async def news(self, wait: float) -> News:
         """As `news_since`, after a wait where that is nothing. Raises Refused."""
         room, seen = self.daemon.room, self.seen()
         await self.daemon.feed.catch_up(seen)
