@@ -3789,7 +3789,7 @@ LIES = {
 
 
 async def upload(
-    browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png", **headers: str
+    browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png", **headers: Any
 ) -> tuple[int, Frame]:
     """Send a picture; the status and what the JSON says."""
     answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind, **headers)
@@ -3932,7 +3932,7 @@ class TestPictureStore(Transcripts):
         """Eve stalls as many uploads as there may be: the oldest gives way to another address, or once it is old."""
         monkeypatch.setattr(tornchat, "UPLOADS_AT_ONCE", 3)
         daemon = await memory_lan.serve(trust_proxy=True)
-        stalled = []
+        stalled = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
         for number in range(3):
             eve = await memory_lan.login(f"Eve {number}")
             reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
