@@ -4297,16 +4297,15 @@ PICTURE_TYPES = {  # how a file of that type begins, and what measures it
 class PicturesHandler(ActsHandler):
     """POST /pictures: takes one, and tells the id to say it with."""
 
-    sender: Member | None = None  # while all that comes is kept
-    refused: Refused | None = None  # why it isn't
-    whole = False
+    sender: Member | None = None
+    received: bytearray | None = None  # of what is on its way in, and isn't refused
+    refused: Refused | None = None
 
     async def prepare(self) -> None:
         """Whoever may not send one hears so when all of it has come: who is still sending doesn't listen."""
         await super().prepare()
         if (whole_number(self.request.headers.get("Content-Length", "")) or 0) > 2 * PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)  # that is too much to wait for
-        self.received = bytearray()
         connection: Any = self.request.connection
         connection.set_max_body_size(2 * PICTURE_BYTES)
         connection.set_body_timeout(self.daemon.config.picture_seconds)
@@ -4331,14 +4330,14 @@ class PicturesHandler(ActsHandler):
             limits.messages.pace(self.address, cost=PICTURE_COST)
         if surplus:
             surplus.end(Refused("too-fast", retry_after=1))
-        self.sender = member
+        self.sender, self.received = member, bytearray()
         uploads[browser] = self
 
     def surplus(self) -> PicturesHandler:
         """Which upload ends for this one: the oldest from the address with most of them. Raises Refused where that
         would not be fair: it has just begun, and as many come from this address.
         """
-        coming = [upload for upload in self.daemon.uploads.values() if not upload.whole]
+        coming = [upload for upload in self.daemon.uploads.values() if upload.received is not None]
         counts = collections.Counter(upload.address for upload in coming)
         oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
         fair = oldest and counts[oldest.address] > counts[self.address] + 1
@@ -4348,17 +4347,17 @@ class PicturesHandler(ActsHandler):
 
     def data_received(self, chunk: bytes) -> None:
         """Of what is refused or too large nothing is kept."""
-        if self.sender and len(self.received) <= PICTURE_BYTES:
+        if self.received is not None and len(self.received) <= PICTURE_BYTES:
             self.received += chunk
 
     async def post(self) -> None:
         """201 when the store has it."""
-        self.whole, sender = True, self.sender
-        if sender is None:
+        if not (sender := self.sender) or self.received is None:
             raise self.refused or Refused("unavailable")
-        if len(self.received) > PICTURE_BYTES:
+        data, self.received = bytes(self.received), None
+        if len(data) > PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
-        width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
+        width, height = await asyncio.to_thread(measure_picture, data)  # it may take 100 ms
         id = self.picture_id(sender, f"{secrets.token_hex(8)}-{width}x{height}")
         try:
             await self.daemon.store.add_picture(id, data)
@@ -4379,8 +4378,7 @@ class PicturesHandler(ActsHandler):
         """Nothing of it is kept any more."""
         if self.sender:
             del self.daemon.uploads[self.sender.sid[:BROWSER_CHARS]]
-            self.sender, self.refused = None, refused
-            self.received.clear()
+            self.sender, self.received, self.refused = None, None, refused
 
 
 class PictureHandler(BaseHandler):
