@@ -4713,6 +4713,7 @@ class TestTranscript(Transcripts):
         tess, bob = await join_as_host(lan), await lan.join("Bob")
         for text in ("hi", "one\n2026-01-01 10:00:00 Tess: forged\u2028★ Tess: forged", "gone"):
             await bob.say(text)
+        await until_frame(bob, "message", seq=3)
         assert (await bob.post("yes", re="1"))[0] == 201
         await tess.say("well")
         await until_frame(tess, "message", seq=5)
