@@ -1826,6 +1826,60 @@ class TestFeed(Transcripts):
         later = await feeds.start()
         assert set(later.room.roster) == set(feed.room.roster)
 
+    async def test_a_late_joining(self, feeds: Feeds) -> None:
+        """A daemon freezes before it has put Eve on the roster, and meanwhile she is removed, and the feed trimmed."""
+        first, second = await feeds.start(), await feeds.start()
+        tess = await first.outbox.enter("sid-Tess", "Tess", host=True)
+        eve = await feeds.enter(second, "Eve")
+        await tornchat.end_tasks(second.tasks)
+        await self.remove_and_clear(first, tess)
+        await second.store.write_names({eve.member.key: str(eve.member)}, {})
+        second.start()
+        await until(lambda: eve.closed == [4403])
+        assert [feed.room.roster.keys() for feed in (second, await feeds.start())] == [first.room.roster.keys()] * 2
+
+    async def test_removed_while_it_reads(self, feeds: Feeds) -> None:
+        """While a daemon starts and reads what the store holds, somebody is removed, and the feed trimmed."""
+        first = await feeds.start()
+        tess, eve = await first.outbox.enter("sid-Tess", "Tess", host=True), await first.outbox.enter("sid-Eve", "Eve")
+
+        class Slow(tornchat.Store):
+            async def page(self, *args: Any) -> list[tornchat.Entry]:
+                if eve.key in first.room.roster:
+                    await TestFeed.remove_and_clear(first, tess)
+                return await super().page(*args)
+
+        later = await feeds.start(Slow)
+        assert [*later.room.roster] == [*first.room.roster] == [tess.key]
+
+    @staticmethod
+    async def remove_and_clear(feed: tornchat.Feed, host: tornchat.Member) -> None:
+        feed.outbox.propose("removed", host, details={"name": "Eve", "seconds": 600})
+        feed.outbox.propose("cleared", host)
+        await until(lambda: feed.memory.cleared and not feed.memory.to_trim)
+
+    async def test_G3_killed_after_a_deletion(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The daemon where a message is deleted is killed at once: who starts later still has its place in the log."""
+        first, _ = await feeds.start(), await feeds.start()
+        ann = await feeds.enter(first, "Ann")
+        for text in ("one", "oops", "three"):
+            say(first, ann, text)
+            await feeds.settled(first.room.seq + 1)
+
+        async def killed(*_: object) -> NoReturn:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(first.store, "write_names", killed)
+        first.outbox.propose("note", ann.member, details={"to": 2, "kind": "delete", "value": True})
+
+        async def erased() -> bool:
+            return "oops" not in str(await feeds.redis.xrange(feeds.key))
+
+        await until(erased)
+        bob = await feeds.enter(await feeds.start(), "Bob")
+        assert [frame["text"] for frame in bob.of("message")] == ["one", "", "three"]
+
     async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
         feed = await feeds.start(lease_seconds=60.0)
@@ -4454,6 +4508,7 @@ class TestHost(Transcripts):
         await own_lan.serve()
         tess, bob = await join_as_host(own_lan), await own_lan.join("Bob")
         await tess.say("the plan")
+        await until_frame(tess, "message", seq=1)
         for act in (note(1, "pin"), {"type": "mode", "every": 9}, {"type": "mute", "name": "Bob", "seconds": 600}):
             assert (await post_act(tess, act))[0] == 201
         own_redis.client.flushall()

@@ -1799,7 +1799,8 @@ class Room:
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         for sid, name in roster.values():
             sid, _, origin = sid.partition("@")
-            self.enter(sid, name, origin)
+            if not self.state.waits(self.state.barred, marks_of(sid, name), events[-1].ts if events else 0):
+                self.enter(sid, name, origin)  # else a daemon has written it late, when that one had been removed
         pinned = self.state.pinned
         for event in self.state.restored(events):
             if event.type == "message":
@@ -2387,8 +2388,8 @@ class Memory:
 
     async def have_forgotten(self, store: Store) -> None:
         """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
-        if ids := self.surplus() | self.to_erase:
-            await store.delete(ids)
+        if self.to_erase:
+            await store.delete(self.to_erase)
             self.to_erase.clear()
         if self.to_trim and self.cleared:
             await store.trim(self.cleared.place[:2])
@@ -2398,13 +2399,14 @@ class Memory:
             await store.drop_pictures(self.pictures)
             self.pictures.clear()
 
-    def surplus(self) -> set[Id]:
-        """Forgets the oldest entries without a message, once they are too many; which ones."""
+    def surplus(self) -> bool:
+        """Forgets the oldest entries without a message, once they are too many."""
         if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
-            return set()
+            return False
         surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
         self.kept.keep(lambda kept: kept not in surplus)
-        return surplus
+        self.to_erase |= surplus
+        return True
 
 
 async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], int]]:
@@ -2482,6 +2484,9 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
+        surplus = self.memory.surplus()
+        if surplus or self.memory.to_trim:  # as in `erase`
+            self.state |= self.room.state.fields()
         if self.names or self.state:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
@@ -2613,8 +2618,16 @@ class Feed:
                     listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
             elif event.type == "cleared":
                 self.memory.clear(event)
-            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
-                self.memory.erase({found.entry})
+            elif event.details.get("kind") == "delete":
+                self.erase([event.details["to"]])
+
+    def erase(self, seqs: Iterable[int]) -> None:
+        """Has the store forget the texts of these messages, of those that are deleted: first their fields of the State
+        are stored, also where another daemon has committed that, for it may have been killed before it could.
+        """
+        found = {str(seq): kept.entry for seq in seqs if (kept := self.room.ring.find(seq))}
+        self.state |= {name: self.room.state.field(name) for name in found}
+        self.memory.erase({*found.values()})
 
     # --- where the store holds something else ---
 
@@ -2676,8 +2689,8 @@ class Feed:
         newest = await self.store.newest()
         if newest is None:
             return  # the next look deals with that
-        epoch, roster, state = await self.store.read_state()
         read = await read_feed(self.store, self.room.ring.size)
+        epoch, roster, state = await self.store.read_state()  # after the feed: it tells what has been erased there
         self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
         for entry, events, size in read:
             self.memory.add(entry, events, size)
@@ -2689,7 +2702,8 @@ class Feed:
         for event in history:
             if event.type == "cleared":
                 self.memory.clear(event)
-        self.memory.erase({found.entry for seq in self.room.state.notes if (found := self.room.ring.find(seq))})
+        self.erase(self.room.state.notes)
+        self.names |= dict.fromkeys(roster.keys() - self.room.roster.keys())
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
