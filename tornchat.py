@@ -1960,33 +1960,20 @@ Done = Callable[[Outcome], None]
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Proposal:
-    """An event that waits in the outbox to be committed; the `done` callbacks get the stored Event, or the Refused."""
+    """An event that waits in the outbox to be committed: without seq, ts and place, and with what the client asks for
+    as its details, of which `Outbox.details` makes those that are stored.
+    """
 
-    type: str
-    sid: str
-    name: str
-    cid: str
-    text: str
+    event: Event
     expires: float  # in s of the loop's clock
-    details: Mapping[str, Any]  # what the client asks; `Outbox.details` makes of it those of the event
     member: Member | None = None  # None: another daemon's, see `wishes`
-    done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    done: list[Done] = dataclasses.field(default_factory=list)  # they get the stored Event, or the Refused
     wished: bool = False  # others have been asked to commit it
 
     @property
     def id(self) -> tuple[str, str]:
         """Under which the feed knows it: this is stored once, however often and by whomever it is tried."""
-        return self.sid, self.cid
-
-    @property
-    def event(self) -> Event:
-        """As other daemons are asked for it."""
-        return Event(self.type, 0, 0, *self.id, self.name, self.text, details=self.details)
-
-    @property
-    def cid_of_client(self) -> str:
-        """The cid that its author knows; "" for one that the daemon made."""
-        return "" if self.cid.startswith("~") else self.cid
+        return self.event.sid, self.event.cid
 
 
 class Outbox:
@@ -2008,22 +1995,21 @@ class Outbox:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
-        if (seq := self.stored.get((member.sid, act.cid))) is not None:
-            done(self.as_stored(seq, member, act))
-            return
-        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+        proposal = self.proposal(act.type, member, done, act.cid, act.text, act.details)
+        if (seq := self.stored.get(proposal.id)) is not None:
+            done(self.as_stored(seq, proposal.event))
+        elif len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
-        if act.details.get("kind") == "react":
-            self.react(proposal, done)
+        elif act.details.get("kind") == "react":
+            self.react(proposal)
         else:
-            self.put(proposal, done)
+            self.put(proposal)
 
-    def react(self, proposal: Proposal, done: Done) -> None:
+    def react(self, proposal: Proposal) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
-        about = proposal.sid[:BROWSER_CHARS], proposal.details["to"]
-        before = self.reactions.pop(about, None)
-        proposal.done = [*(before.done if before else ()), done]
+        about = proposal.event.sid[:BROWSER_CHARS], proposal.event.details["to"]
+        if before := self.reactions.pop(about, None):
+            proposal.done[:0] = before.done
         loop = asyncio.get_running_loop()
         if not self.reactions:
             loop.call_at(max(loop.time(), self.reacted + REACT_SECONDS), self.release_reactions)
@@ -2033,17 +2019,16 @@ class Outbox:
         """All that have come since the last ones."""
         self.reacted = asyncio.get_running_loop().time()
         for proposal in self.reactions.values():
-            for done in proposal.done:
-                self.put(proposal, done)
+            self.put(proposal)
         self.reactions.clear()
 
-    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
-        """Where that has been forgotten, as it is asked for now."""
-        event = Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
-        if act.type == "message" and (found := self.room.ring.find(seq)):
+    def as_stored(self, seq: int, event: Event) -> Event:
+        """What was stored with the cid of this event; where that has been forgotten, as it is asked for now."""
+        event = event._replace(seq=seq, ts=self.room.ts)
+        if event.type == "message" and (found := self.room.ring.find(seq)):
             fields = found.encoded.fields()
             gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
-            event = event._replace(ts=found.ts, text=fields["text"], details=gone or act.details)
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or event.details)
         return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
@@ -2068,20 +2053,20 @@ class Outbox:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
         if self.room.owner(name_key(name)) == sid:
             member = self.room.sessions.get(sid) or Member(sid, name, name_key(name))
-            written = asyncio.Event()
-            self.propose(
-                "left", member, lambda _: written.set(), cid=f"~logout-{self.room.ts}", text=LOGOUT, patience=math.inf
-            )
+            written, cid = asyncio.Event(), f"~logout-{self.room.ts}"
+            self.propose("left", member, lambda _: written.set(), cid, LOGOUT, patience=math.inf)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    def propose(self, type: str, member: Member, done: Done | None = None, **fields: Any) -> None:
-        self.put(self.proposal(type, member, **fields), done)
+    def propose(self, *args: Any, **kwargs: Any) -> None:
+        """Has an event committed, or refused; for the arguments see `proposal`."""
+        self.put(self.proposal(*args, **kwargs))
 
     def proposal(
         self,
         type: str,
         member: Member,
+        done: Done | None = None,
         cid: str = "",
         text: str = "",
         details: Mapping[str, Any] = NO_DETAILS,
@@ -2090,19 +2075,22 @@ class Outbox:
         """One that waits for so many seconds."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
-        return Proposal(type, member.sid, member.name, cid, text, expires, details, member)
+        event = Event(type, 0, 0, member.sid, cid, member.name, text, NOWHERE, details)
+        return Proposal(event, expires, member, [done] if done else [])
 
-    def put(self, proposal: Proposal, done: Done | None = None) -> None:
+    def put(self, proposal: Proposal) -> None:
         """Lets it wait, and wakes the Feed. The same proposal once more only adds to who is told."""
         self.empty.clear()
         self.bell.set()
         waiting = self.waiting.setdefault(proposal.id, proposal)
-        if done and done not in waiting.done:
-            waiting.done.append(done)
+        if waiting is not proposal:
+            waiting.done += [done for done in proposal.done if done not in waiting.done]
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
         if proposal := self.waiting.pop(id, None):
+            if isinstance(outcome, Refused) and not id[1].startswith("~"):  # a cid that its author knows
+                outcome.cid = id[1]
             for done in proposal.done:
                 done(outcome)
             if not self.waiting:
@@ -2110,16 +2098,14 @@ class Outbox:
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
-        for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
-            refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
-            self.settle(proposal.id, refused)
+        for id in [id for id, proposal in self.waiting.items() if proposal.expires <= now]:
+            self.settle(id, Refused("unavailable", retry_after=self.config.retry_seconds))
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
         self.release_reactions()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_seconds):
-                await self.empty.wait()
+            await asyncio.wait_for(self.empty.wait(), self.config.drain_seconds)
         self.expire(math.inf)
 
     # --- for the Feed ---
@@ -2134,45 +2120,41 @@ class Outbox:
         owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
         together = ("joined", "left", "note", "message")[: 3 if self.room.state.mode["every"] else 4]
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
-            key = name_key(proposal.name)
+            asked = proposal.event
+            key = name_key(asked.name)
             owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
             if verdict := self.verdict(proposal, owner, present, ts):
-                if isinstance(verdict, Refused):
-                    verdict.cid = proposal.cid_of_client
                 self.settle(proposal.id, verdict)
                 continue
-            alone = proposal.type not in together  # on it depend the verdicts on what comes behind it
+            alone = asked.type not in together  # on it depend the verdicts on what comes behind it
             if alone and events:
                 break
-            if not present and proposal.type not in ("joined", "left"):  # who acts, and was lost, is back
+            if not present and asked.type not in ("joined", "left"):  # who acts, and was lost, is back
                 details = proposal.member.joining if proposal.member else NO_DETAILS
-                events.append(
-                    Event("joined", seq, ts, proposal.sid, "", proposal.name, "", (*id, len(events)), details)
-                )
-            seq += proposal.type == "message"
-            details = self.details(proposal, ts)
-            place = *id, len(events)
-            events.append(Event(proposal.type, seq, ts, *proposal.id, proposal.name, proposal.text, place, details))
-            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
-            size += len(proposal.text)
+                place = *id, len(events)
+                events.append(Event("joined", seq, ts, asked.sid, "", asked.name, place=place, details=details))
+            seq += asked.type == "message"
+            place, details = (*id, len(events)), self.details(asked, ts)
+            events.append(Event(asked.type, seq, ts, *proposal.id, asked.name, asked.text, place, details))
+            owners[key] = ("", False) if asked.type == "left" else (asked.sid, True)
+            size += len(asked.text)
             if alone or size > ENTRY_CHARS:
                 break
         return events
 
-    def details(self, proposal: Proposal, now: int) -> Mapping[str, Any]:
-        """Those of the event, which say all that is needed to apply it."""
-        room, details = self.room, proposal.details
-        if proposal.type == "message":
-            host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
+    def details(self, asked: Event, now: int) -> Mapping[str, Any]:
+        """Those that are stored, which say all that is needed to apply the event."""
+        room, details = self.room, asked.details
+        if asked.type == "message":
+            host = room.state.hosts and room.state.is_host(asked.sid, name_key(asked.name))
             return {"host": True, **details} if host else details
-        if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
-            sid, name = target.sid, target.name
+        if asked.type in ("muted", "removed") and (target := self.target(details["name"])):
             until = now + 1000 * details["seconds"] if details["seconds"] else 0
             alone = target.origin and [other.origin for other in room.roster.values()].count(target.origin) == 1
-            bars = {"origin": target.origin} if alone and proposal.type == "removed" else {}
-            return {"name": name, "seconds": details["seconds"], "sid": sid, "until": until, **bars}
+            bars = {"origin": target.origin} if alone and asked.type == "removed" else {}
+            return {**details, "name": target.name, "sid": target.sid, "until": until, **bars}
         if details.get("kind") == "delete":
-            return {**details, "by": "author" if self.is_author(proposal) else "host"}
+            return {**details, "by": "author" if self.is_author(asked) else "host"}
         return details
 
     def target(self, name: str) -> Member | None:
@@ -2182,70 +2164,60 @@ class Outbox:
             return self.room.roster.get(key) or Member(sid, name, key)
         return None
 
-    def is_author(self, proposal: Proposal) -> bool:
-        found = self.room.ring.find(proposal.details["to"])
-        return found is not None and found.sid[:BROWSER_CHARS] == proposal.sid[:BROWSER_CHARS]
+    def is_author(self, asked: Event) -> bool:
+        found = self.room.ring.find(asked.details["to"])
+        return found is not None and found.sid[:BROWSER_CHARS] == asked.sid[:BROWSER_CHARS]
 
     def verdict(self, proposal: Proposal, owner: str, present: bool, now: int) -> Outcome | None:
         """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
-        sid, type, key, state = proposal.sid, proposal.type, name_key(proposal.name), self.room.state
-        if type == "left":
-            leaves = owner == sid and (present or proposal.text == LOGOUT)
-            return None if leaves else self.unchanged(proposal)
-        if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
+        asked, state = proposal.event, self.room.state
+        ours = owner == asked.sid
+        if asked.type == "left":
+            return None if ours and (present or asked.text == LOGOUT) else self.unchanged(asked)
+        if state.barred and (wait := state.waits(state.barred, marks_of(asked.sid, asked.name), now)):
             return Refused("removed", retry_after=wait)
-        if type == "joined":
-            becomes_host = "host" in proposal.details and not state.is_host(sid, key)
-            inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
-            if owner not in ("", sid) and not inherits:
-                return Taken(proposal.name)
-            return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
-        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
-        if not (owner == sid and present) and not here:
-            return Refused("name-lost", name=proposal.name)
-        return self.verdict_on_message(proposal, now) if type == "message" else self.verdict_on_act(proposal)
+        if asked.type == "joined":
+            return self.verdict_on_joined(asked, owner, present)
+        if not (ours and present) and not (owner in ("", asked.sid) and proposal.member and proposal.member.listeners):
+            return Refused("name-lost", name=asked.name)
+        return self.verdict_on_message(asked, now) if asked.type == "message" else self.verdict_on_act(asked)
 
-    def unchanged(self, proposal: Proposal) -> Event:
+    def unchanged(self, asked: Event) -> Event:
         """It is so already."""
-        return Event(proposal.type, self.room.seq, self.room.ts, *proposal.id, proposal.name, details=proposal.details)
+        return asked._replace(seq=self.room.seq, ts=self.room.ts)
 
-    def verdict_on_message(self, proposal: Proposal, now: int) -> Outcome | None:
+    def verdict_on_joined(self, asked: Event, owner: str, present: bool) -> Outcome | None:
+        key, state = name_key(asked.name), self.room.state
+        becomes_host = "host" in asked.details and not state.is_host(asked.sid, key)
+        inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
+        if owner not in ("", asked.sid) and not inherits:
+            return Taken(asked.name)
+        return self.unchanged(asked) if owner == asked.sid and present and not becomes_host else None
+
+    def verdict_on_message(self, asked: Event, now: int) -> Refused | None:
         state = self.room.state
-        if proposal.details and proposal.details.get("re", 0) > self.room.seq:
+        if asked.details.get("re", 0) > self.room.seq:
             return Refused("no-message")
-        if not state.muted and state.mode == OPEN_MODE:
+        if (not state.muted and state.mode == OPEN_MODE) or state.is_host(asked.sid, name_key(asked.name)):
             return None
-        return (
-            None
-            if state.is_host(proposal.sid, name_key(proposal.name))
-            else state.silenced(proposal.sid, proposal.name, now)
-        )
+        return state.silenced(asked.sid, asked.name, now)
 
-    def verdict_on_act(self, proposal: Proposal) -> Outcome | None:
+    def verdict_on_act(self, asked: Event) -> Outcome | None:
         """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
-        state, details = self.room.state, proposal.details
-        kind = details.get("kind")
-        owns = kind == "react" or (kind == "delete" and self.is_author(proposal))
-        if not (owns or state.is_host(proposal.sid, name_key(proposal.name))):
+        state, details = self.room.state, asked.details
+        kind, to = details.get("kind"), details.get("to", 0)
+        owns = kind == "react" or (kind == "delete" and self.is_author(asked))
+        if not (owns or state.is_host(asked.sid, name_key(asked.name))):
             return Refused("not-host")
-        if proposal.type == "note":
-            return self.verdict_on_note(proposal)
-        if proposal.type in ("muted", "removed"):
-            target = self.target(details["name"])
-            if target is None:
+        if asked.type in ("muted", "removed"):
+            if (target := self.target(details["name"])) is None:
                 return Refused("no-member", name=shown(details["name"]))
-            if state.is_host(target.sid, target.key):
-                return Refused("is-host", name=target.name)
-        return None
-
-    def verdict_on_note(self, proposal: Proposal) -> Outcome | None:
-        details, state = proposal.details, self.room.state
-        if details["kind"] == "pin" and not details["value"]:
+            return Refused("is-host", name=target.name) if state.is_host(target.sid, target.key) else None
+        if asked.type != "note" or (kind == "pin" and not details["value"]):
             return None
-        deleted = state.is_deleted(details["to"])
-        if deleted and details["kind"] == "delete" and details["to"] > state.cleared:
-            return self.unchanged(proposal)
-        return Refused("no-message") if deleted or not self.room.ring.find(details["to"]) else None
+        if kind == "delete" and to > state.cleared and state.is_deleted(to):
+            return self.unchanged(asked)
+        return Refused("no-message") if state.is_deleted(to) or not self.room.ring.find(to) else None
 
     def absorbed(self, events: Iterable[Event]) -> None:
         """The feed has these: whoever waits for one is told, and remembers it against doubles."""
@@ -2259,16 +2231,15 @@ class Outbox:
     def wishes(self) -> list[Proposal]:
         """What other daemons have not been asked yet to commit for us, as much as one entry takes."""
         ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
-        sizes = itertools.accumulate((len(each.text) for each in ours), initial=0)
+        sizes = itertools.accumulate((len(each.event.text) for each in ours), initial=0)
         return [each for each, before in zip(ours, sizes, strict=False) if before <= ENTRY_CHARS]
 
     def take_wishes(self, events: Iterable[Event]) -> None:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         for event in events:
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires, event.details)
-            if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
-                self.put(proposal)
+            if (event.sid, event.cid) not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
+                self.put(Proposal(event, expires))
 
 
 # === Memory ===========================================================================================================
