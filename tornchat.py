@@ -1146,10 +1146,12 @@ OVERTAKEN = "equal or smaller"  # in the words of Redis, for an id that isn't ab
 
 
 class Entry(NamedTuple):
-    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it."""
+    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it, or nobody needs it."""
 
     id: Id
     raw: bytes
+    messages: int = 0  # in it, once it has been decoded
+    size: int = 0  # of `raw`, as it was stored
 
 
 def parse_id(id: bytes) -> Id:
@@ -1162,7 +1164,7 @@ def id_text(id: Id) -> str:
 
 
 def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
-    return [Entry(parse_id(id), fields.get(b"events", b"")) for id, fields in found]
+    return [Entry(parse_id(id), raw := fields.get(b"events", b""), size=len(raw)) for id, fields in found]
 
 
 def connect(config: Config) -> Callable[..., Any]:
@@ -1193,7 +1195,7 @@ def bounded(
 
     @functools.wraps(method)
     async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        async with asyncio.timeout(self.config.silence_seconds):
+        async with asyncio.timeout(self.silence_seconds):
             return await method(self, *args, **kwargs)
 
     return call
@@ -1216,6 +1218,7 @@ class Store:
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
         self.config = config
         self.shared = bool(config.redis_url)  # others may write as well
+        self.silence_seconds = config.silence_seconds if self.shared else None  # this process is never silent
         self.redis = client()
         self.reading = client(single_connection_client=True)  # blocks most of the time
         self.line = self.redis.connection_pool.make_connection()  # for `append` alone
@@ -1266,11 +1269,6 @@ class Store:
             return Entry(newest, fields.get(b"events", b""))
         return Entry(newest, b"")
 
-    @bounded
-    async def read(self, since: Id) -> list[Entry]:
-        """Some of the entries from `since` on, that one included if it is still there."""
-        return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
-
     async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
         """The feed, newest first, or from one id on to another, in pages that come in time over a slow line, too."""
         at, count = since or "+", 8
@@ -1286,11 +1284,12 @@ class Store:
                 return
             yield page
             at = "(" + id_text(page[-1].id)
-            size = sum(len(entry.raw) for entry in page)
+            size = sum(entry.size for entry in page)
             count = max(1, min(count * PAGE_BYTES // (size + 1), 4 * count, READ_ENTRIES))
 
     @bounded
     async def page(self, at: str, until: str, count: int) -> list[Entry]:
+        """So many entries from that id on, it included, to another; without one those before it, newest first."""
         if until:
             return parse_entries(await self.redis.xrange(self.feed, min=at, max=until, count=count))
         return parse_entries(await self.redis.xrevrange(self.feed, max=at, count=count))
@@ -1311,14 +1310,14 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def delete(self, ids: Iterable[Id]) -> None:
-        await self.redis.xdel(self.feed, *map(id_text, ids))
-
-    @bounded
-    async def trim(self, id: Id) -> None:
-        """Forgets the entries before that one, and all wishes: one may hold a copy of what is to be forgotten."""
+    async def forget(self, ids: Iterable[Id], before: Id | None) -> None:
+        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
         async with self.redis.pipeline() as pipe:
-            await pipe.xtrim(self.feed, minid=id_text(id), approximate=False).xtrim(self.wishes, maxlen=0).execute()
+            for id in ids:
+                pipe.xdel(self.feed, id_text(id))
+            if before:
+                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            await pipe.execute()
 
     # --- beginning, and putting back what was forgotten ---
 
@@ -1360,10 +1359,10 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(self, epoch: str, names: Mapping[str, str], state: Mapping[str, str]) -> None:
-        """Epoch, secrets, roster, and the fields of the State; a name without a lease gets one."""
+    async def put_back_state(self, names: Mapping[str, str], state: Mapping[str, str]) -> None:
+        """Secrets, roster, and the epoch with the fields of the State; a name without a lease gets one."""
         async with self.redis.pipeline() as pipe:
-            pipe.delete(self.names, self.state).hset(self.state, mapping={**state, "epoch": epoch})
+            pipe.delete(self.names, self.state).hset(self.state, mapping=dict(state))
             for name in self.made_up():
                 pipe.set(self.prefix + name, getattr(self, name), nx=True)
             if names:
@@ -1432,11 +1431,11 @@ class Store:
             await pipe.execute()
 
     @bounded
-    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
-        """Sets these leases, or those of them that are missing."""
-        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
-            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
-            await self.redis.zadd(self.leases, scores, nx=missing)
+    async def renew(self, seconds: Mapping[str, float], *, missing: bool = False) -> None:
+        """Sets the leases of these keys, for so long, or those of them that are missing."""
+        leases = [(key, self.lapses_in(wish)) for key, wish in seconds.items()]
+        for at in range(0, len(leases), 500):  # about 2 ms of fakeredis each
+            await self.redis.zadd(self.leases, dict(leases[at : at + 500]), nx=missing)
 
     @bounded
     async def lapsed(self) -> set[str]:
@@ -2252,29 +2251,30 @@ class Window:
 
     def __init__(self, messages: int, size: int) -> None:
         self.limits = messages, size
-        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
+        self.entries: collections.deque[Entry] = collections.deque()
         self.messages = self.size = 0
 
-    def add(self, entry: Entry, messages: int, size: int) -> None:
-        self.entries.append((entry, messages, size))
-        self.messages += messages
-        self.size += size
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.messages += entry.messages
+        self.size += entry.size
 
     def shrink(self, slack: float = 0) -> bool:
         """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
+        messages, size = self.limits
+        if self.messages <= (1 + slack) * messages and self.size <= (1 + slack) * size:
             return False
-        while self.messages > self.limits[0] or self.size > self.limits[1]:
-            _, messages, size = self.entries.popleft()
-            self.messages -= messages
-            self.size -= size
+        while self.messages > messages or self.size > size:
+            oldest = self.entries.popleft()
+            self.messages -= oldest.messages
+            self.size -= oldest.size
         return True
 
     def keep(self, wanted: Callable[[Id], bool]) -> None:
         """Drops the entries with other ids."""
-        self.entries = collections.deque(each for each in self.entries if wanted(each[0].id))
-        self.messages = sum(messages for _, messages, _ in self.entries)
-        self.size = sum(size for _, _, size in self.entries)
+        self.entries = collections.deque(entry for entry in self.entries if wanted(entry.id))
+        self.messages = sum(entry.messages for entry in self.entries)
+        self.size = sum(entry.size for entry in self.entries)
 
 
 class Memory:
@@ -2295,37 +2295,37 @@ class Memory:
         self.pictures: set[str] = set()
         self.to_trim = False
 
-    def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
-        """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
+    def add(self, entry: Entry, events: Sequence[Event]) -> None:
+        """The next entry, with the events in it."""
         self.last = entry.id
-        messages = sum(event.type == "message" for event in events)
+        messages = len([event for event in events if event.type == "message"])
         if messages:
-            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+            self.extent.add(Entry(entry.id, b"", messages, entry.size))
         else:
             self.notices.append(entry.id)
         if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
+            self.kept.add(Entry(entry.id, entry.raw, messages, entry.size if messages else 0))
             self.kept.shrink()
 
     def keep_from(self) -> Id | None:
         """The oldest entry that the store is to keep, where it holds too much."""
-        return self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
+        return self.extent.entries[0].id if self.extent.shrink(FEED_SLACK) else None
 
     def since(self, id: Id) -> list[Entry]:
-        return [entry for entry, *_ in self.kept.entries if entry.id > id]
+        return [entry for entry in self.kept.entries if entry.id > id]
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry)
+        ours = next((kept for kept in reversed(self.kept.entries) if kept.id <= entry.id), entry)
+        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry.raw)
 
-    def blank(self, entry: Entry) -> bytes:
+    def blank(self, raw: bytes) -> bytes:
         """What is stored in an entry, without what is deleted."""
         return encode_events(
             event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
             if self.holds_deleted(event)
             else event
-            for event in decode_events(entry.raw)
+            for event in decode_events(raw)
         )
 
     def holds_deleted(self, event: Event) -> bool:
@@ -2333,9 +2333,9 @@ class Memory:
 
     def erase(self, ids: set[Id]) -> None:
         """Forgets what is deleted in these entries."""
-        for at, (entry, messages, size) in enumerate(self.kept.entries):
+        for at, entry in enumerate(self.kept.entries):
             if entry.id in ids:
-                self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
+                self.kept.entries[at] = entry._replace(raw=self.blank(entry.raw))
                 events = decode_events(entry.raw)
                 deleted = [event for event in events if self.holds_deleted(event)]
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
@@ -2352,26 +2352,8 @@ class Memory:
         self.notices = collections.deque(kept for kept in self.notices if kept >= id)
         self.cleared, self.to_trim = cleared, True
 
-    def erase_again(self) -> None:
-        """The store is in an older state, and may hold what was deleted since."""
-        self.to_erase |= set(self.erased)
-        self.to_trim = self.cleared is not None
-
-    async def have_forgotten(self, store: Store) -> None:
-        """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
-        if self.to_erase:
-            await store.delete(self.to_erase)
-            self.to_erase.clear()
-        if self.to_trim and self.cleared:
-            await store.trim(self.cleared.place[:2])
-            await store.drop_pictures((), self.cleared.ts)
-            self.to_trim = False
-        if self.pictures:
-            await store.drop_pictures(self.pictures)
-            self.pictures.clear()
-
-    def surplus(self) -> bool:
-        """Forgets the oldest entries without a message, once they are too many."""
+    def drop_notices(self) -> bool:
+        """Forgets the oldest entries without a message, once they are too many; whether there were any."""
         if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
             return False
         surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
@@ -2379,23 +2361,39 @@ class Memory:
         self.to_erase |= surplus
         return True
 
+    def erase_again(self) -> None:
+        """The store is in an older state, and may hold what was deleted since."""
+        self.to_erase |= set(self.erased)
+        self.to_trim = self.cleared is not None
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], int]]:
-    """All that the store holds, oldest first: entry, events, size. Of what is older than so many messages only the
+    async def have_forgotten(self, store: Store) -> None:
+        """Has the store forget what it is to. Raises STORE_ERRORS."""
+        cleared = self.cleared if self.to_trim else None
+        if self.to_erase or cleared:
+            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
+            self.to_erase.clear()
+        if self.pictures or cleared:
+            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
+            self.pictures.clear()
+        self.to_trim = False
+
+
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
+    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
     index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event], int]] = []
+    read: list[tuple[Entry, list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
-            size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+            events = decode_events(entry.raw, entry.id)
             talk = [event for event in events if event.type == "message"]
             if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
                 events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events, size))
+            read.append((entry, events))
     return read[::-1]
 
 
@@ -2440,9 +2438,7 @@ class Feed:
                 await self.step()
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("writing", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("writing", error, pause)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2455,8 +2451,7 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
-        surplus = self.memory.surplus()
-        if surplus or self.memory.to_trim:  # as in `erase`
+        if self.memory.drop_notices() or self.memory.to_trim:  # as in `erase`
             self.state |= self.room.state.fields()
         if self.names or self.state:
             await self.store.write_names(self.names, self.state)
@@ -2472,10 +2467,11 @@ class Feed:
         if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
-        id = self.memory.last[0], self.memory.last[1] + 1
-        events = self.outbox.group(id, self.store.now())
+        ms, n = self.memory.last
+        events = self.outbox.group((ms, n + 1), self.store.now())
         if events or not self.answers["writing"]:  # an empty entry tries a store that took nothing
-            await self.append(Entry(id, encode_events(events)), events)
+            raw = encode_events(events)
+            await self.append(Entry((ms, n + 1), raw, size=len(raw)), events)
         if self.outbox.waiting:
             self.bell.set()
 
@@ -2532,9 +2528,7 @@ class Feed:
                 self.mark("reading")
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("reading", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("reading", error, pause)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2546,7 +2540,7 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        while entries := await self.store.read(self.memory.last):
+        while entries := await self.store.page(id_text(self.memory.last), "+", READ_ENTRIES):
             if self.memory.differs(entries[0]):
                 raise Gap
             self.absorb(entries)
@@ -2557,44 +2551,53 @@ class Feed:
     def absorb(self, entries: Iterable[Entry]) -> None:
         """Takes entries in their order, each once. Raises Gap where one isn't the next."""
         absorbed: list[Event] = []
+        seq = self.room.seq
         try:
             for entry in entries:
-                last = self.memory.last
-                if entry.id <= last:
+                ms, n = self.memory.last
+                if entry.id <= (ms, n):
                     continue
                 events = decode_events(entry.raw, entry.id)
                 seqs = [event.seq for event in events if event.type == "message"]
-                first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
-                if entry.id != (last[0], last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                if entry.id != (ms, n + 1) or seqs != [*range(seq + 1, seq + 1 + len(seqs))]:
                     raise Gap
+                seq += len(seqs)
                 self.memory.add(entry, events)
                 absorbed += events
         finally:
             self.tell(absorbed)
-            self.room.state.take_changes()  # who has committed them has stored that
+            self.room.state.take_changes()  # who has committed them stores that
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
         self.outbox.absorbed(events)
-        for event in [event for event in events if event.type != "message"]:
-            if event.type == "left" and (member := self.room.sessions.get(event.sid)):
-                if event.text == LOGOUT:
-                    for listener in tuple(member.listeners):
-                        listener.shut(4401, LOGOUT)
-                else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
-                    self.stranded.set()
-            elif event.type == "removed" and (member := self.room.sessions.get(event.details.get("sid", ""))):
-                for listener in tuple(member.listeners):
-                    listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
-            elif event.type == "cleared":
+        for event in events:
+            if event.type != "message":
+                self.heed(event)
+
+    def heed(self, event: Event) -> None:
+        """Does what a notice asks for outside of the room."""
+        details = event.details
+        member = self.room.sessions.get(details.get("sid", "") if event.type == "removed" else event.sid)
+        listeners = tuple(member.listeners) if member else ()
+        match event.type:
+            case "left" if event.text == LOGOUT:
+                for listener in listeners:
+                    listener.shut(4401, LOGOUT)
+            case "left" if member:  # it lapsed, but somebody is here: the lease was lost, or a clock jumped
+                self.stranded.set()
+            case "removed":
+                for listener in listeners:
+                    listener.turn_away(Refused("removed", retry_after=details["seconds"]))
+            case "cleared":
                 self.memory.clear(event)
-            elif event.details.get("kind") == "delete":
-                self.erase([event.details["to"]])
+            case "note" if details["kind"] == "delete":
+                self.erase([details["to"]])
 
     def erase(self, seqs: Iterable[int]) -> None:
-        """Has the store forget the texts of these messages, of those that are deleted: first their fields of the State
-        are stored, also where another daemon has committed that, for it may have been killed before it could.
+        """Has the store forget the texts of these messages, of those that are deleted. First their fields of the State
+        are stored, by every daemon: who has committed that may have been killed before it could.
         """
         found = {str(seq): kept.entry for seq in seqs if (kept := self.room.ring.find(seq))}
         self.state |= {name: self.room.state.field(name) for name in found}
@@ -2605,6 +2608,11 @@ class Feed:
     def ring_for_look(self) -> None:
         self.unsure = True
         self.bell.set()
+
+    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+        self.mark(what, error)
+        self.ring_for_look()
+        await pause()
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2647,7 +2655,7 @@ class Feed:
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
         names = {member.key: str(member) for member in self.room.roster.values()}
-        await self.store.put_back_state(self.room.epoch, names, self.room.state.fields())
+        await self.store.put_back_state(names, {"epoch": self.room.epoch, **self.room.state.fields()})
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
@@ -2662,13 +2670,13 @@ class Feed:
             return  # the next look deals with that
         read = await read_feed(self.store, self.room.ring.size)
         epoch, roster, state = await self.store.read_state()  # after the feed: it tells what has been erased there
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
-        for entry, events, size in read:
-            self.memory.add(entry, events, size)
-        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        history = [event for _, events, _ in read for event in events]
+        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
+        for entry, events in read:
+            self.memory.add(entry, events)
+        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        history = [event for _, events in read for event in events]
         self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
         for event in history:
             if event.type == "cleared":
@@ -2818,32 +2826,26 @@ class Presence:
         self.feed.outbox.propose("joined", member, done, details=member.joining)
 
     async def renew(self) -> None:
-        """The leases that are due. A name without a connection keeps its own for the grace."""
-        now = time.monotonic()
-        await self.shorten()
+        """The leases that are due, and of who has gone: a name without a connection keeps its own for the grace."""
+        now, roster, lease = time.monotonic(), self.room.roster, self.config.lease_seconds
         here = [member for member in self.room.sessions.values() if member.listeners]
         due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
-        if due:
-            await self.store.renew([member.key for member in due], self.config.lease_seconds)
-        for member in due:
-            member.renewed = now
-        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
-            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
-            self.all_leased = now
-
-    async def shorten(self) -> None:
-        """The leases of who has gone since the last time."""
         released, self.released = self.released, {}
-        gone: dict[float, list[str]] = {}
-        for member, seconds in released.values():
-            if not member.listeners and self.room.roster.get(member.key) is member:
-                gone.setdefault(seconds, []).append(member.key)
+        gone = {
+            key: seconds
+            for key, (member, seconds) in released.items()
+            if not member.listeners and roster.get(key) is member
+        }
         try:
-            for seconds, keys in gone.items():
-                await self.store.renew(keys, seconds)
+            await self.store.renew(gone | {member.key: lease for member in due})
         except STORE_ERRORS:
             self.released = released | self.released
             raise
+        for member in due:
+            member.renewed = now
+        if now - self.all_leased >= lease:  # a name without a lease would never leave
+            await self.store.renew(dict.fromkeys(roster, lease), missing=True)
+            self.all_leased = now
 
     async def sweep(self) -> None:
         """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
