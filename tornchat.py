@@ -1359,25 +1359,11 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(self, names: Mapping[str, str], state: Mapping[str, str]) -> None:
-        """Secrets, roster, and the epoch with the fields of the State; a name without a lease gets one."""
-        async with self.redis.pipeline() as pipe:
-            pipe.delete(self.names, self.state).hset(self.state, mapping=dict(state))
-            for name in self.made_up():
-                pipe.set(self.prefix + name, getattr(self, name), nx=True)
-            if names:
-                pipe.hset(self.names, mapping=dict(names))
-                pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
-            await pipe.execute()
-
-    def made_up(self) -> list[str]:
-        """The secrets that the operator didn't give, which all daemons then take from the store."""
-        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
-
-    @bounded
     async def keep_secrets(self) -> None:
-        """Takes the secrets that the store holds, or gives it ours."""
-        for name in self.made_up():
+        """Takes the secrets that the store holds, or gives it ours, but for those that the operator chose."""
+        for name in ("secret", "host_key"):
+            if getattr(self.config, name):
+                continue
             key = self.prefix + name
             while (kept := await self.redis.get(key)) is None:
                 await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
@@ -1412,22 +1398,22 @@ class Store:
     # --- names and leases ---
 
     @bounded
-    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str]) -> None:
-        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and fields of the
-        State.
+    async def write_names(self, names: Mapping[str, str], state: Mapping[str, str], *, anew: bool = False) -> None:
+        """Puts names on the roster, with a lease, and fields into the State, after the feed has them; "" takes one off.
+        `anew`: they are all that there is.
         """
         async with self.redis.pipeline() as pipe:
-            for name, text in state.items():
-                if text:
-                    pipe.hset(self.state, name, text)
-                else:
-                    pipe.hdel(self.state, name)
-            for key, value in names.items():
-                if value is None:
-                    pipe.hdel(self.names, key).zrem(self.leases, key)
-                else:
-                    pipe.hset(self.names, key, value)
-                    pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
+            if anew:
+                pipe.delete(self.names, self.state)
+            for key, fields in ((self.state, state), (self.names, names)):
+                if kept := {name: value for name, value in fields.items() if value}:
+                    pipe.hset(key, mapping=kept)
+                if gone := [name for name, value in fields.items() if not value]:
+                    pipe.hdel(key, *gone)
+            if kept:
+                pipe.zadd(self.leases, dict.fromkeys(kept, self.lapses_in(self.config.lease_seconds)))
+            if gone:
+                pipe.zrem(self.leases, *gone)
             await pipe.execute()
 
     @bounded
@@ -1447,21 +1433,17 @@ class Store:
 
     # --- pictures ---
 
+    @bounded
     async def add_picture(self, id: str, data: bytes) -> None:
         """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
-        if beyond := await self.put_picture(id, data):
-            await self.drop_pictures(beyond)
-
-    @bounded
-    async def put_picture(self, id: str, data: bytes) -> list[str]:
-        """Stores it; the ids of those that have to go."""
         async with self.transfers, self.redis.pipeline() as pipe:
             counted = max(len(data), PICTURE_LEAST_BYTES)
             pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
             *_, index = await pipe.hgetall(self.pictures).execute()
         pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
         sizes = itertools.accumulate(size for _, size, _ in pictures)
-        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+        most = self.config.pictures * 2**20
+        await self.drop_pictures([id for (*_, id), size in zip(pictures, sizes, strict=True) if size > most])
 
     @bounded
     async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
@@ -2282,14 +2264,13 @@ class Memory:
     but without deleted texts; and of all with messages how much they hold, to have the store forget the oldest.
     """
 
-    def __init__(self, is_deleted: Callable[[int], bool]) -> None:
-        self.is_deleted = is_deleted  # the message of that seq
+    def __init__(self, room: Room) -> None:
+        self.room = room
         self.last = NO_ENTRY  # the newest
         self.kept = Window(RING_MESSAGES, RING_BYTES)
         self.extent = Window(FEED_MESSAGES, FEED_BYTES)
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
         self.cleared: Event | None = None  # the last time
-        self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
         # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
         self.to_erase: set[Id] = set()
         self.pictures: set[str] = set()
@@ -2329,20 +2310,17 @@ class Memory:
         )
 
     def holds_deleted(self, event: Event) -> bool:
-        return event.type == "message" and self.is_deleted(event.seq)
+        return event.type == "message" and self.room.state.is_deleted(event.seq)
 
     def erase(self, ids: set[Id]) -> None:
-        """Forgets what is deleted in these entries."""
+        """Forgets what is deleted in these entries; those that hold nothing else go."""
         for at, entry in enumerate(self.kept.entries):
-            if entry.id in ids:
-                self.kept.entries[at] = entry._replace(raw=self.blank(entry.raw))
-                events = decode_events(entry.raw)
-                deleted = [event for event in events if self.holds_deleted(event)]
+            events = decode_events(entry.raw) if entry.id in ids else []
+            if deleted := [event for event in events if self.holds_deleted(event)]:
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
                 if len(deleted) == len(events):
-                    self.erased.append(entry.id)
-        self.to_erase |= ids & set(self.erased)
-        self.kept.keep(lambda kept: kept not in self.to_erase)
+                    self.to_erase.add(entry.id)
+                self.kept.entries[at] = entry._replace(raw=self.blank(entry.raw))
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
@@ -2363,7 +2341,7 @@ class Memory:
 
     def erase_again(self) -> None:
         """The store is in an older state, and may hold what was deleted since."""
-        self.to_erase |= set(self.erased)
+        self.erase({entry.id for entry in self.kept.entries})
         self.to_trim = self.cleared is not None
 
     async def have_forgotten(self, store: Store) -> None:
@@ -2414,8 +2392,8 @@ class Feed:
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
         self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))  # what was absorbed
-        self.names: dict[str, str | None] = {}  # to be written beside the feed
+        self.memory = Memory(self.room)  # what was absorbed
+        self.names: dict[str, str] = {}  # to be written beside the feed; "": is not on the roster any more
         self.state: dict[str, str] = {}  # ... and these fields of the State
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
@@ -2487,7 +2465,7 @@ class Feed:
         for event in events:
             if event.type in ("joined", "left", "removed"):
                 key = name_key(event.details.get("name", event.name))
-                self.names[key] = str(self.room.roster[key]) if key in self.room.roster else None
+                self.names[key] = str(self.room.roster.get(key, ""))
         self.state |= self.room.state.take_changes()
 
     async def gather(self) -> None:
@@ -2654,8 +2632,9 @@ class Feed:
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
+        await self.store.keep_secrets()
         names = {member.key: str(member) for member in self.room.roster.values()}
-        await self.store.put_back_state(names, {"epoch": self.room.epoch, **self.room.state.fields()})
+        await self.store.write_names(names, {"epoch": self.room.epoch, **self.room.state.fields()}, anew=True)
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
@@ -2672,7 +2651,7 @@ class Feed:
         epoch, roster, state = await self.store.read_state()  # after the feed: it tells what has been erased there
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
+        self.memory = Memory(self.room)
         for entry, events in read:
             self.memory.add(entry, events)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
@@ -2682,7 +2661,7 @@ class Feed:
             if event.type == "cleared":
                 self.memory.clear(event)
         self.erase(self.room.state.notes)
-        self.names |= dict.fromkeys(roster.keys() - self.room.roster.keys())
+        self.names |= dict.fromkeys(roster.keys() - self.room.roster.keys(), "")
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
