@@ -1150,7 +1150,6 @@ class Entry(NamedTuple):
 
     id: Id
     raw: bytes
-    messages: int = 0  # in it, once it has been decoded
     size: int = 0  # of `raw`, as it was stored
 
 
@@ -1526,6 +1525,7 @@ class Member:
     origin: str = ""  # tells whether two members come from one address, without telling the address
     listeners: list[Listener] = dataclasses.field(default_factory=list)
     renewed: float = 0  # when this daemon last renewed the lease, in s
+    grace: float = 0  # for how many s the name is to outlive the last connection here, till its lease says so
     refusals: int = 0  # in a row
     rejoining: bool = False
     told: str = ""  # where its last poll here ended, a Cursor
@@ -1976,15 +1976,12 @@ class Outbox:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
-        proposal = self.proposal(act.type, member, done, act.cid, act.text, act.details)
-        if (seq := self.stored.get(proposal.id)) is not None:
-            done(self.as_stored(seq, proposal.event))
+        if (seq := self.stored.get((member.sid, act.cid))) is not None:
+            done(self.as_stored(seq, member, act))
         elif len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        elif act.details.get("kind") == "react":
-            self.react(proposal)
         else:
-            self.put(proposal)
+            self.propose(act.type, member, done, act.cid, act.text, act.details)
 
     def react(self, proposal: Proposal) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
@@ -2003,13 +2000,13 @@ class Outbox:
             self.put(proposal)
         self.reactions.clear()
 
-    def as_stored(self, seq: int, event: Event) -> Event:
-        """What was stored with the cid of this event; where that has been forgotten, as it is asked for now."""
-        event = event._replace(seq=seq, ts=self.room.ts)
+    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
+        """What was stored with that cid; where that has been forgotten, as it is asked for now."""
+        event = Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
         if event.type == "message" and (found := self.room.ring.find(seq)):
             fields = found.encoded.fields()
             gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
-            event = event._replace(ts=found.ts, text=fields["text"], details=gone or event.details)
+            event = event._replace(ts=found.ts, text=fields["text"], details=gone or act.details)
         return event
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
@@ -2039,11 +2036,7 @@ class Outbox:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    def propose(self, *args: Any, **kwargs: Any) -> None:
-        """Has an event committed, or refused; for the arguments see `proposal`."""
-        self.put(self.proposal(*args, **kwargs))
-
-    def proposal(
+    def propose(
         self,
         type: str,
         member: Member,
@@ -2052,12 +2045,13 @@ class Outbox:
         text: str = "",
         details: Mapping[str, Any] = NO_DETAILS,
         patience: float = 0,
-    ) -> Proposal:
-        """One that waits for so many seconds."""
+    ) -> None:
+        """Has an event committed within so many seconds, or refused."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
         cid = cid or f"{self.cids}{next(self.counter)}"
         event = Event(type, 0, 0, member.sid, cid, member.name, text, NOWHERE, details)
-        return Proposal(event, expires, member, [done] if done else [])
+        proposal = Proposal(event, expires, member, [done] if done else [])
+        (self.react if details.get("kind") == "react" else self.put)(proposal)
 
     def put(self, proposal: Proposal) -> None:
         """Lets it wait, and wakes the Feed. The same proposal once more only adds to who is told."""
@@ -2228,35 +2222,18 @@ class Outbox:
 # given back, and how much the store holds.
 
 
-class Window:
-    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+class Held(NamedTuple):
+    """An entry, and how many messages and bytes there were up to its end."""
 
-    def __init__(self, messages: int, size: int) -> None:
-        self.limits = messages, size
-        self.entries: collections.deque[Entry] = collections.deque()
-        self.messages = self.size = 0
+    id: Id
+    raw: bytes
+    said: int
+    size: int
 
-    def add(self, entry: Entry) -> None:
-        self.entries.append(entry)
-        self.messages += entry.messages
-        self.size += entry.size
 
-    def shrink(self, slack: float = 0) -> bool:
-        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        messages, size = self.limits
-        if self.messages <= (1 + slack) * messages and self.size <= (1 + slack) * size:
-            return False
-        while self.messages > messages or self.size > size:
-            oldest = self.entries.popleft()
-            self.messages -= oldest.messages
-            self.size -= oldest.size
-        return True
-
-    def keep(self, wanted: Callable[[Id], bool]) -> None:
-        """Drops the entries with other ids."""
-        self.entries = collections.deque(entry for entry in self.entries if wanted(entry.id))
-        self.messages = sum(entry.messages for entry in self.entries)
-        self.size = sum(entry.size for entry in self.entries)
+def exceed(held: Sequence[Held], messages: float, size: float) -> bool:
+    """Whether there are more after the first of these."""
+    return held[-1].said - held[0].said > messages or held[-1].size - held[0].size > size
 
 
 class Memory:
@@ -2267,8 +2244,9 @@ class Memory:
     def __init__(self, room: Room) -> None:
         self.room = room
         self.last = NO_ENTRY  # the newest
-        self.kept = Window(RING_MESSAGES, RING_BYTES)
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)
+        self.said = self.size = 0  # messages and bytes in all that were added
+        self.kept: collections.deque[Held] = collections.deque()  # the newest
+        self.extent: collections.deque[Held] = collections.deque()  # those with messages, without what they hold
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
         self.cleared: Event | None = None  # the last time
         # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
@@ -2279,26 +2257,33 @@ class Memory:
     def add(self, entry: Entry, events: Sequence[Event]) -> None:
         """The next entry, with the events in it."""
         self.last = entry.id
-        messages = len([event for event in events if event.type == "message"])
-        if messages:
-            self.extent.add(Entry(entry.id, b"", messages, entry.size))
+        if messages := len([event for event in events if event.type == "message"]):
+            self.said += messages
+            self.size += entry.size
+            self.extent.append(Held(entry.id, b"", self.said, self.size))
         else:
             self.notices.append(entry.id)
         if entry.raw:
-            self.kept.add(Entry(entry.id, entry.raw, messages, entry.size if messages else 0))
-            self.kept.shrink()
+            self.kept.append(Held(entry.id, entry.raw, self.said, self.size))
+            while exceed(self.kept, RING_MESSAGES, RING_BYTES):
+                self.kept.popleft()
 
     def keep_from(self) -> Id | None:
         """The oldest entry that the store is to keep, where it holds too much."""
-        return self.extent.entries[0].id if self.extent.shrink(FEED_SLACK) else None
+        slack = 1 + FEED_SLACK
+        if not self.extent or not exceed(self.extent, slack * FEED_MESSAGES, slack * FEED_BYTES):
+            return None
+        while exceed(self.extent, FEED_MESSAGES, FEED_BYTES):
+            self.extent.popleft()
+        return self.extent[0].id
 
     def since(self, id: Id) -> list[Entry]:
-        return [entry for entry in self.kept.entries if entry.id > id]
+        return [Entry(held.id, held.raw) for held in self.kept if held.id > id]
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((kept for kept in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry.raw)
+        ours = next((held.raw for held in reversed(self.kept) if held.id == entry.id), entry.raw)
+        return ours != entry.raw != b"" and ours != self.blank(entry.raw)
 
     def blank(self, raw: bytes) -> bytes:
         """What is stored in an entry, without what is deleted."""
@@ -2314,19 +2299,18 @@ class Memory:
 
     def erase(self, ids: set[Id]) -> None:
         """Forgets what is deleted in these entries; those that hold nothing else go."""
-        for at, entry in enumerate(self.kept.entries):
-            events = decode_events(entry.raw) if entry.id in ids else []
+        for at, held in enumerate(self.kept):
+            events = decode_events(held.raw) if held.id in ids else []
             if deleted := [event for event in events if self.holds_deleted(event)]:
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
                 if len(deleted) == len(events):
-                    self.to_erase.add(entry.id)
-                self.kept.entries[at] = entry._replace(raw=self.blank(entry.raw))
+                    self.to_erase.add(held.id)
+                self.kept[at] = held._replace(raw=self.blank(held.raw))
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
         id = cleared.place[:2]
-        for window in (self.kept, self.extent):
-            window.keep(lambda kept: kept >= id)
+        self.kept, self.extent = (collections.deque(h for h in held if h.id >= id) for held in (self.kept, self.extent))
         self.notices = collections.deque(kept for kept in self.notices if kept >= id)
         self.cleared, self.to_trim = cleared, True
 
@@ -2335,13 +2319,13 @@ class Memory:
         if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
             return False
         surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
-        self.kept.keep(lambda kept: kept not in surplus)
+        self.kept = collections.deque(held for held in self.kept if held.id not in surplus)
         self.to_erase |= surplus
         return True
 
     def erase_again(self) -> None:
         """The store is in an older state, and may hold what was deleted since."""
-        self.erase({entry.id for entry in self.kept.entries})
+        self.erase({held.id for held in self.kept})
         self.to_trim = self.cleared is not None
 
     async def have_forgotten(self, store: Store) -> None:
@@ -2743,7 +2727,6 @@ class Presence:
     def __init__(self, feed: Feed, keep_few: Callable[[], Awaitable[None]]) -> None:
         self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
         self.keep_few = keep_few
-        self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
         self.tasks: list[asyncio.Task[NoReturn]] = []
@@ -2753,7 +2736,7 @@ class Presence:
         nobody's does.
         """
         if not self.feed.stopping:
-            self.released[member.key] = member, seconds
+            member.grace = seconds
 
     async def heartbeat(self) -> NoReturn:
         """Sends everybody pings and the time."""
@@ -2806,24 +2789,16 @@ class Presence:
 
     async def renew(self) -> None:
         """The leases that are due, and of who has gone: a name without a connection keeps its own for the grace."""
-        now, roster, lease = time.monotonic(), self.room.roster, self.config.lease_seconds
-        here = [member for member in self.room.sessions.values() if member.listeners]
-        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
-        released, self.released = self.released, {}
-        gone = {
-            key: seconds
-            for key, (member, seconds) in released.items()
-            if not member.listeners and roster.get(key) is member
-        }
-        try:
-            await self.store.renew(gone | {member.key: lease for member in due})
-        except STORE_ERRORS:
-            self.released = released | self.released
-            raise
-        for member in due:
+        now, lease, sessions = time.monotonic(), self.config.lease_seconds, list(self.room.sessions.values())
+        gone = [member for member in sessions if member.grace and not member.listeners]
+        here = [member for member in sessions if member.listeners and now - member.renewed >= self.config.renew_seconds]
+        await self.store.renew({member.key: member.grace for member in gone} | {member.key: lease for member in here})
+        for member in gone:
+            member.renewed = member.grace = 0  # whoever comes back gets a long lease at once
+        for member in here:
             member.renewed = now
         if now - self.all_leased >= lease:  # a name without a lease would never leave
-            await self.store.renew(dict.fromkeys(roster, lease), missing=True)
+            await self.store.renew(dict.fromkeys(self.room.roster, lease), missing=True)
             self.all_leased = now
 
     async def sweep(self) -> None:
