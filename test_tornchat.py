@@ -1710,7 +1710,7 @@ class TestFeed(Transcripts):
         ann = await feeds.enter(feed, "Ann")
         read_state, failures = feed.store.read_state, iter([redis.ConnectionError("away"), OSError("away")])
 
-        async def failing() -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
+        async def failing() -> tuple[dict[str, str], dict[str, str]]:
             for failure in failures:
                 raise failure
             return await read_state()
@@ -1808,7 +1808,7 @@ class TestFeed(Transcripts):
         assert feed.room.roster[new.key] is new
 
         async def written() -> bool:
-            return (await feed.store.read_state())[1].get(new.key) == ("sid-new", "Ann")
+            return (await feed.store.read_state())[0].get(new.key) == "sid-new Ann"
 
         await until(written)
 

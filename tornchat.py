@@ -1309,11 +1309,11 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def forget(self, ids: Iterable[Id], before: Id | None) -> None:
+    async def forget(self, ids: set[Id], before: Id | None) -> None:
         """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
         async with self.redis.pipeline() as pipe:
-            for id in ids:
-                pipe.xdel(self.feed, id_text(id))
+            if ids:
+                pipe.xdel(self.feed, *map(id_text, ids))
             if before:
                 pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
             await pipe.execute()
@@ -1321,16 +1321,15 @@ class Store:
     # --- beginning, and putting back what was forgotten ---
 
     @bounded
-    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
-        """The epoch, "" if there is none, the roster: key -> ("sid@origin", name), and the fields of the State."""
+    async def read_state(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The roster, and the fields of the State with the epoch, as they were given to `write_names`."""
         async with self.redis.pipeline() as pipe:
-            found = await pipe.hgetall(self.state).hgetall(self.names).execute()
-        state, names = (
+            found = await pipe.hgetall(self.names).hgetall(self.state).execute()
+        names, state = (
             {key.decode(errors="replace"): value.decode(errors="replace") for key, value in table.items()}
             for table in found
         )
-        roster = {key: value.partition(" ") for key, value in names.items()}
-        return state.pop("epoch", ""), {key: (sid, name) for key, (sid, _, name) in roster.items()}, state
+        return names, state
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -1753,11 +1752,11 @@ class Room:
         self,
         epoch: str,
         last: Id,
-        roster: Mapping[str, tuple[str, str]],
+        names: Mapping[str, str],
         events: Sequence[Event],
         state: Mapping[str, str] = NO_DETAILS,
     ) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> "sid@origin", name) and
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> str of the Member) and
         the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
         already is told as if just back: recovered or reset.
         """
@@ -1765,7 +1764,7 @@ class Room:
         seen = ResumePoint(seq, self.epoch)
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
-        self.restore(roster, events)
+        self.restore(names, events)
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
         if known and (found := self.ring.find(seq)) and not found.is_same(known):
@@ -1773,13 +1772,13 @@ class Room:
         for listener in tuple(self.listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
+    def restore(self, names: Mapping[str, str], events: Sequence[Event]) -> None:
         """Begins anew with these."""
         for table in (self.ring, self.notices, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in roster.values():
-            sid, _, origin = sid.partition("@")
+        for who, name in (value.split(" ", 1) for value in names.values() if " " in value):
+            sid, _, origin = who.partition("@")
             if not self.state.waits(self.state.barred, marks_of(sid, name), events[-1].ts if events else 0):
                 self.enter(sid, name, origin)  # else a daemon has written it late, when that one had been removed
         pinned = self.state.pinned
@@ -2310,8 +2309,10 @@ class Memory:
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
         id = cleared.place[:2]
-        self.kept, self.extent = (collections.deque(h for h in held if h.id >= id) for held in (self.kept, self.extent))
-        self.notices = collections.deque(kept for kept in self.notices if kept >= id)
+        for entries in (self.kept, self.extent):
+            while entries and entries[0].id < id:
+                entries.popleft()
+        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
         self.cleared, self.to_trim = cleared, True
 
     def drop_notices(self) -> bool:
@@ -2632,7 +2633,7 @@ class Feed:
         if newest is None:
             return  # the next look deals with that
         read = await read_feed(self.store, self.room.ring.size)
-        epoch, roster, state = await self.store.read_state()  # after the feed: it tells what has been erased there
+        names, state = await self.store.read_state()  # after the feed: it tells what has been erased there
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
         self.memory = Memory(self.room)
@@ -2640,12 +2641,13 @@ class Feed:
             self.memory.add(entry, events)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
         history = [event for _, events in read for event in events]
-        self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
+        epoch = state.pop("epoch", "") or str(newest.id[0])
+        self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
             if event.type == "cleared":
                 self.memory.clear(event)
         self.erase(self.room.state.notes)
-        self.names |= dict.fromkeys(roster.keys() - self.room.roster.keys(), "")
+        self.names |= dict.fromkeys(names.keys() - self.room.roster.keys(), "")
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
