@@ -2114,15 +2114,15 @@ class Outbox:
 
 
 # === Memory ===========================================================================================================
-# What a daemon remembers of the feed, which is more than the room: entries as they are stored, so that they can be
-# given back, and how much the store holds.
+# What a daemon remembers of the feed, which is more than the room: what is in which entry, so that entries can be given
+# back, and how much the store holds.
 
 
 class Held(NamedTuple):
-    """An entry, and how many messages and bytes there were up to its end."""
+    """What is in an entry, and how many messages and bytes there were up to its end."""
 
     id: Id
-    raw: bytes
+    events: Sequence[Event]
     said: int
     size: int
 
@@ -2133,8 +2133,8 @@ def exceed(held: Sequence[Held], messages: float, size: float) -> bool:
 
 
 class Memory:
-    """What a daemon remembers of the feed: the newest entries as they are stored, to put back what the store forgets,
-    but without deleted texts; and of all with messages how much they hold, to have the store forget the oldest.
+    """The newest entries, without deleted texts, to put back what the store forgets; and of all that have messages how
+    much they hold, to have the store forget the oldest.
     """
 
     def __init__(self, room: Room) -> None:
@@ -2156,11 +2156,11 @@ class Memory:
         if messages := len([event for event in events if event.type == "message"]):
             self.said += messages
             self.size += entry.size
-            self.extent.append(Held(entry.id, b"", self.said, self.size))
+            self.extent.append(Held(entry.id, (), self.said, self.size))
         else:
             self.notices.append(entry.id)
         if entry.raw:
-            self.kept.append(Held(entry.id, entry.raw, self.said, self.size))
+            self.kept.append(Held(entry.id, events, self.said, self.size))
             while exceed(self.kept, RING_MESSAGES, RING_BYTES):
                 self.kept.popleft()
 
@@ -2174,34 +2174,33 @@ class Memory:
         return self.extent[0].id
 
     def since(self, id: Id) -> list[Entry]:
-        return [Entry(held.id, held.raw) for held in self.kept if held.id > id]
+        return [Entry(held.id, encode_events(held.events)) for held in self.kept if held.id > id]
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((held.raw for held in reversed(self.kept) if held.id == entry.id), entry.raw)
-        return ours != entry.raw != b"" and ours != self.blank(entry.raw)
+        events = decode_events(entry.raw, entry.id)
+        ours = next((held.events for held in reversed(self.kept) if held.id == entry.id), events)
+        return entry.raw != b"" and [*ours] not in (events, [*map(self.blank, events)])
 
-    def blank(self, raw: bytes) -> bytes:
-        """What is stored in an entry, without what is deleted."""
-        return encode_events(
-            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
-            if self.holds_deleted(event)
-            else event
-            for event in decode_events(raw)
-        )
+    def blank(self, event: Event) -> Event:
+        """What may be kept of an event."""
+        if not self.is_deleted(event):
+            return event
+        details = {name: value for name, value in event.details.items() if name != "picture"}
+        return event._replace(text="", details=details)
 
-    def holds_deleted(self, event: Event) -> bool:
+    def is_deleted(self, event: Event) -> bool:
         return event.type == "message" and self.room.state.is_deleted(event.seq)
 
     def erase(self, ids: set[Id]) -> None:
         """Forgets what is deleted in these entries; those that hold nothing else go."""
         for at, held in enumerate(self.kept):
-            events = decode_events(held.raw) if held.id in ids else []
-            if deleted := [event for event in events if self.holds_deleted(event)]:
+            deleted = [*filter(self.is_deleted, held.events)] if held.id in ids else []
+            if deleted:
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
-                if len(deleted) == len(events):
+                if len(deleted) == len(held.events):
                     self.to_erase.add(held.id)
-                self.kept[at] = held._replace(raw=self.blank(held.raw))
+                self.kept[at] = held._replace(events=[*map(self.blank, held.events)])
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
