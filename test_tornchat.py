@@ -1680,14 +1680,16 @@ class TestFeed(Transcripts):
         """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
         feed = await feeds.start(lease_seconds=60.0)
         bob = await feed.outbox.enter("sid-Bob", "Bob")
-        drop_leases, dropped = feed.store.drop_leases, asyncio.Event()
+        write_names, dropped = feed.store.write_names, asyncio.Event()
 
-        async def drop_late(keys: Iterable[str]) -> None:
-            await feed.outbox.exit(bob.sid, bob.name)
-            await drop_leases(keys)
-            dropped.set()
+        async def drop_late(names: Mapping[str, str], state: Mapping[str, str]) -> None:
+            if "nobody" in names:
+                await feed.outbox.exit(bob.sid, bob.name)
+            await write_names(names, state)
+            if "nobody" in names:
+                dropped.set()
 
-        monkeypatch.setattr(feed.store, "drop_leases", drop_late)
+        monkeypatch.setattr(feed.store, "write_names", drop_late)
         await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
         await asyncio.wait_for(dropped.wait(), RETURN)
         assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None

@@ -1264,11 +1264,10 @@ class Store:
     async def follow(self, last: Id, wish: bytes) -> tuple[list[Entry], list[tuple[bytes, bytes]]]:
         """Waits a moment for entries after `last` and for wishes after the one with the id `wish`: (id, events)."""
         streams = {self.feed: id_text(last), self.wishes: wish}
-        found = dict(
-            await self.reading.xread(streams, count=READ_ENTRIES, block=int(self.config.block_seconds * 1000)) or []
-        )
-        wishes = found.get(self.wishes.encode(), [])
-        return parse_entries(found.get(self.feed.encode(), [])), [(id, raw.get(b"events", b"")) for id, raw in wishes]
+        block = int(self.config.block_seconds * 1000)
+        found = dict(await self.reading.xread(streams, count=READ_ENTRIES, block=block) or [])
+        wishes = [(id, fields.get(b"events", b"")) for id, fields in found.get(self.wishes.encode(), [])]
+        return parse_entries(found.get(self.feed.encode(), [])), wishes
 
     @bounded
     async def wish(self, raw: bytes) -> None:
@@ -1391,10 +1390,6 @@ class Store:
     @bounded
     async def lapsed(self) -> set[str]:
         return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
-
-    @bounded
-    async def drop_leases(self, keys: Iterable[str]) -> None:
-        await self.redis.zrem(self.leases, *keys)
 
     # --- pictures ---
 
@@ -2543,7 +2538,6 @@ class Feed:
             if event.type == "cleared":
                 self.memory.clear(event)
         self.erase(self.room.state.notes)
-        self.names |= dict.fromkeys(names.keys() - self.room.roster.keys(), "")
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -2710,7 +2704,7 @@ class Presence:
             if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
         if strays := lapsed - self.room.roster.keys():
-            await self.store.drop_leases(strays)
+            await self.store.write_names(dict.fromkeys(strays, ""), {})
 
     def start(self) -> None:
         self.tasks = [asyncio.create_task(task()) for task in (self.heartbeat, self.keep_leases)]
