@@ -1662,11 +1662,7 @@ class TestFeed(Transcripts):
             say(first, ann, text)
             await feeds.settled(first.room.seq + 1)
 
-        async def killed(*_: object) -> NoReturn:
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        monkeypatch.setattr(first.store, "write_names", killed)
+        monkeypatch.setattr(first.store, "write_names", self.killed)
         first.outbox.propose("note", ann.member, details={"to": 2, "kind": "delete", "value": True})
 
         async def erased() -> bool:
@@ -1675,6 +1671,23 @@ class TestFeed(Transcripts):
         await until(erased)
         bob = await feeds.enter(await feeds.start(), "Bob")
         assert [frame["text"] for frame in bob.of("message")] == ["one", "", "three"]
+
+    async def test_killed_after_an_act(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The daemon where the room is locked is killed at once, and the room cleared at another: it stays locked."""
+        first, second = await feeds.start(), await feeds.start()
+        tess = await first.outbox.enter("sid-Tess", "Tess", host=True)
+        monkeypatch.setattr(first.store, "write_names", self.killed)
+        first.outbox.propose("mode", tess, details={"talk": "hosts"})
+        await until(lambda: second.room.state.mode["talk"] == "hosts")
+        second.outbox.propose("cleared", tess)
+        await until(lambda: second.memory.cleared and not second.memory.to_trim)
+        assert (await feeds.start()).room.state.mode["talk"] == "hosts"
+
+    @staticmethod
+    async def killed(*_: object) -> NoReturn:
+        """What is left of a daemon that was killed before it could write that."""
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
