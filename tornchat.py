@@ -1114,10 +1114,11 @@ OVERTAKEN = "equal or smaller"  # in the words of Redis, for an id that isn't ab
 
 
 class Entry(NamedTuple):
-    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it."""
+    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it, or nobody needs it."""
 
     id: Id
     raw: bytes
+    size: int = 0  # of `raw`, as it was stored
 
 
 def parse_id(id: bytes) -> Id:
@@ -1130,7 +1131,7 @@ def id_text(id: Id) -> str:
 
 
 def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
-    return [Entry(parse_id(id), fields.get(b"events", b"")) for id, fields in found]
+    return [Entry(parse_id(id), raw := fields.get(b"events", b""), size=len(raw)) for id, fields in found]
 
 
 def connect(config: Config) -> Callable[..., Any]:
@@ -1161,7 +1162,7 @@ def bounded(
 
     @functools.wraps(method)
     async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        async with asyncio.timeout(self.config.silence_seconds):
+        async with asyncio.timeout(self.silence_seconds):
             return await method(self, *args, **kwargs)
 
     return call
@@ -1184,6 +1185,7 @@ class Store:
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
         self.config = config
         self.shared = bool(config.redis_url)  # others may write as well
+        self.silence_seconds = config.silence_seconds if self.shared else None  # this process is never silent
         self.redis = client()
         self.reading = client(single_connection_client=True)  # blocks most of the time
         self.line = self.redis.connection_pool.make_connection()  # for `append` alone
@@ -1234,11 +1236,6 @@ class Store:
             return Entry(newest, fields.get(b"events", b""))
         return Entry(newest, b"")
 
-    @bounded
-    async def read(self, since: Id) -> list[Entry]:
-        """Some of the entries from `since` on, that one included if it is still there."""
-        return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
-
     async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
         """The feed, newest first, or from one id on to another, in pages that come in time over a slow line, too."""
         at, count = since or "+", 8
@@ -1254,11 +1251,12 @@ class Store:
                 return
             yield page
             at = "(" + id_text(page[-1].id)
-            size = sum(len(entry.raw) for entry in page)
+            size = sum(entry.size for entry in page)
             count = max(1, min(count * PAGE_BYTES // (size + 1), 4 * count, READ_ENTRIES))
 
     @bounded
     async def page(self, at: str, until: str, count: int) -> list[Entry]:
+        """So many entries from that id on, it included, to another; without one those before it, newest first."""
         if until:
             return parse_entries(await self.redis.xrange(self.feed, min=at, max=until, count=count))
         return parse_entries(await self.redis.xrevrange(self.feed, max=at, count=count))
@@ -1267,11 +1265,10 @@ class Store:
     async def follow(self, last: Id, wish: bytes) -> tuple[list[Entry], list[tuple[bytes, bytes]]]:
         """Waits a moment for entries after `last` and for wishes after the one with the id `wish`: (id, events)."""
         streams = {self.feed: id_text(last), self.wishes: wish}
-        found = dict(
-            await self.reading.xread(streams, count=READ_ENTRIES, block=int(self.config.block_seconds * 1000)) or []
-        )
-        wishes = found.get(self.wishes.encode(), [])
-        return parse_entries(found.get(self.feed.encode(), [])), [(id, raw.get(b"events", b"")) for id, raw in wishes]
+        block = int(self.config.block_seconds * 1000)
+        found = dict(await self.reading.xread(streams, count=READ_ENTRIES, block=block) or [])
+        wishes = [(id, fields.get(b"events", b"")) for id, fields in found.get(self.wishes.encode(), [])]
+        return parse_entries(found.get(self.feed.encode(), [])), wishes
 
     @bounded
     async def wish(self, raw: bytes) -> None:
@@ -1279,28 +1276,27 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def delete(self, ids: Iterable[Id]) -> None:
-        await self.redis.xdel(self.feed, *map(id_text, ids))
-
-    @bounded
-    async def trim(self, id: Id) -> None:
-        """Forgets the entries before that one, and all wishes: one may hold a copy of what is to be forgotten."""
+    async def forget(self, ids: set[Id], before: Id | None) -> None:
+        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
         async with self.redis.pipeline() as pipe:
-            await pipe.xtrim(self.feed, minid=id_text(id), approximate=False).xtrim(self.wishes, maxlen=0).execute()
+            if ids:
+                pipe.xdel(self.feed, *map(id_text, ids))
+            if before:
+                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            await pipe.execute()
 
     # --- beginning, and putting back what was forgotten ---
 
     @bounded
-    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
-        """The epoch, "" if there is none, the roster: key -> ("sid@origin", name), and the fields of the State."""
+    async def read_state(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The roster, and the fields of the State with the epoch, as they were given to `write_names`."""
         async with self.redis.pipeline() as pipe:
-            found = await pipe.hgetall(self.state).hgetall(self.names).execute()
-        state, names = (
+            found = await pipe.hgetall(self.names).hgetall(self.state).execute()
+        names, state = (
             {key.decode(errors="replace"): value.decode(errors="replace") for key, value in table.items()}
             for table in found
         )
-        roster = {key: value.partition(" ") for key, value in names.items()}
-        return state.pop("epoch", ""), {key: (sid, name) for key, (sid, _, name) in roster.items()}, state
+        return names, state
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -1328,25 +1324,11 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(self, epoch: str, names: Mapping[str, str], state: Mapping[str, str]) -> None:
-        """Epoch, secrets, roster, and the fields of the State; a name without a lease gets one."""
-        async with self.redis.pipeline() as pipe:
-            pipe.delete(self.names, self.state).hset(self.state, mapping={**state, "epoch": epoch})
-            for name in self.made_up():
-                pipe.set(self.prefix + name, getattr(self, name), nx=True)
-            if names:
-                pipe.hset(self.names, mapping=dict(names))
-                pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
-            await pipe.execute()
-
-    def made_up(self) -> list[str]:
-        """The secrets that the operator didn't give, which all daemons then take from the store."""
-        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
-
-    @bounded
     async def keep_secrets(self) -> None:
-        """Takes the secrets that the store holds, or gives it ours."""
-        for name in self.made_up():
+        """Takes the secrets that the store holds, or gives it ours, but for those that the operator chose."""
+        for name in ("secret", "host_key"):
+            if getattr(self.config, name):
+                continue
             key = self.prefix + name
             while (kept := await self.redis.get(key)) is None:
                 await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
@@ -1381,56 +1363,48 @@ class Store:
     # --- names and leases ---
 
     @bounded
-    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str]) -> None:
-        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and fields of the
-        State.
+    async def write_names(self, names: Mapping[str, str], state: Mapping[str, str], *, anew: bool = False) -> None:
+        """Puts names on the roster, with a lease, and fields into the State, after the feed has them; "" takes one off.
+        `anew`: they are all that there is.
         """
         async with self.redis.pipeline() as pipe:
-            for name, text in state.items():
-                if text:
-                    pipe.hset(self.state, name, text)
-                else:
-                    pipe.hdel(self.state, name)
-            for key, value in names.items():
-                if value is None:
-                    pipe.hdel(self.names, key).zrem(self.leases, key)
-                else:
-                    pipe.hset(self.names, key, value)
-                    pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
+            if anew:
+                pipe.delete(self.names, self.state)
+            for key, fields in ((self.state, state), (self.names, names)):
+                if kept := {name: value for name, value in fields.items() if value}:
+                    pipe.hset(key, mapping=kept)
+                if gone := [name for name, value in fields.items() if not value]:
+                    pipe.hdel(key, *gone)
+            if kept:
+                pipe.zadd(self.leases, dict.fromkeys(kept, self.lapses_in(self.config.lease_seconds)))
+            if gone:
+                pipe.zrem(self.leases, *gone)
             await pipe.execute()
 
     @bounded
-    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
-        """Sets these leases, or those of them that are missing."""
-        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
-            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
-            await self.redis.zadd(self.leases, scores, nx=missing)
+    async def renew(self, seconds: Mapping[str, float], *, missing: bool = False) -> None:
+        """Sets the leases of these keys, for so long, or those of them that are missing."""
+        leases = [(key, self.lapses_in(wish)) for key, wish in seconds.items()]
+        for at in range(0, len(leases), 500):  # about 2 ms of fakeredis each
+            await self.redis.zadd(self.leases, dict(leases[at : at + 500]), nx=missing)
 
     @bounded
     async def lapsed(self) -> set[str]:
         return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
 
-    @bounded
-    async def drop_leases(self, keys: Iterable[str]) -> None:
-        await self.redis.zrem(self.leases, *keys)
-
     # --- pictures ---
 
+    @bounded
     async def add_picture(self, id: str, data: bytes) -> None:
         """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
-        if beyond := await self.put_picture(id, data):
-            await self.drop_pictures(beyond)
-
-    @bounded
-    async def put_picture(self, id: str, data: bytes) -> list[str]:
-        """Stores it; the ids of those that have to go."""
         async with self.transfers, self.redis.pipeline() as pipe:
             counted = max(len(data), PICTURE_LEAST_BYTES)
             pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
             *_, index = await pipe.hgetall(self.pictures).execute()
         pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
         sizes = itertools.accumulate(size for _, size, _ in pictures)
-        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+        most = self.config.pictures * 2**20
+        await self.drop_pictures([id for (*_, id), size in zip(pictures, sizes, strict=True) if size > most])
 
     @bounded
     async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
@@ -1509,6 +1483,7 @@ class Member:
     origin: str = ""  # tells whether two members come from one address, without telling the address
     listeners: list[Listener] = dataclasses.field(default_factory=list)
     renewed: float = 0  # when this daemon last renewed the lease, in s
+    grace: float = 0  # for how many s the name is to outlive the last connection here, till its lease says so
     refusals: int = 0  # in a row
     rejoining: bool = False
     told: str = ""  # where its last poll here ended, a Cursor
@@ -1566,7 +1541,6 @@ class ResumePoint(NamedTuple):
 
 
 NEWCOMER = ResumePoint()
-Roster = Mapping[str, tuple[str, str]]  # as it is stored: key -> "sid@origin", name
 
 
 class Room:
@@ -1684,14 +1658,16 @@ class Room:
 
     # --- what the feed brings ---
 
-    def adopt(self, epoch: str, last: Id, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster and the fields of the State, both
-        as they were before `events` or later, and these, oldest first. Who listens already is told as if just back:
-        recovered or reset.
+    def adopt(
+        self, epoch: str, last: Id, names: Mapping[str, str], events: Sequence[Event], state: Mapping[str, str]
+    ) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> str of the Member) and
+        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
+        already is told as if just back: recovered or reset.
         """
         seen, known = ResumePoint(self.seq, self.epoch), self.ring.find(self.seq)
         listeners, self.listeners = self.listeners, set()
-        self.restore(roster, events, state)
+        self.restore(names, events, state)
         self.listeners = listeners
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
@@ -1700,16 +1676,17 @@ class Room:
         for listener in tuple(listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+    def restore(self, names: Mapping[str, str], events: Sequence[Event], state: Mapping[str, str]) -> None:
         """Begins anew with these, told to nobody."""
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
         for table in (self.ring.kept, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in roster.values():
-            sid, _, origin = sid.partition("@")
-            self.enter(sid, name, origin)
+        for who, name in (value.split(" ", 1) for value in names.values() if " " in value):
+            sid, _, origin = who.partition("@")
+            if not self.state.waits(self.state.barred, marks_of(sid, name), events[-1].ts if events else 0):
+                self.enter(sid, name, origin)  # else a daemon has written it late, when that one had been removed
         pinned = self.state.pinned
         self.apply(self.state.restored(events))
         self.notices.clear()
@@ -1869,33 +1846,20 @@ Done = Callable[[Outcome], None]
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Proposal:
-    """An event that waits in the outbox to be committed; the `done` callbacks get the stored Event, or the Refused."""
+    """An event that waits in the outbox to be committed: without seq, ts and place, and with what the client asks for
+    as its details, of which `Outbox.details` makes those that are stored.
+    """
 
-    type: str
-    sid: str
-    name: str
-    cid: str
-    text: str
+    event: Event
     expires: float  # in s of the loop's clock
-    details: Mapping[str, Any]  # what the client asks; `Outbox.details` makes of it those of the event
     member: Member | None = None  # None: another daemon's, see `wishes`
-    done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    done: list[Done] = dataclasses.field(default_factory=list)  # they get the stored Event, or the Refused
     wished: bool = False  # others have been asked to commit it
 
     @property
     def id(self) -> tuple[str, str]:
         """Under which the feed knows it: this is stored once, however often and by whomever it is tried."""
-        return self.sid, self.cid
-
-    @property
-    def event(self) -> Event:
-        """As other daemons are asked for it."""
-        return Event(self.type, 0, 0, *self.id, self.name, self.text, details=self.details)
-
-    @property
-    def cid_of_client(self) -> str:
-        """The cid that its author knows; "" for one that the daemon made."""
-        return "" if self.cid.startswith("~") else self.cid
+        return self.event.sid, self.event.cid
 
 
 class Outbox:
@@ -1918,21 +1882,18 @@ class Outbox:
         Raises Refused.
         """
         if (seq := self.stored.get((member.sid, act.cid))) is not None:
-            done(self.as_stored(seq, member, act))
-            return
-        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+            found = self.room.ring.find(seq) if act.type == "message" else None  # else as it is asked for now
+            done(found or act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name))
+        elif len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
-        if act.details.get("kind") == "react":
-            self.react(proposal, done)
         else:
-            self.put(proposal, done)
+            self.propose(act.type, member, done, act.cid, text=act.text, details=act.details)
 
-    def react(self, proposal: Proposal, done: Done) -> None:
+    def react(self, proposal: Proposal) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
-        about = proposal.sid[:BROWSER_CHARS], proposal.details["to"]
-        before = self.reactions.pop(about, None)
-        proposal.done = [*(before.done if before else ()), done]
+        about = proposal.event.sid[:BROWSER_CHARS], proposal.event.details["to"]
+        if before := self.reactions.pop(about, None):
+            proposal.done[:0] = before.done
         loop = asyncio.get_running_loop()
         if not self.reactions:
             loop.call_at(max(loop.time(), self.reacted + REACT_SECONDS), self.release_reactions)
@@ -1942,15 +1903,8 @@ class Outbox:
         """All that have come since the last ones."""
         self.reacted = asyncio.get_running_loop().time()
         for proposal in self.reactions.values():
-            for done in proposal.done:
-                self.put(proposal, done)
+            self.put(proposal)
         self.reactions.clear()
-
-    def as_stored(self, seq: int, member: Member, act: Event) -> Event:
-        """Where that has been forgotten, as it is asked for now."""
-        if act.type == "message" and (found := self.room.ring.find(seq)):
-            return found
-        return act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -1974,41 +1928,33 @@ class Outbox:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
         if self.room.owner(name_key(name)) == sid:
             member = self.room.sessions.get(sid) or Member(sid, name, name_key(name))
-            written = asyncio.Event()
-            self.propose(
-                "left", member, lambda _: written.set(), cid=f"~logout-{self.room.ts}", text=LOGOUT, patience=math.inf
-            )
+            written, cid = asyncio.Event(), f"~logout-{self.room.ts}"
+            self.propose("left", member, lambda _: written.set(), cid, math.inf, text=LOGOUT)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    def propose(self, type: str, member: Member, done: Done | None = None, **fields: Any) -> None:
-        self.put(self.proposal(type, member, **fields), done)
-
-    def proposal(
-        self,
-        type: str,
-        member: Member,
-        cid: str = "",
-        text: str = "",
-        details: Mapping[str, Any] = NO_DETAILS,
-        patience: float = 0,
-    ) -> Proposal:
-        """One that waits for so many seconds."""
+    def propose(
+        self, type: str, member: Member, done: Done | None = None, cid: str = "", patience: float = 0, **fields: Any
+    ) -> None:
+        """Has an event of this member, with these fields, committed within so many seconds, or refused."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
-        cid = cid or f"{self.cids}{next(self.counter)}"
-        return Proposal(type, member.sid, member.name, cid, text, expires, details, member)
+        event = Event(type, 0, 0, member.sid, cid or f"{self.cids}{next(self.counter)}", member.name, **fields)
+        proposal = Proposal(event, expires, member, [done] if done else [])
+        (self.react if event.details.get("kind") == "react" else self.put)(proposal)
 
-    def put(self, proposal: Proposal, done: Done | None = None) -> None:
+    def put(self, proposal: Proposal) -> None:
         """Lets it wait, and wakes the Feed. The same proposal once more only adds to who is told."""
         self.empty.clear()
         self.bell.set()
         waiting = self.waiting.setdefault(proposal.id, proposal)
-        if done and done not in waiting.done:
-            waiting.done.append(done)
+        if waiting is not proposal:
+            waiting.done += [done for done in proposal.done if done not in waiting.done]
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
         if proposal := self.waiting.pop(id, None):
+            if isinstance(outcome, Refused) and not id[1].startswith("~"):  # a cid that its author knows
+                outcome.cid = id[1]
             for done in proposal.done:
                 done(outcome)
             if not self.waiting:
@@ -2016,16 +1962,14 @@ class Outbox:
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
-        for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
-            refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
-            self.settle(proposal.id, refused)
+        for id in [id for id, proposal in self.waiting.items() if proposal.expires <= now]:
+            self.settle(id, Refused("unavailable", retry_after=self.config.retry_seconds))
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
         self.release_reactions()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_seconds):
-                await self.empty.wait()
+            await asyncio.wait_for(self.empty.wait(), self.config.drain_seconds)
         self.expire(math.inf)
 
     # --- for the Feed ---
@@ -2040,47 +1984,43 @@ class Outbox:
         owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
         together = ("joined", "left", "note", "message")[: 3 if self.room.state.mode["every"] else 4]
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
-            key = name_key(proposal.name)
+            asked = proposal.event
+            key = name_key(asked.name)
             owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
             if verdict := self.verdict(proposal, owner, present, ts):
-                if isinstance(verdict, Refused):
-                    verdict.cid = proposal.cid_of_client
                 self.settle(proposal.id, verdict)
                 continue
-            alone = proposal.type not in together  # on it depend the verdicts on what comes behind it
+            alone = asked.type not in together  # on it depend the verdicts on what comes behind it
             if alone and events:
                 break
-            if not present and proposal.type not in ("joined", "left"):  # who acts, and was lost, is back
+            if not present and asked.type not in ("joined", "left"):  # who acts, and was lost, is back
                 details = proposal.member.joining if proposal.member else NO_DETAILS
-                events.append(
-                    Event("joined", seq, ts, proposal.sid, "", proposal.name, "", (*id, len(events)), details)
-                )
-            seq += proposal.type == "message"
-            details = self.details(proposal, ts)
-            place = *id, len(events)
-            events.append(Event(proposal.type, seq, ts, *proposal.id, proposal.name, proposal.text, place, details))
-            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
-            size += len(proposal.text)
+                place = *id, len(events)
+                events.append(Event("joined", seq, ts, asked.sid, "", asked.name, place=place, details=details))
+            seq += asked.type == "message"
+            place, details = (*id, len(events)), self.details(asked, ts)
+            events.append(Event(asked.type, seq, ts, *proposal.id, asked.name, asked.text, place, details))
+            owners[key] = ("", False) if asked.type == "left" else (asked.sid, True)
+            size += len(asked.text)
             if alone or size > ENTRY_CHARS:
                 break
         return events
 
-    def details(self, proposal: Proposal, now: int) -> Mapping[str, Any]:
-        """Those of the event, which say all that is needed to apply it."""
-        room, details = self.room, proposal.details
-        if proposal.type == "message":
+    def details(self, asked: Event, now: int) -> Mapping[str, Any]:
+        """Those that are stored, which say all that is needed to apply the event."""
+        room, details = self.room, asked.details
+        if asked.type == "message":
             if details and (answered := room.ring.find(details.get("re", 0))):
                 details = {**details, "answered": answered.name}
-            host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
+            host = room.state.hosts and room.state.is_host(asked.sid, name_key(asked.name))
             return {"host": True, **details} if host else details
-        if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
-            sid, name = target.sid, target.name
+        if asked.type in ("muted", "removed") and (target := self.target(details["name"])):
             until = now + 1000 * details["seconds"] if details["seconds"] else 0
             alone = target.origin and [other.origin for other in room.roster.values()].count(target.origin) == 1
-            bars = {"origin": target.origin} if alone and proposal.type == "removed" else {}
-            return {"name": name, "seconds": details["seconds"], "sid": sid, "until": until, **bars}
+            bars = {"origin": target.origin} if alone and asked.type == "removed" else {}
+            return {**details, "name": target.name, "sid": target.sid, "until": until, **bars}
         if details.get("kind") == "delete":
-            return {**details, "by": "author" if self.is_author(proposal) else "host"}
+            return {**details, "by": "author" if self.is_author(asked) else "host"}
         return details
 
     def target(self, name: str) -> Member | None:
@@ -2090,70 +2030,60 @@ class Outbox:
             return self.room.roster.get(key) or Member(sid, name, key)
         return None
 
-    def is_author(self, proposal: Proposal) -> bool:
-        found = self.room.ring.find(proposal.details["to"])
-        return found is not None and found.sid[:BROWSER_CHARS] == proposal.sid[:BROWSER_CHARS]
+    def is_author(self, asked: Event) -> bool:
+        found = self.room.ring.find(asked.details["to"])
+        return found is not None and found.sid[:BROWSER_CHARS] == asked.sid[:BROWSER_CHARS]
 
     def verdict(self, proposal: Proposal, owner: str, present: bool, now: int) -> Outcome | None:
         """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
-        sid, type, key, state = proposal.sid, proposal.type, name_key(proposal.name), self.room.state
-        if type == "left":
-            leaves = owner == sid and (present or proposal.text == LOGOUT)
-            return None if leaves else self.unchanged(proposal)
-        if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
+        asked, state = proposal.event, self.room.state
+        ours = owner == asked.sid
+        if asked.type == "left":
+            return None if ours and (present or asked.text == LOGOUT) else self.unchanged(asked)
+        if state.barred and (wait := state.waits(state.barred, marks_of(asked.sid, asked.name), now)):
             return Refused("removed", retry_after=wait)
-        if type == "joined":
-            becomes_host = "host" in proposal.details and not state.is_host(sid, key)
-            inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
-            if owner not in ("", sid) and not inherits:
-                return Taken(proposal.name)
-            return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
-        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
-        if not (owner == sid and present) and not here:
-            return Refused("name-lost", name=proposal.name)
-        return self.verdict_on_message(proposal, now) if type == "message" else self.verdict_on_act(proposal)
+        if asked.type == "joined":
+            return self.verdict_on_joined(asked, owner, present)
+        if not (ours and present) and not (owner in ("", asked.sid) and proposal.member and proposal.member.listeners):
+            return Refused("name-lost", name=asked.name)
+        return self.verdict_on_message(asked, now) if asked.type == "message" else self.verdict_on_act(asked)
 
-    def unchanged(self, proposal: Proposal) -> Event:
+    def unchanged(self, asked: Event) -> Event:
         """It is so already."""
-        return Event(proposal.type, self.room.seq, self.room.ts, *proposal.id, proposal.name, details=proposal.details)
+        return asked._replace(seq=self.room.seq, ts=self.room.ts)
 
-    def verdict_on_message(self, proposal: Proposal, now: int) -> Outcome | None:
+    def verdict_on_joined(self, asked: Event, owner: str, present: bool) -> Outcome | None:
+        key, state = name_key(asked.name), self.room.state
+        becomes_host = "host" in asked.details and not state.is_host(asked.sid, key)
+        inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
+        if owner not in ("", asked.sid) and not inherits:
+            return Taken(asked.name)
+        return self.unchanged(asked) if owner == asked.sid and present and not becomes_host else None
+
+    def verdict_on_message(self, asked: Event, now: int) -> Refused | None:
         state = self.room.state
-        if proposal.details and proposal.details.get("re", 0) > self.room.seq:
+        if asked.details.get("re", 0) > self.room.seq:
             return Refused("no-message")
-        if not state.muted and state.mode == OPEN_MODE:
+        if (not state.muted and state.mode == OPEN_MODE) or state.is_host(asked.sid, name_key(asked.name)):
             return None
-        return (
-            None
-            if state.is_host(proposal.sid, name_key(proposal.name))
-            else state.silenced(proposal.sid, proposal.name, now)
-        )
+        return state.silenced(asked.sid, asked.name, now)
 
-    def verdict_on_act(self, proposal: Proposal) -> Outcome | None:
+    def verdict_on_act(self, asked: Event) -> Outcome | None:
         """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
-        state, details = self.room.state, proposal.details
-        kind = details.get("kind")
-        owns = kind == "react" or (kind == "delete" and self.is_author(proposal))
-        if not (owns or state.is_host(proposal.sid, name_key(proposal.name))):
+        state, details = self.room.state, asked.details
+        kind, to = details.get("kind"), details.get("to", 0)
+        owns = kind == "react" or (kind == "delete" and self.is_author(asked))
+        if not (owns or state.is_host(asked.sid, name_key(asked.name))):
             return Refused("not-host")
-        if proposal.type == "note":
-            return self.verdict_on_note(proposal)
-        if proposal.type in ("muted", "removed"):
-            target = self.target(details["name"])
-            if target is None:
+        if asked.type in ("muted", "removed"):
+            if (target := self.target(details["name"])) is None:
                 return Refused("no-member", name=shown(details["name"]))
-            if state.is_host(target.sid, target.key):
-                return Refused("is-host", name=target.name)
-        return None
-
-    def verdict_on_note(self, proposal: Proposal) -> Outcome | None:
-        details, state = proposal.details, self.room.state
-        if details["kind"] == "pin" and not details["value"]:
+            return Refused("is-host", name=target.name) if state.is_host(target.sid, target.key) else None
+        if asked.type != "note" or (kind == "pin" and not details["value"]):
             return None
-        deleted = state.is_deleted(details["to"])
-        if deleted and details["kind"] == "delete" and details["to"] > state.cleared:
-            return self.unchanged(proposal)
-        return Refused("no-message") if deleted or not self.room.ring.find(details["to"]) else None
+        if kind == "delete" and to > state.cleared and state.is_deleted(to):
+            return self.unchanged(asked)
+        return Refused("no-message") if state.is_deleted(to) or not self.room.ring.find(to) else None
 
     def absorbed(self, events: Iterable[Event]) -> None:
         """The feed has these: whoever waits for one is told, and remembers it against doubles."""
@@ -2167,171 +2097,157 @@ class Outbox:
     def wishes(self) -> list[Proposal]:
         """What other daemons have not been asked yet to commit for us, as much as one entry takes."""
         ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
-        sizes = itertools.accumulate((len(each.text) for each in ours), initial=0)
+        sizes = itertools.accumulate((len(each.event.text) for each in ours), initial=0)
         return [each for each, before in zip(ours, sizes, strict=False) if before <= ENTRY_CHARS]
 
     def take_wishes(self, events: Iterable[Event]) -> None:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         for event in events:
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires, event.details)
-            if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
-                self.put(proposal)
+            if (event.sid, event.cid) not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
+                self.put(Proposal(event, expires))
 
 
 # === Memory ===========================================================================================================
-# What a daemon remembers of the feed, which is more than the room: entries as they are stored, so that they can be
-# given back, and how much the store holds.
+# What a daemon remembers of the feed, which is more than the room: what is in which entry, so that entries can be given
+# back, and how much the store holds.
 
 
-class Window:
-    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+class Held(NamedTuple):
+    """What is in an entry, and how many messages and bytes there were up to its end."""
 
-    def __init__(self, messages: int, size: int) -> None:
-        self.limits = messages, size
-        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
-        self.messages = self.size = 0
+    id: Id
+    events: Sequence[Event]
+    said: int
+    size: int
 
-    def add(self, entry: Entry, messages: int, size: int) -> None:
-        self.entries.append((entry, messages, size))
-        self.messages += messages
-        self.size += size
 
-    def shrink(self, slack: float = 0) -> bool:
-        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
-            return False
-        while self.messages > self.limits[0] or self.size > self.limits[1]:
-            _, messages, size = self.entries.popleft()
-            self.messages -= messages
-            self.size -= size
-        return True
-
-    def keep(self, wanted: Callable[[Id], bool]) -> None:
-        """Drops the entries with other ids."""
-        self.entries = collections.deque(each for each in self.entries if wanted(each[0].id))
-        self.messages = sum(messages for _, messages, _ in self.entries)
-        self.size = sum(size for _, _, size in self.entries)
+def exceed(held: Sequence[Held], messages: float, size: float) -> bool:
+    """Whether there are more after the first of these."""
+    return held[-1].said - held[0].said > messages or held[-1].size - held[0].size > size
 
 
 class Memory:
-    """What a daemon remembers of the feed: the newest entries as they are stored, to put back what the store forgets,
-    but without deleted texts; and of all with messages how much they hold, to have the store forget the oldest.
+    """The newest entries, without deleted texts, to put back what the store forgets; and of all that have messages how
+    much they hold, to have the store forget the oldest.
     """
 
-    def __init__(self, is_deleted: Callable[[int], bool]) -> None:
-        self.is_deleted = is_deleted  # the message of that seq
+    def __init__(self, room: Room) -> None:
+        self.room = room
         self.last = NO_ENTRY  # the newest
-        self.kept = Window(RING_MESSAGES, RING_BYTES)
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)
+        self.said = self.size = 0  # messages and bytes in all that were added
+        self.kept: collections.deque[Held] = collections.deque()  # the newest
+        self.extent: collections.deque[Held] = collections.deque()  # those with messages, without what they hold
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
         self.cleared: Event | None = None  # the last time
-        self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
         # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
         self.to_erase: set[Id] = set()
         self.pictures: set[str] = set()
         self.to_trim = False
 
-    def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
-        """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
+    def add(self, entry: Entry, events: Sequence[Event]) -> None:
+        """The next entry, with the events in it."""
         self.last = entry.id
-        messages = sum(event.type == "message" for event in events)
-        if messages:
-            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        if messages := len([event for event in events if event.type == "message"]):
+            self.said += messages
+            self.size += entry.size
+            self.extent.append(Held(entry.id, (), self.said, self.size))
         else:
             self.notices.append(entry.id)
         if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
-            self.kept.shrink()
+            self.kept.append(Held(entry.id, events, self.said, self.size))
+            while exceed(self.kept, RING_MESSAGES, RING_BYTES):
+                self.kept.popleft()
 
     def keep_from(self) -> Id | None:
         """The oldest entry that the store is to keep, where it holds too much."""
-        return self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
+        slack = 1 + FEED_SLACK
+        if not self.extent or not exceed(self.extent, slack * FEED_MESSAGES, slack * FEED_BYTES):
+            return None
+        while exceed(self.extent, FEED_MESSAGES, FEED_BYTES):
+            self.extent.popleft()
+        return self.extent[0].id
 
     def since(self, id: Id) -> list[Entry]:
-        return [entry for entry, *_ in self.kept.entries if entry.id > id]
+        return [Entry(held.id, encode_events(held.events)) for held in self.kept if held.id > id]
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry)
+        events = decode_events(entry.raw, entry.id)
+        ours = next((held.events for held in reversed(self.kept) if held.id == entry.id), events)
+        return entry.raw != b"" and [*ours] not in (events, [*map(self.blank, events)])
 
-    def blank(self, entry: Entry) -> bytes:
-        """What is stored in an entry, without what is deleted."""
-        return encode_events(
-            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
-            if self.holds_deleted(event)
-            else event
-            for event in decode_events(entry.raw)
-        )
+    def blank(self, event: Event) -> Event:
+        """What may be kept of an event."""
+        if not self.is_deleted(event):
+            return event
+        details = {name: value for name, value in event.details.items() if name != "picture"}
+        return event._replace(text="", details=details)
 
-    def holds_deleted(self, event: Event) -> bool:
-        return event.type == "message" and self.is_deleted(event.seq)
+    def is_deleted(self, event: Event) -> bool:
+        return event.type == "message" and self.room.state.is_deleted(event.seq)
 
     def erase(self, ids: set[Id]) -> None:
-        """Forgets what is deleted in these entries."""
-        for at, (entry, messages, size) in enumerate(self.kept.entries):
-            if entry.id in ids:
-                self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
-                events = decode_events(entry.raw)
-                deleted = [event for event in events if self.holds_deleted(event)]
+        """Forgets what is deleted in these entries; those that hold nothing else go."""
+        for at, held in enumerate(self.kept):
+            deleted = [*filter(self.is_deleted, held.events)] if held.id in ids else []
+            if deleted:
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
-                if len(deleted) == len(events):
-                    self.erased.append(entry.id)
-        self.to_erase |= ids & set(self.erased)
-        self.kept.keep(lambda kept: kept not in self.to_erase)
+                if len(deleted) == len(held.events):
+                    self.to_erase.add(held.id)
+                self.kept[at] = held._replace(events=[*map(self.blank, held.events)])
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
         id = cleared.place[:2]
-        for window in (self.kept, self.extent):
-            window.keep(lambda kept: kept >= id)
-        self.notices = collections.deque(kept for kept in self.notices if kept >= id)
+        for entries in (self.kept, self.extent):
+            while entries and entries[0].id < id:
+                entries.popleft()
+        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
         self.cleared, self.to_trim = cleared, True
+
+    def drop_notices(self) -> bool:
+        """Forgets the oldest entries without a message, once they are too many; whether there were any."""
+        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
+            return False
+        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
+        self.kept = collections.deque(held for held in self.kept if held.id not in surplus)
+        self.to_erase |= surplus
+        return True
 
     def erase_again(self) -> None:
         """The store is in an older state, and may hold what was deleted since."""
-        self.to_erase |= set(self.erased)
+        self.erase({held.id for held in self.kept})
         self.to_trim = self.cleared is not None
 
     async def have_forgotten(self, store: Store) -> None:
-        """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
-        if ids := self.surplus() | self.to_erase:
-            await store.delete(ids)
+        """Has the store forget what it is to. Raises STORE_ERRORS."""
+        cleared = self.cleared if self.to_trim else None
+        if self.to_erase or cleared:
+            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
             self.to_erase.clear()
-        if self.to_trim and self.cleared:
-            await store.trim(self.cleared.place[:2])
-            await store.drop_pictures((), self.cleared.ts)
-            self.to_trim = False
-        if self.pictures:
-            await store.drop_pictures(self.pictures)
+        if self.pictures or cleared:
+            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
             self.pictures.clear()
-
-    def surplus(self) -> set[Id]:
-        """Forgets the oldest entries without a message, once they are too many; which ones."""
-        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
-            return set()
-        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
-        self.kept.keep(lambda kept: kept not in surplus)
-        return surplus
+        self.to_trim = False
 
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], int]]:
-    """All that the store holds, oldest first: entry, events, size. Of what is older than so many messages only the
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
+    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
     index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event], int]] = []
+    read: list[tuple[Entry, list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
-            size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+            events = decode_events(entry.raw, entry.id)
             talk = [event for event in events if event.type == "message"]
             if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
                 events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events, size))
+            read.append((entry, events))
     return read[::-1]
 
 
@@ -2352,8 +2268,8 @@ class Feed:
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
         self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))  # what was absorbed
-        self.names: dict[str, str | None] = {}  # to be written beside the feed
+        self.memory = Memory(self.room)  # what was absorbed
+        self.names: dict[str, str] = {}  # to be written beside the feed; "": is not on the roster any more
         self.state: dict[str, str] = {}  # ... and these fields of the State
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
@@ -2376,9 +2292,7 @@ class Feed:
                 await self.step()
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("writing", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("writing", error, pause)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2391,6 +2305,8 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
+        if self.memory.drop_notices() or self.memory.to_trim:  # as in `erase`
+            self.state |= self.room.state.fields()
         if self.names or self.state:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
@@ -2405,10 +2321,11 @@ class Feed:
         if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
-        id = self.memory.last[0], self.memory.last[1] + 1
-        events = self.outbox.group(id, self.store.now())
+        ms, n = self.memory.last
+        events = self.outbox.group((ms, n + 1), self.store.now())
         if events or not self.answers["writing"]:  # an empty entry tries a store that took nothing
-            await self.append(Entry(id, encode_events(events)), events)
+            raw = encode_events(events)
+            await self.append(Entry((ms, n + 1), raw, size=len(raw)), events)
         if self.outbox.waiting:
             self.bell.set()
 
@@ -2424,7 +2341,7 @@ class Feed:
         for event in events:
             if event.type in ("joined", "left", "removed"):
                 key = name_key(event.details.get("name", event.name))
-                self.names[key] = str(self.room.roster[key]) if key in self.room.roster else None
+                self.names[key] = str(self.room.roster.get(key, ""))
         self.state |= self.room.state.take_changes()
 
     async def gather(self) -> None:
@@ -2465,9 +2382,7 @@ class Feed:
                 self.mark("reading")
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("reading", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("reading", error, pause)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2479,7 +2394,7 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        while entries := await self.store.read(self.memory.last):
+        while entries := await self.store.page(id_text(self.memory.last), "+", READ_ENTRIES):
             if self.memory.differs(entries[0]):
                 raise Gap
             self.absorb(entries)
@@ -2490,46 +2405,68 @@ class Feed:
     def absorb(self, entries: Iterable[Entry]) -> None:
         """Takes entries in their order, each once. Raises Gap where one isn't the next."""
         absorbed: list[Event] = []
+        seq = self.room.seq
         try:
             for entry in entries:
-                last = self.memory.last
-                if entry.id <= last:
+                ms, n = self.memory.last
+                if entry.id <= (ms, n):
                     continue
                 events = decode_events(entry.raw, entry.id)
                 seqs = [event.seq for event in events if event.type == "message"]
-                first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
-                if entry.id != (last[0], last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                if entry.id != (ms, n + 1) or seqs != [*range(seq + 1, seq + 1 + len(seqs))]:
                     raise Gap
+                seq += len(seqs)
                 self.memory.add(entry, events)
                 absorbed += events
         finally:
             self.tell(absorbed)
-            self.room.state.take_changes()  # who has committed them has stored that
+            self.room.state.take_changes()  # who has committed them stores that
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
         self.outbox.absorbed(events)
-        for event in [event for event in events if event.type != "message"]:
-            if event.type == "left" and (member := self.room.sessions.get(event.sid)):
-                if event.text == LOGOUT:
-                    for listener in tuple(member.listeners):
-                        listener.shut(4401, LOGOUT)
-                else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
-                    self.stranded.set()
-            elif event.type == "removed" and (member := self.room.sessions.get(event.details.get("sid", ""))):
-                for listener in tuple(member.listeners):
-                    listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
-            elif event.type == "cleared":
+        for event in events:
+            if event.type != "message":
+                self.heed(event)
+
+    def heed(self, event: Event) -> None:
+        """Does what a notice asks for outside of the room."""
+        details = event.details
+        member = self.room.sessions.get(details.get("sid", "") if event.type == "removed" else event.sid)
+        listeners = tuple(member.listeners) if member else ()
+        match event.type:
+            case "left" if event.text == LOGOUT:
+                for listener in listeners:
+                    listener.shut(4401, LOGOUT)
+            case "left" if member:  # it lapsed, but somebody is here: the lease was lost, or a clock jumped
+                self.stranded.set()
+            case "removed":
+                for listener in listeners:
+                    listener.turn_away(Refused("removed", retry_after=details["seconds"]))
+            case "cleared":
                 self.memory.clear(event)
-            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
-                self.memory.erase({found.entry})
+            case "note" if details["kind"] == "delete":
+                self.erase([details["to"]])
+
+    def erase(self, seqs: Iterable[int]) -> None:
+        """Has the store forget the texts of these messages, of those that are deleted. First their fields of the State
+        are stored, by every daemon: who has committed that may have been killed before it could.
+        """
+        found = {str(seq): kept.entry for seq in seqs if (kept := self.room.ring.find(seq))}
+        self.state |= {name: self.room.state.field(name) for name in found}
+        self.memory.erase({*found.values()})
 
     # --- where the store holds something else ---
 
     def ring_for_look(self) -> None:
         self.unsure = True
         self.bell.set()
+
+    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+        self.mark(what, error)
+        self.ring_for_look()
+        await pause()
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2571,8 +2508,9 @@ class Feed:
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
+        await self.store.keep_secrets()
         names = {member.key: str(member) for member in self.room.roster.values()}
-        await self.store.put_back_state(self.room.epoch, names, self.room.state.fields())
+        await self.store.write_names(names, {"epoch": self.room.epoch, **self.room.state.fields()}, anew=True)
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
@@ -2585,20 +2523,21 @@ class Feed:
         newest = await self.store.newest()
         if newest is None:
             return  # the next look deals with that
-        epoch, roster, state = await self.store.read_state()
         read = await read_feed(self.store, self.room.ring.size)
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
-        for entry, events, size in read:
-            self.memory.add(entry, events, size)
-        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        names, state = await self.store.read_state()  # after the feed: it tells what has been erased there
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        history = [event for _, events, _ in read for event in events]
-        self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
+        self.memory = Memory(self.room)
+        for entry, events in read:
+            self.memory.add(entry, events)
+        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        history = [event for _, events in read for event in events]
+        epoch = state.pop("epoch", "") or str(newest.id[0])
+        self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
             if event.type == "cleared":
                 self.memory.clear(event)
-        self.memory.erase({found.entry for seq in self.room.state.notes if (found := self.room.ring.find(seq))})
+        self.erase(self.room.state.notes)
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -2680,7 +2619,6 @@ class Presence:
     def __init__(self, feed: Feed, keep_few: Callable[[], Awaitable[None]]) -> None:
         self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
         self.keep_few = keep_few
-        self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
         self.tasks: list[asyncio.Task[NoReturn]] = []
@@ -2690,7 +2628,7 @@ class Presence:
         nobody's does.
         """
         if not self.feed.stopping:
-            self.released[member.key] = member, seconds
+            member.grace = seconds
 
     async def heartbeat(self) -> NoReturn:
         """Sends everybody pings and the time."""
@@ -2742,32 +2680,18 @@ class Presence:
         self.feed.outbox.propose("joined", member, done, details=member.joining)
 
     async def renew(self) -> None:
-        """The leases that are due. A name without a connection keeps its own for the grace."""
-        now = time.monotonic()
-        await self.shorten()
-        here = [member for member in self.room.sessions.values() if member.listeners]
-        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
-        if due:
-            await self.store.renew([member.key for member in due], self.config.lease_seconds)
-        for member in due:
+        """The leases that are due, and of who has gone: a name without a connection keeps its own for the grace."""
+        now, lease, sessions = time.monotonic(), self.config.lease_seconds, list(self.room.sessions.values())
+        gone = [member for member in sessions if member.grace and not member.listeners]
+        here = [member for member in sessions if member.listeners and now - member.renewed >= self.config.renew_seconds]
+        await self.store.renew({member.key: member.grace for member in gone} | {member.key: lease for member in here})
+        for member in gone:
+            member.renewed = member.grace = 0  # whoever comes back gets a long lease at once
+        for member in here:
             member.renewed = now
-        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
-            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
+        if now - self.all_leased >= lease:  # a name without a lease would never leave
+            await self.store.renew(dict.fromkeys(self.room.roster, lease), missing=True)
             self.all_leased = now
-
-    async def shorten(self) -> None:
-        """The leases of who has gone since the last time."""
-        released, self.released = self.released, {}
-        gone: dict[float, list[str]] = {}
-        for member, seconds in released.values():
-            if not member.listeners and self.room.roster.get(member.key) is member:
-                gone.setdefault(seconds, []).append(member.key)
-        try:
-            for seconds, keys in gone.items():
-                await self.store.renew(keys, seconds)
-        except STORE_ERRORS:
-            self.released = released | self.released
-            raise
 
     async def sweep(self) -> None:
         """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
@@ -2780,7 +2704,7 @@ class Presence:
             if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
         if strays := lapsed - self.room.roster.keys():
-            await self.store.drop_leases(strays)
+            await self.store.write_names(dict.fromkeys(strays, ""), {})
 
     def start(self) -> None:
         self.tasks = [asyncio.create_task(task()) for task in (self.heartbeat, self.keep_leases)]
