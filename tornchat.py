@@ -6806,10 +6806,8 @@ function dayText(ts) {  // by the server's clock: a wrong one here must not make
   return text[0].toLocaleUpperCase(lang) + text.slice(1);
 }
 
-function presenceText(sentence, names) {
-  const few = names.size <= NAMES_IN_LINE;
-  const who = few ? listFormat.format([...names].map(isolate)) : fill(words.people, {n: names.size});
-  return fill(sentence, {names: who});
+function listed(names) {
+  return names.size > NAMES_IN_LINE ? fill(words.people, {n: names.size}) : listFormat.format([...names].map(isolate));
 }
 
 // === DOM: the only place that makes elements, and text only ever as text ===
@@ -6879,10 +6877,8 @@ function drawSlice() {
 }
 
 function withFace(name, row) {
-  const face = make('span', 'face', initials(name));
-  face.ariaHidden = true;
   row.style.setProperty('--hue', hueOf(name));
-  row.prepend(face);
+  row.prepend(Object.assign(make('span', 'face', initials(name)), {ariaHidden: true}));
   return row;
 }
 
@@ -6911,22 +6907,18 @@ function richText(text) {  // code, links and one's own name; nothing else is an
   return [...nodes, text.slice(end)];
 }
 
-function foldButton(body) {
+function foldButton(body) {  // the top of the text stays, or comes into view
   const button = makeButton(words.show_all, () => {
-    const top = topOf(body);
+    const top = Math.max(topOf(body), topOf(scroller) + BOTTOM_PX);
     const open = !body.classList.toggle('folded');
     button.textContent = open ? words.show_less : words.show_all;
     button.ariaExpanded = open;
-    keepPlace(body, top);
+    scroller.scrollTop += topOf(body) - top;
+    steer();
+    onScroll();
   }, {className: 'plain fold', ariaExpanded: false});
   body.classList.add('folded');
   return button;
-}
-
-function keepPlace(body, top) {  // its top stays, or comes into view
-  scroller.scrollTop += topOf(body) - Math.max(top, topOf(scroller) + BOTTOM_PX);
-  steer();
-  onScroll();
 }
 
 function messageRow({name, text, picture, host, re}, ...foot) {
@@ -6958,8 +6950,9 @@ function showMessage(frame, away) {
   if (deleted) deleteText(row);
   else addChoices(row, counts);
   const missed = !following && name !== me;
+  const absent = name !== me && seq > readTo && (away || seq <= firstReplayEnd);
   if (missed && !unseen) removeNewLine();
-  if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
+  if ((missed || absent) && !projector) newLine ||= notice('new', words.new_line);
   addRow(row);
   lastDrawn = seq;
   shown.set(seq, row);
@@ -6995,10 +6988,6 @@ function settle(row) {  // what a message shows of its day and its author depend
   else row.dataset.day = dayText(+ts);
 }
 
-function renewDays() {  // today becomes yesterday
-  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);
-}
-
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
   if (log.childElementCount <= (following ? MAX_PARTS : 3 * MAX_PARTS)) return;
   for (const row of log.firstElementChild.children) shown.delete(Number(row.dataset.seq));
@@ -7014,10 +7003,6 @@ function notice(kind, text) {
   return row;
 }
 
-function drawNewLine() {
-  if (!projector) newLine ||= notice('new', words.new_line);
-}
-
 function removeNewLine() {
   newLine?.remove();
   newLine = null;
@@ -7028,7 +7013,7 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
   const kinds = Object.keys(passing).filter((kind) => passing[kind].size);
-  notice('presence', kinds.map((kind) => presenceText(words[kind], passing[kind])).join(' · '));
+  notice('presence', kinds.map((kind) => fill(words[kind], {names: listed(passing[kind])})).join(' · '));
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
@@ -8166,7 +8151,7 @@ function arrived(frame) {
 }
 
 function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
-  if (frame.seq <= after) arrived({...frame, type: 'message'});
+  if (frame.seq <= after) arrived(frame);
 }
 
 function passed({type, names, count}) {
@@ -8357,7 +8342,7 @@ function tick() {
   const silent = woken || now() - heard > SILENCE_MS || (inFlight && now() - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now() - heard > ANSWER_MS;
   wallStart = wall;
-  renewDays();
+  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);  // midnight passes
   endMutes();
   pump();
   if (!stuck && !(phase === 'connected' && silent)) return showState();
