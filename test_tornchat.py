@@ -7305,7 +7305,7 @@ class TestNotesOnThePage(Transcripts):
             await ann.keys("Escape")
             assert await ann.page.locator("#reply").is_hidden()
             await self.choose(ann, "page 41", "Reply")
-            await ann.page.evaluate("storeChanged(false)")
+            await ann.page.evaluate("storeChanged({available: false})")
             await ann.say("The exercise.")
             assert await ann.page.locator("#reply").is_hidden()
             await ann.shows("#outbox", "to Bob: What is on page 41?")

@@ -6618,27 +6618,30 @@ const CLOSE_CODES = {401: 4401, 403: 4403, 409: 4409, 429: 4504, 503: 1013};  //
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost', 'slow'];
 const REMOVE_SECONDS = 600;
 const ADDRESS = /(?:https?:\/\/|\bwww\.(?=\w))[^\s<>"'`，。；：！？（）【】《》“”、\p{Bidi_C}]+/u;
-const MARKUP = RegExp(/```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source, 'giu');
+const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source;
 const LINK_TAIL = '.,;:!?)]}*';
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
 const words = Object.fromEntries(document.body.dataset.words.split('\n').map((line) => line.split('\t')));
 const lang = document.documentElement.lang;
-const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
+const region = navigator.languages.find((tag) => tag.startsWith(lang.slice(0, 2))) || lang;
 const projector = document.body.dataset.view === 'projector';
 const pollingOnly = new URLSearchParams(location.search).get('transport') === 'polling';
 
 // === Pure formatting ===
-const clockFormat = new Intl.DateTimeFormat(region, {hour: 'numeric', minute: '2-digit'});
+const clockFormat = new Intl.DateTimeFormat(region, {timeStyle: 'short'});
 const dateFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full'});
 const fullFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full', timeStyle: 'medium'});
 const daysFormat = new Intl.RelativeTimeFormat(region, {numeric: 'auto'});
 const listFormat = new Intl.ListFormat(lang);
 const collator = new Intl.Collator(lang);
+const now = () => performance.now();
 const between = (low, high) => low + Math.random() * (high - low);
 const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, key) => values[key]);
+const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
 const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name from turning its sentence around
-const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
+const newCid = () => crypto.getRandomValues(new Uint32Array(4)).join('-');
 const folded = (text) => text.normalize('NFKC').toLowerCase();
+const camelCase = (id) => id.replace(/-./g, ([, letter]) => letter.toUpperCase());
 
 function hueOf(name) {  // those who are numbered get colours far apart
   let hash = 2166136261;
@@ -6652,50 +6655,32 @@ function initials(name) {  // of those who are numbered the number too
 }
 
 function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
-  const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
   const days = Math.round((midnight(ts) - midnight(serverTime())) / 86400000);
   if (days !== 0 && days !== -1) return dateFormat.format(ts);
   const text = daysFormat.format(days, 'day');
   return text[0].toLocaleUpperCase(lang) + text.slice(1);
 }
 
-function presenceText(sentence, names) {
-  if (!names.size) return [];
-  const few = names.size <= NAMES_IN_LINE;
-  const who = few ? listFormat.format([...names].map(isolate)) : fill(words.people, {n: names.size});
-  return [fill(sentence, {names: who})];
-}
-
-function mentions(text, name) {  // where @name stands and the name does not go on: [from, to] of each
-  const spots = [];
-  const [hay, needle] = [text.toLowerCase(), `@${name.toLowerCase()}`];
-  for (let at = hay.indexOf(needle); at >= 0; at = hay.indexOf(needle, at + 1)) {
-    if (!/^[\p{L}\p{N}\p{M}]/u.test(hay.slice(at + needle.length))) spots.push([at, at + needle.length]);
-  }
-  return hay.length === text.length ? spots : [];  // a letter that grows when it is small would shift them
+function listed(names) {
+  return names.size > NAMES_IN_LINE ? fill(words.people, {n: names.size}) : listFormat.format([...names].map(isolate));
 }
 
 // === DOM: the only place that makes elements, and text only ever as text ===
-const {
-  icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
-  sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
-  content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
-  lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, 'pin-line': pinLine,
-  'pin-fold': pinFold, 'pin-text': pinText, unpin, earlier, 'hold-text': holdText, 'hold-wait': holdWait, manage, room,
-  lock, every, door, clear, person, 'person-name': personName, 'person-muted': personMuted, mute, unmute, remove,
-  question, asked, yes,
-} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
+const {  // every element with an id
+  icon, title, stateText, stateWait, loginAgain, join, people, scroller, sorting, sort, sortSign, sorted,
+  reply: replyLine, menu, content, log, outbox: outboxList, composer, newer, matches: matchList, leftOver, box,
+  break: lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
+  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, pinLine, pinFold,
+  pinText, unpin, earlier, holdText, holdWait, manage, room, lock, every, door, clear, person, personName, personMuted,
+  mute, unmute, remove, question, asked, yes,
+} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [camelCase(element.id), element]));
 const shown = new Map();          // seq -> row, of this epoch
-const toDraw = [];                // what changes the log, in its order, until a frame has time for it
+const toDraw = [];                // what changes the page, in its order, until there is time for it
 let sliceTimer = 0;
-let sliceFrame = 0;
 let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
-let rosterDue = false;
 let passing = null;               // who came and went in the newest line of the log
-let drawnDay = '';
 let newLine = null;               // "new since you left"
 let following = true;             // the reader is at the bottom
 let steeredAt = -STEER_MS;        // by a wheel, a touch or a key
@@ -6709,8 +6694,12 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick, attributes = {}) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
+function makeButton(content, onclick, attributes = {}) {
+  return Object.assign(make('button', '', content), {type: 'button', onclick, ...attributes});
+}
+
+function topOf(element) {
+  return element.getBoundingClientRect().top;
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -6721,36 +6710,30 @@ function draw(task) {
   if (toDraw.push(task) === 1) nextSlice();
 }
 
-function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
+function nextSlice() {
   clearTimeout(sliceTimer);
-  cancelAnimationFrame(sliceFrame);
-  const rest = restUntil - performance.now();
-  if (document.hidden) sliceTimer = setTimeout(drawSlice);
-  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
-  else sliceFrame = requestAnimationFrame(drawSlice);
+  sliceTimer = setTimeout(drawSlice, restUntil - now());
 }
 
 function drawSlice() {
-  const began = performance.now();
+  const began = now();
   try {
-    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
+    while (toDraw.length && now() < began + SLICE_MS) toDraw.shift()();
   } finally {
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  drawnAt = performance.now();
+  drawnAt = now();
   if (toDraw.length) return;
   restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
   if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
-  const face = make('span', 'face', initials(name));
-  face.setAttribute('aria-hidden', 'true');
   row.style.setProperty('--hue', hueOf(name));
-  row.prepend(face);
+  row.prepend(Object.assign(make('span', 'face', initials(name)), {ariaHidden: true}));
   return row;
 }
 
@@ -6762,63 +6745,35 @@ function linkTo(match) {  // what ends a sentence ends no address
   return [Object.assign(make('a', '', text), {href, target: '_blank', rel: 'noopener noreferrer'}), match.slice(end)];
 }
 
-function withMentions(text, most) {
+function richText(text) {  // code, links and one's own name; nothing else is anything but text
   const nodes = [];
-  let end = 0;
-  for (const [from, to] of mentions(text, me).slice(0, Math.max(0, most))) {
-    nodes.push(text.slice(end, from), make('mark', '', text.slice(from, to)));
-    end = to;
+  let [end, left] = [0, MAX_ELEMENTS];
+  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(markup)) {
+    left -= block ? 2 : 1;
+    if (left < 0) break;
+    nodes.push(text.slice(end, index));
+    end = index + match.length;
+    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
+    else if (inline) nodes.push(make('code', '', inline));
+    else if (match.startsWith('@')) nodes.push(make('mark', '', match));
+    else nodes.push(...linkTo(match));
+    if (block && text[end] === '\n') end += 1;
   }
   return [...nodes, text.slice(end)];
 }
 
-function richText(text) {  // code, links and one's own name; nothing else is anything but text
-  const nodes = [];
-  let [end, left] = [0, MAX_ELEMENTS];
-  const addPlain = (to) => {
-    const plain = withMentions(text.slice(end, to), left);
-    left -= (plain.length - 1) / 2;
-    nodes.push(...plain);
-    end = to;
-  };
-  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(MARKUP)) {
-    addPlain(index);
-    left -= block ? 2 : 1;
-    if (left < 0) break;
-    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
-    else if (inline) nodes.push(make('code', '', inline));
-    else nodes.push(...linkTo(match));
-    end = index + match.length;
-    if (block && text[end] === '\n') end += 1;
-  }
-  addPlain();
-  return nodes;
-}
-
-function foldButton(body) {
+function foldButton(body) {  // the top of the text stays, or comes into view
   const button = makeButton(words.show_all, () => {
-    const top = body.getBoundingClientRect().top;
+    const top = Math.max(topOf(body), topOf(scroller) + BOTTOM_PX);
     const open = !body.classList.toggle('folded');
     button.textContent = open ? words.show_less : words.show_all;
-    button.setAttribute('aria-expanded', open);
-    keepPlace(body, top);
-  });
-  button.className = 'plain fold';
-  button.setAttribute('aria-expanded', false);
+    button.ariaExpanded = open;
+    scroller.scrollTop += topOf(body) - top;
+    steer();
+    onScroll();
+  }, {className: 'plain fold', ariaExpanded: false});
   body.classList.add('folded');
   return button;
-}
-
-function keepPlace(body, top) {  // its top stays, or comes into view
-  const wanted = Math.max(top, scroller.getBoundingClientRect().top + BOTTOM_PX);
-  scroller.scrollTop += body.getBoundingClientRect().top - wanted;
-  steer();
-  onScroll();
-}
-
-function whoLine(name, host) {  // the badge is the frame's word: no name and no text can bring it along
-  if (!host) return make('bdi', 'who', name);
-  return make('div', 'who', make('bdi', '', name), ' ', make('small', 'badge', words.host));
 }
 
 function messageRow({name, text, picture, host, re}, ...foot) {
@@ -6826,7 +6781,9 @@ function messageRow({name, text, picture, host, re}, ...foot) {
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
   const line = Object.assign(make('div', 'line', body, ...foot), {dir: 'auto'});
-  const bubble = make('div', 'bubble', whoLine(name, host), line);
+  const badge = host && make('small', 'badge', words.host);  // the frame's word: no name can bring it along
+  const who = host ? make('div', 'who', make('bdi', '', name), ' ', badge) : make('bdi', 'who', name);
+  const bubble = make('div', 'bubble', who, line);
   if (re) line.before(quoteOf(re));
   if (picture) line.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
@@ -6839,7 +6796,7 @@ function messageRow({name, text, picture, host, re}, ...foot) {
 
 function showMessage(frame, away) {
   const {seq, ts, name, deleted, counts} = frame;
-  if (shown.has(seq)) return;
+  if (seq <= lastDrawn) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(frame, time);
@@ -6847,17 +6804,14 @@ function showMessage(frame, away) {
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
   else addChoices(row, counts);
-  const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
-  const next = shown.get(Math.min(...later)) || null;
   const missed = !following && name !== me;
+  const absent = name !== me && seq > readTo && (away || seq <= firstReplayEnd);
   if (missed && !unseen) removeNewLine();
-  if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  if (next) next.before(row);
-  else addRow(row);
-  lastDrawn = Math.max(lastDrawn, seq);
+  if ((missed || absent) && !projector) newLine ||= notice('new', words.new_line);
+  addRow(row);
+  lastDrawn = seq;
   shown.set(seq, row);
   settle(row);
-  settle(next);
   dropOldest();
   if (missed) unseen += 1;
 }
@@ -6881,19 +6835,12 @@ function settle(row) {  // what a message shows of its day and its author depend
   let above = rowAbove(row);
   const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
   while (above && !above.dataset.ts) above = rowAbove(above);
-  const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
+  const sameDay = above && midnight(+above.dataset.ts) === midnight(+ts);
   const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
   row.classList.toggle('run', run);
   above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
-}
-
-function renewDays() {  // when today has become yesterday
-  const today = new Date(serverTime()).toDateString();
-  if (today === drawnDay) return;
-  drawnDay = today;
-  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
@@ -6908,12 +6855,7 @@ function notice(kind, text) {
   if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
-}
-
-function drawNewLine() {
-  if (newLine || projector) return;
-  notice('new', words.new_line);
-  newLine = lastRow();
+  return row;
 }
 
 function removeNewLine() {
@@ -6925,8 +6867,8 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
   if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
-  const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
-  notice('presence', parts.join(' · '));
+  const kinds = Object.keys(passing).filter((kind) => passing[kind].size);
+  notice('presence', kinds.map((kind) => fill(words[kind], {names: listed(passing[kind])})).join(' · '));
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
@@ -6939,13 +6881,11 @@ function forgetHistory() {  // what was read stays readable, greyed, but it is n
   notice('reset', words.reset);
 }
 
-function showRoster() {  // at most once a frame: a whole class may come in at once
-  if (!rosterDue) requestAnimationFrame(drawRoster);
-  rosterDue = true;
+function showRoster() {  // once for all that wait: a whole class may come in at once
+  if (!toDraw.includes(drawRoster)) draw(drawRoster);
 }
 
 function drawRoster() {
-  rosterDue = false;
   const others = [...members].filter((name) => name !== me).sort(collator.compare);
   const rows = [me, ...others].map(memberRow);
   const more = memberCount - rows.length;
@@ -6967,9 +6907,8 @@ function memberRow(name) {
 }
 
 function manageButton(name) {
-  const button = Object.assign(makeButton('⋯', () => openPerson(name)), {className: 'plain'});
-  button.setAttribute('aria-label', fill(words.manage, {name}));
-  button.setAttribute('aria-haspopup', 'dialog');
+  const attributes = {className: 'plain', ariaLabel: fill(words.manage, {name}), ariaHasPopup: 'dialog'};
+  const button = makeButton('⋯', () => openPerson(name), attributes);
   button.dataset.name = name;
   return button;
 }
@@ -6977,7 +6916,7 @@ function manageButton(name) {
 function openRoster(open) {
   if (open === roster.classList.contains('open')) return;
   roster.classList.toggle('open', open);
-  people.setAttribute('aria-expanded', open);
+  people.ariaExpanded = open;
   (open ? memberList : people).focus();
 }
 
@@ -6989,7 +6928,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
+  if (!(newLine && topOf(newLine) > topOf(composer))) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7005,32 +6944,34 @@ function below() {
 }
 
 function steer() {
-  steeredAt = performance.now();
+  steeredAt = now();
 }
 
 function onScroll() {  // rows that come and go make a browser scroll too: then one still follows
-  const [steered, quiet] = [performance.now() - steeredAt < STEER_MS, performance.now() - drawnAt > STEER_MS];
+  const [steered, quiet] = [now() - steeredAt < STEER_MS, now() - drawnAt > STEER_MS];
   following = projector || below() < BOTTOM_PX || (following && !steered && !quiet);
   showNewer();
 }
 
+function failing() {
+  return phase === 'waiting' || (phase === 'connecting' && failures > 0);
+}
+
 function stateName() {
-  const failing = phase === 'waiting' || (phase === 'connecting' && failures > 0);
-  if (failing) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
+  if (failing()) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
   return phase === 'connected' && storeAway ? 'away' : phase;
 }
 
 function stateSentence(state) {
-  if (phase === 'closed') return closeReason || fill(words[`closed_${closeCode}`], {name: me});
-  return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
+  return phase === 'closed' ? closing : words[state === 'connected' && polling ? 'state_polling' : `state_${state}`];
 }
 
 function showState() {
   const state = document.body.dataset.state = stateName();
-  const seconds = Math.ceil((retryAt - performance.now()) / 1000);
+  const seconds = Math.ceil((retryAt - now()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
   setText(stateText, stateSentence(state));
-  setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
+  setText(stateWait, failing() ? wait : '');
   loginAgain.hidden = phase !== 'closed';
   showHold();
   drawOutbox();
@@ -7056,25 +6997,26 @@ function fitScreen() {  // some phones draw their keyboard over the page; a read
 // === Memory: the session's belongs to this tab, the browser's to all of its tabs; both may be forbidden or full ===
 const shelf = `tornchat:${location.pathname}:`;
 
-function keep(key, text, storage = 'sessionStorage') {
+const SHARED = 'localStorage';
+
+function keep(key, value, storage = 'sessionStorage') {
   try {
-    if (text) window[storage].setItem(shelf + key, text);
+    if (value) window[storage].setItem(shelf + key, JSON.stringify(value));
     else window[storage].removeItem(shelf + key);
   } catch { /* only a reload will tell */ }
 }
 
 function kept(key, storage = 'sessionStorage') {
-  try { return window[storage].getItem(shelf + key) || ''; } catch { return ''; }
+  try { return JSON.parse(window[storage].getItem(shelf + key)); } catch { return null; }
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, null);
 }
 
 // === Attention: what is unread, and what may tell of it ===
 let unread = 0;                   // since the page was last in front
 let readTo = 0;                   // the newest seq that was in front of a reader, in whichever tab
-let readMark = '';                // the same, as the other tabs were told it
 let audio = null;
 
 function showUnread(count) {
@@ -7086,22 +7028,21 @@ function showUnread(count) {
 
 function markRead() {
   if (after === null) return;
-  const mark = JSON.stringify({epoch, seq: after});
-  if (mark !== readMark) keep('read', mark, 'localStorage');
-  [readMark, readTo] = [mark, after];
+  readTo = after;
+  keep('read', {epoch, seq: readTo}, SHARED);
   if (unread) showUnread(0);
 }
 
 function readElsewhere() {  // another tab has shown it, or had shown it before this one was opened
-  const mark = JSON.parse(kept('read', 'localStorage') || '{}');
-  if (mark.epoch === epoch) readTo = mark.seq;
+  const mark = kept('read', SHARED);
+  if (mark?.epoch === epoch) readTo = mark.seq;
   if (readTo >= after) showUnread(0);
 }
 
 function attract({seq, name, text}, away) {
   if (away && seq > readTo) showUnread(unread + 1);
   if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
-  if (sound.checked && (away || mentions(text, me).length)) chime();
+  if (sound.checked && (away || mention.test(text))) chime();
   if (notify.checked && away) popUp(name, text || words.picture);
 }
 
@@ -7122,27 +7063,16 @@ function chime() {
 
 function popUp(name, body) {
   try {
-    const popup = new Notification(name, {body, tag: shelf, icon: iconUrl});
-    popup.onclick = () => window.focus();
+    new Notification(name, {body, tag: shelf, icon: iconUrl}).onclick = () => window.focus();
   } catch { notify.checked = false; }  // a phone's browser wants a service worker for it
-}
-
-async function wantPopUps() {
-  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
-  keep('notify', notify.checked ? '1' : '', 'localStorage');
-}
-
-function wantSound() {
-  keep('sound', sound.checked ? '1' : '', 'localStorage');
-  if (sound.checked) chime();
 }
 
 function restoreChoices() {
   const allowed = window.isSecureContext && 'Notification' in window;
   themeChoice.value = theme;
-  sound.checked = kept('sound', 'localStorage') === '1';
+  sound.checked = kept('sound', SHARED);
   notify.parentElement.hidden = !allowed;
-  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', 'localStorage') === '1';
+  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', SHARED);
 }
 
 // === Joining others in: the addresses of the room, one of them large, with its code ===
@@ -7153,23 +7083,17 @@ async function loadAddresses() {  // what leads here is the best, unless it lead
   const answer = await fetch('join.json').then((response) => response.json()).catch(() => ({}));
   const others = (answer.addresses || []).filter((url) => url !== here);
   const urls = loopback && others.length ? others : [here, ...others];
-  const picked = kept('address', 'localStorage');
+  const picked = kept('address', SHARED);
   addresses.replaceChildren(...urls.map((url) => new Option(url, url, false, url === picked)));
   addresses.hidden = urls.length === 1 || projector;
-  code.dataset.drawn = answer.qr ? 'yes' : '';
+  code.hidden = !answer.qr;
   showAddress();
 }
 
 function showAddress() {
   const [, ...parts] = addresses.value.match(/^(\w+:\/\/)(.*?)(:\d+)?\/?$/);
   address.replaceChildren(...parts.flatMap((part) => [part || '', make('wbr', '')]));  // where it may be broken
-  code.hidden = !code.dataset.drawn;
-  if (code.dataset.drawn) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
-}
-
-function pickAddress() {
-  keep('address', addresses.value, 'localStorage');
-  showAddress();
+  if (!code.hidden) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
 }
 
 async function openInvite() {
@@ -7186,7 +7110,7 @@ async function copyAddress() {  // without a secure context there is only the ol
 }
 
 // === Writing: what the keys do in the box ===
-let said = JSON.parse(kept('said') || '[]');
+let said = kept('said') || [];
 let recalled = said.length;       // which of them stands in the box
 let offer = null;                 // {start, names, turn}: a name that is being completed
 
@@ -7207,7 +7131,7 @@ function submit(event) {
 function remember(text) {
   said = [...said.filter((other) => other !== text), text].slice(-SAID_KEPT);
   recalled = said.length;
-  keep('said', JSON.stringify(said));
+  keep('said', said);
 }
 
 function recall(step) {  // only over an empty box or what was recalled, unchanged: nothing written is lost
@@ -7250,9 +7174,7 @@ function showOffer(next) {
 }
 
 function offerButton(name) {  // Tab takes one without leaving the box
-  const button = Object.assign(makeButton('', () => complete(name)), {className: 'plain', tabIndex: -1});
-  button.append(make('bdi', '', name));
-  return button;
+  return makeButton(make('bdi', '', name), () => complete(name), {className: 'plain', tabIndex: -1});
 }
 
 function complete(name) {
@@ -7261,12 +7183,6 @@ function complete(name) {
   box.setRangeText(`${name} `, start, box.selectionEnd, 'end');
   onDraft();
   showOffer(turn + 1 < names.length ? {start, names, turn: turn + 1} : null);  // then Tab leads out of the box again
-  box.focus();
-}
-
-function breakLine() {
-  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
-  onDraft();
   box.focus();
 }
 
@@ -7297,16 +7213,15 @@ let saidAt = 0;
 let holdUntil = 0;
 
 function restoreOutbox() {
-  outbox = JSON.parse(kept('outbox') || '[]');
+  outbox = kept('outbox') || [];
   for (const item of outbox) {
+    if (item.picture) item.failed = restorePicture(item) || item.failed;
     if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
-    const lost = item.picture && restorePicture(item);
-    item.failed ||= lost || '';
   }
 }
 
 function outboxChanged() {
-  keep('outbox', JSON.stringify(outbox));
+  keep('outbox', outbox);
   drawOutbox();
   pump();
 }
@@ -7318,7 +7233,7 @@ function nextUp() {
 function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || pause() > 0) return;
-  [inFlight, saidAt] = [item.cid, performance.now()];
+  [inFlight, saidAt] = [item.cid, now()];
   if (item.picture && !item.picture.id) upload(item);
   else {
     const re = item.epoch === epoch ? item.re : undefined;  // the number is of another message in another history
@@ -7331,13 +7246,13 @@ function takeOut(cid) {
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
   outboxRows.delete(cid);
-  keep(`picture-${cid}`, '');
+  keep(`picture-${cid}`, null);
   outboxChanged();
   return row;
 }
 
 function pause() {  // milliseconds until the next message may be said
-  return Math.max(holdUntil - performance.now(), slowUntil() - serverTime());
+  return Math.max(holdUntil - now(), slowUntil() - serverTime());
 }
 
 function refused({cid, code, text, retry_after: seconds}) {
@@ -7351,7 +7266,7 @@ function refused({cid, code, text, retry_after: seconds}) {
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
-    holdUntil = performance.now() + wait;
+    holdUntil = now() + wait;
     setTimeout(pump, wait + 20);
   } else item.failed = text;
   outboxChanged();
@@ -7396,7 +7311,7 @@ function drawOutbox() {
     const status = row.querySelector('.status');
     row.classList.toggle('failed', item.failed !== '');
     row.querySelector('.choices button').disabled = silence() !== null;
-    status.setAttribute('role', item.failed ? 'alert' : 'none');
+    status.role = item.failed ? 'alert' : 'none';
     setText(status, statusOf(item));
   }
 }
@@ -7494,7 +7409,7 @@ function shelve(item) {  // for a reload
 }
 
 function restorePicture({cid, picture}) {
-  const [, data] = kept(`picture-${cid}`).split(',');
+  const [, data] = (kept(`picture-${cid}`) || '').split(',');
   picture.blob = data && new Blob([Uint8Array.from(atob(data), (char) => char.charCodeAt(0))]);
   return picture.blob || picture.id ? '' : words.picture_lost;
 }
@@ -7918,7 +7833,7 @@ function replyTo(re) {
 
 function setReply(next) {
   reply = next;
-  keep('reply', reply ? JSON.stringify(reply) : '');
+  keep('reply', reply);
   replyLine.hidden = !reply;
   const cancel = makeButton('×', () => {
     setReply(null);
@@ -7993,7 +7908,9 @@ function copyOf(row) {  // to be read
 }
 
 // === Frames: everything that the server says comes through here ===
-let me = document.body.dataset.name;
+let me = '';
+let mention = null;               // @me, where the name does not go on
+let markup = null;                // what in a text is more than text
 let epoch = '';
 let after = null;                 // the newest seq that came, null before the first
 let at = 0;                       // its ts, where it is known
@@ -8002,46 +7919,43 @@ let replayEnd = 0;                // up to this seq it is history and is not rea
 let firstReplayEnd = 0;           // and up to this one it was there before the page
 let maxText = Infinity;           // until the welcome tells it
 let storeAway = false;
-let serverStart = Number(document.body.dataset.now) - performance.now();  // its time at 0 of ours
+let serverStart = Number(document.body.dataset.now) - now();  // its time at 0 of ours
+
+function setName(name) {
+  me = name;
+  mention = RegExp(`@${name.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&')}(?![\\p{L}\\p{N}\\p{M}])`, 'iu');
+  markup = RegExp(`${MARKUP}|${mention.source}`, 'giu');
+}
 
 function serverTime() {
-  return serverStart + performance.now();
+  return serverStart + now();
 }
 
 function setClock(ts) {
-  if (ts) serverStart = ts - performance.now();
+  if (ts) serverStart = ts - now();
 }
 
-function receive(frame) {
-  switch (frame.type) {
-    case 'welcome': return welcomed(frame);
-    case 'message': return arrived(frame);
-    case 'stored': return stored(frame);
-    case 'note': return noted(frame);
-    case 'joined': return passed(frame, 'add');
-    case 'left': return passed(frame, 'delete');
-    case 'refused': return refused(frame);
-    case 'note': return noted(frame);
-    case 'hosts': return hostsChanged(frame.names);
-    case 'mode': return modeChanged(frame);
-    case 'muted': return mutedBy(frame);
-    case 'cleared': return cleared(frame);
-    case 'store': return storeChanged(frame.available);
-    case 'time': return setClock(frame.ts);
-  }
+const receivers = {
+  welcome: welcomed, message: arrived, stored, note: noted, joined: passed, left: passed, refused, hosts: hostsChanged,
+  mode: modeChanged, muted: mutedBy, cleared, store: storeChanged, time: ({ts}) => setClock(ts),
+};
+
+function receive(frame) {  // of a kind that a newer server has, nothing is known
+  receivers[frame.type]?.(frame);
 }
 
 function welcomed(frame) {
   continueHistory(frame);
-  ({name: me, count: memberCount, limits: {text: maxText}} = frame);
+  setName(frame.name);
+  ({count: memberCount, limits: {text: maxText}} = frame);
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
   showUnread(unread);
   welcomedBy(frame);
   welcomeNotes(frame);
-  storeChanged(true);
-  if (polling) probeLater();
+  storeChanged({available: true});
+  probeLater();
   if (projector) loadAddresses();
 }
 
@@ -8049,12 +7963,12 @@ function welcomedBy(frame) {  // what hosts have made of the room by now
   ({host: isHost, mode, muted_until: mutedUntil} = frame);
   muted = new Map(Object.entries(frame.muted || {}));
   clearedTo = frame.cleared;
-  hostsChanged(frame.hosts);
+  hostsChanged({names: frame.hosts});
   showPinned(frame.pinned);
   showMode();
 }
 
-function hostsChanged(names) {
+function hostsChanged({names}) {
   hosts = new Set(names);
   showRoster();
 }
@@ -8068,7 +7982,7 @@ function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where 
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
   if (!seq || !limits.history) after ??= seq;  // there is no message that would tell it
   [epoch, replayEnd] = [room, seq];
-  log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
+  log.ariaLive = replayEnd > after ? 'off' : 'polite';
   if (firstReplayEnd) return;
   [firstReplayEnd, readTo] = [seq || -1, seq];
   readElsewhere();
@@ -8085,23 +7999,27 @@ function arrived(frame) {
   });
   if (fresh && !frame.deleted && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
   if (frame.seq !== replayEnd) return;
-  draw(() => fillQuotes(''));
-  draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
+  draw(() => {
+    fillQuotes('');
+    setTimeout(() => { log.ariaLive = 'polite'; }, 500);
+  });
 }
 
 function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
-  if (frame.seq <= after) arrived({...frame, type: 'message'});
+  if (frame.seq <= after) arrived(frame);
 }
 
-function passed({type, names, count}, change) {
-  for (const name of names) members[change](name);
-  if (type === 'left') for (const name of names) hosts.delete(name);
+function passed({type, names, count}) {
+  for (const name of names) {
+    members[type === 'joined' ? 'add' : 'delete'](name);
+    if (type === 'left') hosts.delete(name);
+  }
   memberCount = count;
   draw(() => showPresence(type, names));
   showRoster();
 }
 
-function storeChanged(available) {
+function storeChanged({available}) {
   [storeAway, holdUntil] = [!available, 0];
   showState();
   pump();
@@ -8134,17 +8052,17 @@ function openPolls(hear, ended) {
 
   async function ask(path, options) {
     const answer = await fetch(path, {...options, signal});
-    heard = performance.now();  // the rest may take its time
+    heard = now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
     throw {code: CLOSE_CODES[answer.status] || 1006, reason: answer.status === 401 ? body.code : body.text};
   }
 
-  function failed(reason) {  // without a code it is the network, or an answer that is not the room's
+  function failed({code, reason}) {  // without a code it is the network, or an answer that is not the room's
     if (signal.aborted) return;
     hangUp.abort();
-    ended({code: 1006, reason: '', ...(reason.code > 1000 ? reason : {})});
+    ended(code > 1000 ? {code, reason} : {code: 1006});
   }
 
   async function poll() {  // the first one asks for the welcome, and does not wait
@@ -8162,8 +8080,8 @@ function openPolls(hear, ended) {
     const headers = {'Content-Type': 'application/json'};
     const path = frame.type === 'say' ? 'messages' : 'acts';
     const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
-    if (signal.aborted || !['message', 'refused'].includes(event.type)) return;  // an act is told by a poll
-    hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
+    if (event.type === 'message') event.type = 'stored';
+    if (!signal.aborted && ['stored', 'refused'].includes(event.type)) hear([event]);  // an act is told by a poll
   }
 
   poll().catch(failed);
@@ -8172,7 +8090,6 @@ function openPolls(hear, ended) {
 
 // === Connection: one way at a time, replaced when it is lost, silent or doubtful ===
 let link = null;
-let trial = null;                 // a socket that is tried while we poll
 let polling = pollingOnly;
 let phase = 'connecting';         // connected: the welcome is here; waiting: for retryAt; closed: for good
 let heard = 0;
@@ -8182,24 +8099,22 @@ let retryAt = 0;
 let retryTimer = 0;
 let probeTimer = 0;
 let probePause = PROBE_MS[0];
-let wallStart = Date.now() - performance.now();  // a sleep makes it grow, where only the first goes on
+let wallStart = Date.now() - now();  // a sleep makes it grow, where only the first goes on
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
-let closeCode = 0;
-let closeReason = '';             // where the server gives one
+let closing = '';                 // why it is closed for good, in words
 
 function connect() {
   clearTimeout(retryTimer);
   clearTimeout(probeTimer);
   link?.close();
-  trial?.close();
-  [phase, heard, inFlight, trial] = ['connecting', performance.now(), '', null];
+  [phase, heard, inFlight] = ['connecting', now(), ''];
   link = (polling ? openPolls : openSocket)(hear, disconnected);
   showState();
 }
 
 function hear(events) {
-  heard = performance.now();
+  heard = now();
   events.forEach(receive);
 }
 
@@ -8223,34 +8138,30 @@ function countMiss() {  // after two sockets a poll, and after a poll that fails
 
 function probeLater() {
   clearTimeout(probeTimer);
-  if (pollingOnly) return;
+  if (!polling || pollingOnly) return;
   probeTimer = setTimeout(probe, probePause);
   probePause = Math.min(2 * probePause, PROBE_MS[1]);
 }
 
-function probe() {  // goes on beside the polls until it has proven itself by an event
-  trial?.close();
-  const socket = trial = openSocket((events) => {
-    if (link !== socket) adopt(socket);
-    hear(events);
-  }, (end) => link === socket ? disconnected(end) : probeLater());
-}
-
-function adopt(socket) {
-  link.close();
-  [link, trial, polling, inFlight] = [socket, null, false, ''];
+function probe() {  // beside the polls, which go on until a socket has proven itself by an event
+  const socket = openSocket(() => {
+    socket.close();
+    if (!polling) return;
+    polling = false;
+    connect();
+  }, probeLater);
 }
 
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  retryAt = performance.now() + milliseconds;
+  retryAt = now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
 }
 
 function stayAway(code, reason) {
-  [phase, closeCode, closeReason] = ['closed', code, code === 4403 ? reason : ''];
+  [phase, closing] = ['closed', (code === 4403 && reason) || fill(words[`closed_${code}`], {name: me})];
   if (code === 4504) Object.assign(loginAgain, {href: '', textContent: words.try_again});
   else loginAgain.href = loginUrl('');
   showState();
@@ -8262,7 +8173,7 @@ function loginUrl(why) {  // the login page says why one finds oneself there
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
   if (loggedIn) return location.assign(loginUrl('cookie'));  // once already, in vain: it does not hold
-  [phase, heard] = ['connecting', performance.now()];
+  [phase, heard] = ['connecting', now()];
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
@@ -8277,17 +8188,16 @@ async function logInAgain() {  // the server no longer knows this session: it wa
 }
 
 function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the link without a word
-  if (phase === 'closed') return;
-  if (phase !== 'connected' || performance.now() - heard > patience) connect();
+  if (phase !== 'closed' && (phase !== 'connected' || now() - heard > patience)) connect();
 }
 
 function tick() {
-  const [now, wall] = [performance.now(), Date.now() - performance.now()];
+  const wall = Date.now() - now();
   const woken = wall - wallStart > STALE_MS;
-  const silent = woken || now - heard > SILENCE_MS || (inFlight && now - saidAt > ANSWER_MS);
-  const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
+  const silent = woken || now() - heard > SILENCE_MS || (inFlight && now() - saidAt > ANSWER_MS);
+  const stuck = phase === 'connecting' && now() - heard > ANSWER_MS;
   wallStart = wall;
-  renewDays();
+  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);  // midnight passes
   endMutes();
   pump();
   if (!stuck && !(phase === 'connected' && silent)) return showState();
@@ -8300,38 +8210,20 @@ function tick() {
 const iconUrl = icon.getAttribute('href');
 const copyText = copy.textContent;
 
-function comeBack() {
-  nextSlice();
-  if (document.hidden) return unseen ? null : removeNewLine();  // what comes from now on is new
-  wake(STALE_MS);
-}
-
-function onStorage({key}) {  // another tab of this browser
-  if (key === `${shelf}read`) readElsewhere();
-  if (key === `${shelf}address`) loadAddresses();
-  restoreChoices();
-}
-
-function watchNetwork() {  // from one network to another there is not always a moment without any
-  const {connection} = navigator;
-  let type = connection?.type;
-  connection?.addEventListener('change', () => {
-    if (connection.type !== type) wake(0);
-    ({type} = connection);
-  });
-}
-
 composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
-lineBreak.onclick = breakLine;
+lineBreak.onclick = () => {
+  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
+  onDraft();
+  box.focus();
+};
 for (const button of [send, lineBreak, pick, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
 newer.onclick = toNewer;
 scroller.onscroll = onScroll;
-for (const type of ['wheel', 'touchmove']) scroller.addEventListener(type, steer, {passive: true});
-scroller.onpointerdown = steer;
+for (const type of ['wheel', 'touchmove', 'pointerdown']) scroller.addEventListener(type, steer, {passive: true});
 scroller.onclick = () => openRoster(false);
 people.onclick = () => openRoster(!roster.classList.contains('open'));
 logout.onsubmit = () => {
@@ -8339,13 +8231,22 @@ logout.onsubmit = () => {
   link.close();  // or its end would be taken for a logout in another tab
 };
 themeChoice.onchange = () => chooseTheme(themeChoice.value);
-sound.onchange = wantSound;
-notify.onchange = wantPopUps;
+sound.onchange = () => {
+  keep('sound', sound.checked, SHARED);
+  if (sound.checked) chime();
+};
+notify.onchange = async () => {
+  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
+  keep('notify', notify.checked, SHARED);
+};
 join.onclick = openInvite;
-addresses.onchange = pickAddress;
+addresses.onchange = () => {
+  keep('address', addresses.value, SHARED);
+  showAddress();
+};
 copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
-for (const dialog of [invite, room, person, question]) {  // by its button, or by a click beside it
+for (const dialog of document.querySelectorAll('dialog')) {  // by its button, or by a click beside it
   dialog.onclick = ({target}) => { if (target.matches('dialog, .close')) dialog.close(); };
 }
 manage.onclick = () => room.showModal();
@@ -8360,7 +8261,6 @@ pinFold.onclick = () => unfoldPin(!pinBar.classList.contains('open'));
 unpin.onclick = () => act({type: 'note', to: pinned.seq, kind: 'pin', value: false});
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
-menu.onclick = ({target}) => { if (target === menu) menu.close(); };
 menu.onclose = () => { menuRow = null; };
 log.addEventListener('focusin', ({target}) => { if (target.matches('.more')) stopAt(target); });
 log.onkeydown = onLogKey;
@@ -8377,17 +8277,30 @@ window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
 window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
-window.addEventListener('storage', onStorage);
-document.onvisibilitychange = comeBack;
+window.addEventListener('storage', ({key}) => {  // another tab of this browser
+  if (key === `${shelf}read`) readElsewhere();
+  if (key === `${shelf}address`) loadAddresses();
+  restoreChoices();
+});
+document.onvisibilitychange = () => {
+  nextSlice();  // out of sight a timer may have to wait for a minute
+  if (!document.hidden) wake(STALE_MS);
+  else if (!unseen) removeNewLine();  // what comes from now on is new
+};
+let network = navigator.connection?.type;
+navigator.connection?.addEventListener('change', () => {  // there is not always a moment without any
+  if (navigator.connection.type !== network) wake(0);
+  network = navigator.connection.type;
+});
 visualViewport.onresize = fitScreen;
 const sizes = new ResizeObserver(() => { if (following) toBottom(); });
 for (const element of [scroller, content]) sizes.observe(element);
 
 document.body.classList.add('live');
+setName(document.body.dataset.name);
 restoreChoices();
-watchNetwork();
-setBox(kept('draft'));
-setReply(JSON.parse(kept('reply') || 'null'));
+setBox(kept('draft') || '');
+setReply(kept('reply'));
 restoreOutbox();
 connect();
 setInterval(tick, 1000);
