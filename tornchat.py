@@ -140,7 +140,8 @@ def version_numbers(text: str) -> list[int]:
 
 try:
     installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
-    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
+    unmet = [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -4422,8 +4423,9 @@ class Door(socket.socket):
             self.visitors.crowded = False
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
+        full = len(self.visitors.open) >= file_limit() - SPARE_FILES
         try:
-            if (full := self.full()) and not self.visitors.quiet:
+            if full and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             newcomer = super().accept()  # nobody has to leave before somebody is there
             if full:
@@ -4437,9 +4439,6 @@ class Door(socket.socket):
                 self.logged = time.monotonic()
                 log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
-
-    def full(self) -> bool:
-        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4828,8 +4827,7 @@ class Client:
         self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
-        self.replay_end = 0  # up to this seq it is history
-        self.skipped = 0  # and up to this one, older than what the user wants
+        self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
@@ -5002,6 +5000,7 @@ class Client:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, quoted(self.text_of(frame))
+        if seq > self.skipped:
             self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
@@ -5126,8 +5125,8 @@ def obey(client: Client, typed: str) -> bool:
         case "/who":
             client.view.notice(client.people(client.count))
         case "/help":
-            is_host = client.name in client.hosts
-            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+            more = f"\n{client.words['term_help_host']}" if client.name in client.hosts else ""
+            client.view.notice(client.words["term_help"] + more)
         case "/time":
             client.view.notice(room_time(client, rest.strip()))
         case _ if re.match("/(?!/)", command):
@@ -5263,7 +5262,7 @@ class Lines:
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.typed or self.config.verbose or not minor:
+        if not minor or self.config.verbose or (self.typed and not self.config.quiet):
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
@@ -5562,7 +5561,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
-    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    """The parser; and for each setting its variables in the environment, the best first, and what its value must be."""
     parser = argparse.ArgumentParser(
         prog="tornchat",
         usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
