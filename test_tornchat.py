@@ -1998,6 +1998,16 @@ class TestRoom:
         assert [frame["available"] for frame in ann.of("store")] == [False, True]
         assert [frame["type"] for frame in bob.frames] == ["welcome", "store", "message", "store"]
 
+    def test_deleted_long_ago(self) -> None:
+        """A room that is read anew has no deleted text, and knows which entry still holds it, or that none does."""
+        room, later = filled_room(5), filled_room(0)
+        for seq in (2, 4):
+            details = {"to": seq, "kind": "delete", "value": True, "by": "author"}
+            room.apply([tornchat.Event("note", 5, 5000, "s", "d", "Ann", place=(1, 6, seq), details=details)])
+        later.adopt("e", (1, 6), {}, [event for event in messages(1, 5) if event.seq != 4], room.state.fields())
+        assert [(event.text, event.entry) for event, _ in later.ring.kept] == [
+            ("1", (1, 1)), ("", (1, 2)), ("3", (1, 3)), ("", (0, 0)), ("5", (1, 5))]  # fmt: skip
+
     def test_G5_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who spoke is known for as long as slow mode needs it, and of hosts who have logged out the newest."""
         monkeypatch.setattr(tornchat, "HOST_LOGOUTS", 2)

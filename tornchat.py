@@ -1807,7 +1807,7 @@ class Room:
         """The ring has a message with what was done to it."""
         note, message = self.state.notes.get(seq), self.ring.find(seq)
         if note and message:
-            message = note.deleted or message
+            message = note.deleted._replace(place=message.place) if note.deleted else message
             self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
