@@ -15,14 +15,12 @@
     python -m pytest -q -k "G2 and redis"            one guarantee of the README, over a real Redis only
     TORNCHAT_TEST_PATIENCE=30 python -m pytest ...   on a slow machine
     TORNCHAT_NODE_MODULES=... python -m pytest ...   with what `npm install axe-core wscat` has put there
-    TORNCHAT_SCREENSHOTS=folder python -m pytest -k TestPictures   what the page looks like
+    TORNCHAT_SCREENSHOTS=folder python -m pytest -k axe   what the page looks like, in every state
 
     python test_tornchat.py bench                    no test: how fast it is beside a chat as in the tutorials
     python test_tornchat.py bench floods             ... what clients cost that mean ill
     python test_tornchat.py bench page               ... how quick the page is
     python test_tornchat.py bench transports         ... what polling costs beside a socket
-    python test_tornchat.py bench soak 10            ... by how much memory grows in ten minutes
-    python test_tornchat.py echo 9001                ws://127.0.0.1:9001/chat, for Autobahn's fuzzing client
 
 Every test reads as a transcript: who logs in, says, expects. `Browser` is one tab of one person, `Lan` is all that
 one test started, `Program` is tornchat.py as a user runs it, `RedisServer` is a real one on a free port. The tests
@@ -79,7 +77,6 @@ import types
 import unicodedata
 import urllib.parse
 import uuid
-import weakref
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +100,7 @@ from playwright.async_api import Page as WebPage
 from playwright.async_api import async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httputil import HTTPServerRequest
-from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
+from tornado.websocket import WebSocketClosedError, websocket_connect
 
 import tornchat
 
@@ -124,7 +121,7 @@ hypothesis.settings.load_profile("tornchat")
 # === The stage: what the tests are played on ==========================================================================
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip for want of a program on a newcomer's machine; fail where CI is set, for there nothing may be skipped."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed")
@@ -205,7 +202,7 @@ class RedisServer:
         if self.program is None:
             missing("redis-server")
         self.port = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None
         self.start()
 
     @property
@@ -230,20 +227,18 @@ class RedisServer:
 
     def _answers(self) -> bool:
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
+        while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(redis.ConnectionError, redis.TimeoutError), self.client as client:
                 return bool(client.ping()) and client.connection_pool is not None
             time.sleep(0.01)
         return False
 
     def kill(self) -> None:
-        assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
 
     def send_signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
         self.process.send_signal(number)
 
 
@@ -348,6 +343,7 @@ class Lan:
             "renew_seconds": 0.1,
         }
         quick |= {"tick_seconds": 0.05, "guess_seconds": 0.05, "repair_seconds": 0.05, "name_seconds": 0.0}
+        quick["ping_seconds"] = 600.0  # clients made by hand answer no ping, nor does one whose frames we leave unread
         quick |= {"redis_url": self.store.url, "room": self.store.room} | self.options
         daemon = await tornchat.Daemon.start(tornchat.Config(**quick | options))
         self.daemons.append(daemon)
@@ -393,14 +389,14 @@ class Lan:
         return browser
 
     async def ask_raw(
-        self, method: str, path: str, headers: Mapping[str, str], body: str = "", expect: bytes = b""
+        self, method: str, path: str, headers: Mapping[str, str], body: str = "", end: bytes = b"\r\n\r\n"
     ) -> str:
         """What the newest daemon answers to a request that is written as it stands here, up to the body."""
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         if method in ("POST", "PUT"):
             lines.append(f"Content-Length: {len(body)}")
         request = "\r\n".join([*lines, "", body])
-        return await raw_request(place(await self.open()), request, expect=expect)
+        return (await exchange((await self.open()).port, request.encode("latin-1"), end)).decode("latin-1")
 
     async def close(self) -> None:
         for browser in self.browsers:
@@ -418,11 +414,11 @@ class Lan:
 class Browser:
     """One tab of one person's browser: cookies, a language, at most one socket, and all frames that came through it."""
 
-    def __init__(self, lan: Lan, url: str, language: str = "en", cookies: dict[str, str] | None = None) -> None:
+    def __init__(self, lan: Lan, url: str, language: str) -> None:
         self.lan, self.url, self.language = lan, url, language
-        self.cookies: dict[str, str] = {} if cookies is None else cookies
+        self.cookies: dict[str, str] = {}
         self.http = AsyncHTTPClient(force_instance=True, max_clients=100)
-        self.socket: WebSocketClientConnection | None = None
+        self.socket: Any = None  # a WebSocketClientConnection, while there is one
         self.frames: list[Frame] = []
         self.welcome: Frame = {}
         self.epoch: str | None = None  # where a page would resume
@@ -525,9 +521,8 @@ class Browser:
         self.drop()
         places = {"after": after, "epoch": epoch, **query}
         wanted = urllib.parse.urlencode({name: value for name, value in places.items() if value is not None})
-        request = HTTPRequest(
-            f"ws{self.url[4:]}/chat?{wanted}", headers=self.headers() | dict(headers or {}), ca_certs=self.certificates
-        )
+        told = self.headers() | dict(headers or {})
+        request = HTTPRequest(f"ws{self.url[4:]}/chat?{wanted}", headers=told, ca_certs=self.certificates)
         connecting = websocket_connect(request, subprotocols=subprotocols, max_message_size=2**24)
         self.socket = await asyncio.wait_for(connecting, RETURN)
         return self
@@ -553,7 +548,6 @@ class Browser:
         self.socket = None
 
     async def send(self, raw: str | bytes) -> None:
-        assert self.socket is not None
         await self.socket.write_message(raw, binary=isinstance(raw, bytes))
 
     async def say(self, text: str, cid: str | None = None) -> str:
@@ -572,7 +566,6 @@ class Browser:
 
     async def read(self) -> str | bytes | None:
         """The next frame as it is; None at the end."""
-        assert self.socket is not None
         return await asyncio.wait_for(asyncio.ensure_future(self.socket.read_message()), RETURN)
 
     async def frame(self) -> Frame | None:
@@ -617,7 +610,6 @@ class Browser:
         """Assert that nothing but chatter comes before the daemon closes the socket with this code."""
         while (frame := await self.frame()) is not None:
             assert frame["type"] in CHATTER, frame
-        assert self.socket is not None
         assert self.socket.close_code == code, (self.socket.close_code, self.socket.close_reason)
         if reason is not None:
             assert self.socket.close_reason == reason
@@ -639,7 +631,7 @@ class Browser:
 class Program:
     """tornchat.py as a user runs it: a process, what it prints, how it ends."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: Any) -> None:
         self.process = process
         self.printed = ""
 
@@ -649,29 +641,15 @@ class Program:
         return await cls.spawn([*python, *options], environ)
 
     @classmethod
-    async def spawn(
-        cls,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        *,
-        stdin: int = asyncio.subprocess.DEVNULL,
-        stdout: int = asyncio.subprocess.PIPE,
-        stderr: int = asyncio.subprocess.PIPE,
-    ) -> Self:
-        """Start it with these streams."""
-        keep = {
-            name: os.environ[name]
-            for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "VIRTUAL_ENV")
-            if name in os.environ
-        }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, env=keep | dict(environ), stdin=stdin, stdout=stdout, stderr=stderr
-        )
-        return cls(process)
+    async def spawn(cls, command: Sequence[str], environ: Mapping[str, str], **streams: Any) -> Self:
+        """Start it; where no stream is given it reads nothing, and what it prints comes through pipes."""
+        kept = ("PATH", "HOME", "LANG", "SYSTEMROOT", "VIRTUAL_ENV")
+        env = {name: os.environ[name] for name in kept if name in os.environ} | dict(environ)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+        return cls(await asyncio.create_subprocess_exec(sys.executable, *command, env=env, **streams))
 
     async def address(self) -> str:
         """The first address that it prints."""
-        assert self.process.stdout is not None
         while line := (await asyncio.wait_for(self.process.stdout.readline(), RETURN)).decode():
             self.printed += line
             if found := re.search(r"https?://[^\s/]+", line):
@@ -680,10 +658,9 @@ class Program:
 
     async def logs(self, words: str) -> str:
         """The next line of its log with these words."""
-        assert self.process.stderr is not None
-        while line := (await asyncio.wait_for(self.process.stderr.readline(), RETURN)).decode():
-            if re.search(words, line):
-                return line
+        while line := await asyncio.wait_for(self.process.stderr.readline(), RETURN):
+            if re.search(words, line.decode()):
+                return str(line.decode())
         pytest.fail(f"it ends without a word of {words}")
 
     async def ended(self) -> tuple[int, str, str]:
@@ -693,8 +670,14 @@ class Program:
         except TimeoutError:
             await self.kill()
             pytest.fail("the program does not end")
-        assert self.process.returncode is not None
         return self.process.returncode, self.printed + (out or b"").decode(), err.decode()
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
+        """Stop it in order; what it printed on stdout and on stderr."""
+        self.signal(number)
+        code, out, err = await self.ended()
+        assert code == 0, err
+        return out, err
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -718,22 +701,31 @@ async def run_to_end(*options: str, python: tuple[str, ...] = (str(PROGRAM),), *
     return code, out, err
 
 
+async def fails(code: int, *options: str, **how: Any) -> str:
+    """Run tornchat.py, which ends with this exit code and one line; return the line."""
+    ended, out, err = await run_to_end(*options, **how)
+    assert (ended, out, len(err.splitlines())) == (code, "", 1), err
+    return err
+
+
 def complaints(log: str) -> list[str]:
     """The lines of a log, but for those that say that the room was opened and closed."""
     return [line for line in log.splitlines() if not re.search(r" INFO (started: |stopped$)", line)]
 
 
-async def raw_request(url: str, request: str, *, expect: bytes = b"") -> str:
-    """What the daemon answers to these bytes: the head, and what comes with or after it that begins as expected."""
-    place = urllib.parse.urlsplit(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
-    writer.write(request.encode("latin-1"))
-    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), RETURN)
-    if expect and b" 101 " in answer:
-        answer += await asyncio.wait_for(reader.readuntil(expect), RETURN)
-        answer += await asyncio.wait_for(reader.readexactly(3), RETURN)
-    writer.close()
-    return answer.decode("latin-1")
+async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
+    """What the daemon answers to these bytes, up to this end, or before it closes, or until patience is over."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = b""
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        writer.write(request)
+        while piece := await asyncio.wait_for(reader.read(65536), PATIENCE):
+            answer += piece
+            if end and (found := re.search(end, answer, re.DOTALL)):
+                answer = answer[: found.end()]
+                break
+    writer.transport.abort()
+    return answer
 
 
 async def handshake(
@@ -748,6 +740,12 @@ async def handshake(
     return reader, writer
 
 
+async def verdict(answer: Awaitable[tuple[int, Frame]]) -> tuple[int, object]:
+    """The status of an answer, and the code with which it refuses."""
+    status, told = await answer
+    return status, told.get("code")
+
+
 def text_of(answer: HTTPResponse) -> str:
     return answer.body.decode()
 
@@ -758,78 +756,25 @@ RESERVED_NAMES = (
     "Admin2|2admin|The Admin|TheAdmin|Admin-Bob|Bob (Admin)|superadmin|aclmin|The Room|Host 1|AdminBob|Sys Admin 3"
     "|Adm1n2|系统消息|聊天室管理员|システム通知|시스템알림|ผู้ดูแลห้อง|Админ Иван|admin🦊bob"
 )
-BAD_NAMES = {
-    "blank": "   ",
-    "too long": "x" * 25,
-    "too many marks": "a" + "\u0301" * 70,
-    "begins with a mark": "\u0301nn",
-    "only marks and signs": "!?",
-    "control character": "An\x07n",
-    "escape": "\x1b[31mAnn",
-    "C1 control": "An\x9bn",
-    "newline": "Ann\nBob",
-    "zero width space": "An\u200bn",
-    "joiner between Latin letters": "An\u200dn",
-    "joiner at the end": "Ann\u200d",
-    "right-to-left override": "An\u202en",
-    "isolate": "\u2066Ann\u2069",
-    "soft hyphen": "An\u00adn",
-    "byte order mark": "\ufeffAnn",
-    "private use": "An\ue000n",
-    "unassigned": "An\u0378n",
-    "line separator": "An\u2028n",
-    "hangul filler": "\u3164",
-    "half-width hangul filler": "An\uffa0n",
-    "braille blank": "\u2800\u2800",
-    "combining grapheme joiner": "An\u034fn",
-    "tag characters": "Ann\U000e0041",
-    "lone surrogate": "An\ud800",
-    "reserved": "admin",
-    "reserved, otherwise written": "Ａｄｍ1n",
-    "reserved in Chinese": "系统",
-    "reserved, decorated": "★ [Admin] ★",
-    "reserved, with a badge": "🅰🅳🅼🅸🅽",
-    "reserved, in small capitals": "ꜱʏꜱᴛᴇᴍ",
-    "reserved, in leetspeak": "$y573m",
-    "reserved, without its accents": "moderateur",
-    "reserved, in Cyrillic for Latin letters": "hоst",
-    "reserved, with a joiner": "ad\u200dmin",
-    "bidi mark": "Ann\u200e",
-    "Arabic letter mark": "Ann\u061c",
-    "word joiner": "An\u2060n",
-    "interlinear annotation": "An\ufff9n",
-    "object replacement": "An\ufffcn",
-    "a note without a head": "\U0001d159",
-    "Mongolian separator": "An\u180en",
-    "Khmer inherent vowel": "ក\u17b4",
-    "noncharacter": "An\uffffn",
-    "carriage return": "Ann\rBob",
-    "NUL": "Ann\x00",
-    "marks piled up": "A" + "\u0301\u0316" * 4 + "nn",
-    "two scripts": "Аnn",
-    "two scripts, Greek": "Πавел",
-    "digits of another script": "user٣",
-    "a script out of use": "Ⲙⲁⲣⲓⲁ",
-    "a script of few": "ᏣᎳᎩ",
-    "a mark twice": "Ann\u0323\u0323",
-    "a radical": "李⺠",
-    "archaic Hangul": "ꥠᅡ",
-    "tatweel": "محـمد",
-    "a vowel written as two": "अाशा",
-    "letters in black circles": "🅐🅝🅝",
-    "a variation selector that nothing shows": "An\ufe00n",
-    "joiner between letters and an emoji": "Ann\u200d🚀",
-    "joiner between Cyrillic letters": "Ол\u200cьга",
-}
+# Blank, too long, of marks and signs alone, of two scripts, of letters out of use, with joiners where nothing joins, or
+# reserved, however it is written.
+BAD_NAMES = [" " * 3, "x" * 25, "a" + "\u0301" * 70, "A" + "\u0301\u0316" * 4 + "nn", "Ann\u0323\u0323", "Ann\u200d"]
+BAD_NAMES += ["\u0301nn", "\x1b[31mAnn", "\u2066Ann\u2069", "\u3164", "\u2800\u2800", "Ann\U000e0041", "\U0001d159"]
+BAD_NAMES += ["ក\u17b4", "Ann\u200d🚀", "Ол\u200cьга", "ad\u200dmin"]
+BAD_NAMES += ["!?", "Аnn", "Πавел", "user٣", "Ⲙⲁⲣⲓⲁ", "ᏣᎳᎩ", "李⺠", "ꥠᅡ", "محـمد", "अाशा", "🅐🅝🅝"]
+BAD_NAMES += ["admin", "Ａｄｍ1n", "系统", "★ [Admin] ★", "🅰🅳🅼🅸🅽", "ꜱʏꜱᴛᴇᴍ", "$y573m", "moderateur", "hоst"]
+# Controls, what nothing shows, marks of direction, breaks of a line, half a character, and what has no meaning yet.
+UNFIT = "\0\7\n\r\x9b\xad\u034f\u0378\u061c\u180e\u200b\u200d\u200e\u2028\u202e\u2060"
+UNFIT += "\ud800\ue000\ufe00\ufeff\uffa0\ufff9\ufffc\uffff"
+BAD_NAMES += [f"An{char}n" for char in UNFIT]
 RESERVED = f"{tornchat.RESERVED} {tornchat.RESERVED_WORDS} {tornchat.RESERVED_PARTS}".split()
-BAD_NAMES |= {f"reserved: {word}": word for word in RESERVED}
-BAD_NAMES |= {f"reserved: {name}": name for name in [*RESERVED_NAMES.split("|"), *(f"{word}2" for word in RESERVED)]}
+BAD_NAMES += [*RESERVED, *(f"{word}2" for word in RESERVED), *RESERVED_NAMES.split("|")]
 # In plain lines they could be taken for somebody else's words, for two people, or for the room's.
 FORGING_NAMES = [f"Teacher{colon} go home I" for colon in ":ːः։׃܃᛬᠃᠉⁚∶ꓽ꞉：ઃ፡៖"]
 FORGING_NAMES += [f"Bob{comma} Teacher" for comma in [*",،、，‚;；፣٫", " \u0326", "\u0326"]]
 FORGING_NAMES += ["~Ann", "Ann ~~~", *(f"{tilde * 3} Bob left {tilde * 3}" for tilde in "~≈〜˜∼∽≋")]
 FORGING_NAMES += [f"{mark} Ann" for mark in (tornchat.HOST_MARK, *"⭐🌟✪✯👑♔✔✅☑🛡")]
-BAD_NAMES |= {f"forging: {name}": name for name in FORGING_NAMES}
+BAD_NAMES += FORGING_NAMES
 GOOD_NAMES = (
     "Ann|Ann Lee|王小明|Ærøskøbing|Ольга|مريم|कुमार|क्\u200dष|می\u200cنا|İpek|0|42|__proto__|constructor|O'Brien"
     "|<b>Ann</b>|a&b|🦊|👩\u200d🚀|❤\ufe0f|guest|null|undefined|toString|hasOwnProperty|Ελένη|Νίκη|Արմեն|ქეთი|דוד"
@@ -944,36 +889,23 @@ DISTINCT = (
     "👩🏽/👩🏿 🇩🇪/🇫🇷 Ann/Ann- user6/user8 user0/user9"
 )
 
-WRONG_FRAMES: dict[str, tuple[str | bytes, str]] = {
-    "not JSON": ("hello", "bad-frame"),
-    "nothing": ("", "bad-frame"),
-    "JSON that is no object": ("[1, 2]", "bad-frame"),
-    "a string": ('"say"', "bad-frame"),
-    "null": ("null", "bad-frame"),
-    "no type": ('{"text": "hi"}', "bad-frame"),
-    "unknown type": ('{"type": "shout", "text": "hi"}', "bad-frame"),
-    "odd type": ('{"type": ["say"], "text": "hi"}', "bad-frame"),
-    "no text": ('{"type": "say", "cid": "c1"}', "bad-frame"),
-    "text that is none": ('{"type": "say", "text": 7}', "bad-frame"),
-    "binary": (b'{"type": "say", "text": "hi"}', "bad-frame"),
-    "cid with a space": ('{"type": "say", "text": "hi", "cid": "a b"}', "bad-frame"),
-    "empty cid": ('{"type": "say", "text": "hi", "cid": ""}', "bad-frame"),
-    "long cid": ('{"type": "say", "text": "hi", "cid": "' + "c" * 65 + '"}', "bad-frame"),
-    "cid that is a number": ('{"type": "say", "text": "hi", "cid": 7}', "bad-frame"),
-    "cid that is null": ('{"type": "say", "text": "hi", "cid": null}', "bad-frame"),
-    "cid with a newline at its end": ('{"type": "say", "text": "hi", "cid": "c\\n"}', "bad-frame"),
-    "cid in Arabic digits": ('{"type": "say", "text": "hi", "cid": "\\u0661"}', "bad-frame"),
-    "cid as the daemon makes them": ('{"type": "say", "text": "hi", "cid": "~1"}', "bad-frame"),
-    "empty text": ('{"type": "say", "text": ""}', "empty"),
-    "blank text": ('{"type": "say", "text": " \\n\\t\\u3000 "}', "empty"),
-    "invisible text": ('{"type": "say", "text": "\\u200b\\u2800\\u3164\\u0000"}', "empty"),
-    "4,001 characters": (json.dumps({"type": "say", "text": "x" * 4001}), "too-long"),
-    "lone surrogate": ('{"type": "say", "text": "\\ud800"}', "bad-frame"),
-    "NaN": ('{"type": "say", "text": NaN}', "bad-frame"),
-    "deep nesting": ("[" * 8000, "bad-frame"),
-    "deep nesting in a field": ('{"type":"say","text":"x","cid":' + '{"a":' * 1500 + "1" + "}" * 1501, "bad-frame"),
-    "a number of 5,000 digits": ('{"type": "say", "text": ' + "9" * 5000 + "}", "bad-frame"),
-}
+
+def said(text: object, **more: object) -> str:
+    return json.dumps({"type": "say", "text": text} | more)
+
+
+# No JSON, no object, another type, no text, and what no text, name or cid can be: the last cid is as the daemon's are.
+BAD_FRAMES: list[str | bytes] = ["hello", "", "null", "[" * 8000, said("hi").encode(), said("\ud800"), said(7)]
+BAD_FRAMES += ['{"text": "hi"}', '{"type": ["say"], "text": "hi"}', '{"type": "say", "cid": "c1"}']
+BAD_FRAMES += ['{"type": "say", "text": NaN}', '{"type": "say", "text": ' + "9" * 5000 + "}"]
+BAD_FRAMES += ['{"type": "say", "cid":' + '{"a":' * 1500 + "1" + "}" * 1501]
+BAD_FRAMES += ['{"type": "mute", "name": "\\ud800", "seconds": 9}']
+BAD_FRAMES += [said("hi", cid=cid) for cid in ("a b", "", "c" * 65, 7, None, "c\n", "\u0661", "~1")]
+OURS = ("message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say")  # or nobody's
+BAD_FRAMES += [said("hi", type=kind, names=["Bob"]) for kind in OURS]
+EMPTY_FRAMES = [said(""), said(" \n\t\u3000 "), said("\u200b\u2800\u3164\0")]
+WRONG_FRAMES = [*((frame, "bad-frame") for frame in BAD_FRAMES), *((frame, "empty") for frame in EMPTY_FRAMES)]
+WRONG_FRAMES += [(said("x" * 4001), "too-long")]
 any_json = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["type", "text", "cid", "x"]), inner),
@@ -1010,9 +942,7 @@ def confusable_characters() -> list[set[str]]:
         alike = {one.replace("\u200e", "") for one in (char, *(twin["c"] for twin in twins))}
         alike = alike.union(*(sets.get(one, ()) for one in alike))
         sets |= dict.fromkeys(alike, alike)
-    return [
-        {char for char in alike if len(char) == 1} for alike in {id(alike): alike for alike in sets.values()}.values()
-    ]
+    return [{char for char in alike if len(char) == 1} for alike in {id(each): each for each in sets.values()}.values()]
 
 
 def keys_beside(base: str, chars: set[str]) -> Iterable[tuple[tuple[str, str], tuple[str, str]]]:
@@ -1024,10 +954,6 @@ def keys_beside(base: str, chars: set[str]) -> Iterable[tuple[tuple[str, str], t
 
 def shown_as_it_is(name: str) -> bool:
     return unicodedata.normalize("NFKD", name) == unicodedata.normalize("NFD", name)
-
-
-def script_of(char: str) -> str:
-    return unicodedata.name(char).split()[0]
 
 
 def refusal(wish: Callable[[], object]) -> str:
@@ -1044,18 +970,15 @@ def refusal(wish: Callable[[], object]) -> str:
 class TestMessagesAndNames:
     def test_bad_names(self) -> None:
         """A name that could deceive, cannot be shown or is the room's own is refused, in words in every language."""
-        for what, name in BAD_NAMES.items():
-            assert refusal(functools.partial(tornchat.clean_name, name)) == "invalid", what
+        for name in BAD_NAMES:
+            assert refusal(functools.partial(tornchat.clean_name, name)) == "invalid", ascii(name)
 
     def test_good_names(self) -> None:
-        """Names in any script, with the joiners that it needs, stay as they are."""
+        """Names in any script, with the joiners that it needs, stay; spaces are folded, letters composed."""
         for name in [*GOOD_NAMES.split("|"), "x" * 24]:
             assert tornchat.clean_name(name) == name
-
-    @pytest.mark.parametrize(("raw", "name"), CLEANED)
-    def test_cleaned_name(self, raw: str, name: str) -> None:
-        """Spaces are folded, and letters written in another way become the usual ones."""
-        assert tornchat.clean_name(raw) == name
+        for raw, name in CLEANED:
+            assert tornchat.clean_name(raw) == name
 
     def test_G7_twins(self) -> None:
         """Of two names that look alike the second is none at all, or has the key of the first; a key is its own key."""
@@ -1065,8 +988,6 @@ class TestMessagesAndNames:
             assert key_of_name(twin) in (key_of_name(name), None), pair
             for key in map(tornchat.name_key, (name, twin)):
                 assert tornchat.name_key(key) == key
-
-    def test_distinct(self) -> None:
         for pair in DISTINCT.split():
             assert len(set(map(tornchat.name_key, pair.split("/")))) == 2, pair
 
@@ -1084,7 +1005,8 @@ class TestMessagesAndNames:
         apart = [(one, other) for (one, key), (other, other_key) in pairs if key != other_key]
         print(f"{len(apart)} of {len(pairs)} confusable pairs make two names:", *map("/".join, apart))
         assert len(pairs) > 100
-        assert [pair for pair in apart if not {script_of(char) for char in pair} <= SCRIPTS_LEFT] == []
+        scripts = {unicodedata.name(char).split()[0] for pair in apart for char in pair}
+        assert scripts <= SCRIPTS_LEFT
 
     def test_G5_a_long_name_is_cut(self) -> None:
         """A nickname of any length is looked at as far as a name could reach: marks take the square of their number."""
@@ -1115,9 +1037,8 @@ class TestMessagesAndNames:
             return
         assert tornchat.clean_name(name) == name == " ".join(name.split())
         assert 1 <= len(name) <= 64
-        assert not re.search(
-            r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff]", name
-        )
+        unfit = r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ue000-\uf8ff]"
+        assert not re.search(unfit, name)
         assert tornchat.name_key(name)
 
     @hypothesis.given(st.text("aAnNmMrvVwW01lIiİıοоО éеÉ\u0301２", min_size=1, max_size=12), st.data())
@@ -1134,11 +1055,6 @@ class TestMessagesAndNames:
         offered = [name, *itertools.islice(tornchat.variants(tornchat.clean_name(name)), 30)]
         assert len({tornchat.name_key(tornchat.clean_name(variant)) for variant in offered}) > 25
 
-    def test_wrong_frames(self) -> None:
-        """A wrong frame is refused with its code, in words in every language."""
-        for what, (frame, code) in WRONG_FRAMES.items():
-            assert refusal(functools.partial(tornchat.parse_frame, frame)) == code, what
-
     @hypothesis.given(any_frame)
     def test_any_frame(self, frame: str | bytes) -> None:
         """Whatever comes in: refused, or a text that can be sent to everybody."""
@@ -1150,14 +1066,9 @@ class TestMessagesAndNames:
             return
         text, cid = wish.text, wish.cid
         assert 1 <= len(text.encode()) <= 4 * 4000
+        assert tornchat.clean_text(text) == text
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
-
-    @hypothesis.given(st.text(max_size=50))
-    def test_any_text(self, raw: str) -> None:
-        with contextlib.suppress(tornchat.Refused):
-            text = tornchat.clean_text(raw)
-            assert tornchat.clean_text(text) == text
 
     @pytest.mark.parametrize(
         ("raw", "text"),
@@ -1186,23 +1097,6 @@ class TestMessagesAndNames:
         assert (frame[0], len(frame) - head) == (0x81, size)
         assert int.from_bytes(frame[2:head] or frame[1:2], "big") == size
 
-    @hypothesis.given(
-        st.lists(
-            st.builds(
-                tornchat.Event,
-                st.sampled_from(["message", "joined", "left"]),
-                *[st.integers(0, 2**53)] * 2,
-                *[st.text(st.characters(exclude_categories=["Cs"]), max_size=9)] * 4,
-                st.just(tornchat.NOWHERE),
-                st.sampled_from([{}, {"host": True}, {"re": 7}]),
-            )
-        )
-    )
-    def test_any_events(self, events: list[tornchat.Event]) -> None:
-        """Events that went through the store are what they were, and know their places."""
-        stored = tornchat.decode_events(tornchat.encode_events(events), (5, 1))
-        assert stored == [event._replace(place=(5, 1, n)) for n, event in enumerate(events)]
-
     @pytest.mark.parametrize(
         ("event", "line"),
         [
@@ -1222,15 +1116,6 @@ class TestMessagesAndNames:
         encoded = tornchat.encode(event)
         assert encoded.line == (tornchat.ws_frame(line.encode()) if line else b"")
         assert decoded(encoded) == event
-
-    @pytest.mark.parametrize(
-        "change", [{"type": "shout"}, {"seq": "1"}, {"seq": -1}, {"ts": None}, {"text": 7}, {"name": []}, {"more": 1}]
-    )
-    def test_foreign_entry(self, change: Frame) -> None:
-        """An entry that no tornchat wrote has no events."""
-        (event,) = json.loads(tornchat.encode_events([tornchat.Event("message", 1, 2, "sid", "cid", "Ann", "hi")]))
-        assert len(tornchat.decode_events(json.dumps([event]).encode())) == 1
-        assert tornchat.decode_events(json.dumps([event, event | change]).encode()) == []
 
 
 # === Store and feed ===================================================================================================
@@ -1350,10 +1235,6 @@ async def open_feed(kind: type[tornchat.Store], connect: Callable[..., Any], con
     return feed
 
 
-async def has_seq(feed: tornchat.Feed, seq: int) -> bool:
-    return feed.room.seq == seq
-
-
 @pytest.fixture
 def feeds(store: Store) -> Feeds:
     return Feeds(store)
@@ -1372,40 +1253,6 @@ def say(feed: tornchat.Feed, who: Recorder, text: str, cid: str = "") -> list[ob
 
 
 class TestFeed(Transcripts):
-    async def test_G4_one_cid_at_two_feeds(self, feeds: Feeds) -> None:
-        """The same cid of the same session, said at two daemons at once, is stored once."""
-        first, second = await feeds.start(), await feeds.start()
-        ann = await feeds.enter(first, "Ann")
-        there = await feeds.enter(second, "Ann")
-        for n in range(50):
-            say(first, ann, f"{n}", f"c{n}")
-            say(second, there, f"{n}", f"c{n}")
-        await feeds.settled(50)
-        bob = await feeds.enter(first, "Bob")
-        say(first, bob, "the end", "c0")
-        await feeds.settled(51)
-        assert [frame["text"] for frame in ann.of("message")] == [*map(str, range(50)), "the end"]
-
-    async def test_the_secret(self, feeds: Feeds) -> None:
-        """The room keeps the secret that its daemons agree on, and they follow a new one; an operator's is not kept."""
-        given = await feeds.start(secret="from the operator")
-        assert given.store.secret == "from the operator"
-        assert not await feeds.redis.exists(feeds.place.key("secret"))
-        first, second = await feeds.start(), await feeds.start()
-        assert first.store.secret == second.store.secret == (await feeds.redis.get(feeds.place.key("secret"))).decode()
-        await feeds.redis.set(feeds.place.key("secret"), "another one")
-        await until(lambda: first.store.secret == second.store.secret == "another one")
-
-    async def test_G4_the_stored_text_counts(self, feeds: Feeds) -> None:
-        """A cid sent again with another text is confirmed with the text that was stored."""
-        feed = await feeds.start()
-        ann = await feeds.enter(feed, "Ann")
-        say(feed, ann, "first", "c1")
-        await feeds.settled(1)
-        (outcome,) = say(feed, ann, "second", "c1")
-        assert isinstance(outcome, tornchat.Event)
-        assert (outcome.seq, outcome.text) == (1, "first")
-
     async def test_poisoned_entries(self, feeds: Feeds) -> None:
         """Entries that no tornchat wrote are passed over, by who reads along and by who starts later."""
         feed = await feeds.start()
@@ -1434,7 +1281,7 @@ class TestFeed(Transcripts):
         await tornchat.end_tasks(second.tasks)  # it hears nothing for a while
         for text in ("only one daemon", "has seen this"):
             say(first, ann, text)
-        await until(lambda: has_seq(first, 3))
+        await until(lambda: first.room.seq == 3)
         await tornchat.end_tasks(first.tasks)
         await feeds.flush()
         second.start()
@@ -1483,7 +1330,7 @@ class TestFeed(Transcripts):
         carl = await feeds.enter(later, "Carl")
         for text in ("another 3", "4"):
             say(later, carl, text)
-        await until(lambda: has_seq(later, 4))
+        await until(lambda: later.room.seq == 4)
         bob = Recorder(member("Bob"))
         later.room.join(bob, tornchat.ResumePoint(3, feed.room.epoch, seen["ts"]))
         assert (bob.of("welcome")[0]["reset"], bob.seqs) == (True, [1, 2, 3, 4])
@@ -1497,7 +1344,7 @@ class TestFeed(Transcripts):
         ann = await feeds.enter(first, "Ann")
         await tornchat.end_tasks(second.tasks)
         say(first, ann, "hi")
-        await until(lambda: has_seq(first, 1))
+        await until(lambda: first.room.seq == 1)
         point = tornchat.ResumePoint(1, first.room.epoch, first.room.ts)
         with pytest.raises(tornchat.Refused) as refused:
             await second.catch_up(point)
@@ -1505,21 +1352,6 @@ class TestFeed(Transcripts):
         second.start()
         await second.catch_up(point)
         assert second.room.owed(point)[1]["recovered"]
-
-    async def test_one_look_for_all(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """300 clients that are ahead cost as many readings of the store as one."""
-        feed = await feeds.start(tick_seconds=60.0)
-        looks = itertools.count()
-        newest = feed.store.newest
-
-        async def counted() -> tornchat.Entry | None:
-            next(looks)
-            return await newest()
-
-        monkeypatch.setattr(feed.store, "newest", counted)
-        point = tornchat.ResumePoint(999_999, feed.room.epoch)
-        await asyncio.gather(*(feed.catch_up(point) for _ in range(300)))
-        assert next(looks) <= 2
 
     async def test_a_daemon_starts_on_what_was_flushed(self, feeds: Feeds) -> None:
         """A store is flushed while a daemon starts: it waits for the others, and all sign with the one secret."""
@@ -1669,23 +1501,6 @@ class TestFeed(Transcripts):
         say(feed, ann, "more", "c1")
         await feeds.settled(11)
 
-    async def test_slow_rates(self) -> None:
-        """A rate so slow that five times it is no message lets one through all the same."""
-        limits = tornchat.Limits(0.1)
-        limits.pace(limits.says, "sid-Ann")
-        with pytest.raises(tornchat.Refused) as refused:
-            limits.pace(limits.says, "sid-Ann")
-        assert 9 < refused.value.retry_after <= 10
-
-    async def test_a_name_is_someone_elses(self, feeds: Feeds) -> None:
-        """Of two sessions that enter under one name at two daemons at once, one is refused."""
-        first, second = await feeds.start(), await feeds.start()
-        results = await asyncio.gather(
-            first.outbox.enter("s1", "Ann"), second.outbox.enter("s2", "ANN"), return_exceptions=True
-        )
-        refused = [result for result in results if isinstance(result, tornchat.Refused)]
-        assert [result.code for result in refused] == ["taken"]
-
     async def test_G7_name_lost(self, feeds: Feeds) -> None:
         """Somebody whose name another has in a new history is told name-lost, and closed with 4409."""
         feeds.repair_seconds = 0.2
@@ -1724,18 +1539,6 @@ class TestFeed(Transcripts):
         say(feed, ann, "on")
         await feeds.settled(1)
 
-    async def test_gone_while_entering(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Who has left again before it is known that they came is told that the name is not theirs."""
-        feed = await feeds.start()
-
-        def come_and_go(type: str, who: tornchat.Member, done: tornchat.Done, **fields: Any) -> None:
-            """The notice is in the feed, and another one already behind it."""
-            done(tornchat.Event(type, 0, 7, who.sid, "", who.name))
-
-        monkeypatch.setattr(feed.outbox, "propose", come_and_go)
-        with pytest.raises(tornchat.Taken):
-            await feed.outbox.enter("sid-Ann", "Ann")
-
     async def test_one_return_at_a_time(self, feeds: Feeds) -> None:
         """Who is on the way back to the list does not set out a second time."""
         feed = await feeds.start()
@@ -1747,13 +1550,6 @@ class TestFeed(Transcripts):
         say(feed, ann, "on")
         await feeds.settled(1)
         assert [frame["names"] for frame in ann.of("joined")] == [["Bob"], ["Bob"]]
-
-    async def test_two_daemons_begin(self, feeds: Feeds) -> None:
-        """Of two daemons that find no feed, only the first begins one."""
-        feed = await feeds.start()
-        before = await feeds.redis.xrange(feeds.key)
-        await feed.store.open_epoch(feed.store.now() + 1)
-        assert await feeds.redis.xrange(feeds.key) == before
 
     async def test_G6_a_lease_is_lost(self, feeds: Feeds) -> None:
         """Somebody whose lease another daemon finds lapsed, but who is here, is back on the list at once."""
@@ -1826,23 +1622,6 @@ class TestFeed(Transcripts):
         later = await feeds.start()
         assert set(later.room.roster) == set(feed.room.roster)
 
-    async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
-        feed = await feeds.start(lease_seconds=60.0)
-        bob = await feed.outbox.enter("sid-Bob", "Bob")
-        drop_leases, dropped = feed.store.drop_leases, asyncio.Event()
-
-        async def drop_late(keys: Iterable[str]) -> None:
-            await feed.outbox.exit(bob.sid, bob.name)
-            await drop_leases(keys)
-            dropped.set()
-
-        monkeypatch.setattr(feed.store, "drop_leases", drop_late)
-        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
-        await asyncio.wait_for(dropped.wait(), RETURN)
-        assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None
-        await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
-
     async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A group in which all are refused isn't the end of the work: the next in the outbox is committed at once."""
         monkeypatch.setattr(tornchat, "GROUP_EVENTS", 3)
@@ -1866,10 +1645,8 @@ def filled_room(count: int, history: int = 100, first: int = 1) -> tornchat.Room
 
 
 def messages(first: int, last: int) -> list[tornchat.Event]:
-    return [
-        tornchat.Event("message", seq, 1000 * seq, "s", f"c{seq}", "Ann", f"{seq}", (1, seq, 0))
-        for seq in range(first, last + 1)
-    ]
+    seqs = range(first, last + 1)
+    return [tornchat.Event("message", seq, 1000 * seq, "s", f"c{seq}", "Ann", f"{seq}", (1, seq, 0)) for seq in seqs]
 
 
 def presence(kind: str, *names: str) -> list[tornchat.Event]:
@@ -1917,24 +1694,6 @@ class TestRoom:
         room.join(bob, tornchat.ResumePoint(40, "e"))
         assert (ann.seqs, bob.seqs) == ([], list(range(41, 51)))
 
-    @hypothesis.given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 20), st.integers(0, 90))
-    def test_any_ring(self, size: int, count: int, gone: int, after: int) -> None:
-        """The ring gives all that came after a message, or says that some of it has fallen out."""
-        ring = tornchat.Ring(size)
-        ring.last = gone
-        for event in messages(gone + 1, gone + count):
-            ring.append(event)
-        kept = list(range(gone + 1, gone + count + 1))[-size:]
-        owed = ring.after(after)
-        if after < (kept[0] - 1 if kept else gone):
-            assert owed is None
-        else:
-            assert owed is not None
-            assert [decoded(event)["seq"] for event in owed] == [seq for seq in kept if seq > after]
-        assert [decoded(event)["seq"] for event in ring.newest(7)] == kept[-7:]
-        found = ring.find(after)
-        assert (found.ts if found else None) == (1000 * after if after in kept else None)
-
     @hypothesis.given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 25)), max_size=30))
     def test_G2_any_comings_and_goings(self, steps: list[tuple[int, int]]) -> None:
         """However speaking, cuts and returns follow each other: nothing twice, nothing lost or told how much."""
@@ -1969,15 +1728,6 @@ class TestRoom:
         assert (ann.frames[1]["names"], ann.frames[1]["count"]) == (["Bob", "Carl"], 3)
         assert (ann.frames[2]["names"], ann.frames[2]["count"]) == (["Carl"], 2)
 
-    def test_no_news(self) -> None:
-        """A session that is on the list already does not join it again, and nobody is told."""
-        room = filled_room(0)
-        room.apply(presence("joined", "Ann"))
-        ann = Recorder(room.roster[tornchat.name_key("Ann")])
-        room.join(ann)
-        room.apply(presence("joined", "Ann") + presence("left", "Bob"))
-        assert len(ann.frames) == 1
-
     def test_a_thousand_names(self) -> None:
         """A welcome lists at most 1,000 names, the own one first; the count is the truth."""
         room = filled_room(0)
@@ -1987,16 +1737,6 @@ class TestRoom:
         welcome = last.frames[0]
         assert (len(welcome["members"]), welcome["members"][0], welcome["count"]) == (1000, "P1499", 1500)
         assert len(set(welcome["members"])) == 1000
-
-    def test_the_store_goes_away(self) -> None:
-        """Everybody is told once when the store goes away, once when it is back; who comes meanwhile is told too."""
-        room, ann, bob = filled_room(1), Recorder(member("Ann")), Recorder(member("Bob"))
-        room.join(ann)
-        assert [room.set_available(state) for state in (True, False, False)] == [False, True, False]
-        room.join(bob)
-        assert room.set_available(True)
-        assert [frame["available"] for frame in ann.of("store")] == [False, True]
-        assert [frame["type"] for frame in bob.frames] == ["welcome", "store", "message", "store"]
 
     def test_deleted_long_ago(self) -> None:
         """A room that is read anew has no deleted text, and knows which entry still holds it, or that none does."""
@@ -2019,11 +1759,6 @@ class TestRoom:
         for joined in presence("joined", "Ann", "Bob", "Carl"):
             room.apply([joined._replace(details={"host": True}), joined._replace(type="left", text=tornchat.LOGOUT)])
         assert [*room.state.ended] == ["sid-Bob", "sid-Carl"]
-
-    def test_variant(self) -> None:
-        room = filled_room(0)
-        room.apply(presence("joined", "Ann", "Ann2", "ann3"))
-        assert room.free_variant("Ann") == "Ann4"
 
 
 # === Command line =====================================================================================================
@@ -2097,7 +1832,10 @@ WRONG_USAGE: list[tuple[list[str], dict[str, str]]] = [
     (["--title", "x" * 81], {}),
     (["--room", "a b"], {}),
     (["--join", "http://a host/"], {}),
-    (["--allow-host", " , "], {}),
+    *(
+        (["--allow-host", host], {})
+        for host in (" , ", "b.org,https://a.org/", "*.a.org", "a b", "a.org;reboot", "ä.org")
+    ),
     ([], {"PORT": "eighty"}),
     ([], {"TORNCHAT_PORT": "", "PORT": "1.5"}),
     ([], {"REDIS_URL": "redis//missing-colon"}),
@@ -2123,7 +1861,7 @@ class TestCommandLine(Transcripts):
             assert "secret@" not in err
 
     def test_help_is_the_manual(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """--help prints the module's docstring, and names every variable of the environment."""
+        """--help prints the module's docstring, and names every variable of the environment; --version the version."""
         with pytest.raises(SystemExit) as stopped:
             tornchat.parse_config(["--help"], {})
         assert stopped.value.code == 0
@@ -2132,19 +1870,12 @@ class TestCommandLine(Transcripts):
         for _, environ, _, _ in FIELDS:
             for name in environ:
                 assert name in printed
-
-    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """--version prints the version, whatever another program has put into the environment."""
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped:  # whatever another program has put into the environment
             tornchat.parse_config(["--version"], {"PORT": "abc", "REDIS_URL": "http://a"})
-        assert stopped.value.code == 0
-        assert tornchat.__version__ in capsys.readouterr().out
+        assert (stopped.value.code, tornchat.__version__ in capsys.readouterr().out) == (0, True)
 
     async def test_ports_are_busy(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A daemon says which port was given and is busy; or that all ports from the default one on are."""
-        daemon = await memory_lan.serve()
-        with pytest.raises(tornchat.FatalError, match=str(daemon.port)):
-            await memory_lan.serve(port=daemon.port)
+        """A daemon says that all ports from the default one on are busy."""
 
         def busy(*args: object, **kwargs: object) -> NoReturn:
             raise OSError(errno.EADDRINUSE, "in use")
@@ -2160,10 +1891,7 @@ class TestCommandLine(Transcripts):
             program = await memory_lan.run()
             address = await program.address()
             assert 8888 < int(address.rsplit(":", 1)[1]) < 9100
-            program.signal(signal.SIGTERM)
-            code, out, err = await program.ended()
-        assert code == 0
-        assert "8888" in out + err
+            assert "8888" in "".join(await program.stop())
 
     async def test_a_port_of_another_program(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """A port that another program has on 127.0.0.1 alone is busy, even where the system would give us the rest."""
@@ -2184,8 +1912,7 @@ class TestCommandLine(Transcripts):
         """A start that cannot be ends with its exit code and one line with the cause: no traceback, no password."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             busy = taken.getsockname()[1]
-            ended, out, err = await run_to_end("--host", "127.0.0.1", *options.format(busy=busy).split())
-        assert (ended, out, len(err.splitlines())) == (code, "", 1), err
+            err = await fails(code, "--host", "127.0.0.1", *options.format(busy=busy).split())
         assert "hunter2" not in err
         assert re.search(why.format(busy=busy), err), err
 
@@ -2221,6 +1948,7 @@ class TestCommandLine(Transcripts):
             await tornchat.Daemon.start(dataclasses.replace(config, silence_seconds=1.0))
         assert not re.search("hunter2|\n", str(refused.value))
 
+    @slow
     async def test_a_redis_that_is_not_up_yet(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """A daemon that starts before its Redis says so in a line, and opens the room when it is there."""
         own_redis.kill()
@@ -2279,9 +2007,7 @@ class TestCommandLine(Transcripts):
 
     async def test_python_3_10(self) -> None:
         """An old Python that can read the file is told in one line, before anything that it lacks is imported."""
-        code, out, err = await run_to_end(python=after("sys.version_info = (3, 10, 13)"))
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
-        assert "needs Python 3.11 or newer" in err
+        assert "needs Python 3.11 or newer" in await fails(1, python=after("sys.version_info = (3, 10, 13)"))
 
     @pytest.mark.parametrize(
         ("versions", "named"),
@@ -2297,27 +2023,24 @@ class TestCommandLine(Transcripts):
             info = tmp_path / f"{name}-{version}.dist-info"
             info.mkdir()
             (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-        code, out, err = await run_to_end("--version", PYTHONPATH=str(tmp_path))
-        if named:
-            assert (code, out, len(err.splitlines())) == (1, "", 1), err
-            reason, command = err.split("python -m pip install")
-            assert re.findall(r"\w+>=", reason) == named
-            assert command.split() == [f'"{requirement}"' for requirement in tornchat.REQUIREMENTS]
-        else:
-            assert (code, err) == (0, "")
+        if not named:
+            assert (await run_to_end("--version", PYTHONPATH=str(tmp_path)))[::2] == (0, "")
+            return
+        reason, command = (await fails(1, "--version", PYTHONPATH=str(tmp_path))).split("python -m pip install")
+        assert re.findall(r"\w+>=", reason) == named
+        assert command.split() == [f'"{requirement}"' for requirement in tornchat.REQUIREMENTS]
 
     @pytest.mark.parametrize(
         "python",
         [
-            *(after(f"sys.modules[{name!r}] = None") for name in ("tornado", "redis", "fakeredis")),
+            after("sys.modules['fakeredis'] = None"),
             ("-I", "-S", str(PROGRAM)),
         ],
-        ids=["tornado", "redis", "fakeredis", "all"],
+        ids=["fakeredis", "all"],
     )
     async def test_missing_packages(self, python: tuple[str, ...]) -> None:
         """Without one of its packages, or all, the program prints a line that names them as pip takes them."""
-        code, out, err = await run_to_end(python=python)
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        err = await fails(1, python=python)
         assert "pip install" in err
         assert all(requirement in err for requirement in tornchat.REQUIREMENTS)
 
@@ -2331,54 +2054,26 @@ def signed(secret: str, name: str, *, days_ago: float = 0, value: str = "0123456
     return tornado.web.create_signed_value(secret, name, value, clock=clock).decode()
 
 
-FORGERIES: dict[str, Callable[[str, str, str], str]] = {  # of the room's secret, the cookie's name, a good value
-    "empty": lambda secret, name, value: "",
-    "nonsense": lambda secret, name, value: "nonsense",
-    "truncated": lambda secret, name, value: value[:-3],
-    "without its signature": lambda secret, name, value: value.rpartition("|")[0] + "|",
-    "a bit changed": lambda secret, name, value: value[:-1] + ("0" if value[-1] != "0" else "1"),
-    "unsigned": lambda secret, name, value: "0123456789abcdef Eve",
-    "unsigned, in base64": lambda secret, name, value: "MDEyMzQ1Njc4OWFiY2RlZiBFdmU=",
-    "base64 garbage": lambda secret, name, value: re.sub(r"\|\d+:[^|]*\|(?=[0-9a-f]{64})", "|4:====|", value),
-    "older version": lambda secret, name, value: value.replace("2|", "1|", 1),
-    "signed as an older version": lambda secret, name, value: tornado.web.create_signed_value(
-        secret, name, "sid Eve", version=1
-    ).decode(),
-    "a newer version": lambda secret, name, value: value.replace("2|", "3|", 1),
-    "another key version": lambda secret, name, value: value.replace("2|1:0|", "2|1:7|", 1),
-    "lengths that lie": lambda secret, name, value: re.sub(r"\|(\d+):", r"|9\1:", value),
-    "negative lengths": lambda secret, name, value: re.sub(r"\|(\d+):", r"|-\1:", value),
-    "reversed": lambda secret, name, value: value[::-1],
-    "long": lambda secret, name, value: "x" * 12_000,
-    "only bars": lambda secret, name, value: "2|" * 2000,
-    "a number of 5,000 digits": lambda secret, name, value: "2|1:0|10:" + "9" * 5000 + "|",
-    "odd bytes": lambda secret, name, value: "\xff\xfe\x80" + value,
-    "escapes": lambda secret, name, value: '"\\777\\000\\"',
-    "signed by another room": lambda secret, name, value: signed("another secret", name),
-    "of another cookie": lambda secret, name, value: signed(secret, "tornchat-00000000"),
-    "41 days old": lambda secret, name, value: signed(secret, name, days_ago=41),
-    "31 days old": lambda secret, name, value: signed(secret, name, days_ago=31),
-    "signed, without a name": lambda secret, name, value: signed(secret, name, value="0123456789abcdef"),
-    "signed, empty": lambda secret, name, value: signed(secret, name, value=""),
-}
+def forgeries(secret: str, name: str, value: str) -> list[str]:
+    """What isn't the room's, though its secret, the name of its cookie and a good value of it may be known."""
+    forged = ["", "nonsense", "0123456789abcdef Eve", "x" * 12_000, "2|1:0|10:" + "9" * 5000 + "|", '"\\777\\000\\"']
+    forged += [value[:-3], value.rpartition("|")[0] + "|", value[:-1] + ("0" if value[-1] != "0" else "1")]
+    forged += [re.sub(r"\|\d+:[^|]*\|(?=[0-9a-f]{64})", "|4:====|", value), "\xff\xfe\x80" + value]
+    forged += [value.replace("2|", f"{version}|", 1) for version in (1, 3)] + [value.replace("2|1:0|", "2|1:7|", 1)]
+    forged += [re.sub(r"\|(\d+):", rf"|{lie}\1:", value) for lie in ("9", "-")]
+    forged += [tornado.web.create_signed_value(secret, name, "sid Eve", version=1).decode()]
+    forged += [signed("another secret", name), signed(secret, "tornchat-00000000"), signed(secret, name, days_ago=31)]
+    return [*forged, signed(secret, name, value="0123456789abcdef")]
 
 
 class TestLogin(Transcripts):
-    async def test_without_a_session(self, memory_lan: Lan) -> None:
-        """Whoever has no session is sent to the login page."""
-        await memory_lan.serve()
-        ann = memory_lan.browser()
-        answer = await ann.fetch("/")
-        assert (answer.code, answer.headers["Location"]) == (302, "login")
-        answer = await ann.fetch("/login")
-        assert answer.code == 200
-        assert 'name="nickname"' in text_of(answer)
-        assert 'type="password"' not in text_of(answer)
-
     async def test_login(self, lan: Lan) -> None:
         """A nickname is enough: a cookie, and the page is there."""
         await lan.serve(title="Class 3b")
         ann = lan.browser()
+        asked = await ann.fetch("/")
+        assert (asked.code, asked.headers["Location"]) == (302, "login")
+        assert 'type="password"' not in text_of(await ann.fetch("/login"))
         answer = await ann.login("Ann")
         cookie = answer.headers["Set-Cookie"]
         assert "httponly" in cookie.lower()
@@ -2388,28 +2083,12 @@ class TestLogin(Transcripts):
         assert page.code == 200
         assert "Class 3b" in text_of(page)
 
-    async def test_login_by_json(self, memory_lan: Lan) -> None:
-        """A script that accepts JSON is told its name as it is shown, and has the cookie."""
-        await memory_lan.serve()
-        ann = memory_lan.browser()
-        assert await ann.ask("  Ann   Lee ") == (200, {"name": "Ann Lee"})
-        assert (await ann.fetch("/")).code == 200
-
-    async def test_nickname_in_the_address(self, memory_lan: Lan) -> None:
-        """?nickname= fills in the form, as text and nothing else."""
-        await memory_lan.serve()
-        page = text_of(await memory_lan.browser().fetch("/login?nickname=%22%3E%3Cscript%3Ealert(1)%3C/script%3E"))
-        assert "<script>alert" not in page
-        assert "&quot;&gt;&lt;script&gt;" in page
-
     @pytest.mark.parametrize("name", ["x" * 25, "An\u202en", "admin"])
     async def test_bad_name(self, name: str, memory_lan: Lan) -> None:
         """A name that could deceive or cannot be shown is refused with 400, in words, without a cookie."""
         await memory_lan.serve()
         ann = memory_lan.browser()
-        code, said = await ann.ask(name)
-        assert (code, said["code"]) == (400, "invalid")
-        assert said["text"]
+        assert await verdict(ann.ask(name)) == (400, "invalid")
         page = await ann.fetch("/login", form={"nickname": name})
         assert page.code == 400
         assert 'name="nickname"' in text_of(page)
@@ -2452,7 +2131,6 @@ class TestLogin(Transcripts):
         page = text_of(await memory_lan.browser().fetch("/login?nickname=Ann&why=<b>"))
         assert 'class="error"' not in page
 
-    @slow
     async def test_G7_fifty_logins_for_one_name(self, lan: Lan) -> None:
         """50 logins for one name at once, at two daemons of a Redis: one wins, 49 get 409 and a free variant."""
         daemons = [await lan.serve() for _ in range(2 if lan.store.lasts else 1)]
@@ -2460,15 +2138,6 @@ class TestLogin(Transcripts):
         assert sorted(code for code, _ in answers) == [200] + [409] * 49
         for suggestion in {said["suggestion"] for code, said in answers if code == 409}:
             assert (await lan.browser().ask(suggestion))[0] == 200
-
-    async def test_G7_the_same_browser_gets_its_name_back(self, lan: Lan) -> None:
-        """The same browser may log in again under its own name at any time."""
-        ann = await lan.join("Ann")
-        await ann.login("Ann")
-        ann.drop()
-        await ann.login("Ann")
-        await ann.connect()
-        await ann.expect("welcome", name="Ann")
 
     @pytest.mark.parametrize("nickname", ["Anna", ""])
     async def test_a_session_has_one_name(self, nickname: str, lan: Lan) -> None:
@@ -2486,22 +2155,17 @@ class TestLogin(Transcripts):
         await memory_lan.join("Ann")
         monkeypatch.setattr(tornchat, "guest_name", lambda address: "Ann")
         monkeypatch.setattr(daemon.room, "free_variant", lambda name: "Ann")
-        code, said = await memory_lan.browser().ask("")
-        assert (code, said["code"]) == (503, "unavailable")
+        assert await verdict(memory_lan.browser().ask("")) == (503, "unavailable")
 
-    async def test_guests(self, lan: Lan) -> None:
+    async def test_guests(self, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who gives no name gets one; when all the numbers of an address are taken, there are other guest names."""
         await lan.serve()
         names = [(await lan.browser().ask(nickname))[1]["name"] for nickname in ("", "  ", "")]
         assert all(name.startswith("guest-") for name in names)
-        assert len({tornchat.name_key(name) for name in names}) == 3
-
-    async def test_a_thousand_guests_of_one_address(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
-        """When all the numbers of an address are taken, there are other guest names."""
-        await memory_lan.serve()
         monkeypatch.setattr(tornchat, "variants", lambda name: iter(()))
-        names = {(await memory_lan.browser().ask(""))[1]["name"] for _ in range(3)}
-        assert len(names) == 3
-        assert all(re.fullmatch("guest-[0-9a-f]+", name) for name in names)
+        others = [(await lan.browser().ask(""))[1]["name"] for _ in range(3)]
+        assert all(re.fullmatch("guest-[0-9a-f]+", name) for name in others)
+        assert len({tornchat.name_key(name) for name in names + others}) == 6
 
     async def test_password(self, memory_lan: Lan) -> None:
         """A room with a password lets in who knows it, and nobody else."""
@@ -2509,8 +2173,7 @@ class TestLogin(Transcripts):
         ann = memory_lan.browser()
         assert 'type="password"' in text_of(await ann.fetch("/login"))
         for wrong in ("", "open", "Open säsame"):
-            code, said = await ann.ask("Ann", wrong)
-            assert (code, said["code"]) == (403, "password")
+            assert await verdict(ann.ask("Ann", wrong)) == (403, "password")
         page = await ann.fetch("/login", form={"nickname": "Ann", "password": "wrong"})
         assert page.code == 403
         assert 'value="Ann"' in text_of(page)
@@ -2579,15 +2242,20 @@ class TestLogin(Transcripts):
         assert (await lan.browser().ask("Ann"))[0] == 200
 
     async def test_language(self, memory_lan: Lan) -> None:
-        """The page speaks Chinese to a browser that prefers it, and English to any other."""
+        """The room speaks Chinese to a browser that prefers it, and English to any other."""
         await memory_lan.serve()
-        pages = {}
-        for language in ("en", "zh-CN,zh;q=0.9", "fr", ""):
-            pages[language] = text_of(await memory_lan.browser(language=language).fetch("/login"))
-        assert 'lang="en"' in pages["en"]
-        assert 'lang="zh' in pages["zh-CN,zh;q=0.9"]
-        assert re.search(r"[\u4e00-\u9fff]{2}", pages["zh-CN,zh;q=0.9"])
-        assert pages["fr"] == pages[""] == pages["en"]
+        speakers = {language: memory_lan.browser(language=language) for language in ("en", "zh-CN,zh;q=0.9", "fr", "")}
+        english, chinese, *others = [text_of(await speaker.fetch("/login")) for speaker in speakers.values()]
+        assert ('lang="en"' in english, 'lang="zh' in chinese) == (True, True)
+        assert others == [english, english]
+        bob = speakers["zh-CN,zh;q=0.9"]
+        refused = (await bob.ask("x" * 30))[1]["text"]
+        await bob.login("小明")
+        await bob.connect()
+        await bob.expect("welcome")
+        await bob.send("nonsense")
+        for told in (chinese, refused, (await bob.expect("refused", code="bad-frame"))["text"]):
+            assert re.search(r"[\u4e00-\u9fff]{2}", told)
 
     @pytest.mark.parametrize(
         ("header", "language"),
@@ -2595,9 +2263,7 @@ class TestLogin(Transcripts):
             ("zh; q=0.9, en; q=0.1", "zh"),
             ("en ;q=0.1 , ZH-Hant-TW ; q=0.9", "zh"),
             ("zh;q=0", "en"),
-            ("zh;q=0.0, fr", "en"),
             ("fr, zh;q=0.2, en;q=0.1", "zh"),
-            ("zh, en", "zh"),
             ("en, zh", "en"),
             ("zh-CN;q=0.3, en;q=0.5, zh;q=0.8", "zh"),
             ("zh;q=high, en;q=0.1", "en"),
@@ -2608,16 +2274,6 @@ class TestLogin(Transcripts):
     )
     def test_languages(self, header: str, language: str) -> None:
         assert tornchat.choose_language(header) == language
-
-    async def test_refusals_speak_the_language(self, memory_lan: Lan) -> None:
-        await memory_lan.serve()
-        chinese = memory_lan.browser(language="zh")
-        assert re.search(r"[\u4e00-\u9fff]", (await chinese.ask("x" * 30))[1]["text"])
-        await chinese.login("小明")
-        await chinese.connect()
-        await chinese.expect("welcome")
-        await chinese.send("nonsense")
-        assert re.search(r"[\u4e00-\u9fff]", (await chinese.expect("refused", code="bad-frame"))["text"])
 
     async def test_one_secret_for_two_rooms(self, redis_lan: Lan) -> None:
         """The operator gave both the same --secret: they know nobody of each other, and log nobody out."""
@@ -2635,6 +2291,7 @@ class TestLogin(Transcripts):
             await there.login("Anna")
         assert len(ann.cookies) == 3
         assert (await ann.fetch("/")).code == 200
+        assert not await first.store.redis.exists(redis_lan.store.key("secret"))  # an operator's own is not stored
 
     async def test_the_password_is_changed(self, redis_lan: Lan) -> None:
         """Whoever was let in by the old one has to give the new one."""
@@ -2660,20 +2317,20 @@ class TestLogin(Transcripts):
         await (await bob.tab(at=second).connect()).expect("welcome", name="Bob")
 
     async def test_two_cookies_of_one_name(self, memory_lan: Lan) -> None:
-        """Planted for a path by another port of the host, it comes first; the one that is valid counts, or the last."""
+        """One that another port has planted comes first: the valid one counts, or the last; odd ones hide nothing."""
         daemon = await memory_lan.serve()
         ann, eve = memory_lan.browser(), memory_lan.browser()
         await ann.login("Ann")
         await eve.login("Eve")
         ours, hers, bad = ann.headers()["Cookie"], eve.headers()["Cookie"], f"{daemon.cookie}=bad"
-        for cookies, name in [
-            (f"{bad}; {ours}", "Ann"),
-            (f"{ours}; {bad}", "Ann"),
-            (f"{hers}; {ours}", "Ann"),
-            (f"{bad}; a=b; {hers}; {bad}", "Eve"),
-        ]:
+        among = f"{bad}; a=b; {hers}; {bad}", "Eve"
+        for cookies, name in [*((f"{one}; {ours}", "Ann") for one in (bad, hers)), (f"{ours}; {bad}", "Ann"), among]:
             page = text_of(await memory_lan.browser().fetch("/", Cookie=cookies))
             assert f'data-name="{name}"' in page
+        for odd in ("; ".join(f"c{n}={n}" for n in range(500)), 'a="\\', "=;;;=; ,", "a=\xff", "$Version=1", "\xa0=x"):
+            for cookie in (f"{odd}; {ours}", f"{ours}; {odd}"):  # do not hide it
+                answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
+                assert answer.startswith("HTTP/1.1 200 "), answer
 
     async def test_a_planted_cookie(self, memory_lan: Lan) -> None:
         """Eve gives Ann's browser a session that she has too: when Ann logs in, even under its name, it has another."""
@@ -2706,16 +2363,16 @@ class TestLogin(Transcripts):
         """A cookie that the room did not sign, or too long ago, is no session: never an error of the server."""
         daemon, ann = await memory_lan.serve(), await memory_lan.login("Ann")
         ((name, value),) = ann.cookies.items()
-        for what, forge in FORGERIES.items():
-            thief = {"Cookie": f"{name}={forge(daemon.cookie_key, name, value.strip(chr(34)))}", "Host": "localhost"}
+        for forged in forgeries(daemon.cookie_key, name, value.strip('"')):
+            thief = {"Cookie": f"{name}={forged}", "Host": "localhost"}
             for method, path, status in [
                 *[("GET", "/", 302), ("GET", "/login", 200), ("GET", "/messages", 401), ("POST", "/messages", 401)],
                 *[("POST", "/logout", 303), ("GET", "/chat", 400)],
             ]:
                 answer = await memory_lan.ask_raw(method, path, thief)
-                assert re.match(rf"HTTP/1.1 ({status}|400) ", answer), (what, answer)
-            answer = await memory_lan.ask_raw("GET", "/chat", thief | UPGRADE, expect=b"\x88")
-            assert "\x11\x31" in answer or " 400 " in answer, what  # 4401
+                assert re.match(rf"HTTP/1.1 ({status}|400) ", answer), (forged, answer)
+            answer = await memory_lan.ask_raw("GET", "/chat", thief | UPGRADE, end=rb"\x88.{3}| 400 .*\r\n\r\n")
+            assert "\x11\x31" in answer or " 400 " in answer, forged  # 4401
         assert (await ann.fetch("/")).code == 200
 
     async def test_a_cookie_too_big(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
@@ -2728,22 +2385,6 @@ class TestLogin(Transcripts):
         writer.close()
         assert (await ann.fetch("/")).code == 200
         assert len(caplog.records) <= 1
-
-    async def test_many_cookies(self, memory_lan: Lan) -> None:
-        """Among hundreds of cookies of others ours is found; an odd one beside it does not hide it."""
-        ann = await memory_lan.login("Ann")
-        ours = ann.headers()["Cookie"]
-        for others in (
-            "; ".join(f"c{n}={n}" for n in range(500)),
-            'a="\\',
-            "=;;;=; ,",
-            "a=\xff",
-            "$Version=1",
-            "\xa0=x",
-        ):
-            for cookie in (f"{others}; {ours}", f"{ours}; {others}"):
-                answer = await memory_lan.ask_raw("GET", "/", {"Host": "localhost", "Cookie": cookie})
-                assert answer.startswith("HTTP/1.1 200 "), answer
 
     @pytest.mark.parametrize("cookie", ["{name}={x}", "{name}=2|1:0|10:1;" * 400, ";" * 15_000])
     async def test_G5_cookies_that_take_time(
@@ -2791,8 +2432,9 @@ class TestSocket(Transcripts):
         assert at_ann == at_bob
         assert set(at_ann) == {"type", "seq", "ts", "name", "text", "cid"}
         assert abs(at_ann["ts"] - now) < 1000 * RETURN
-        await bob.say("hi Ann")
-        await ann.expect("message", name="Bob", text="hi Ann", seq=2)
+        for seq in (2, 3):  # without a cid it is said each time
+            await bob.send('{"type": "say", "text": "hi Ann"}')
+            assert not (await ann.expect("message", name="Bob", text="hi Ann", seq=seq)).get("cid")
 
     async def test_G3_one_order(self, lan: Lan) -> None:
         """Six people speak at once, at three daemons of a Redis: all see the same in one order, seq growing by one."""
@@ -2807,19 +2449,11 @@ class TestSocket(Transcripts):
             own = [message["text"] for message in logs[0] if message["name"] == f"P{n}"]
             assert own == [str(i) for i in range(20)]
 
-    async def test_without_a_cid(self, lan: Lan) -> None:
-        """A message without a cid is said once, each time."""
-        ann = await lan.join("Ann")
-        for seq in (1, 2):
-            await ann.send('{"type": "say", "text": "again"}')
-            assert not (await ann.expect("message", text="again", seq=seq)).get("cid")
-        await ann.quiet()
-
-    async def test_wrong_input(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_G7_wrong_input(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
         """Wrong input is refused with its code; the log has one line at most of it, and nobody else is disturbed."""
         ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
         caplog.set_level(logging.INFO)
-        for frame, code in WRONG_FRAMES.values():
+        for frame, code in WRONG_FRAMES:
             caplog.clear()
             await ann.send(frame)
             assert (await ann.expect("refused", code=code))["text"]
@@ -2853,9 +2487,8 @@ class TestSocket(Transcripts):
         say = {"type": "say", "text": text, "cid": "c" * 64}
         await ann.send(json.dumps(say, ensure_ascii=True))
         await ann.expect("message", cid="c" * 64, text=text)
-        answer = await ann.fetch(
-            "/messages", "POST", body=json.dumps(say | {"cid": "d"}), Content_Type="application/json"
-        )
+        body = json.dumps(say | {"cid": "d"})
+        answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json")
         assert (answer.code, json.loads(answer.body)["text"]) == (201, text)
         assert (await ann.post(text))[0] == 201
 
@@ -2892,18 +2525,6 @@ class TestSocket(Transcripts):
         assert all(0 < frame["retry_after"] <= 5 and frame["text"] for frame in refused)
         await bob.expect_texts(0, 1, 2, 3, 4)
         await bob.quiet()
-
-    async def test_the_wait_is_true(self, lan: Lan) -> None:
-        """After the wait that the refusal names, the same message is taken."""
-        await lan.serve(rate=3)
-        ann = await lan.join("Ann")
-        for n in range(16):
-            await ann.say(str(n))
-        while not ann.seen("refused") or len(ann.seen("message")) < 15:
-            await ann.frame()
-        (refused,) = ann.seen("refused")
-        await asyncio.sleep(refused["retry_after"])  # the wait is what is tested
-        await ann.expect("message", cid=await ann.say("15", refused["cid"]), text="15")
 
     async def test_G5_a_flooder_is_closed(self, lan: Lan) -> None:
         """Who goes on and on after being refused is closed with 4429; the others notice nothing."""
@@ -2950,18 +2571,6 @@ class TestSocket(Transcripts):
             writer.transport.abort()
         await bob.quiet()
 
-    async def test_an_idle_member_keeps_no_task(self, memory_lan: Lan) -> None:
-        """What a connection costs while nobody says anything is its place in the room, and no coroutine that waits."""
-        ann = await memory_lan.join("Ann")
-        await ann.quiet()
-        before = {task.get_name() for task in asyncio.all_tasks()}
-        for number in range(5):
-            reader, _ = await handshake(ann.url, f"{ann.headers()['Cookie']}", masked(0x89, b"%d" % number))
-            await asyncio.wait_for(reader.readuntil(b"\x8a\x01%d" % number), RETURN)
-        await ann.quiet()
-        left = [task for task in asyncio.all_tasks() if task.get_name() not in before]
-        assert not [task for task in left if "tornado" in repr(task)]
-
     async def test_speaking_after_being_turned_away(self, memory_lan: Lan) -> None:
         """What somebody says who was turned away is said to nobody."""
         ann = await memory_lan.join("Ann")
@@ -2972,34 +2581,12 @@ class TestSocket(Transcripts):
         writer.close()
         await ann.quiet()
 
-    async def test_gone_before_its_refusal(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Somebody else has the name, but nobody is there any more to be told: that is no error of the daemon."""
-        daemon = await memory_lan.serve()
-        ann, gone = memory_lan.browser(), asyncio.Event()
-        await ann.login("Ann")
-
-        async def enter(sid: str, name: str, origin: str, *, host: bool) -> NoReturn:
-            await gone.wait()
-            raise tornchat.Taken(name)
-
-        monkeypatch.setattr(daemon.outbox, "enter", enter)
-        _, writer = await handshake(ann.url, ann.headers()["Cookie"])
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        writer.transport.abort()
-        await asyncio.sleep(0)  # in which the connection is reset
-        gone.set()
-        await until(lambda: not daemon.sockets)
-
     async def test_login_by_the_socket(self, lan: Lan) -> None:
         """?nickname= lets a script in without a cookie, or refuses it like the form: 4409 taken, 4403 for the rest."""
         await lan.serve(password="open")
         await lan.login("Ann", "open")
-        for nickname, password, code in [
-            ("Bob", "", 4403),
-            ("Bob", "wrong", 4403),
-            ("ann", "open", 4409),
-            ("x" * 30, "open", 4403),
-        ]:
+        odd = "x" * 30, "open", 4403
+        for nickname, password, code in [("Bob", "", 4403), ("Bob", "wrong", 4403), ("ann", "open", 4409), odd]:
             refused = await lan.browser().connect(nickname=nickname, password=password)
             assert (await refused.ended(), refused.seen("welcome")) == (code, [])
         bob = await lan.browser().connect(nickname="Bob", password="open")
@@ -3057,7 +2644,6 @@ class TestSocket(Transcripts):
         """With the subprotocol `text` every frame sent is a message, and every event that comes is a line."""
         ann = await lan.join("Ann")
         script = await lan.browser().connect(subprotocols=["text"], nickname="Script")
-        assert script.socket is not None
         assert script.socket.selected_subprotocol == "text"
         await ann.expect("joined", names=["Script"])
         await script.send("hello")
@@ -3072,11 +2658,7 @@ class TestSocket(Transcripts):
         ann.drop()
         while (await script.read()) != "~~~ Ann left ~~~":
             pass
-
-    async def test_unknown_subprotocol(self, memory_lan: Lan) -> None:
-        ann = await memory_lan.login("Ann")
-        await ann.connect(subprotocols=["mqtt"])
-        assert ann.socket is not None
+        await ann.connect(subprotocols=["mqtt"])  # which nobody here knows
         assert ann.socket.selected_subprotocol is None
         await ann.expect("welcome")
 
@@ -3084,11 +2666,7 @@ class TestSocket(Transcripts):
         """A connection that the client has reset is given up where the daemon finds out, and nobody else notices."""
         daemon = await memory_lan.serve()
         ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
-        assert ann.socket is not None
-        assert ann.socket.protocol is not None
         stream = ann.socket.protocol.stream
-        assert stream is not None
-        assert stream.socket is not None
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.close()
         for _ in range(3):  # now, before the daemon's loop can see the end
@@ -3098,9 +2676,9 @@ class TestSocket(Transcripts):
 
     @slow
     async def test_G5_a_client_that_does_not_read(self, lan: Lan) -> None:
-        """A client that stops reading is closed with 4008 and may resume; the others are not held up."""
-        ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        assert bob.socket is not None
+        """A client that stops reading is closed with 4008, leaves no trace, and may resume; others are not held up."""
+        daemon, ann, tasks = await lan.serve(), await lan.join("Ann"), len(asyncio.all_tasks())
+        bob = await lan.join("Bob")
         for n in range(1, 1801):  # about 21 MB: more than the kernel holds for Bob
             await ann.expect("message", cid=await ann.say("好" * 4000), seq=n)
         last = 0
@@ -3110,6 +2688,7 @@ class TestSocket(Transcripts):
                 assert frame["seq"] == last
         assert bob.socket.close_code in (4008, None)  # the close frame may have stayed behind what was not read
         assert last < 1800
+        await until(lambda: len(daemon.sockets) == 1 and len(asyncio.all_tasks()) <= tasks)
         await bob.connect(900, bob.epoch)
         await ann.say("the end")  # before Bob has read anything of 11 MB
         await ann.expect("message")
@@ -3230,17 +2809,8 @@ class TestResume(Transcripts):
             await ann.expect("welcome", reset=True, recovered=False, missed=0, seq=3)
             await ann.expect_texts(1, 2, 3)
 
-    async def test_odd_query(self, memory_lan: Lan) -> None:
-        """An odd query is refused or taken for a newcomer's: never an error of the server."""
-        ann = await memory_lan.login("Ann")
-        after = ["x", "-1", "1e9", "", "9" * 5000, "%D9%A1", "%FF", "1&after=2", "9" * 19]
-        for query in [*(f"after={odd}" for odd in after), "epoch=%00", "epoch=%ED%A0%80", "nickname=%FF"]:
-            if await ann.knock(query) != 400:
-                frame = await ann.frame()
-                assert frame is None or frame["type"] == "welcome", query
-
     async def test_G4_the_same_cid_twice(self, lan: Lan) -> None:
-        """The same cid sent twice: one message, and nothing more is sent where it was delivered already."""
+        """The same cid sent twice: one message, nothing more where it was delivered; another person's is another."""
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         await ann.say("hi", cid="c1")
         await ann.say("hi", cid="c1")
@@ -3248,6 +2818,8 @@ class TestResume(Transcripts):
         await ann.say("hi", cid="c1")
         await ann.quiet()
         await bob.expect_texts("hi", "(is anything else coming?)")
+        await bob.say("I am Bob", cid="c1")
+        await ann.expect("message", name="Bob", text="I am Bob")
 
     async def test_G4_the_same_cid_after_being_shown_it_again(self, lan: Lan) -> None:
         """A client that lost the confirmation and says it again hears it once: the replay is the confirmation."""
@@ -3260,14 +2832,6 @@ class TestResume(Transcripts):
         await ann.expect("message", cid="c1", seq=1)
         await ann.quiet()
 
-    async def test_G4_the_same_cid_of_two_people(self, lan: Lan) -> None:
-        """A cid is its session's own: two people may happen on the same."""
-        ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        await ann.say("I am Ann", cid="c1")
-        await bob.expect("message", name="Ann", cid="c1")
-        await bob.say("I am Bob", cid="c1")
-        await ann.expect_texts("I am Ann", "I am Bob")
-
     async def test_G4_the_same_cid_after_a_reconnect(self, lan: Lan) -> None:
         """A cid said again on a new connection, at any daemon, is confirmed with the stored message, to the sender."""
         first = await lan.serve()
@@ -3278,7 +2842,7 @@ class TestResume(Transcripts):
         there = ann.tab(at=second)
         await there.connect(stored["seq"], ann.epoch)
         assert (await there.expect("welcome"))["recovered"] is True
-        await there.say("hi", cid="c1")
+        await there.say("hi again", cid="c1")
         assert await there.expect("message") == stored
         await there.quiet()
         await bob.expect_texts("hi", "(is anything else coming?)")
@@ -3364,9 +2928,7 @@ class TestMessages(Transcripts):
             answer = await ann.fetch("/messages", "POST", body=body, Content_Type="application/json")
             assert (answer.code, json.loads(answer.body)["code"]) == (400, "bad-frame")
         for wait in ("soon", "-1", "nan", ""):
-            status, told = await ann.messages(wait=wait)
-            assert (status, told["code"]) == (400, "bad-frame")
-            assert "25" in told["text"]
+            assert await verdict(ann.messages(wait=wait)) == (400, "bad-frame")
         await ann.quiet()
 
     async def test_without_a_session(self, memory_lan: Lan) -> None:
@@ -3374,16 +2936,6 @@ class TestMessages(Transcripts):
         stranger = memory_lan.browser(language="zh")
         assert await stranger.messages() == (401, {"type": "refused", "code": "no-session", "text": "请先登录。"})
         assert (await stranger.post("hello"))[0] == 401
-
-    async def test_long_polling(self, lan: Lan) -> None:
-        """Ann's request waits, and is answered by what Bob says."""
-        daemon = await lan.serve()
-        bob, ann = await lan.join("Bob"), await lan.login("Ann")
-        await ann.poll()
-        waiting = asyncio.create_task(ann.poll(wait=30))
-        await waits(daemon, 2)
-        await bob.say("wake up")
-        assert texts_of(await waiting) == ["wake up"]
 
     async def test_nothing_comes(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """A wait ends by itself: an empty answer, not an error; nobody may wait for longer than POLL_SECONDS."""
@@ -3482,20 +3034,6 @@ class TestMessages(Transcripts):
         await memory_lan.browser().login("P4")
         assert kinds_of((await ann.messages(**place, last=ann.last))[1]["events"]) == ["welcome"]
 
-    @pytest.mark.parametrize(("away", "recovered", "missed", "first"), [(1000, True, 0, 1), (1001, False, 901, 902)])
-    async def test_G2_away(self, away: int, recovered: bool, missed: int, first: int, memory_lan: Lan) -> None:
-        bob, ann = await memory_lan.join("Bob"), await memory_lan.login("Ann")
-        await ann.poll()
-        ann.after = 0
-        await bob.say_many(away)
-        events = await ann.poll()
-        while more := await ann.poll():
-            events += more
-        assert (kinds_of(events)[0] == "message") is recovered
-        if missed:
-            assert (events[0]["missed"], events[0]["recovered"]) == (missed, False)
-        assert texts_of(events) == [str(number) for number in range(first, away + 1)]
-
     async def test_G2_from_socket_to_poll_and_back(self, lan: Lan) -> None:
         """Ann changes the transport after every few messages: nothing is lost, nothing comes twice."""
         bob, ann = await lan.join("Bob"), await lan.join("Ann")
@@ -3584,12 +3122,12 @@ class TestMessages(Transcripts):
 
     async def test_G6_a_poller_is_present(self, lan: Lan) -> None:
         """While a request waits the name stays, whatever the grace; when it is cut off, it leaves."""
-        daemon = await lan.serve(lease_seconds=0.3, ping_seconds=0.4, time_seconds=0.4)
+        daemon = await lan.serve(lease_seconds=0.2, ping_seconds=0.25, time_seconds=0.25)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await ann.poll()
         connection = await hanging_poll(ann, daemon)
         await waits(daemon, 2)
-        for _ in range(3):  # a second at the least: more than three leases
+        for _ in range(3):  # more than three leases
             await bob.expect("time")
         assert bob.names_in("left") == []
         connection.transport.abort()
@@ -3623,8 +3161,8 @@ class TestMessages(Transcripts):
         await ann.poll()
         await bob.expect("left", names=["Ann"])
         await lan.browser().login("Ann")
-        for status, frame in (await ann.messages(), await ann.post("hello")):
-            assert (status, frame["code"]) == (409, "name-lost")
+        for answer in (ann.messages(), ann.post("hello")):
+            assert await verdict(answer) == (409, "name-lost")
 
     async def test_G9_stopping_ends_a_wait(self, lan: Lan) -> None:
         """Who waits while the daemon is stopped is told to come again."""
@@ -3643,8 +3181,7 @@ class TestMessages(Transcripts):
         await ann.poll()
         waiting = [asyncio.create_task(ann.messages(ann.after, ann.epoch, wait=30)) for _ in range(10)]
         await waits(daemon, 10)
-        status, frame = await ann.messages(ann.after, ann.epoch, wait=30)
-        assert (status, frame["code"]) == (429, "too-many-tabs")
+        assert await verdict(ann.messages(ann.after, ann.epoch, wait=30)) == (429, "too-many-tabs")
         assert (await ann.post("for all ten"))[0] == 201
         assert {tuple(texts_of(answer["events"])) for _, answer in await asyncio.gather(*waiting)} == {("for all ten",)}
 
@@ -3688,10 +3225,8 @@ def gif(*more: bytes, width: int = 8, height: int = 6, wide: int = 8) -> bytes:
 
 
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    body = b"WEBP" + b"".join(
-        kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for kind, body in chunks
-    )
-    return b"RIFF" + struct.pack("<I", len(body)) + body
+    parts = [kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for kind, body in chunks]
+    return b"RIFF" + struct.pack("<I", 4 + len(b"".join(parts))) + b"WEBP" + b"".join(parts)
 
 
 def canvas(width: int, height: int) -> tuple[bytes, bytes]:
@@ -3721,78 +3256,30 @@ PICTURES = {
     "webp, lossless": ("image/webp", webp(LOSSLESS)),
     "webp, extended": ("image/webp", webp(canvas(8, 6), LOSSY)),
 }
-LIES = {
-    "nothing": b"",
-    "text": b"hello",
-    "svg": SVG,
-    "svg, as xml": b'<?xml version="1.0"?>' + SVG,
-    "html": PAGE,
-    "html, with a mark": b"\xef\xbb\xbf<!doctype html>" + PAGE,
-    "a script": b"alert(1)",
-    "pdf": b"%PDF-1.4\n1 0 obj",
-    "zip": b"PK\3\4" + bytes(26),
-    "a program": b"MZ" + bytes(60),
-    "bmp": b"BM" + bytes(52),
-    "tiff": b"II*\0" + bytes(20),
-    "ico": b"\0\0\1\0\1\0" + bytes(16),
-    "avif": b"\0\0\0\x20ftypavif" + bytes(20),
-    "png: only the beginning": png()[:8],
-    "png: cut": png()[:-20],
-    "png: without its end": png()[:-12],
-    "png: a wrong checksum": png().replace(b"IDAT", b"IDAt"),
-    "png: without a header": png()[:8] + png()[33:],
-    "png: two headers": png()[:33] + png()[8:],
-    "png: without pixels": png()[:33] + chunk(b"IEND"),
-    "png: a chunk that never ends": png()[:33] + b"\xff\xff\xff\xffIDAT" + png()[33:],
-    "png, then a page": png() + PAGE,
-    "png, then a zip": png() + b"PK\3\4" + bytes(26),
-    "png, a page in it": png(chunk(b"tEXt", b"Title\0" + PAGE)),
-    "png: no pixels": png(width=0),
-    "png: 30,000 x 30,000": png(width=30_000, height=30_000),
-    "png: 40,000,000 x 1": png(width=40_000_000, height=1),
-    "jpeg: only the beginning": JPEG[:4],
-    "jpeg: cut": JPEG[:-20],
-    "jpeg: without its end": JPEG[:-2],
-    "jpeg that never ends": JPEG[:-2] + 1_000_000 * b"\xff",
-    "jpeg: two frames": JPEG[: FRAME + 19] + JPEG[FRAME:],
-    "jpeg, then a page": JPEG + PAGE,
-    "jpeg, a page in it": JPEG[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(PAGE)) + PAGE + JPEG[2:],
-    "a page, then jpeg": PAGE + JPEG,
-    "jpeg: 30,000 x 30,000": JPEG[: FRAME + 5] + struct.pack(">HH", 30_000, 30_000) + JPEG[FRAME + 9 :],
-    "gif: only the beginning": b"GIF89a",
-    "gif that is a script": b"GIF89a/*" + bytes(40) + b"*/=1;alert(1);",
-    "gif: cut": gif()[:-10],
-    "gif: without an image": gif()[:19] + b";",
-    "gif: an image wider than all": gif(wide=9000),
-    "gif, then a page": gif() + PAGE,
-    "gif, a page in it": gif(b"!\xfe" + bytes([len(PAGE)]) + PAGE + b"\0"),
-    "gif: 30,000 x 30,000": gif(width=30_000, height=30_000),
-    "webp: only the beginning": webp()[:12],
-    "webp that is a sound": webp(LOSSY).replace(b"WEBP", b"WAVE"),
-    "webp: cut": webp(LOSSY)[:-10],
-    "webp: larger than it says": webp(canvas(8, 7), LOSSY),
-    "webp, then a page": webp(LOSSY) + PAGE,
-    "webp, a page in it": webp(LOSSY, (b"XMP ", PAGE)),
-    "webp: 16,000 x 16,000": webp(canvas(16_000, 16_000), (b"ANMF", bytes(16))),
-    "png: 80,000 chunks": png(80_000 * chunk(b"tEXt")),
-    "jpeg: 200,000 segments": JPEG[:2] + 200_000 * b"\xff\xe0\0\2" + JPEG[2:],
-    "gif: 200,000 blocks": gif(b"!\xfe" + 200_000 * b"\1x" + b"\0"),
-    "gif: 200,000 extensions": gif(200_000 * b"!\xfe\0"),
-    "webp: 100,000 chunks": webp(LOSSY, *(100_000 * [(b"XMP ", b"")])),
-    "1.1 MB": png(chunk(b"teXt", bytes(1_100_000))),
-    "2.2 MB, of whatever": bytes(2_000_000),
-}
+CHUNKS = png(80_000 * chunk(b"tEXt"))
+LIES = [b"", SVG, b'<?xml version="1.0"?>' + SVG, b"\xef\xbb\xbf<!doctype html>" + PAGE, PAGE + JPEG, bytes(2_000_000)]
+LIES += [b"%PDF-1.4\n1 0 obj", b"PK\3\4" + bytes(26), b"\0\0\0\x20ftypavif" + bytes(20)]
+LIES += [picture + PAGE for picture in (png(), JPEG, gif(), webp(LOSSY))]
+LIES += [picture[:-10] for picture in (png(), JPEG, gif(), webp(LOSSY))]
+# With a page within; with dimensions that nobody could draw; with parts too many, or too large.
+LIES += [png(chunk(b"tEXt", b"Title\0" + PAGE)), gif(b"!\xfe" + bytes([len(PAGE)]) + PAGE + b"\0")]
+LIES += [JPEG[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(PAGE)) + PAGE + JPEG[2:], webp(LOSSY, (b"XMP ", PAGE))]
+LIES += [png(width=0), png(width=30_000, height=30_000), png(width=40_000_000), gif(width=30_000, height=30_000)]
+LIES += [JPEG[: FRAME + 5] + struct.pack(">HH", 30_000, 30_000) + JPEG[FRAME + 9 :]]
+LIES += [webp(canvas(16_000, 16_000), (b"ANMF", bytes(16))), webp(canvas(8, 7), LOSSY), gif(wide=9000)]
+LIES += [CHUNKS, JPEG[:2] + 200_000 * b"\xff\xe0\0\2" + JPEG[2:], webp(LOSSY, *(100_000 * [(b"XMP ", b"")]))]
+LIES += [gif(b"!\xfe" + 200_000 * b"\1x" + b"\0"), gif(200_000 * b"!\xfe\0"), png(chunk(b"teXt", bytes(1_100_000)))]
+# PNG: a wrong checksum, no header, two of them, no pixels, a chunk that never ends. JPEG: no end in sight, two frames.
+# GIF: a script, no image. WebP: a sound.
+LIES += [png().replace(b"IDAT", b"IDAt"), png()[:8] + png()[33:], png()[:33] + png()[8:], png()[:33] + chunk(b"IEND")]
+LIES += [png()[:33] + b"\xff\xff\xff\xffIDAT" + png()[33:], JPEG[:-2] + 1_000_000 * b"\xff"]
+LIES += [JPEG[: FRAME + 19] + JPEG[FRAME:], b"GIF89a/*" + bytes(40) + b"*/=1;alert(1);", gif()[:19] + b";"]
+LIES += [webp(LOSSY).replace(b"WEBP", b"WAVE")]
 
 
 async def upload(browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png") -> tuple[int, Frame]:
     """Send a picture; the status and what the JSON says."""
     answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind)
-    return answer.code, json.loads(answer.body)
-
-
-async def say_picture(browser: Browser, picture: str) -> tuple[int, Frame]:
-    """Say nothing but a picture, by POST /messages; the status and what the JSON says."""
-    answer = await browser.fetch("/messages", form={"picture": picture})
     return answer.code, json.loads(answer.body)
 
 
@@ -3814,7 +3301,7 @@ class TestPictureStore(Transcripts):
         await ann.expect("joined", names=["Cat"])
         await show(ann, picture["id"], "look")
         await bob.expect("message", name="Ann", text="look", picture=picture)
-        status, said = await say_picture(ann, picture["id"])
+        status, said = await ann.post("", picture=picture["id"])
         assert (status, said["picture"]) == (201, picture)
         await bob.expect("message", name="Ann", text="", picture=picture)
         seen = await bob.fetch(f"/pictures/{picture['id']}")
@@ -3848,15 +3335,17 @@ class TestPictureStore(Transcripts):
         """Whatever says that it is a picture, and isn't one from its first byte to its last, is refused in words."""
         daemon = await memory_lan.serve()
         ann = await memory_lan.join("Ann")
-        for what, data in LIES.items():
+        assert len(LIES) >= 40
+        for number, data in enumerate(LIES):
             status, told = await upload(ann, data)
-            assert (status, told["code"]) in ((415, "bad-picture"), (413, "too-long")), what
-            assert told["text"].endswith("."), what
+            assert (status, told["code"]) in ((415, "bad-picture"), (413, "too-long")), (number, data[:50])
+            assert told["text"].endswith(".")
         film = f"POST /pictures HTTP/1.1\r\nHost: localhost\r\nCookie: {ann.headers()['Cookie']}\r\n"
-        assert " 413 " in await raw_request(place(daemon), film + "Content-Length: 9000000\r\n\r\n")
+        assert b" 413 " in await exchange(ann.port, f"{film}Content-Length: 9000000\r\n\r\n".encode(), b"\r\n")
         assert await daemon.store.redis.keys("*picture*") == []
         assert (await upload(ann))[0] == 201
 
+    @slow
     async def test_bounded(self, lan: Lan) -> None:
         """Of a thousand pictures the newest that 32 MB hold are kept, whichever daemon took them; the rest is gone."""
         first = await lan.serve()
@@ -3875,26 +3364,13 @@ class TestPictureStore(Transcripts):
         assert sum([await first.store.redis.strlen(key) for key in keys]) <= 32 * 2**20
         assert len(keys) == kept == await first.store.redis.hlen(first.store.pictures)
 
-    async def test_two_daemons(self, redis_lan: Lan) -> None:
-        """What one daemon has taken can be said and seen through another, and after a restart."""
-        one, other = await redis_lan.serve(), await redis_lan.serve()
-        ann, bob = await redis_lan.join("Ann", one), await redis_lan.join("Bob", other)
-        _, picture = await upload(ann, JPEG)
-        await (there := ann.tab(other)).connect()
-        await there.expect("welcome", name="Ann")
-        await show(there, picture["id"])
-        await bob.expect("message", name="Ann", picture=picture)
-        again = await redis_lan.restart()
-        assert (await bob.tab(again).fetch(f"/pictures/{picture['id']}")).body == JPEG
-
     async def test_members_only(self, memory_lan: Lan) -> None:
         """Without a member's cookie nobody sees or sends a picture; a picture is said by who has sent it alone."""
         await memory_lan.serve()
         ann, bob, stranger = await memory_lan.join("Ann"), await memory_lan.join("Bob"), memory_lan.browser()
         _, picture = await upload(ann)
         assert (await stranger.fetch(f"/pictures/{picture['id']}")).code == 403
-        status, told = await upload(stranger)
-        assert (status, told["code"]) == (401, "no-session")
+        assert await verdict(upload(stranger)) == (401, "no-session")
         evil = await ann.fetch("/pictures", "POST", body=PICTURES["png"][1], Origin="http://evil.example")
         assert evil.code == 403
         for number, id in enumerate((picture["id"], picture["id"][:-1], "x", "0" * 16 + "-8x6-" + "0" * 16, 7, ["x"])):
@@ -3916,8 +3392,7 @@ class TestPictureStore(Transcripts):
         head = "POST /pictures HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99"
         writer.write(f"{head}\r\nCookie: {bob.headers()['Cookie']}\r\n\r\nhalf".encode())
         await until(lambda: daemon.uploads)
-        status, told = await upload(bob)
-        assert (status, told["code"]) == (429, "too-fast")
+        assert await verdict(upload(bob)) == (429, "too-fast")
         writer.close()
         await until(lambda: not daemon.uploads)
         assert (await upload(bob))[0] == 201
@@ -3928,9 +3403,7 @@ class TestPictureStore(Transcripts):
         ann = await memory_lan.join("Ann")
         status, told = await upload(ann)
         assert (status, told["text"]) == (404, "This room takes no pictures.")
-        assert 'id="pick" class="plain" type="button" aria-label="Add a picture"\n      hidden' in text_of(
-            await ann.fetch("/")
-        )
+        assert re.search(r'<button id="pick"[^>]*\bhidden\b', text_of(await ann.fetch("/")))
 
     async def test_store_away(self, own_lan: Lan, own_redis: RedisServer) -> None:
         """While the store is away a picture is refused for now, and one that cannot be read isn't said to be gone."""
@@ -3940,8 +3413,7 @@ class TestPictureStore(Transcripts):
         own_redis.kill()
         await ann.expect("store", available=False)
         assert (await ann.fetch(f"/pictures/{picture['id']}")).code == 503
-        status, told = await upload(ann)
-        assert (status, told["code"]) == (503, "unavailable")
+        assert await verdict(upload(ann)) == (503, "unavailable")
 
     async def test_slow_reader(self, memory_lan: Lan) -> None:
         """Who asks for a large picture and doesn't take it is cut off, and has cost the daemon a piece of it."""
@@ -3988,8 +3460,7 @@ class TestPictureStore(Transcripts):
         for sender, id in zip((ann, bob), pictures, strict=True):
             await sender.connect()
             await until_frame(sender, "welcome")
-            status, _ = await say_picture(sender, id)
-            assert status == 201
+            assert (await sender.post("", picture=id))[0] == 201
         await ann.send(json.dumps(note(1, "delete")))
         await until(lambda: are_kept(pictures[1]))
         eve = await lan.join("Eve")
@@ -3998,7 +3469,7 @@ class TestPictureStore(Transcripts):
         assert (await post_act(tess, {"type": "clear"}))[0] == 201
         await until(lambda: are_kept())
         assert await daemon.store.redis.keys("*picture*") == []
-        status, picture = await upload(bob)
+        _, picture = await upload(bob)
         pictures.append(picture["id"])
         daemon.feed.ring_for_look()
         await bob.say("later")
@@ -4012,8 +3483,7 @@ class TestPictureStore(Transcripts):
         assert [(await upload(tess))[0] for _ in range(3)] == [201, 201, 201]
         await post_act(tess, {"type": "mode", "talk": "hosts"})
         await until_frame(bob, "mode")
-        status, told = await upload(bob)
-        assert (status, told["code"]) == (403, "locked")
+        assert await verdict(upload(bob)) == (403, "locked")
 
 
 # === Presence =========================================================================================================
@@ -4023,20 +3493,7 @@ async def is_admitted(browser: Browser, name: str) -> bool:
     return (await browser.ask(name))[0] == 200
 
 
-async def has_members(daemon: tornchat.Daemon, count: int) -> bool:
-    return len(daemon.room.roster) == count
-
-
 class TestPresence(Transcripts):
-    async def test_login_is_joining(self, lan: Lan) -> None:
-        ann, bob = await lan.join("Ann"), await lan.login("Bob")
-        joined = await ann.expect("joined", names=["Bob"], count=2)
-        assert set(joined) == {"type", "names", "count", "ts"}
-        await bob.connect()
-        await bob.expect("welcome", members=["Bob", "Ann"], count=2)
-        await ann.quiet()
-        assert ann.names_in("joined").count("Bob") == 1
-
     async def test_G7_the_name_of_somebody_away(self, lan: Lan) -> None:
         """Who has left keeps the name for a while, at every daemon; who logs out gives it back at once."""
         daemon = await lan.serve(name_seconds=600.0)
@@ -4065,22 +3522,22 @@ class TestPresence(Transcripts):
         assert (await bob.ask("Bob"))[0] == 409
 
     @pytest.mark.parametrize("back", [False, True], ids=["once", "who come back with their cookies"])
-    async def test_G7_names_that_one_pupil_takes(self, lan: Lan, back: bool) -> None:
+    async def test_G7_names_that_one_pupil_takes(self, redis_lan: Lan, back: bool) -> None:
         """Of the names of one address that have left 20 are kept, and those of others as well."""
-        daemon = await lan.serve(name_seconds=600.0, lease_seconds=0.5, trust_proxy=True, poll_seconds=0.3)
-        await lan.login("Ann")
-        pupils = [lan.browser() for _ in range(30)]
+        daemon = await redis_lan.serve(name_seconds=600.0, lease_seconds=0.5, trust_proxy=True, poll_seconds=0.3)
+        await redis_lan.login("Ann")
+        pupils = [redis_lan.browser() for _ in range(30)]
         for number, pupil in enumerate(pupils):
             form = {"nickname": f"Pupil {number}"}
             assert (await pupil.fetch("/login", form=form, X_Forwarded_For="192.0.2.9")).code == 303
         if back:
-            await until(lambda: has_members(daemon, 0))
+            await until(lambda: not daemon.room.roster)
             for pupil in pupils:
                 await pupil.fetch("/messages", X_Forwarded_For="192.0.2.9")
-        await until(lambda: has_members(daemon, 0))
+        await until(lambda: not daemon.room.roster)
         keys = [tornchat.name_key(f"Pupil {number}") for number in range(30)]
         await until(lambda: sum(bool(daemon.room.owner(key)) for key in keys) == tornchat.NAMES_KEPT)
-        assert (await lan.browser().ask("Ann"))[0] == 409
+        assert (await redis_lan.browser().ask("Ann"))[0] == 409
 
     async def test_G7_a_login_by_hand_keeps_the_name(self, lan: Lan) -> None:
         """It makes a new session of the same name, which nobody can take in between, however often that is tried."""
@@ -4108,7 +3565,6 @@ class TestPresence(Transcripts):
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         await ann.expect("joined", names=["Bob"])
         assert (await lan.browser().ask("Bob"))[0] == 409
-        assert bob.socket is not None
         if goodbye:
             bob.socket.close(1000)
         else:
@@ -4150,21 +3606,6 @@ class TestPresence(Transcripts):
         await ann.expect("left", names=["Bob"], count=1)
         assert ann.names_in("joined").count("Bob") == 1
 
-    async def test_presence_over_two_daemons(self, redis_lan: Lan) -> None:
-        """Who comes and goes at one daemon is seen at the other, once; a name is taken at both."""
-        first, second = await redis_lan.serve(), await redis_lan.serve()
-        ann = await redis_lan.join("Ann", at=first)
-        bob = await redis_lan.join("Bob", at=second)
-        await ann.expect("joined", names=["Bob"], count=2)
-        assert bob.welcome["members"] == ["Bob", "Ann"]
-        assert (await redis_lan.browser(second).ask("ann"))[0] == 409
-        bob.drop()
-        await ann.expect("left", names=["Bob"], count=1)
-        carl = await redis_lan.join("Carl", at=second)
-        assert sorted(carl.welcome["members"]) == ["Ann", "Carl"]
-        await ann.quiet()
-        assert ann.names_in("left") == ["Bob"]
-
     async def test_G7_name_lost(self, lan: Lan) -> None:
         """Who comes back after somebody else took the name is told name-lost, and closed with 4409."""
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
@@ -4174,15 +3615,6 @@ class TestPresence(Transcripts):
         await ann.connect()
         await ann.expect("refused", code="name-lost")
         await ann.closed(4409)
-
-    async def test_a_crowd_is_folded(self, lan: Lan) -> None:
-        """Many who come at once are told in fewer frames, each with all its names; the counts end at the truth."""
-        ann = await lan.join("Ann")
-        await asyncio.gather(*(lan.browser().login(f"P{n}") for n in range(40)))
-        while len(ann.names_in("joined")) < 40:
-            await ann.expect("joined")
-        assert sorted(ann.names_in("joined")) == sorted(f"P{n}" for n in range(40))
-        assert ann.seen("joined")[-1]["count"] == 41
 
 
 # === Being the host ===================================================================================================
@@ -4225,14 +3657,8 @@ ACTS: dict[str, tuple[Frame, str, Frame]] = {  # what it is, the frame, and the 
     "delete a host's": (note(2, "delete"), "note", {"to": 2, "kind": "delete"}),
     "clear": ({"type": "clear"}, "cleared", {"seq": 2}),
 }
-MAY = {
-    "host": [*ACTS],
-    "author": ["react", "take it back", "delete"],
-    "member": ["react", "take it back"],
-    "forger": ["react", "take it back"],
-    "was host": ["react", "take it back"],
-    "nobody": [],
-}
+MAY = {"host": [*ACTS], "author": ["react", "take it back", "delete"], "nobody": []}
+MAY |= {who: ["react", "take it back"] for who in ("member", "forger", "was host")}
 
 
 async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
@@ -4254,16 +3680,16 @@ async def actor(who: str, lan: Lan, tess: Browser, bob: Browser) -> Browser:
 class TestHost(Transcripts):
     @pytest.mark.parametrize("way", ["socket", "POST /acts"])
     @pytest.mark.parametrize("who", MAY)
-    async def test_who_may(self, who: str, way: str, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_who_may(self, who: str, way: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every act by everybody, by both ways: who may, may; all others are refused, and nothing changes."""
         monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
-        daemon = await lan.serve()
-        tess, bob, eve = await join_as_host(lan), await lan.join("Bob"), await lan.join("Eve")
+        daemon = await memory_lan.serve()
+        tess, bob, eve = await join_as_host(memory_lan), await memory_lan.join("Bob"), await memory_lan.join("Eve")
         await bob.say("from Bob")
         await bob.expect("message", seq=1)
         await tess.say("from Tess")
         await bob.expect("message", seq=2, host=True)
-        someone = await actor(who, lan, tess, bob)
+        someone = await actor(who, memory_lan, tess, bob)
         forged = {"host": True, "by": "host", "sid": daemon.room.roster["tess"].sid} if who == "forger" else {}
         for what, (act, kind, fields) in ACTS.items():
             by_socket = way == "socket" and who != "nobody"
@@ -4322,8 +3748,10 @@ class TestHost(Transcripts):
         assert (await bob.expect("message", text="hi"))["host"] is True
         await bob.say("me, too", "c1")
         assert "host" not in await bob.expect("message", cid="c1")
-        lines = [await line.read() for _ in range(6)]
-        assert lines[2:] == ["~~~ Tess joined ~~~", "~~~ hosts: ★ Tess ~~~", "★ Tess: hi", "Bob: me, too"]
+        lines: list[object] = []
+        while "Bob: me, too" not in lines:
+            lines.append(await line.read())
+        assert lines[-4:] == ["~~~ Tess joined ~~~", "~~~ hosts: ★ Tess ~~~", "★ Tess: hi", "Bob: me, too"]
         assert (await bob.resume())["hosts"] == ["Tess"]
 
     async def test_all_modes(self, lan: Lan) -> None:
@@ -4372,7 +3800,7 @@ class TestHost(Transcripts):
         assert (await stranger.post("four"))[1]["code"] == "slow"
 
     @pytest.mark.parametrize("alone", [True, False])
-    async def test_removed(self, alone: bool, redis_lan: Lan) -> None:
+    async def test_removed(self, alone: bool, redis_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """A removed member is told why, and none of the ways back leads in, at any daemon, until the time is over."""
         first, second = await redis_lan.serve(trust_proxy=True), await redis_lan.serve(trust_proxy=True)
         tess = await join_as_host(redis_lan, at=first)
@@ -4390,19 +3818,18 @@ class TestHost(Transcripts):
         copied = dict(eve.cookies)
         await eve.connect(headers={"X-Forwarded-For": "192.0.2.1"})
         await eve.expect("welcome")
-        status, removed = await post_act(tess, {"type": "remove", "name": "eve", "seconds": 2})
+        status, removed = await post_act(tess, {"type": "remove", "name": "eve", "seconds": 600})
         assert status == 201
         assert (await until_frame(eve, "refused"))["code"] == "removed"
         await eve.closed(4403, "A host has removed you from the room for a while.")
         assert "Eve" in tess.names_in("left") or await until_frame(tess, "left", names=["Eve"])
         for daemon in (first, second):
             assert await from_school(daemon, copied).ask("Robert") == (403, UNWANTED)
-            status, answer = await from_school(daemon, copied).post("me again")
-            assert (status, answer["code"]) == (403, "removed")
+            assert await verdict(from_school(daemon, copied).post("me again")) == (403, "removed")
             assert (await redis_lan.browser(daemon).ask("EvE"))[0] == 403  # from anywhere
             assert (await from_school(daemon).ask(f"Zoe {daemon.port}"))[0] == (403 if alone else 200)
             assert (await redis_lan.browser(daemon).ask(f"Max {daemon.port}"))[0] == 200
-        await until(lambda: second.store.now() > removed["until"])
+        monkeypatch.setattr(second.store, "now", lambda: removed["until"] + 1)
         assert await from_school(second, copied).ask("Eve") == (200, {"name": "Eve"})
 
     async def test_spam(self, lan: Lan) -> None:
@@ -4447,16 +3874,6 @@ class TestHost(Transcripts):
         await tess.connect()
         await tess.expect("welcome", name="Tess", host=True)
 
-    async def test_half_a_character(self, memory_lan: Lan) -> None:
-        """JSON may spell one where a name should be: that is refused, and the room goes on."""
-        await memory_lan.serve()
-        tess = await join_as_host(memory_lan)
-        for act in ("mute", "remove"):
-            await tess.send(json.dumps({"type": act, "name": "\ud800", "seconds": 9, "cid": act}))
-            await until_frame(tess, "refused", code="bad-frame", cid=act)
-        await tess.say("still here?")
-        await until_frame(tess, "message", text="still here?")
-
     async def test_removed_meanwhile(self, redis_lan: Lan) -> None:
         """A daemon that was frozen while somebody was removed, and lost the thread of the feed, closes the door too."""
         first, second = await redis_lan.serve(), await redis_lan.run("-p", "0")
@@ -4475,7 +3892,7 @@ class TestHost(Transcripts):
         """What hosts have decided outlives a store that forgets, and a restart."""
         await own_lan.serve()
         tess, bob = await join_as_host(own_lan), await own_lan.join("Bob")
-        await tess.say("the plan")
+        await tess.expect("message", cid=await tess.say("the plan"))
         for act in (note(1, "pin"), {"type": "mode", "every": 9}, {"type": "mute", "name": "Bob", "seconds": 600}):
             assert (await post_act(tess, act))[0] == 201
         own_redis.client.flushall()
@@ -4496,20 +3913,14 @@ def everything_in(redis_server: RedisServer) -> str:
     client, found = redis_server.client, []
     for key in client.scan_iter("*"):
         kind = client.type(key)
-        read: dict[object, Callable[[Any], object]] = {
-            b"stream": client.xrange,
-            b"hash": client.hgetall,
-            b"string": client.get,
-        }
+        read: dict[Any, Any] = {b"stream": client.xrange, b"hash": client.hgetall, b"string": client.get}
         found.append(read[kind](key) if kind in read else b"")
     return "".join(f"{value!r}" for value in found)
 
 
 class TestNotes(Transcripts):
     async def test_delete(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """Deleted at one daemon: gone for all who are here, who come, or come back, and from the store, which doesn't
-        get it back when it has forgotten all.
-        """
+        """Deleted at one daemon: gone for all who are here, who come or come back, and from a store that forgets."""
         first, second = await own_lan.serve(), await own_lan.serve()
         tess, bob = await join_as_host(own_lan, at=first), await own_lan.join("Bob", at=second)
         line, poller = own_lan.browser(second), own_lan.browser(second)
@@ -4554,19 +3965,6 @@ class TestNotes(Transcripts):
             pin, _ = await poller.poll()
             assert (pin["kind"], pin["message"]) == ("pin", None)
 
-    async def test_old_reactions(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Reactions to what nobody is sent any more are forgotten."""
-        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
-        monkeypatch.setattr(tornchat, "RING_MESSAGES", 3)
-        daemon = await memory_lan.serve(history=3)
-        ann = await memory_lan.join("Ann")
-        for seq in range(1, 8):
-            await ann.say(f"{seq}")
-            await until_frame(ann, "message", seq=seq)
-            await ann.send(json.dumps(note(seq, "react", value="👍")))
-            await until_frame(ann, "note", to=seq, counts={"👍": 1})
-        assert [*daemon.room.state.notes] == [5, 6, 7]
-
     async def test_delete_in_company(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """Of an entry that holds more than the deleted message the rest stays, put back and read anew as well."""
         await own_lan.serve()
@@ -4608,8 +4006,9 @@ class TestNotes(Transcripts):
         await zoe.expect_texts("fresh")
         await zoe.quiet()
 
-    async def test_reactions(self, lan: Lan) -> None:
+    async def test_reactions(self, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """One a person and message, the last one counts; all see the same, a newcomer and a restarted daemon too."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         await lan.serve()
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         await ann.say("who agrees?")
@@ -4703,13 +4102,11 @@ class TestNotes(Transcripts):
         await tess.send(json.dumps(note(1, "pin", value=True)))
         pinned = (await tess.expect("note", kind="pin"))["message"]
         assert (pinned["seq"], pinned["text"], pinned["host"]) == (1, "1", True)
-        assert (await lan.join("Bob")).welcome["pinned"] == pinned
-        if lan.store.url:
+        if lan.store.lasts:
             await lan.restart()
-            assert (await lan.join("Carl")).welcome["pinned"] == pinned
-        await post_act(tess, note(1, "pin", value=False)) if not lan.store.url else None
-        zoe = await lan.join("Zoe")
-        assert (zoe.welcome["pinned"] is None) is (not lan.store.url)
+        assert (await lan.join("Bob")).welcome["pinned"] == pinned
+        assert (await post_act(tess, note(1, "pin", value=False)))[0] == 201
+        assert (await lan.join("Zoe")).welcome["pinned"] is None
 
 
 class TestTranscript(Transcripts):
@@ -4729,31 +4126,19 @@ class TestTranscript(Transcripts):
         assert lines == ["Bob: hi", "Bob: one", "    2026-01-01 10:00:00 Tess: forged★ Tess: forged",
                          "Bob (to Bob): yes", "★ Tess: well"]  # fmt: skip
         said = [json.loads(line) for line in text_of(await tess.fetch("/transcript?format=json")).split("\n") if line]
-        assert [(message["seq"], message["text"][:3]) for message in said] == [
-            (1, "hi"),
-            (2, "one"),
-            (4, "yes"),
-            (5, "wel"),
-        ]
+        assert [(told["seq"], told["text"][:3]) for told in said] == [(1, "hi"), (2, "one"), (4, "yes"), (5, "wel")]
 
     @pytest.mark.parametrize(
         ("option", "statuses"),
         [("host", (200, 403, 401)), ("everyone", (200, 200, 401)), ("off", (404, 404, 404))],
     )
     async def test_whose(self, option: str, statuses: tuple[int, ...], memory_lan: Lan) -> None:
-        """Hosts have it, or everyone, or nobody; never somebody who hasn't logged in."""
+        """Hosts have it, or everyone, or nobody; never somebody who hasn't logged in, or was removed."""
         await memory_lan.serve(transcript=option)
         readers = await join_as_host(memory_lan), await memory_lan.join("Bob"), memory_lan.browser()
         assert tuple([(await reader.fetch("/transcript")).code for reader in readers]) == statuses
-
-    async def test_removed(self, memory_lan: Lan) -> None:
-        """Who was removed doesn't read on in the transcript that everybody may have."""
-        await memory_lan.serve(transcript="everyone")
-        tess, eve = await join_as_host(memory_lan), await memory_lan.join("Eve")
-        assert (await eve.fetch("/transcript")).code == 200
-        assert (await post_act(tess, {"type": "remove", "name": "Eve", "seconds": 600}))[0] == 201
-        assert (await eve.fetch("/transcript")).code == 403
-        assert (await tess.fetch("/transcript")).code == 200
+        assert (await post_act(readers[0], {"type": "remove", "name": "Bob", "seconds": 600}))[0] == 201
+        assert (await readers[1].fetch("/transcript")).code == max(403, statuses[1])
 
     async def test_long(self, lan: Lan) -> None:
         """A long room comes in pieces: the daemon never holds all of it."""
@@ -4800,7 +4185,8 @@ def certificate(folder: Path) -> tuple[str, str]:
     if (openssl := shutil.which("openssl") or "") == "":
         missing("openssl")
     cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", key, "-out", cert]
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-keyout", key, "-out", cert]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     subprocess.run(command, check=True, capture_output=True)
     return cert, key
@@ -4843,26 +4229,24 @@ class TestSecurity(Transcripts):
         [
             ("1.1", [], 400),
             ("1.0", [], 421),
-            ("1.0", ["localhost"], 200),
             ("1.0", ["evil.example"], 421),
             ("1.1", ["localhost", "localhost"], 400),
             ("1.1", ["localhost", "evil.example"], 400),
             ("1.1", ["localhost, evil.example"], 400),
-            ("1.1", ["localhost/evil.example"], 400),
             ("1.1", ["localhost\t"], 200),
             ("1.1", ["local\x00host"], 400),
             ("1.1", ["localhost:evil"], 421),
             ("1.1", ["a" * 301], 421),
             ("1.1", [":8888"], 421),
-            ("1.1", ["localhost.."], 421),
         ],
     )
     async def test_G10_odd_hosts(self, version: str, hosts: list[str], status: int, memory_lan: Lan) -> None:
         """No Host, two of them, or one that could be read in two ways opens nothing, in HTTP 1.0 as in 1.1."""
         await memory_lan.serve()
         lines = "".join(f"Host: {host}\r\n" for host in hosts)
-        answer = await raw_request(memory_lan.browser().url, f"GET /login HTTP/{version}\r\n{lines}\r\n")
-        assert re.match(rf"HTTP/1.1 {status} ", answer), answer
+        wish = f"GET /login HTTP/{version}\r\n{lines}\r\n".encode()
+        answer = await exchange(memory_lan.browser().port, wish, b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
 
     async def test_an_absolute_address(self, memory_lan: Lan) -> None:
         """What stands in the request line is no way around the Host."""
@@ -4882,14 +4266,6 @@ class TestSecurity(Transcripts):
         config = tornchat.parse_config(["--allow-host", host], {})
         await memory_lan.serve(allow_host=config.allow_host)
         assert (await memory_lan.browser().fetch("/login", Host=host)).code == 200
-
-    @pytest.mark.parametrize("name", ["https://a.org/", "*.a.org", "a b", "a.org;reboot", "ä.org"])
-    def test_what_is_allowed_is_a_host(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        """--allow-host takes names that a Host header can have, and says so of others, instead of never matching."""
-        with pytest.raises(SystemExit) as ended:
-            tornchat.parse_config(["--allow-host", f"b.org,{name}"], {})
-        assert ended.value.code == 2
-        assert name in capsys.readouterr().err
 
     @pytest.mark.parametrize("upstream", ["tornchat_backend", "127.0.0.1:8888"])
     async def test_a_proxy_that_drops_the_host(
@@ -4926,7 +4302,7 @@ class TestSecurity(Transcripts):
         daemon = await memory_lan.serve()
         ours = place(daemon)
         origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))
-        for site in ("", "same-origin", "none", "same-site", "cross-site", "odd"):
+        for site in ("", "same-origin", "none", "same-site", "cross-site", "odd")[: 6 if origin in ("", ours) else 2]:
             told: dict[str, Any] = {"Origin": origin, "Sec_Fetch_Site": site}
             told = {name: value for name, value in told.items() if value}
             # What the browser says of the site can't be forged by a page; where it says nothing, the Origin decides.
@@ -4950,18 +4326,22 @@ class TestSecurity(Transcripts):
         ann = memory_lan.browser()
         await ann.login("<b>'\"&Ann")
         refused = await memory_lan.browser().fetch("/login", form={"nickname": "<b>'\"&Ann"})
-        for page in (text_of(await ann.fetch("/")), text_of(refused)):
+        asked = await memory_lan.browser().fetch("/login?nickname=%22%3E%3Cb%3E")
+        for page in (text_of(await ann.fetch("/")), text_of(refused), text_of(asked)):
             assert "<b>" not in page
             assert "<i>" not in page
             assert "&lt;b&gt;" in page
             assert "&lt;i&gt;" in page
 
     async def test_not_found(self, memory_lan: Lan) -> None:
+        """Nor is there a method that a route has no use for: above all no GET logs out."""
         ann = await memory_lan.login("Ann")
         for path in ("/nothing", "/chat.js/../login2", "/static/x", "/%00", "/login/", "//evil.example/"):
             answer = await ann.fetch(path)
             assert (answer.code, answer.headers.get("Location")) == (404, None)
             assert "tornado" not in (text_of(answer) + str(dict(answer.headers))).lower()
+        for method, path in (("PUT", "/login"), ("DELETE", "/"), ("GET", "/logout"), ("POST", "/healthz")):
+            assert (await ann.fetch(path, method, body="" if method in ("PUT", "POST") else None)).code == 405
 
     async def test_a_refused_program_is_told_in_json(self, memory_lan: Lan) -> None:
         """A program that asks for JSON gets it in a refusal too; /messages and /healthz answer nothing else."""
@@ -5002,12 +4382,6 @@ class TestSecurity(Transcripts):
         assert "hunter2" not in caplog.text
         caplog.clear()
 
-    async def test_other_methods(self, memory_lan: Lan) -> None:
-        """A method that a route has no use for is 405: above all no GET logs out."""
-        ann = await memory_lan.login("Ann")
-        for method, path in (("PUT", "/login"), ("DELETE", "/"), ("GET", "/logout"), ("POST", "/healthz")):
-            assert (await ann.fetch(path, method, body="" if method in ("PUT", "POST") else None)).code == 405
-
     async def test_head(self, memory_lan: Lan) -> None:
         """What GET answers, without its body, without a session and with one; a poll isn't asked for in this way."""
         await memory_lan.serve()
@@ -5016,41 +4390,22 @@ class TestSecurity(Transcripts):
                 get, head = await browser.fetch(path), await browser.fetch(path, "HEAD")
                 assert (head.code, head.body) == (405 if path == "/messages" else get.code, b"")
 
-    async def test_odd_forms(self, memory_lan: Lan) -> None:
-        await memory_lan.serve(password="open")
-        kind = "application/x-www-form-urlencoded"
-        forms = ["", "nickname=%FF", "nickname=%ED%A0%80&password=open", "nickname=a&nickname=b", "%", "nickname=%00"]
-        forms += ["password=%FF&nickname=x", "x" * 50_000, "&" * 5_000, "password=%D7%90&nickname=x"]
-        others = {"--x": "multipart/form-data; boundary=x", "x": "multipart/form-data", "{": "application/json"}
-        for body, content_type in (dict.fromkeys(forms, kind) | others).items():
-            answer = await memory_lan.browser().fetch("/login", "POST", body=body, Content_Type=content_type)
-            assert 400 <= answer.code < 500, (body[:50], answer.code)
-
-    async def test_proxy_headers_of_a_stranger(self, memory_lan: Lan) -> None:
-        """Without --trust-proxy nobody is believed about addresses, hosts and https."""
+    async def test_proxy_headers_of_a_stranger(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
+        """Without --trust-proxy nobody is believed about addresses, hosts and https; the operator is told so, once."""
         await memory_lan.serve()
-        forged: dict[str, Any] = {
-            "X_Forwarded_For": "1.2.3.4",
-            "X_Forwarded_Proto": "https",
-            "X_Forwarded_Host": "evil.example",
-        }
+        forged: dict[str, Any] = {"X_Forwarded_For": "1.2.3.4", "X_Forwarded_Proto": "https"}
+        forged["X_Forwarded_Host"] = "evil.example"
         answer = await memory_lan.browser().fetch("/login", form={"nickname": ""}, Accept="application/json", **forged)
         assert json.loads(answer.body)["name"] == "guest-1"  # of 127.0.0.1
         assert "secure" not in answer.headers["Set-Cookie"].lower()
-
-    async def test_a_proxy_that_is_not_trusted(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
-        """The operator is told, once, which option makes a proxy's visitors more than one address."""
-        await memory_lan.serve()
-        for _ in range(3):
-            await memory_lan.browser().fetch("/login", X_Forwarded_For="192.0.2.7")
+        await memory_lan.browser().fetch("/login", **forged)
         (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert "--trust-proxy" in told
 
     def test_a_proxy_on_another_machine(self) -> None:
         """Even with --trust-proxy, only a proxy on this machine is believed."""
-        request: Any = types.SimpleNamespace(
-            remote_ip="192.0.2.1", protocol="http", headers={"X-Forwarded-Proto": "https"}
-        )
+        headers = {"X-Forwarded-Proto": "https"}
+        request: Any = types.SimpleNamespace(remote_ip="192.0.2.1", protocol="http", headers=headers)
         tornchat.believe_proxy(request)
         assert (request.remote_ip, request.protocol) == ("192.0.2.1", "http")
 
@@ -5058,11 +4413,8 @@ class TestSecurity(Transcripts):
         """With --trust-proxy a proxy on this machine is believed: address, https, and a Host that must be allowed."""
         await memory_lan.serve(trust_proxy=True, allow_host=("chat.example.org",))
         browser = memory_lan.browser()
-        told: dict[str, Any] = {
-            "X_Forwarded_For": "198.51.100.7, 1.2.3.4",
-            "X_Forwarded_Proto": "https",
-            "X_Forwarded_Host": "chat.example.org",
-        }
+        told: dict[str, Any] = {"X_Forwarded_For": "198.51.100.7, 1.2.3.4", "X_Forwarded_Proto": "https"}
+        told["X_Forwarded_Host"] = "chat.example.org"
         answer = await browser.fetch("/login", form={"nickname": "Ann"}, Origin="https://chat.example.org", **told)
         assert answer.code == 303
         assert "secure" in answer.headers["Set-Cookie"].lower()
@@ -5104,9 +4456,7 @@ class TestSecurity(Transcripts):
 CLOSES = (0, 999, 1000, 1001, 1003, 1004, 1005, 1006, 1007, 1011, 1012, 1015, 1016, 2999, 3000, 4999, 5000, 65535)
 ODD_HEADERS = ["Origin", "Sec-Fetch-Site", "Accept", "Accept-Language", "X-Forwarded-For", "X-Forwarded-Proto"]
 ODD_HEADERS += ["X-Forwarded-Host", "If-None-Match", "Range", "Expect", "Sec-WebSocket-Protocol", "Content-Encoding"]
-MISCHIEF = (
-    "\x1b]0;owned\x07\x1b[31m\x9b31m\x7f\x00\x08\r\u202e\u2066\u200f\u061c\u2028"  # what must not reach a terminal
-)
+MISCHIEF = "\x1b]0;owned\x07\x1b[31m\x9b31m\x7f\x00\x08\r\u202e\u2066\u200f\u061c\u2028"  # not for a terminal
 STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 any_header = st.text(st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"), max_size=60)
 any_query = st.dictionaries(
@@ -5200,39 +4550,6 @@ class Mute(tornado.websocket.WebSocketHandler):
         """Called by Tornado."""
 
 
-class Echo(tornchat.ChatSocket):
-    """The product's socket, its way in and its way out, for a fuzzer that wants everything back."""
-
-    async def session(self) -> tornchat.Session | None:
-        return await self.daemon.admission.log_in("", "", "127.0.0.1")
-
-    def on_message(self, message: str | bytes) -> None:
-        frame = tornchat.ws_frame(message, 0x2) if isinstance(message, bytes) else tornchat.ws_frame(message.encode())
-        if self.listener:
-            self.listener.send(tornchat.Batch(tornchat.Encoded(frame)))
-
-
-async def echo(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Echoes on /chat for ever, for Autobahn's `wstest -m fuzzingclient`; the room itself keeps silent."""
-    for name, value in {
-        "ChatSocket": Echo,
-        "FRAME_BYTES": 2**26,
-        "BACKLOG_MOST_BYTES": 2**30,
-        "LAG_SECONDS": 2**30,
-        "FRAMES_A_TICK": 2**30,
-    }.items():
-        monkeypatch.setattr(tornchat, name, value)
-    monkeypatch.setattr(tornchat.Room, "replay", lambda self, listener, seen: setattr(listener, "base", 0))
-    monkeypatch.setattr(tornchat.Room, "notice", lambda self, kind, events: [])
-    await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", rate=0, ping_seconds=1e9))
-    await asyncio.Event().wait()
-
-
-def unquoted(value: str) -> str:
-    """A cookie's value without the quotes that stand around it on the wire."""
-    return value.strip('"')
-
-
 @contextlib.contextmanager
 def on_stage(lan: Lan) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
     """One loop and what runs in it for all examples of a test: what it yields plays a coroutine there."""
@@ -5247,20 +4564,6 @@ def on_stage(lan: Lan) -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 def examples(few: int, many: int) -> pytest.MarkDecorator:
     """Fuzz with a few examples, and as a slow test with many."""
     return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=slow)])
-
-
-async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
-    """All that the daemon answers to these bytes, up to this end, or before it closes, or until patience is over."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answer = b""
-    with contextlib.suppress(ConnectionError, TimeoutError):
-        writer.write(request)
-        while piece := await asyncio.wait_for(reader.read(65536), PATIENCE):
-            answer += piece
-            if end and end in answer:
-                break
-    writer.transport.abort()
-    return answer
 
 
 class TestAttacks(Transcripts):
@@ -5330,9 +4633,8 @@ class TestAttacks(Transcripts):
     async def test_the_protocol(self, memory_lan: Lan) -> None:
         """Good and bad frames are answered as plain Tornado answers them, with the same pongs and close frames."""
         ann = await memory_lan.login("Ann")
-        server = tornado.httpserver.HTTPServer(
-            tornado.web.Application([("/chat", Mute)], websocket_max_message_size=tornchat.FRAME_BYTES)
-        )
+        application = tornado.web.Application([("/chat", Mute)], websocket_max_message_size=tornchat.FRAME_BYTES)
+        server = tornado.httpserver.HTTPServer(application)
         (port,) = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server.add_socket(port)
         plain = f"http://127.0.0.1:{port.getsockname()[1]}"
@@ -5365,25 +4667,6 @@ class TestAttacks(Transcripts):
         writer.close()
         assert daemon.room.seq == 0
 
-    @slow
-    async def test_echo(self, memory_lan: Lan) -> None:
-        """What Autobahn is let loose on answers however many cases there are."""
-        memory_lan.add(await Program.spawn([__file__, "echo", str(port := free_port())], {}))
-        fuzzer = memory_lan.browser(f"http://127.0.0.1:{port}")
-        await until(lambda: listens(port))
-        for number in range(tornchat.LOGINS_AT_ONCE + 50):
-            await fuzzer.connect()
-            await fuzzer.send(str(number))
-            assert await fuzzer.read() == str(number)
-
-    async def test_G7_only_says_are_heard(self, memory_lan: Lan) -> None:
-        """A frame that looks like one of the room's own is refused, and nobody else sees it."""
-        ann, bob = await memory_lan.join("Ann"), await memory_lan.join("Bob")
-        for kind in ("message", "joined", "left", "opened", "welcome", "store", "time", "refused", "Say"):
-            await ann.send(json.dumps({"type": kind, "text": "hi", "names": ["Bob"], "name": "Bob", "seq": 1, "ts": 1}))
-            await ann.expect("refused", code="bad-frame")
-        await bob.quiet()
-
     async def test_G7_a_query_changes_nobody(self, lan: Lan) -> None:
         """With a session, the query of a socket can't make somebody else of its owner."""
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
@@ -5393,40 +4676,6 @@ class TestAttacks(Transcripts):
         await taken.closed(4409)
         await ann.say("hi")
         await bob.expect("message", name="Ann")
-
-    @slow
-    async def test_G5_a_slow_reader_leaves_no_trace(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
-        """Five who don't read are closed, one of them with all that may wait, and nothing is kept of them."""
-        daemon = await memory_lan.serve()
-        ann, names = await memory_lan.join("Ann"), [f"slow{n}" for n in range(5)]
-        stalled = []
-        for name in names:
-            browser = await memory_lan.login(name)
-            stalled.append(await handshake(browser.url, browser.headers()["Cookie"], buffer=4096))
-        await until(lambda: len(daemon.room.listeners) == 6)
-        kept = [
-            weakref.ref(handler)
-            for handler in daemon.sockets
-            if handler.listener and handler.listener.member.name in names
-        ]
-        tasks = len(asyncio.all_tasks())
-        caplog.set_level(logging.INFO)
-        for _, writer in stalled:
-            assert isinstance(writer.transport, asyncio.Transport)
-            writer.transport.pause_reading()
-        for n in range(700):
-            await ann.expect("message", cid=await ann.say("x" * 4000), seq=n + 1)
-        assert len(daemon.room.listeners) == 1
-
-        async def all_gone() -> bool:
-            gc.collect()
-            return len(daemon.sockets) == 1 and not any(handler() for handler in kept)
-
-        await until(all_gone)  # Tornado waits 5 s for their goodbye
-        assert len(asyncio.all_tasks()) <= tasks
-        assert len(caplog.records) <= 1
-        for _, writer in stalled:
-            writer.transport.abort()
 
     async def test_G5_slow_requests(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
         """Headers that stop half-way, bodies that drip, connections that say nothing: all are cut; others log in."""
@@ -5580,7 +4829,7 @@ class TestAttacks(Transcripts):
         pupils = [memory_lan.browser() for _ in range(5)]
         for number, pupil in enumerate(pupils):
             await pupil.fetch("/login", form={"nickname": f"Pupil {number}"}, X_Forwarded_For="192.0.2.66")
-        await until(lambda: has_members(daemon, 0))
+        await until(lambda: not daemon.room.roster)
         codes = [(await pupil.fetch("/messages", X_Forwarded_For="192.0.2.66")).code for pupil in pupils]
         assert codes == [200] * 5
 
@@ -5698,10 +4947,9 @@ class TestAttacks(Transcripts):
                     continue
                 answer = await memory_lan.ask_raw(method, path, {"Host": "localhost"} | more)
                 headers = dict(line.split(": ", 1) for line in answer.strip().split("\r\n")[1:])
-                assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(
-                    headers["Content-Security-Policy"].split("; ")
-                )
-                assert "unsafe" not in headers["Content-Security-Policy"]
+                policy = headers["Content-Security-Policy"]
+                assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+                assert "unsafe" not in policy
                 assert headers["X-Content-Type-Options"] == "nosniff"
                 assert (headers["Referrer-Policy"], headers["Server"]) == ("no-referrer", "tornchat")
                 if not path.startswith(("/style", "/chat.js", "/icon")) or " 200 " not in answer:
@@ -5730,34 +4978,36 @@ class TestAttacks(Transcripts):
         quoted, raw = urllib.parse.quote(MISCHIEF), MISCHIEF.encode().replace(b"\r", b"")
         bare = "".join(char for char in MISCHIEF if char > "\x7f").encode()
         cookie = ann.headers()["Cookie"].encode()
+        ours, post = b"Host: localhost\r\n", b"POST /login HTTP/1.1\r\nHost: localhost\r\n"
+        requests = [
+            b"GET /!?nickname=!&password=roompassword HTTP/1.1\r\n" + ours,
+            b"GET /login HTTP/1.1\r\nHost: a!.example\r\n",
+            b"GET /login HTTP/1.1\r\nX-Forwarded-Host: a!.example\r\n" + ours,
+            b"GET /login HTTP/1.1\r\nX-Forwarded-For: !\r\nUser-Agent: !\r\n!: x\r\n" + ours,
+            b"! /login HTTP/1.1\r\n" + ours,
+            b"GET /login !\r\n" + ours,
+            post + b"Origin: http://!\r\nContent-Length: 0\r\n",
+            post + b"Content-Length: !\r\n",
+            post + b"Content-Type: multipart/form-data; boundary=!\r\nContent-Length: 0\r\n",
+            b"GET / HTTP/1.1\r\nCookie: %b; !\r\n" % cookie + ours,
+            b"GET /chat?nickname=!&password=roompassword HTTP/1.1\r\nUpgrade: !\r\n" + ours,
+        ]
         for mischief in (quoted.encode(), raw, bare, b"\xc2\x9b31m", b"\x9b31m"):
-            for request in (
-                b"GET /%b?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\n\r\n" % (mischief, mischief),
-                b"GET /login HTTP/1.1\r\nHost: a%b.example\r\n\r\n" % mischief,
-                b"GET /login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-Host: a%b.example\r\n\r\n" % mischief,
-                b"GET /login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: %b\r\n\r\n" % mischief,
-                b"GET /login HTTP/1.1\r\nHost: localhost\r\nUser-Agent: %b\r\n%b: x\r\n\r\n" % (mischief, mischief),
-                b"%b /login HTTP/1.1\r\nHost: localhost\r\n\r\n" % mischief,
-                b"GET /login %b\r\nHost: localhost\r\n\r\n" % mischief,
-                b"POST /login HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%b\r\nContent-Length: 0\r\n\r\n" % mischief,
-                b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n" % mischief,
-                b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=%b\r\n"
-                b"Content-Length: 3\r\n\r\nabc" % mischief,
-                b"GET / HTTP/1.1\r\nHost: localhost\r\nCookie: %b; %b\r\n\r\n" % (cookie, mischief),
-                b"GET /chat?nickname=%b&password=roompassword HTTP/1.1\r\nHost: localhost\r\nUpgrade: %b\r\n\r\n"
-                % (mischief, mischief),
-            ):
-                await exchange(port, request, b"\r\n\r\n")
+            for request in requests:
+                await exchange(port, request.replace(b"!", mischief) + b"\r\n", b"\r\n\r\n")
         ann.drop()
-        program.signal(signal.SIGTERM)
-        code, out, err = await program.ended()
-        assert code == 0
+        out, err = await program.stop()
         assert "Traceback" not in err
         assert not STEERS.search((out + err).replace("\n", ""))
         assert "owned" in err  # the attacks are in the log, but tame
         secrets = ["redispassword"]
         if verbose != ("-v", "-v"):
-            secrets += ["private matters", "roompassword", "cookiesecret", *map(unquoted, ann.cookies.values())]
+            secrets += [
+                "private matters",
+                "roompassword",
+                "cookiesecret",
+                *(value.strip('"') for value in ann.cookies.values()),
+            ]
         for secret in secrets:
             assert secret not in out + err
 
@@ -5778,47 +5028,6 @@ class TestHealth(Transcripts):
         assert (health["version"], health["connections"], health["members"]) == (tornchat.__version__, 1, 2)
         assert 0 <= health["uptime"] < 10 * RETURN
 
-    @slow
-    async def test_G8_the_store_is_gone(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """Redis is killed: all are told, what is said is refused, reading goes on; then it comes back."""
-        await own_lan.serve(confirm_seconds=0.5)
-        ann, bob, dan = await own_lan.join("Ann"), await own_lan.join("Bob"), await own_lan.join("Dan")
-        await ann.say_many(3)
-        await dan.expect_texts(1, 2, 3)
-        own_redis.kill()
-        await ann.expect("store", available=False)
-        cid = await ann.say("can anyone hear me?")
-        refused = await ann.expect("refused", code="unavailable", cid=cid)
-        assert refused["retry_after"] > 0
-        assert (await own_lan.browser().fetch("/healthz")).code == 503
-        code, said = await own_lan.browser().ask("Carl")
-        assert (code, said["code"]) == (503, "unavailable")
-        await dan.expect("store", available=False)
-        assert (await dan.fetch("/logout", form={})).code == 303
-        await dan.closed(4401, "logout")
-        welcome = await bob.connect()
-        await welcome.expect("welcome", name="Bob", seq=3)
-        await bob.expect("store", available=False)
-        await bob.expect_texts(1, 2, 3)
-        own_redis.start()
-        await ann.expect("store", available=True)
-        await ann.say("can anyone hear me?", cid)
-        await ann.expect("message", cid=cid, seq=4)
-        assert ann.names_in("left") == ["Dan"]  # the logout was not forgotten
-        await bob.expect("store", available=True)
-        await bob.expect("message", cid=cid, seq=4)
-        assert (await own_lan.browser().fetch("/healthz")).code == 200
-
-    @slow
-    async def test_G2_resuming_where_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """A client that has seen more than a daemon without its store knows is sent away to come back, not reset."""
-        daemon = await own_lan.serve()
-        ann = await own_lan.join("Ann")
-        own_redis.kill()
-        await ann.expect("store", available=False)
-        there = await ann.tab().connect(after=5, epoch=daemon.room.epoch)
-        await there.closed(1013)
-
     async def test_G8_logging_in_again(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """Who logs in once more while the store is away keeps the session that still is good, and the name."""
         ann = await own_lan.join("Ann")
@@ -5830,7 +5039,9 @@ class TestHealth(Transcripts):
         await ann.quiet()
 
     @slow
-    async def test_G1_a_silent_store(self, own_redis: RedisServer, own_lan: Lan) -> None:
+    async def test_G1_a_silent_store(
+        self, own_redis: RedisServer, own_lan: Lan, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Redis falls silent: a message is refused in time, everybody is told, nothing is stored twice."""
         daemon = await own_lan.serve()
         assert (daemon.config.confirm_seconds <= 5, daemon.config.silence_seconds <= 6) == (True, True)
@@ -5848,6 +5059,7 @@ class TestHealth(Transcripts):
             await ann.frame()
         await ann.quiet()
         assert [frame["seq"] for frame in ann.seen("message")] == [1, 2, 3]
+        assert state_lines(caplog) == ["away", "back"]
 
     @slow
     async def test_gone_before_the_welcome(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -5882,17 +5094,20 @@ class TestHealth(Transcripts):
 
 class TestStopping(Transcripts):
     async def test_G9_members_are_told(self, lan: Lan) -> None:
-        """A daemon that stops closes every socket with 1001, and may be told to stop twice."""
-        daemon = await lan.serve()
+        """A daemon that stops closes every socket with 1001 and leaves nothing behind; it may be told to stop twice."""
+        before, daemon = asyncio.all_tasks(), await lan.serve()
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         await asyncio.gather(daemon.stop(), ann.closed(1001), bob.closed(1001))
         await daemon.stop()
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", daemon.port)
+        for person in (ann, bob):
+            person.drop()
+        await until(lambda: not asyncio.all_tasks() - before)
 
     async def test_stopping_in_the_midst_of_it(self, lan: Lan) -> None:
         """A daemon stops in time whatever it is just doing."""
-        for moment in range(20):
+        for moment in range(0, 20, 2):
             daemon = await lan.serve()
             ann = await lan.join(f"Ann {moment}")
             for _ in range(moment):
@@ -5966,16 +5181,6 @@ class TestStopping(Transcripts):
         await bob.expect("left", names=["Carl"])
         assert bob.names_in("left") == ["Carl"]
 
-    async def test_nothing_is_left_behind(self, lan: Lan) -> None:
-        """After the stop the daemon has no task, no socket and no connection of its own any more."""
-        before = asyncio.all_tasks()
-        daemon = await lan.serve()
-        ann = await lan.join("Ann")
-        await ann.say_many(3)
-        await asyncio.gather(daemon.stop(), ann.closed(1001))
-        ann.drop()
-        await until(lambda: not asyncio.all_tasks() - before)
-
     async def test_a_bug_ends_the_daemon(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A daemon one of whose tasks has died does not pretend to be alive: it ends, with the reason."""
 
@@ -5989,11 +5194,9 @@ class TestStopping(Transcripts):
 
     async def test_a_start_that_fails_leaves_nothing(self) -> None:
         """A daemon that cannot start says why in one line and gives its port back."""
-        port = free_port()
+        port, url = free_port(), "redis://:hunter2@127.0.0.1:1/0"
         with pytest.raises(tornchat.FatalError) as why:
-            await tornchat.Daemon.start(
-                tornchat.Config(port=port, host="127.0.0.1", redis_url="redis://:hunter2@127.0.0.1:1/0", wait=0)
-            )
+            await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", redis_url=url, wait=0))
         assert "hunter2" not in str(why.value)
         assert "\n" not in str(why.value)
         with socket.create_server(("127.0.0.1", port)):
@@ -6010,13 +5213,16 @@ class TestOperator(Transcripts):
         daemon = await memory_lan.serve(host="0.0.0.0")
         lines = tornchat.banner(daemon.config, daemon.port, "key").splitlines()
         assert len(lines) < 15
-        assert re.findall(r"http://\S+", "\n".join(lines)) == [
-            f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")
-        ]
+        urls = [f"http://{host}:{daemon.port}/" for host in ("localhost", "192.0.2.7", "192.0.2.8")]
+        assert re.findall(r"http://\S+", "\n".join(lines)) == urls
         assert tornchat.__version__ in lines[0]
         assert "memory" in "\n".join(lines)
         assert "Phones" in "\n".join(lines)
         assert "Ctrl+C" in lines[-1]
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: [f"192.0.2.{n}" for n in range(9)])
+        banner = tornchat.banner(tornchat.Config(workers=2), 8888, "key")
+        assert (len(banner.splitlines()) < 15, "and 4 more" in banner) == (True, True)  # it stays on one screen
+        assert len(tornchat.lan_urls(tornchat.Config(), 8888)) == 9
 
     async def test_banner_of_one_address(self, redis_lan: Lan) -> None:
         """A daemon bound to one address names that one and its Redis, without a password."""
@@ -6024,10 +5230,8 @@ class TestOperator(Transcripts):
         banner = tornchat.banner(daemon.config, daemon.port, "key")
         assert re.findall(r"http://\S+", banner) == [daemon.url]
         assert redis_lan.store.url in banner
-        assert (
-            tornchat.store_name(tornchat.Config(redis_url="redis://user:hunter2@example.org:7000/3"))
-            == "redis://example.org:7000/3"
-        )
+        elsewhere = tornchat.Config(redis_url="redis://user:hunter2@example.org:7000/3")
+        assert tornchat.store_name(elsewhere) == "redis://example.org:7000/3"
 
     async def test_banner_with_a_certificate(self, tmp_path: Path, memory_lan: Lan) -> None:
         """A certificate is for a name: that address stands first, and no port where it is the one of https."""
@@ -6050,9 +5254,7 @@ class TestOperator(Transcripts):
         assert (await ann.fetch("/host?key=lantern")).code == 302
         await ann.login("Ann")
         pages = [text_of(await ann.fetch(path)) for path in ("/", "/login", "/chat.js", "/join.json", "/healthz")]
-        program.signal(signal.SIGTERM)
-        code, out, err = await program.ended()
-        assert code == 0
+        out, err = await program.stop()
         assert "/host" in err
         assert "lantern" not in "".join([out, err, *pages])
 
@@ -6072,26 +5274,9 @@ class TestOperator(Transcripts):
 
         await until(printed)
         assert f"/host?key={daemon.host_key}" in program.printed
-        program.signal(signal.SIGTERM)
-        assert (await program.ended())[0] == 0
+        await program.stop()
         os.close(master)
         os.close(slave)
-
-    def test_many_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The banner shows the likeliest addresses and says how many more there are: it stays on one screen."""
-        monkeypatch.setattr(tornchat, "lan_addresses", lambda: [f"192.0.2.{n}" for n in range(9)])
-        lines = tornchat.banner(tornchat.Config(workers=2), 8888, "key").splitlines()
-        assert len(lines) < 15
-        assert "and 4 more" in "\n".join(lines)
-        assert len(tornchat.lan_urls(tornchat.Config(), 8888)) == 9
-
-    def test_addresses(self) -> None:
-        """The machine's addresses are addresses, each once, none of them a loopback."""
-        addresses = tornchat.lan_addresses()
-        assert len(set(addresses)) == len(addresses)
-        for address in addresses:
-            assert socket.inet_aton(address)
-            assert not address.startswith("127.")
 
     @pytest.mark.parametrize(
         ("routed", "interfaces", "order"),
@@ -6202,12 +5387,8 @@ class Page(html.parser.HTMLParser):
 
     @property
     def links(self) -> list[str]:
-        return [
-            attributes[name]
-            for _, attributes in self.elements
-            for name in ("href", "src", "action")
-            if name in attributes
-        ]
+        names = ("href", "src", "action")
+        return [attributes[name] for _, attributes in self.elements for name in names if name in attributes]
 
 
 async def pages(lan: Lan) -> tuple[Page, Page, str]:
@@ -6222,7 +5403,10 @@ async def pages(lan: Lan) -> tuple[Page, Page, str]:
 class TestPages(Transcripts):
     async def test_html(self, memory_lan: Lan) -> None:
         """The pages are balanced HTML that names its language; no id stands twice, no style or script within."""
-        for page in (await pages(memory_lan))[:2]:
+        login, chat, script = await pages(memory_lan)
+        writers = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|createContextual"
+        assert not re.search(writers, script)
+        for page in (login, chat):
             assert page.wrong == []
             assert len(page.ids) == len(set(page.ids))
             assert page.elements[0] == ("html", {"lang": "en"})
@@ -6234,9 +5418,7 @@ class TestPages(Transcripts):
     async def test_ids(self, memory_lan: Lan) -> None:
         """Every element that the script asks for is there, and every label and description has its control."""
         login, chat, script = await pages(memory_lan)
-        asked = set(re.findall(r"getElementById\(['\"]([\w-]+)", script)) | set(
-            re.findall(r"querySelector\(['\"]#([\w-]+)", script)
-        )
+        asked = set(re.findall(r"(?:getElementById\(['\"]|querySelector\(['\"]#)([\w-]+)", script))
         for names in re.findall(r"const \{([^{}]*)\} = Object.fromEntries\(\[\.\.\.document", script):
             asked |= {name.split(":")[0].strip("' \n") for name in names.split(",")} - {""}
         assert asked
@@ -6262,13 +5444,6 @@ class TestPages(Transcripts):
                 assert "immutable" in answer.headers["Cache-Control"]
         stale = await ann.fetch("/style.css?v=older")
         assert "immutable" not in stale.headers["Cache-Control"]
-
-    async def test_types(self, memory_lan: Lan) -> None:
-        ann = await memory_lan.login("Ann")
-        for path, kind in (("style.css", "text/css"), ("chat.js", "text/javascript"), ("icon.svg", "image/svg+xml")):
-            answer = await ann.fetch(f"/{path}")
-            assert answer.code == 200
-            assert answer.headers["Content-Type"].startswith(kind)
 
     @pytest.mark.parametrize(
         ("accepted", "packed"),
@@ -6297,21 +5472,6 @@ class TestPages(Transcripts):
                 again = f"GET {path} HTTP/1.0\r\nIf-None-Match: {tag}\r\n{told}\r\n"
                 assert b" 304 " in await exchange(daemon.port, again.encode())
         assert (size < 32_000) == packed
-
-    def test_script(self, tmp_path: Path) -> None:
-        node = shutil.which("node")
-        if node is None:
-            pytest.skip("node is not installed")
-        (tmp_path / "chat.js").write_text(tornchat.ASSETS["chat.js"][1], encoding="utf-8")
-        checked = subprocess.run([node, "--check", tmp_path / "chat.js"], capture_output=True, text=True)
-        assert checked.returncode == 0, checked.stderr
-
-    def test_script_only_writes_text(self) -> None:
-        script = tornchat.ASSETS["chat.js"][1]
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|createContextualFragment",
-            script,
-        )
 
     def test_words(self) -> None:
         """Every word has a text in each language, with the same values to fill in."""
@@ -6373,14 +5533,13 @@ class TestProcess(Transcripts):
         await ann.say("hi")
         for person in (ann, bob):
             await person.expect("message", name="Ann", text="hi")
-        program.signal(number)
-        await asyncio.gather(ann.closed(1001), bob.closed(1001))
-        code, out, err = await program.ended()
-        assert (code, complaints(err)) == (0, [])
+        (out, err), *_ = await asyncio.gather(program.stop(number), ann.closed(1001), bob.closed(1001))
+        assert complaints(err) == []
         assert len(out.splitlines()) < 15
         assert "Ctrl+C" in out
         assert "memory" in out
 
+    @slow
     async def test_the_log_of_a_service(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """A log in a file has a line with date and time zone for: started, store away, store back, stopped."""
         program = await own_lan.run("-p", "0")
@@ -6400,9 +5559,8 @@ class TestProcess(Transcripts):
 
     async def test_the_log_on_a_terminal(self, memory_lan: Lan) -> None:
         master, slave = pty.openpty()
-        program = memory_lan.add(
-            await Program.spawn([str(PROGRAM), "-p", "0", "--host", "127.0.0.1"], {}, stderr=slave)
-        )
+        command = [str(PROGRAM), "-p", "0", "--host", "127.0.0.1"]
+        program = memory_lan.add(await Program.spawn(command, {}, stderr=slave))
         await program.address()
         program.signal(signal.SIGTERM)
         assert await program.process.wait() == 0
@@ -6432,17 +5590,13 @@ class TestProcess(Transcripts):
         if "SIGHUP" in before:
             program.signal(signal.SIGHUP)
             await ann.quiet()
-        program.signal(signal.SIGINT)
-        await ann.closed(1001)
-        code, _, err = await program.ended()
-        assert (code, complaints(err)) == (0, [])
+        (_, err), _ = await asyncio.gather(program.stop(signal.SIGINT), ann.closed(1001))
+        assert complaints(err) == []
 
     async def test_alone_in_an_empty_folder(self, tmp_path: Path, memory_lan: Lan) -> None:
         """The file alone is the whole program: nothing beside it is needed, nothing is left beside it."""
-        shutil.copy(PROGRAM, tmp_path / "tornchat.py")
-        program = memory_lan.add(
-            await Program.start("-p", "0", "--host", "127.0.0.1", python=(str(tmp_path / "tornchat.py"),))
-        )
+        copy = str(shutil.copy(PROGRAM, tmp_path))
+        program = memory_lan.add(await Program.start("-p", "0", "--host", "127.0.0.1", python=(copy,)))
         ann = await memory_lan.join("Ann", at=await program.address())
         await ann.quiet()
         assert os.listdir(tmp_path) == ["tornchat.py"]
@@ -6451,8 +5605,7 @@ class TestProcess(Transcripts):
         """Without --host the room is on every address of the machine: each that is printed can be opened."""
         program = memory_lan.add(await Program.start("-p", "0"))
         await program.address()
-        program.signal(signal.SIGTERM)
-        _, out, _ = await program.ended()
+        out, _ = await program.stop()
         addresses = re.findall(r"http://([^\s/]+)", out)
         assert addresses[0].startswith("localhost:")
         assert all(re.fullmatch(r"[\d.]+:\d+", address) for address in addresses[1:])
@@ -6469,8 +5622,7 @@ class TestProcess(Transcripts):
             return False
 
         await until(answers)
-        program.signal(signal.SIGTERM)
-        assert await program.ended() == (0, "", "")
+        assert await program.stop() == ("", "")
 
     @slow
     async def test_G5_more_visitors_than_descriptors(self, memory_lan: Lan) -> None:
@@ -6499,9 +5651,7 @@ class TestProcess(Transcripts):
         for _, writer in crowd:
             writer.close()
         await zoe
-        program.signal(signal.SIGTERM)
-        code, _, errors = await program.ended()
-        assert (code, complaints(errors)) == (0, []), errors
+        assert complaints((await program.stop())[1]) == []
 
     async def test_as_many_files_as_allowed(self, memory_lan: Lan) -> None:
         """A shell's low limit of open files is raised to what the system allows; more is not asked for."""
@@ -6530,30 +5680,6 @@ class TestProcess(Transcripts):
         assert given == [(8192, resource.RLIM_INFINITY)]
 
     @slow
-    async def test_G2_killed_and_started_again(self, redis_lan: Lan) -> None:
-        """kill -9 and a new start on a real Redis: history, names and cookies are still there."""
-        program = await redis_lan.run("-p", "0", "--rate", "0")
-        ann = await redis_lan.join("Ann", at=await program.address())
-        await ann.say_many(120)
-        cid = await ann.say("did this arrive?")
-        await program.kill()
-        program = await redis_lan.run("-p", "0", "--rate", "0")
-        address = await program.address()
-        bob = redis_lan.browser(address)
-        assert (await bob.ask("Ann"))[0] == 409
-        there = ann.tab(at=address)
-        assert (await there.fetch("/")).code == 200
-        await there.connect(ann.after, ann.epoch)
-        assert (await there.expect("welcome", name="Ann"))["recovered"] is True
-        await there.say("did this arrive?", cid)
-        await there.expect("message", cid=cid, seq=121)
-        await there.quiet()
-        await bob.login("Bob")
-        await bob.connect()
-        await bob.expect("welcome", seq=122)
-        await bob.expect_texts(*range(23, 121), "did this arrive?")
-
-    @slow
     @pytest.mark.parametrize("signals", [1, 2])
     async def test_a_second_signal(self, signals: int, own_redis: RedisServer, own_lan: Lan) -> None:
         """A stop that cannot finish its work, for the store is silent, ends in order; a second one at once."""
@@ -6562,7 +5688,6 @@ class TestProcess(Transcripts):
         own_redis.send_signal(signal.SIGSTOP)
         await ann.say("this will not be stored")
         program.signal(signal.SIGTERM)
-        assert program.process.stdout is not None
         while "stopping" not in (await program.process.stdout.readline()).decode():
             pass
         if signals == 2:
@@ -6577,24 +5702,15 @@ class TestProcess(Transcripts):
 
 
 def chromium_path() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-    )
-    if not found:
-        missing("Chromium")
-    return found
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    return missing("Chromium")
 
 
-CHROMIUM_FLAGS = [
-    "--host-resolver-rules=MAP room.lan 127.0.0.1",  # an address as phones have it: plain http, and not this machine's
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+# An address as phones have it: plain http, and not this machine's.
+CHROMIUM_FLAGS = ["--host-resolver-rules=MAP room.lan 127.0.0.1", "--no-sandbox", "--disable-gpu", "--disable-quic"]
+CHROMIUM_FLAGS += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 class Window:
@@ -6614,9 +5730,8 @@ class Window:
         await self.page.goto(self.url)
         await self.page.fill("#nickname", name)
         await self.page.press("#nickname", "Enter")
-        await self.page.locator("#members", has_text=name).first.wait_for(
-            state="attached"
-        )  # on a phone it is in a drawer
+        # On a phone it is in a drawer.
+        await self.page.locator("#members", has_text=name).first.wait_for(state="attached")
         await self.state("connected")
 
     async def say(self, text: str) -> None:
@@ -6675,6 +5790,9 @@ class Window:
         except pytest.fail.Exception:
             pytest.fail(f"still not so: {expression}")
 
+    async def links(self) -> list[str]:
+        return list(await self.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)"))
+
     async def number(self, expression: str) -> float:
         return float(await self.page.evaluate(expression))
 
@@ -6696,40 +5814,48 @@ class Window:
         """Nothing in the console, but what a browser itself writes when a server is away; nothing from elsewhere."""
         expected = r"net::ERR_|WebSocket connection to|status of (401|503)" if restarts else r"(?!)"
         assert [problem for problem in self.problems if not re.search(expected, problem)] == []
-        assert [
-            url for url in self.requests if not url.startswith((self.url, "ws" + self.url[4:], "data:", "blob:"))
-        ] == []
+        ours = (self.url, "ws" + self.url[4:], "data:", "blob:")
+        assert [url for url in self.requests if not url.startswith(ours)] == []
 
 
 @contextlib.asynccontextmanager
-async def windows(lan: Lan, count: int = 2, at: str = "", **options: Any) -> AsyncIterator[list[Window]]:
-    """That many windows of real browsers that share nothing, with options of playwright's contexts."""
+async def windows(
+    lan: Lan, *names: str, at: str = "", restarts: bool = False, **options: Any
+) -> AsyncIterator[list[Window]]:
+    """Windows of real browsers that share nothing, whose people have logged in, unless they have no name yet.
+
+    A host's name has a star. In the end nothing was wrong in any window.
+    """
     url = at or place(await lan.open()) + "/"
     options = {"locale": "en-US", "viewport": {"width": 1280, "height": 800}} | options
     async with async_playwright() as tools:
         chromium = await tools.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
         try:
-            yield [Window(await (await chromium.new_context(**options)).new_page(), url) for _ in range(count)]
+            people = [Window(await (await chromium.new_context(**options)).new_page(), url) for _ in names]
+            for person, name in zip(people, names, strict=True):
+                if name.startswith("★"):
+                    await person.page.goto(f"{url}host?key={lan.daemons[-1].host_key}")
+                if name:
+                    await person.login(name.strip("★ "))
+            yield people
+            for person in people:
+                person.well_behaved(restarts=restarts)
         finally:
             await chromium.close()
 
 
 @contextlib.asynccontextmanager
-async def window(lan: Lan, at: str = "", *, restarts: bool = False, **options: Any) -> AsyncIterator[Window]:
-    """Ann's window, when she has logged in; at the end nothing was wrong in it."""
-    async with windows(lan, 1, at, **options) as (ann,):
-        await ann.login("Ann")
+async def window(lan: Lan, **options: Any) -> AsyncIterator[Window]:
+    """Ann's window, when she has logged in."""
+    async with windows(lan, "Ann", **options) as (ann,):
         yield ann
-        ann.well_behaved(restarts=restarts)
 
 
 @slow
 class TestWindows(Transcripts):
     async def test_two_people_talk_in_windows(self, lan: Lan) -> None:
         """Two real windows: each sees the other come, both see what both say, as text and in one order."""
-        async with windows(lan) as (ann, bob):
-            await ann.login("Ann")
-            await bob.login("Bob <i>")
+        async with windows(lan, "Ann", "Bob <i>") as (ann, bob):
             await ann.shows("#members", "Bob <i>")
             attack = "<img src=x onerror=alert(1)> https://example.org/?a=b&c javascript:alert(1)"
             await ann.say(attack)
@@ -6737,17 +5863,11 @@ class TestWindows(Transcripts):
             await bob.say("hi Ann")
             await ann.shows_messages(attack, "hi Ann")
             assert await bob.page.locator("#log img").count() == 0
-            links = bob.page.locator("#log a")
-            assert [await links.nth(n).get_attribute("href") for n in range(await links.count())] == [
-                "https://example.org/?a=b&c"
-            ]
-            ann.well_behaved()
-            bob.well_behaved()
+            assert await bob.links() == ["https://example.org/?a=b&c"]
 
     async def test_a_reload_keeps_all(self, lan: Lan) -> None:
         """A reload keeps name and history, and a draft; a taken name is refused with a free one filled in."""
-        async with windows(lan) as (ann, bob):
-            await ann.login("Ann")
+        async with windows(lan, "Ann", "") as (ann, bob):
             await ann.say("first")
             await ann.shows_messages("first")
             await ann.page.fill("#box", "half a sent")
@@ -6759,6 +5879,7 @@ class TestWindows(Transcripts):
             await bob.page.fill("#nickname", "ann")
             await bob.page.press("#nickname", "Enter")
             await bob.page.wait_for_selector("#error")
+            bob.problems.clear()  # of which the status 409 is one
             assert await bob.page.input_value("#nickname") not in ("Ann", "ann", "")
             offered = "nickname.selectionEnd - nickname.selectionStart === nickname.value.length"
             await bob.holds(f"document.activeElement === nickname && {offered}")
@@ -6767,26 +5888,12 @@ class TestWindows(Transcripts):
             await ann.page.click("summary")
             await ann.page.click("#logout button")
             await ann.page.wait_for_selector("#nickname")
-            ann.well_behaved()
-
-    async def test_G1_pending_then_confirmed(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """What is said waits visibly until the store has it, then it is a message like any other."""
-        async with window(own_lan) as ann:
-            own_redis.send_signal(signal.SIGSTOP)
-            await ann.say("is this kept?")
-            await ann.shows("#outbox", "is this kept?")
-            assert await ann.messages() == []
-            own_redis.send_signal(signal.SIGCONT)
-            await ann.shows_messages("is this kept?")
 
     async def test_G9_a_restart_under_windows(self, lan: Lan) -> None:
-        """The daemon restarts under two windows: what is said meanwhile is sent once; the loss of the history is told.
-
-        Without a Redis they log in again by themselves.
-        """
-        async with windows(lan) as (ann, bob):
-            await ann.login("Ann")
-            await bob.login("Bob")
+        """A restart under two windows, one that polls: what is said meanwhile is sent once; a lost history is told."""
+        async with windows(lan, "Ann", "Bob", restarts=True) as (ann, bob):
+            await bob.page.goto(bob.url + "?transport=polling")
+            await bob.shows("#state-text", "by polling")
             await ann.say("before")
             await bob.shows_messages("before")
             port = lan.daemons[-1].port
@@ -6805,17 +5912,13 @@ class TestWindows(Transcripts):
             await bob.say("after")
             await ann.shows_messages("before", "meanwhile", "after")
             await ann.shows("#members", "Bob")
-            ann.well_behaved(restarts=True)
-            bob.well_behaved(restarts=True)
 
     async def test_chinese_window(self, memory_lan: Lan) -> None:
-        async with windows(memory_lan, 1, locale="zh-CN") as (ann,):
-            await ann.login("小明")
+        async with windows(memory_lan, "小明", locale="zh-CN") as (ann,):
             assert (await ann.page.locator("html").get_attribute("lang") or "").startswith("zh")
             assert await ann.page.locator("#logout button").text_content() == tornchat.WORDS["zh"]["chat_logout"]
             await ann.say("大家好")
             await ann.shows_messages("大家好")
-            ann.well_behaved()
 
 
 @slow
@@ -6906,13 +6009,10 @@ class TestWriting(Transcripts):
             assert await ann.page.evaluate("document.activeElement.id") == "send"
 
     async def test_what_is_refused_is_kept(self, memory_lan: Lan) -> None:
-        """What came too fast waits and says for how long, whatever the clock is set to; what the room does not take can
-        be tried again or changed.
-        """
+        """What came too fast waits and says for how long; what the room does not take can be tried again or changed."""
         await memory_lan.serve(rate=2.0)
         async with window(memory_lan) as ann:
-            for number in range(12):
-                await ann.say(str(number))
+            await ann.page.evaluate("for (let n = 0; n < 12; n += 1) { box.value = `${n}`; composer.requestSubmit(); }")
             await ann.shows("#outbox .status", "Sends in 1 s")
             await ann.page.evaluate("{ const now = Date.now; Date.now = () => now() - 3600000; }")  # it is set back
             await ann.shows_messages(*map(str, range(12)))
@@ -6936,23 +6036,17 @@ class TestWriting(Transcripts):
             await ann.page.tap("#people")
             await ann.page.wait_for_selector("#roster.open")
             await ann.page.tap("summary")
-            for control in await ann.page.locator(
-                "button:not(.more):visible, summary:visible, .settings label:visible"
-            ).all():
+            for control in await ann.page.locator("summary:visible, .settings label:visible").all():
                 box = await control.bounding_box()
                 assert box
-                assert box["height"] >= 44, await control.inner_text()
-                assert box["width"] >= 44, await control.inner_text()
+                assert min(box["width"], box["height"]) >= 44, await control.inner_text()
             assert await ann.number("parseFloat(getComputedStyle(box).fontSize)") >= 16
             await ann.page.keyboard.press("Escape")
             await ann.page.wait_for_selector("#roster:not(.open)", state="attached")
             assert await ann.number("document.documentElement.scrollWidth") == 360
 
     async def test_a_phone_on_its_side(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Above a keyboard the box leaves the log its place; the invitation ends on the screen, or by a tap beside it.
-
-        A name that is as wide as can be does not widen a small page when it is offered.
-        """
+        """Above a keyboard the box leaves the log its place; an invitation can be closed; no name widens it."""
         monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.0.2.7", "198.51.100.9"])
         at = f"http://127.0.0.1:{(await memory_lan.serve(host='')).port}/"
         await memory_lan.join("W" * 24)
@@ -6962,9 +6056,7 @@ class TestWriting(Transcripts):
             assert await ann.number("composer.getBoundingClientRect().bottom") <= 180
             assert await ann.number("scroller.clientHeight") > 45
             await ann.page.set_viewport_size({"width": 740, "height": 360})
-            closing = (
-                "const way = invite.querySelector('.close'); way.getBoundingClientRect().bottom < 360 && way.click()"
-            )
+            closing = "const it = invite.querySelector('.close'); it.getBoundingClientRect().bottom < 360 && it.click()"
             for close in (closing, ""):
                 await ann.page.click("#join")
                 await ann.holds("addresses.options.length > 1")
@@ -7048,16 +6140,15 @@ class TestReading(Transcripts):
             await bob.say("while away")
             await bob.say("and more")
             await ann.titled("(2) Den")
-            assert "unread" in (await ann.page.get_attribute("#icon", "href") or "")
-            assert (
-                await memory_lan.browser().fetch(str(await ann.page.get_attribute("#icon", "href")).removeprefix("."))
-            ).code == 200
+            icon = str(await ann.page.get_attribute("#icon", "href"))
+            assert "unread" in icon
+            assert (await memory_lan.browser().fetch(icon.removeprefix("."))).code == 200
             await ann.shows_messages("before", "while away", "and more")
             await ann.look()
             await ann.titled("Den")
             assert "unread" not in (await ann.page.get_attribute("#icon", "href") or "")
-            line = "[...log.children].findIndex(row => row.dataset.kind === 'new')"
-            rows = await ann.texts("#log > *")
+            line = "[...log.querySelectorAll('.part > *')].findIndex(row => row.dataset.kind === 'new')"
+            rows = await ann.texts("#log .part > *")
             assert rows[int(await ann.number(line))] == "New messages"
             assert "while away" in rows[int(await ann.number(line)) + 1]
             await ann.page.reload()
@@ -7067,7 +6158,7 @@ class TestReading(Transcripts):
             await bob.say("after the page")
             await ann.page.goto(ann.url)
             await ann.shows_messages("before", "while away", "and more", "after the page")
-            assert "after the page" in (await ann.texts("#log > *"))[int(await ann.number(line)) + 1]
+            assert "after the page" in (await ann.texts("#log .part > *"))[int(await ann.number(line)) + 1]
             await ann.say("I am here")
             await ann.holds(f"{line} === -1")
 
@@ -7076,7 +6167,7 @@ class TestReading(Transcripts):
         bob = await memory_lan.join("\u05d1\u05d5\u05d1")
         async with window(memory_lan) as ann:
             await bob.say(
-                "see (https://example.org/a_(b)?c=1#d), or http://[::1]/ and javascript:alert(1) *not* <b>bold</b>"
+                "see (https://example.org/a_(b)?c=1#d), or http://[::1]/ and javascript:alert(1) *not* <b>b</b>"
             )
             await bob.say("run `ls -l` and\n```python\nif x:\n    y = '`https://no.link`'\n```\nthen `")
             await bob.say("👍🏽 👨‍👩‍👧 🇩🇪")
@@ -7084,10 +6175,7 @@ class TestReading(Transcripts):
             await bob.say("long " * 400)
             await bob.say("\u202eevil\u202c and \u2067rtl")
             await ann.shows("#log", "rtl")
-            assert await ann.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)") == [
-                "https://example.org/a_(b)?c=1#d",
-                "http://[::1]/",
-            ]
+            assert await ann.links() == ["https://example.org/a_(b)?c=1#d", "http://[::1]/"]
             for attribute, value in (("rel", "noopener noreferrer"), ("target", "_blank")):
                 assert await ann.page.get_attribute("#log a", attribute) == value
             assert await ann.texts("#log code") == ["ls -l", "if x:\n    y = '`https://no.link`'"]
@@ -7111,14 +6199,12 @@ class TestReading(Transcripts):
                 await bob.say(text)
             await bob.say("\n".join("x" * 2000))
             await ann.holds("shown.size === 4")
-            counts = await ann.page.eval_on_selector_all(
-                "#log .text", "all => all.map((text) => text.querySelectorAll('*').length)"
-            )
-            assert counts == [100, 100, 99, 0]
+            counted = "all => all.map((text) => text.querySelectorAll('*').length)"
+            assert await ann.page.eval_on_selector_all("#log .text", counted) == [100, 100, 99, 0]
             assert (await ann.messages())[0] == "x" * 100 + heavy[0][300:]
             assert (await ann.messages())[1] == heavy[1].strip()
             await wall.holds("shown.size === 4")
-            assert await wall.number("log.lastChild.clientHeight") < 800
+            assert await wall.number("lastRow().clientHeight") < 800
             wall.well_behaved()
 
     async def test_addresses_in_a_message(self, memory_lan: Lan) -> None:
@@ -7128,11 +6214,7 @@ class TestReading(Transcripts):
             await bob.say("www.example.org/a, awww.b https://c.example/\u202egpj.exe \u202ehttps://d.example/")
             await ann.shows("#log", "awww.b")
             links = "#log a >> visible=true"
-            assert await ann.page.eval_on_selector_all("#log a", "all => all.map(a => a.href)") == [
-                "http://www.example.org/a",
-                "https://c.example/",
-                "https://d.example/",
-            ]
+            assert await ann.links() == ["http://www.example.org/a", "https://c.example/", "https://d.example/"]
             assert await ann.texts(links) == ["www.example.org/a", "https://c.example/", "https://d.example/"]
             order = "a => { const range = new Range(); const at = (n) => { range.setStart(a.firstChild, n);"
             order += "range.setEnd(a.firstChild, n + 1); return range.getBoundingClientRect().left; };"
@@ -7141,7 +6223,7 @@ class TestReading(Transcripts):
     async def test_days_by_the_servers_clock(self, memory_lan: Lan) -> None:
         """Today is what the server calls so, whatever the reader's clock says; each time tells its date."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 2, timezone_id="Asia/Shanghai") as (ann, eve):
+        async with windows(memory_lan, "", "", timezone_id="Asia/Shanghai") as (ann, eve):
             await eve.page.clock.set_system_time(time.time() - 3 * 86400)
             for window, name in ((ann, "Ann"), (eve, "Eve")):
                 await window.login(name)
@@ -7154,11 +6236,13 @@ class TestReading(Transcripts):
             assert str(time.gmtime().tm_year) in str(times[0])
             await eve.page.evaluate("setClock(serverTime() + 86400000); tick()")
             assert await eve.page.get_attribute("#log .message", "data-day") == "Yesterday"
-            ann.well_behaved()
 
     async def test_presence_is_folded(self, memory_lan: Lan) -> None:
-        """Who comes and goes is one quiet line, with a number where many do, and never wakes anybody up."""
+        """Who comes and goes is one quiet line and wakes nobody; who differs in a number alone has another colour."""
         async with window(memory_lan) as ann:
+            hues = await ann.page.evaluate("Array.from({length: 10}, (_, n) => hueOf(`Pupil 0${n}`))")
+            apart = [abs(one - other) for one, other in itertools.combinations(hues, 2)]
+            assert min(min(degrees, 360 - degrees) for degrees in apart) >= 30
             await ann.hide()
             crowd = [await memory_lan.join(f"Guest {letter}") for letter in "abcde"]
             await ann.shows(".notice[data-kind=presence]", "5 people joined")
@@ -7166,13 +6250,6 @@ class TestReading(Transcripts):
             assert await ann.page.title() == "tornchat"
             await crowd[0].fetch("/logout", form={})
             await ann.shows(".notice[data-kind=presence]", "4 people joined")
-
-    async def test_a_numbered_class(self, memory_lan: Lan) -> None:
-        """Pupils who differ in a number alone have clearly different colours."""
-        async with window(memory_lan) as ann:
-            hues = await ann.page.evaluate("Array.from({length: 10}, (_, n) => hueOf(`Pupil 0${n}`))")
-            apart = [abs(one - other) for one, other in itertools.combinations(hues, 2)]
-            assert min(min(degrees, 360 - degrees) for degrees in apart) >= 30
 
 
 @slow
@@ -7193,7 +6270,7 @@ class TestAttention(Transcripts):
     async def test_sound_and_notifications(self, memory_lan: Lan) -> None:
         """Both are off until they are asked for; the second is offered only where a browser allows it at all."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 1, permissions=["notifications"]) as (ann,):
+        async with windows(memory_lan, "", permissions=["notifications"]) as (ann,):
             await ann.page.add_init_script(
                 "window.told = []; window.Notification = class { static permission = 'granted';"
                 "static requestPermission = async () => 'granted'; constructor(...it) { told.push(it); } };"
@@ -7215,7 +6292,6 @@ class TestAttention(Transcripts):
             await bob.say("heard")
             await ann.holds("audio !== null && told.length === 1")
             assert (await ann.page.evaluate("told"))[0][:1] == ["Bob"]
-            ann.well_behaved()
 
     async def test_two_tabs_agree(self, memory_lan: Lan) -> None:
         """Two tabs of one person: what one says is both's own, what one has read is read, one taste in colours."""
@@ -7265,7 +6341,7 @@ class TestAttention(Transcripts):
 
 @slow
 class TestTruth(Transcripts):
-    async def test_state_line(self, own_redis: RedisServer, own_lan: Lan) -> None:
+    async def test_G1_state_line(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """The page says what is wrong: no store, no server and when it tries again, no network."""
         daemon = await own_lan.serve(silence_seconds=0.5, block_seconds=0.1)
         async with window(own_lan, restarts=True) as ann:
@@ -7275,6 +6351,7 @@ class TestTruth(Transcripts):
             await ann.shows("#state-text", "cannot save messages right now")
             await ann.say("later")
             await ann.shows("#outbox .status", "Waiting until it can be saved")
+            assert await ann.messages() == []
             own_redis.start()
             await ann.shows_messages("later")
             await daemon.stop()
@@ -7300,7 +6377,7 @@ class TestTruth(Transcripts):
             await bob.say_many(1203)
             await ann.page.evaluate("connect()")
             await ann.shows_messages("0", *map(str, range(1104, 1204)))
-            rows = await ann.texts("#log > *")
+            rows = await ann.page.locator("#log .part > *").all_text_contents()
             assert rows.index("Messages missed while you were away: 1103") == 1 + rows.index(rows[0])
 
     @pytest.mark.parametrize("query", ["", "?transport=polling"])
@@ -7370,22 +6447,6 @@ class TestTruth(Transcripts):
             await ann.shows_messages(*both, "by socket")
             await until_frame(bob, "message", text="by socket")
             assert bob.names_in("left") == ["Eve"]
-
-    async def test_G2_polling_over_a_restart(self, lan: Lan) -> None:
-        """A page that polls comes through a restart as one with a socket does: with what waited, and once."""
-        daemon = await lan.serve()
-        async with window(lan, restarts=True) as ann:
-            await ann.page.goto(ann.url + "?transport=polling")
-            await ann.shows("#state-text", "by polling")
-            await ann.say("before")
-            await ann.shows_messages("before")
-            await daemon.stop()
-            await ann.page.wait_for_selector("body:not([data-state=connected])")
-            await ann.say("meanwhile")
-            await lan.serve(port=daemon.port)
-            await ann.shows_messages("before", "meanwhile")
-            assert await ann.page.locator(".notice[data-kind=reset]").count() == (0 if lan.store.lasts else 1)
-            assert not [url for url in ann.requests if "/chat?" in url]
 
     async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
         async with window(memory_lan) as ann:
@@ -7497,6 +6558,7 @@ MARKUP = [
 ]
 
 
+@functools.cache
 def axe_core() -> str:
     axe = NODE_MODULES / "axe-core" / "axe.min.js"
     if not axe.exists():
@@ -7504,11 +6566,22 @@ def axe_core() -> str:
     return axe.read_text(encoding="utf-8")
 
 
-async def find_nothing(window: Window, script: str, where: str) -> None:
-    await window.page.evaluate(script)
+async def find_nothing(window: Window, where: str) -> None:
+    """axe-core has nothing to object to, nothing is cut off, a thumb meets every control; a picture, if wanted."""
+    if folder := os.environ.get("TORNCHAT_SCREENSHOTS"):
+        await window.page.screenshot(path=Path(folder) / f"{where}.png")
+    await window.page.evaluate(axe_core())
     result = await window.page.evaluate("axe.run()")
     faults = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in result["violations"]]
     assert faults == [], where
+    assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
+    if await window.page.evaluate("navigator.maxTouchPoints"):
+        in_dialog = await window.page.locator("dialog[open]").count()  # a finger holds a message instead of its .more
+        controls = "dialog[open] :is(button, label), #room a" if in_dialog else "button:not(.more)"
+        for control in await window.page.locator(f":is({controls}):visible").all():
+            box = await control.bounding_box()
+            assert box
+            assert min(box["width"], box["height"]) >= 44, (where, await control.inner_text())
 
 
 class TestEveryone(Transcripts):
@@ -7551,10 +6624,7 @@ class TestEveryone(Transcripts):
             more_tags, more_attributes = map(set, await ann.page.evaluate(found))
             assert more_tags <= tags
             assert more_attributes <= attributes
-            assert all(
-                re.match("https?://", link)
-                for link in await ann.page.eval_on_selector_all("#log a", "a => a.map(b => b.href)")
-            )
+            assert all(re.match("https?://", link) for link in await ann.links())
             for attack in MARKUP[::6]:
                 await ann.page.goto(f"{ann.url}login?{urllib.parse.urlencode({'nickname': attack, 'why': attack})}")
                 await ann.page.press("#nickname", "Enter")
@@ -7564,44 +6634,60 @@ class TestEveryone(Transcripts):
             ann.problems = [problem for problem in ann.problems if "status of 40" not in problem]
 
     @slow
-    async def test_axe(self, memory_lan: Lan) -> None:
+    @pytest.mark.parametrize(
+        ("look", "options"),
+        [
+            ("desktop", {}),
+            ("dark", {"color_scheme": "dark"}),
+            ("phone", {"viewport": {"width": 390, "height": 780}, "has_touch": True, "device_scale_factor": 2}),
+            ("dark-phone", {"viewport": {"width": 390, "height": 780}, "color_scheme": "dark"}),
+            ("small", {"viewport": {"width": 320, "height": 560}}),
+            ("4k", {"viewport": {"width": 3840, "height": 2160}}),
+        ],
+    )
+    async def test_axe(
+        self, look: str, options: dict[str, Any], memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """axe-core finds nothing to object to on any page, in light and dark, on desktop and phone."""
-        script = axe_core()
-        bob = await memory_lan.join("Bob")
-        for text in ("hello https://a.example/ `x`", "```\ncode\n```", "👍", "@Ann0 look", "line\n" * 40):
-            await bob.say(text)
-        looks = [(scheme, size) for scheme in ("light", "dark") for size in ((1280, 800), (390, 780))]
-        for number, (scheme, (width, height)) in enumerate(looks):
-            options: dict[str, Any] = {
-                "color_scheme": scheme,
-                "viewport": {"width": width, "height": height},
-                "reduced_motion": "reduce",
-            }
-            async with windows(memory_lan, 1, **options) as (ann,):
-                await ann.page.goto(ann.url)
-                await find_nothing(ann, script, "login")
-                await ann.login(f"Ann{number}")
-                await ann.say("mine")
-                await ann.shows("#log", "mine")
-                await find_nothing(ann, script, "chat")
-                await ann.page.click("#join")
-                await ann.holds("addresses.options.length > 0")
-                await find_nothing(ann, script, "invitation")
-                await ann.page.keyboard.press("Escape")
-                if width < 500:
-                    await ann.page.click("#people")
-                await ann.page.click("summary")
-                await find_nothing(ann, script, "people")
-                await ann.page.goto(ann.url + "?view=projector")
-                await ann.state("connected")
-                await find_nothing(ann, script, "projector")
+        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
+        at = f"http://127.0.0.1:{(await memory_lan.serve(title='Class 5b', host='')).port}/"
+        people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}
+        for name, text in (
+            ("Bob", "Good morning! https://a.example/ `x`"),
+            ("小明", "大家好，我这边也可以了"),
+            ("Omar", "👍🎉"),
+            ("Omar", "@Ann can you show the line again?"),
+            ("Zoë", "مرحبا means hello"),
+            ("Zoë", "```\ncode\n```"),
+            ("Bob", "line\n" * 40),
+        ):
+            await people[name].post(text)
+        async with windows(memory_lan, "", at=at, reduced_motion="reduce", **options) as (ann,):
+            await ann.page.goto(ann.url)
+            await find_nothing(ann, f"{look}-login")
+            await ann.login("Ann")
+            await ann.say("mine")
+            await ann.shows("#log", "mine")
+            await find_nothing(ann, f"{look}-chat")
+            await ann.page.click("#join")
+            await ann.shows("#address", "192.168.178.24")
+            await ann.holds("code.hidden || code.complete")
+            await find_nothing(ann, f"{look}-invitation")
+            await ann.page.keyboard.press("Escape")
+            if await ann.page.is_visible("#people"):
+                await ann.page.click("#people")
+            await ann.page.click("summary")
+            await find_nothing(ann, f"{look}-people")
+            await ann.page.goto(ann.url + "?view=projector")
+            await ann.state("connected")
+            await find_nothing(ann, f"{look}-projector")
 
     @slow
     async def test_screen_reader(self, memory_lan: Lan) -> None:
         """History is not read out, what comes then is; every control has a name; Tab leads through them in order."""
         bob = await memory_lan.join("Bob")
         await bob.say("history")
-        async with windows(memory_lan, 1, reduced_motion="reduce") as (ann,):
+        async with windows(memory_lan, "", reduced_motion="reduce") as (ann,):
             await ann.page.add_init_script(
                 "new MutationObserver(() => { const log = document.getElementById('log');"
                 "if (log?.childElementCount) window.first ??= log.getAttribute('aria-live'); })"
@@ -7621,12 +6707,11 @@ class TestEveryone(Transcripts):
                 await ann.page.keyboard.press("Tab")
             assert order == ["join", "scroller", "button", "pick", "box", "send", "members", "summary", "theme"]
             assert await ann.page.get_attribute("html", "lang") == "en"
-            ann.well_behaved()
 
     @slow
     async def test_without_javascript(self, memory_lan: Lan) -> None:
         """Without JavaScript the page says that it needs it, and draws nothing that would not work."""
-        async with windows(memory_lan, 1, java_script_enabled=False) as (ann,):
+        async with windows(memory_lan, "", java_script_enabled=False) as (ann,):
             await ann.page.goto(ann.url)
             await ann.page.fill("#nickname", "Ann")
             await ann.page.press("#nickname", "Enter")
@@ -7639,20 +6724,11 @@ class TestEveryone(Transcripts):
             await ann.page.wait_for_selector("#nickname")
 
 
-async def a_host(window: Window, lan: Lan, name: str = "Tess") -> Window:
-    """Whoever has opened the host's link in that window, and logged in."""
-    await window.page.goto(f"{window.url}host?key={lan.daemons[-1].host_key}")
-    await window.login(name)
-    return window
-
-
 @slow
 class TestHostOnThePage(Transcripts):
     async def test_room(self, memory_lan: Lan) -> None:
         """A host locks the room, slows it and closes its door: all see so, nothing typed is lost, and it ends."""
-        async with windows(memory_lan, 4) as (first, second, bob, eve):
-            tess, tom = await a_host(first, memory_lan), await a_host(second, memory_lan, "Tom")
-            await bob.login("Bob")
+        async with windows(memory_lan, "★ Tess", "★ Tom", "Bob", "") as (tess, tom, bob, eve):
             assert await bob.page.locator(".for-hosts:visible").count() == 0
             await bob.page.fill("#box", "half a sentence")
             for host in (tess, tom):
@@ -7677,6 +6753,7 @@ class TestHostOnThePage(Transcripts):
             await eve.page.goto(eve.url)
             await eve.page.press("#nickname", "Enter")
             await eve.shows("#error", "The door is closed")
+            eve.problems.clear()  # of which the status 403 is one
             await tom.page.select_option("#every", "0")
             await tess.shows_messages("half a sentence", "and the rest")
             await bob.shows(".notice", "\u2068Tom\u2069: No pause between messages any more.")
@@ -7684,14 +6761,11 @@ class TestHostOnThePage(Transcripts):
                 await tess.page.click("#room a >> nth=0")
             file = Path(await (await saved.value).path())
             assert "Bob: half a sentence" in await asyncio.to_thread(file.read_text, encoding="utf-8")
-            bob.well_behaved()
 
     @pytest.mark.parametrize("way", ["", "?transport=polling"])
     async def test_people(self, way: str, memory_lan: Lan) -> None:
         """A host mutes somebody for a while, which both hosts and the muted one see; to remove somebody asks first."""
-        async with windows(memory_lan, 3) as (first, second, bob):
-            tess, tom = await a_host(first, memory_lan), await a_host(second, memory_lan, "Tom")
-            await bob.login("Bob")
+        async with windows(memory_lan, "★ Tess", "★ Tom", "Bob") as (tess, tom, bob):
             await bob.page.goto(bob.url + way)
             await bob.shows("#members li:has-text('Tess') .badge", "Host")
             assert await bob.page.locator("#members button").count() == 0
@@ -7722,6 +6796,7 @@ class TestHostOnThePage(Transcripts):
             await bob.page.press("#nickname", "Enter")
             await bob.shows("#error", tornchat.WORDS["en"]["refused_removed"])
             assert not [url for url in bob.requests[asked:] if "/chat?" in url or "/messages" in url]
+            bob.problems.clear()  # of which each refusal is one
 
     @pytest.mark.parametrize(("mode", "waits"), [({"talk": "hosts"}, "Not sent"), ({"every": 600}, "Sends in")])
     async def test_on_its_way(self, mode: Frame, waits: str, memory_lan: Lan) -> None:
@@ -7775,9 +6850,7 @@ class TestHostOnThePage(Transcripts):
         for text in ("one", "two", "three"):
             await bob.say(text)
             await until_frame(bob, "message", text=text)
-        async with windows(memory_lan, 2) as (first, ann):
-            tess = await a_host(first, memory_lan)
-            await ann.login("Ann")
+        async with windows(memory_lan, "★ Tess", "Ann") as (tess, ann):
             await ann.shows_messages("two", "three")
             await ann.shows("#earlier", "Earlier messages aren’t shown")
             await tess.page.click("#manage")
@@ -7797,12 +6870,13 @@ class TestHostOnThePage(Transcripts):
     )
     async def test_axe(self, scheme: str, width: int, height: int, memory_lan: Lan) -> None:
         """In every state of host and member axe-core finds nothing, nothing is cut off, and a thumb meets all of it."""
-        script = axe_core()
+        look = f"host-{scheme}-{width}"
         touch: dict[str, Any] = {"has_touch": True, "is_mobile": True} if width < 1000 else {}
         options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
-        async with windows(memory_lan, 2, reduced_motion="reduce", **options, **touch) as (first, bob):
-            tess = await a_host(first, memory_lan)
-            await bob.login("Pupil 07")
+        async with windows(memory_lan, "★ Tess", "Pupil 07", reduced_motion="reduce", **options, **touch) as (
+            tess,
+            bob,
+        ):
             await tess.say("Read page 7. " * 20)
             await tess.shows("#log", "page 7")
             await tess.page.evaluate("act({type: 'note', to: 1, kind: 'pin', value: true})")
@@ -7810,34 +6884,17 @@ class TestHostOnThePage(Transcripts):
             await bob.shows("#hold", "muted")
             await bob.page.click("#pin-fold")
             await tess.holds("memberList.children[1].firstChild.textContent === 'P7'")
-            await self.look_at(bob, script, "muted")
+            await find_nothing(bob, f"{look}-muted")
             if await tess.page.is_visible("#people"):
                 await tess.page.click("#people")
-            await self.look_at(tess, script, "roster")
+            await find_nothing(tess, f"{look}-roster")
             await tess.page.click("#members button")
-            await self.look_at(tess, script, "person")
+            await find_nothing(tess, f"{look}-person")
             await tess.page.click("#remove")
-            await self.look_at(tess, script, "question")
+            await find_nothing(tess, f"{look}-question")
             await tess.page.keyboard.press("Escape")
             await tess.page.click("#manage")
-            await self.look_at(tess, script, "room")
-
-    async def look_at(self, window: Window, script: str, where: str) -> None:
-        await find_nothing(window, script, where)
-        assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
-        controls = (
-            "dialog[open] :is(button, a, label)"
-            if await window.page.locator("dialog[open]").count()
-            else "button:not(.more)"  # a finger holds the message instead
-        )
-        for control in await window.page.locator(f":is({controls}):visible").all():
-            box = await control.bounding_box()
-            assert box
-            small = min(box["width"], box["height"]) < 44
-            assert not (small and await window.page.evaluate("navigator.maxTouchPoints")), (
-                where,
-                await control.inner_text(),
-            )
+            await find_nothing(tess, f"{look}-room")
 
 
 @slow
@@ -7879,7 +6936,7 @@ class TestLongRoom(Transcripts):
                 await ann.page.evaluate("draw(() => { scroller.scrollTop -= 100; })")
                 await bob.say_many(100, first=2001 + 100 * number)
             await ann.holds("shown.has(4000) && following && below() < 2")
-            assert await ann.number("log.childElementCount") <= 1200
+            assert await ann.page.locator("#log .message").count() <= 1200
 
     async def test_a_burst_is_drawn_in_slices(self, memory_lan: Lan) -> None:
         """A burst takes no more of a frame than its slice; what comes meanwhile waits for its turn."""
@@ -7938,9 +6995,7 @@ async def give(
 class TestPicturesInWindows(Transcripts):
     async def test_ways(self, memory_lan: Lan) -> None:
         """A picture is chosen, pasted or dropped, drawn smaller, and goes with the text in the box; all see it."""
-        async with windows(memory_lan) as (ann, bob):
-            await ann.login("Ann")
-            await bob.login("Bob")
+        async with windows(memory_lan, "Ann", "Bob") as (ann, bob):
             for count, way in enumerate(("choose", "paste", "drop"), 1):
                 await give(ann, way)
                 await ann.page.locator("#attached button").wait_for()
@@ -7957,8 +7012,6 @@ class TestPicturesInWindows(Transcripts):
             await bob.shows_messages("choose", "paste", "drop", "")
             assert await bob.page.locator("#log .picture").last.evaluate("(frame) => frame.clientWidth") == 44
             await ann.shows_messages("choose", "paste", "drop", "")
-            ann.well_behaved()
-            bob.well_behaved()
 
     async def test_no_picture(self, memory_lan: Lan) -> None:
         """What is no picture is refused in words before it is sent; a text with a picture of itself is a text."""
@@ -7974,7 +7027,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.say("still here")
             await ann.shows_messages("still here")
         await memory_lan.serve(pictures=0)
-        async with window(memory_lan, place(memory_lan.daemons[-1]) + "/") as ann:
+        async with window(memory_lan) as ann:
             assert await ann.page.locator("#pick").is_hidden()
             await give(ann, "drop")
             await ann.shows("#log .notice", "This room takes no pictures.")
@@ -7982,7 +7035,6 @@ class TestPicturesInWindows(Transcripts):
     @pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1280, 800), ("dark", 390, 780)])
     async def test_large(self, memory_lan: Lan, scheme: str, width: int, height: int) -> None:
         """The log knows a picture's size before it comes; a tap shows it large, Escape leads back. axe has no fault."""
-        script = axe_core()
         looks: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
         held = asyncio.Event()
 
@@ -7994,7 +7046,7 @@ class TestPicturesInWindows(Transcripts):
             await ann.page.route("**/pictures/*", hold)
             await give(ann, "drop")
             await ann.page.locator("#attached canvas").wait_for()
-            await find_nothing(ann, script, "attached")
+            await find_nothing(ann, f"picture-{scheme}-attached")
             await ann.keys("Enter")
             frame = ann.page.locator("#log .picture")
             before = await frame.bounding_box()
@@ -8006,8 +7058,7 @@ class TestPicturesInWindows(Transcripts):
             await frame.focus()
             await ann.page.keyboard.press("Enter")
             await ann.holds("viewer.open && large.naturalWidth === 1600")
-            assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
-            await find_nothing(ann, script, "large")
+            await find_nothing(ann, f"picture-{scheme}-large")
             await ann.page.keyboard.press("Escape")
             await ann.holds("!viewer.open && document.activeElement.className === 'picture'")
             assert await ann.page.locator("#log img").get_attribute("alt") == "Picture from Ann"
@@ -8151,9 +7202,7 @@ class TestNotesOnThePage(Transcripts):
     async def test_deletion(self, memory_lan: Lan) -> None:
         """Authors delete their own, hosts all, after one question; no page has the text any more, nor gets it."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 2) as (tess, ann):
-            await a_host(tess, memory_lan)
-            await ann.login("Ann")
+        async with windows(memory_lan, "★ Tess", "Ann") as (tess, ann):
             wall = await ann.tab("?view=projector")
             await told(bob, "something silly")
             await ann.shows("#log", "something silly")
@@ -8178,15 +7227,12 @@ class TestNotesOnThePage(Transcripts):
                 await page.shows(".notice", "All that was said before is deleted.")
                 await page.shows_messages()
             await ann.shows("#reply", "to a message that is not here any more")
-            for page in (ann, wall, tess):
-                page.well_behaved()
+            wall.well_behaved()
 
     async def test_hosts(self, memory_lan: Lan) -> None:
         """Hosts wear a badge that only the room gives; they pin, and their page and the wall sort by a sign."""
         bob = await memory_lan.join("Bob")
-        async with windows(memory_lan, 2) as (tess, ann):
-            await a_host(tess, memory_lan)
-            await ann.login("Ann")
+        async with windows(memory_lan, "★ Tess", "Ann") as (tess, ann):
             await tess.say("a word from the desk")
             await ann.shows("#log .message:has(.badge)", "a word from the desk")
             await told(bob, "Host", host=True)
@@ -8210,8 +7256,7 @@ class TestNotesOnThePage(Transcripts):
                 await page.holds("sorted.textContent.match(/question \\d/g).join() === 'question 2,question 1'")
                 await page.page.select_option("#sort", "")
                 assert await page.page.locator("#sorted").is_hidden()
-            for page in (ann, wall, tess):
-                page.well_behaved()
+            wall.well_behaved()
 
     async def test_fingers(self, memory_lan: Lan) -> None:
         """A message that a finger holds opens its menu, one pushed aside is replied to; all is 44 px high."""
@@ -8243,15 +7288,12 @@ class TestNotesOnThePage(Transcripts):
             await ann.shows("#reply", "to Bob: hold me")
             assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
 
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    @pytest.mark.parametrize("width", [1280, 390])
+    @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
     async def test_axe(self, width: int, scheme: str, memory_lan: Lan) -> None:
         """axe-core finds nothing to object to in signs, replies, what is deleted, the menu and the sorted messages."""
-        script = axe_core()
-        bob = await memory_lan.join("Bob")
-        look: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 844}}
-        async with windows(memory_lan, 1, reduced_motion="reduce", **look) as (tess,):
-            await a_host(tess, memory_lan)
+        bob, look = await memory_lan.join("Bob"), f"notes-{scheme}-{width}"
+        options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 844}}
+        async with windows(memory_lan, "★ Tess", reduced_motion="reduce", **options) as (tess,):
             seqs = [await told(bob, text) for text in ("who agrees?", "silly", "why?")]
             for answered in seqs[:2]:
                 await told(bob, f"to {answered}", re=answered)
@@ -8264,63 +7306,16 @@ class TestNotesOnThePage(Transcripts):
             await tess.shows("#log", "one's own reply")
             await tess.shows(".deleted", "deleted")
             await tess.page.locator("#log .quote").first.click()
-            await find_nothing(tess, script, "log")
+            await find_nothing(tess, f"{look}-log")
             await tess.page.evaluate(f"openMenu(shown.get({seqs[2]}))")
-            await find_nothing(tess, script, "menu")
+            await find_nothing(tess, f"{look}-menu")
             await tess.page.click("#menu .bad")
-            await find_nothing(tess, script, "question")
+            await find_nothing(tess, f"{look}-question")
             await tess.page.keyboard.press("Escape")
             await tess.page.select_option("#sort", "✋")
-            await find_nothing(tess, script, "sorted")
+            await find_nothing(tess, f"{look}-sorted")
             await (wall := await tess.tab("?view=projector")).shows("#log", "reply")
-            await find_nothing(wall, script, "wall")
-
-
-class TestPictures(Transcripts):
-    @slow
-    async def test_pictures(self, memory_lan: Lan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The page as people see it: to be looked at, in TORNCHAT_SCREENSHOTS or in pytest's folder."""
-        folder = Path(os.environ.get("TORNCHAT_SCREENSHOTS", tmp_path))
-        monkeypatch.setattr(tornchat, "lan_addresses", lambda: ["192.168.178.24"])
-        daemon = await memory_lan.serve(title="Class 5b", host="")
-        people = {name: await memory_lan.join(name) for name in ("Bob", "小明", "Omar", "Zoë")}
-        for name, text in (
-            ("Bob", "Good morning! Did everybody get in?"),
-            ("Bob", "The sheet for today: https://example.org/sheets/5b.pdf"),
-            ("小明", "大家好，我这边也可以了"),
-            ("Omar", "👍🎉"),
-            ("Omar", "@Ann can you show the line with `print` again?"),
-            ("Zoë", "مرحبا means hello"),
-        ):
-            await people[name].say(text)
-            await until_frame(people[name], "message", name=name, text=text)
-        views: dict[str, dict[str, Any]] = {
-            "desktop": {},
-            "phone": {"viewport": {"width": 390, "height": 780}, "has_touch": True, "device_scale_factor": 2},
-            "dark": {"color_scheme": "dark"},
-            "small": {"viewport": {"width": 320, "height": 560}},
-            "4k": {"viewport": {"width": 3840, "height": 2160}},
-        }
-        at = f"http://127.0.0.1:{daemon.port}/"
-        for name, options in views.items():
-            async with windows(memory_lan, 1, at=at, **options) as (ann,):
-                await ann.page.goto(ann.url)
-                await ann.page.screenshot(path=folder / f"{name}-login.png")
-                await ann.login("Ann" if name == "desktop" else f"Ann {name}")
-                await ann.say("Sure:\n```python\nfor name in names:\n    print(f'hello {name}')\n```")
-                await ann.shows("#log", "hello {name}")
-                await ann.page.screenshot(path=folder / f"{name}.png")
-                assert await ann.number("document.documentElement.scrollWidth - innerWidth") == 0
-                await ann.page.click("#join")
-                await ann.shows("#address", "192.168.178.24")
-                await ann.holds("code.hidden || code.complete")
-                await ann.page.screenshot(path=folder / f"{name}-invitation.png")
-                wall = await ann.tab("?view=projector")
-                await wall.shows("#address", "192.168.178.24")
-                await wall.holds("code.hidden || code.complete")
-                await wall.page.screenshot(path=folder / f"{name}-projector.png")
-                ann.well_behaved()
-                wall.well_behaved()
+            await find_nothing(wall, f"{look}-wall")
 
 
 # === Many daemons, and faults =========================================================================================
@@ -8339,7 +7334,6 @@ class Proxy:
         self.gone = False  # connections are closed, and new ones at once
         self.talking = asyncio.Event()  # cleared: answers are held back
         self.talking.set()
-        self.tasks: set[asyncio.Task[None]] = set()
         self.writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
@@ -8350,8 +7344,6 @@ class Proxy:
 
     async def __aexit__(self, *error: object) -> None:
         self.server.close()
-        for task in self.tasks:
-            task.cancel()
         self.disappear()
 
     def disappear(self) -> None:
@@ -8360,31 +7352,21 @@ class Proxy:
         for writer in self.writers:
             writer.transport.abort()
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.gone:
             self.refused += 1
             writer.transport.abort()
             return
-        task = asyncio.create_task(self.serve(reader, writer))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         redis_reader, redis_writer = await asyncio.open_connection("127.0.0.1", self.target)
         self.writers |= (pair := {writer, redis_writer})
-        ways = [
-            asyncio.create_task(self.ask(reader, redis_writer)),
-            asyncio.create_task(self.answer(redis_reader, writer)),
-        ]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-            for end in pair:
-                end.transport.abort()
-            self.writers -= pair
+        ways = [asyncio.create_task(way) for way in (self.ask(reader, redis_writer), self.answer(redis_reader, writer))]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+        for end in pair:
+            end.transport.abort()
+        self.writers -= pair
 
     async def ask(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
         while data := await client.read(65536):
@@ -8695,11 +7677,8 @@ class Witness(Recorder):
             self.say(cid)
 
     def say(self, cid: str) -> None:
-        self.feed.outbox.act(
-            self.member,
-            tornchat.Event("message", 0, 0, cid=cid, text=self.said[cid]),
-            functools.partial(self.told.__setitem__, cid),
-        )
+        done = functools.partial(self.told.__setitem__, cid)
+        self.feed.outbox.act(self.member, tornchat.Event("message", 0, 0, cid=cid, text=self.said[cid]), done)
 
     def say_refused(self) -> None:
         for cid in self.unconfirmed():
@@ -8751,9 +7730,8 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
             await person.join(person.feed)
 
     async def open_feed(self) -> tornchat.Feed:
-        config = tornchat.Config(
-            rate=0.0, tick_seconds=0.01, retry_seconds=0.01, block_seconds=0.01, repair_seconds=0.05, name_seconds=0.0
-        )
+        quick: dict[str, Any] = dict.fromkeys(("tick_seconds", "retry_seconds", "block_seconds"), 0.01)
+        config = tornchat.Config(rate=0.0, repair_seconds=0.05, name_seconds=0.0, **quick)
         connect = functools.partial(fakeredis.FakeAsyncRedis, server=self.server, protocol=2)
         return await open_feed(FaultyStore, connect, config)
 
@@ -8821,9 +7799,7 @@ class Faults(hypothesis.stateful.RuleBasedStateMachine):
         async def same() -> bool:
             for person in self.people:
                 person.say_refused()
-            rooms = {
-                (feed.room.epoch, feed.room.seq, feed.memory.last, len(feed.outbox.waiting)) for feed in self.feeds
-            }
+            rooms = {(it.room.epoch, it.room.seq, it.memory.last, len(it.outbox.waiting)) for it in self.feeds}
             length = await self.feeds[0].store.redis.xlen(self.feeds[0].store.feed)
             return len(rooms) == 1 and bool(length) and not any(person.unconfirmed() for person in self.people)
 
@@ -8891,38 +7867,6 @@ class TestManyDaemons(Transcripts):
             assert proxy.cuts > 10
             await daemon.stop()
 
-    @slow
-    async def test_G8_one_line_a_change(
-        self, redis_server: RedisServer, redis_lan: Lan, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Redis gone, Redis silent, and its return each time are told: one log line each, none a try."""
-        async with Proxy(redis_server.port) as proxy:
-            daemon = await redis_lan.serve(redis_url=proxy.url)
-            ann = await redis_lan.join("Ann")
-
-            proxy.disappear()
-            await ann.expect("store", available=False)
-            await until(lambda: proxy.refused >= 5)
-            proxy.gone = False
-            await ann.expect("store", available=True)
-            proxy.talking.clear()
-            await ann.expect("store", available=False)
-            proxy.talking.set()
-            await ann.expect("store", available=True)
-            await ann.quiet()
-            assert state_lines(caplog) == ["away", "back", "away", "back"]
-            await daemon.stop()
-
-    async def test_a_slow_redis(self, redis_server: RedisServer, redis_lan: Lan) -> None:
-        """A Redis that takes 50 ms for each answer is slow, but not away."""
-        async with Proxy(redis_server.port) as proxy:
-            daemon = await redis_lan.serve(redis_url=proxy.url)
-            ann = await redis_lan.join("Ann")
-            proxy.delay = 0.05
-            await ann.say_many(20)
-            assert not ann.seen("store")
-            await daemon.stop()
-
     async def test_G2_a_daemon_is_killed(self, redis_lan: Lan) -> None:
         """kill -9 of a daemon: its people are at the other under their names, nothing lost, nobody left."""
         first = await redis_lan.run("-p", "0", "--rate", "0")
@@ -8970,9 +7914,7 @@ class TestManyDaemons(Transcripts):
         async with talkers(redis_lan, names, *addresses, pause=(0.2, 2.0)) as people:  # the page's RESTART_MS
             talking = asyncio.gather(*map(talk, people))
             for program, address in zip(programs, addresses, strict=True):
-                program.signal(signal.SIGTERM)
-                code, _, err = await program.ended()
-                assert (code, complaints(err)) == (0, [])
+                assert complaints((await program.stop())[1]) == []
                 again = await redis_lan.run("-p", str(urllib.parse.urlsplit(address).port), "--rate", "0")
                 assert await again.address() == address
                 await until(lambda: all(person.here for person in people))
@@ -9005,11 +7947,11 @@ class TestManyDaemons(Transcripts):
         await bob.expect("left", names=["Carl"])
         assert bob.names_in("left") == ["Carl"]
 
+    @slow
     async def test_workers(self, redis_lan: Lan) -> None:
         """Two workers are one room; each is killed, replaced and missed by nobody; SIGTERM ends all, with code 0."""
         program = await redis_lan.run("-p", "0", "--rate", "0", "--workers", "2")
         address = await program.address()
-        assert program.process.stderr is not None
         async with talkers(redis_lan, [f"P{n}" for n in range(8)], address) as people:
             talking = asyncio.gather(*(person.talk(range(100), in_flight=1) for person in people))
             workers = workers_of(program)
@@ -9028,10 +7970,8 @@ class TestManyDaemons(Transcripts):
             assert_one_history(people, 800)
             assert all(person.connects >= 2 for person in people)
             workers = workers_of(program)
-            program.signal(signal.SIGTERM)
-            code, out, err = await program.ended()
-            assert (code, complaints(err)) == (0, [])
-            assert len(out.splitlines()) < 15
+            out, err = await program.stop()
+            assert (len(out.splitlines()) < 15, complaints(err)) == (True, [])
             assert not any(map(is_running, workers))
 
     async def test_workers_end_with_their_parent(self, redis_lan: Lan) -> None:
@@ -9050,36 +7990,44 @@ class TestManyDaemons(Transcripts):
         with socket.create_server(("127.0.0.1", urllib.parse.urlsplit(address).port or 0)):
             pass
 
-    @pytest.mark.parametrize("harm", ["full", "read-only"])
+    @pytest.mark.parametrize("harm", ["gone", *(pytest.param(harm, marks=slow) for harm in ("full", "read-only"))])
     async def test_G8_a_redis_that_takes_nothing(
         self, harm: str, own_redis: RedisServer, own_lan: Lan, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A Redis that is full, or a replica: what is said is refused, reading goes on, and writing when it can."""
+        """Redis is killed, full, or a replica: what is said is refused, reading goes on, and writing when it can."""
         await own_lan.serve(confirm_seconds=0.5)
-        ann, bob = await own_lan.join("Ann"), await own_lan.join("Bob")
+        ann, bob, dan = await own_lan.join("Ann"), await own_lan.join("Bob"), await own_lan.join("Dan")
         await ann.say_many(3)
         await bob.expect_texts(1, 2, 3)
         with own_redis.client as client:
-            if harm == "full":
+            if harm == "gone":
+                own_redis.kill()
+            elif harm == "full":
                 client.config_set("maxmemory", 1)
             else:
                 client.replicaof("127.0.0.1", "1")
             cid = await ann.say("too much?")
-            await until_frame(ann, "refused", code="unavailable", cid=cid)
+            assert (await until_frame(ann, "refused", code="unavailable", cid=cid))["retry_after"] > 0
             assert ann.seen("store")[-1] == {"type": "store", "available": False}
-            carl = own_lan.browser()
-            assert (await carl.ask("Carl"))[0] == 503
+            assert (await own_lan.browser().fetch("/healthz")).code == 503
+            assert await verdict(own_lan.browser().ask("Carl")) == (503, "unavailable")
+            assert (await dan.fetch("/logout", form={})).code == 303
+            assert await dan.ended() == 4401
             there = await bob.tab().connect(after=0, epoch=bob.welcome["epoch"])
             await there.expect("welcome", recovered=True, seq=3)
             await there.expect("store", available=False)
             await there.expect_texts(1, 2, 3)
-            if harm == "full":
+            if harm == "gone":
+                own_redis.start()
+            elif harm == "full":
                 client.config_set("maxmemory", 0)
             else:
                 client.replicaof("NO", "ONE")
         await until_frame(ann, "store", available=True)
         await ann.say("too much?", cid)
-        await ann.expect("message", cid=cid, seq=4)
+        await until_frame(ann, "message", cid=cid, seq=4)
+        assert (await own_lan.browser().fetch("/healthz")).code == 200
+        await until(lambda: len(own_lan.daemons[0].room.roster) == 2)  # the logout was not forgotten
         lines = state_lines(caplog)
         assert lines == ["away", "back"] * (len(lines) // 2)
         assert len(lines) <= 4
@@ -9233,30 +8181,13 @@ class TestManyDaemons(Transcripts):
 
 # === Terminal client ==================================================================================================
 
-ATTACKS = {
-    "colour": "\x1b[31mred",
-    "clear the screen": "\x1b[2J\x1b[H",
-    "C1 CSI": "\x9b2J",
-    "window title": "\x1b]0;pwned\x07",
-    "link": "\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\",
-    "clipboard": "\x1b]52;c;cHduZWQ=\x07",
-    "C1 OSC": "\x9d52;c;cHduZWQ=\x9c",
-    "device control": "\x1bP$q\x1b\\",
-    "report": "\x1b[6n\x1b[c",
-    "bell": "\x07",
-    "backspace": "Bob: hi\x08\x08\x08\x08",
-    "carriage return": "hi\rAnn: bye",
-    "vertical tab and form feed": "a\x0bb\x0cc",
-    "next line": "a\x85Ann: bye",
-    "shift out": "\x0e\x0f",
-    "NUL and DEL": "a\x00b\x7fc",
-    "right-to-left override": "\u202egnp.exe",
-    "isolates": "\u2066a\u2067b\u2069",
-    "bidi marks": "\u200ea\u200fb\u061cc",
-    "line separators": "a\u2028Ann: bye\u2029b",
-    "lone surrogate": "a\ud800b",
-    "newline": "hi\nAnn: bye\n12:34 Ann: bye",
-}
+# Colours, the cursor, the window's title, links, the clipboard, in escapes and in C1; bells and backspaces; what ends a
+# line; marks that turn the direction; half a character.
+ATTACKS = ["\x1b[31mred", "\x1b[2J\x1b[H", "\x9b2J", "\x1b]0;pwned\x07", "\x1b[6n\x1b[c", "\x07", "\x0e\x0f"]
+ATTACKS += ["\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\", "\x1b]52;c;cHduZWQ=\x07", "\x9d52;c;cHduZWQ=\x9c"]
+ATTACKS += ["Bob: hi\x08\x08\x08\x08", "hi\rAnn: bye", "a\x0bb\x0cc", "a\x85Ann: bye", "hi\nAnn: bye\n12:34 Ann: bye"]
+ATTACKS += ["\x1bP$q\x1b\\", "a\x00b\x7fc", "\u202egnp.exe", "\u2066a\u2067b\u2069", "\u200ea\u200fb\u061cc"]
+ATTACKS += ["a\u2028Ann: bye\u2029b", "a\ud800b"]
 # What fills rows of a terminal, so that it might wrap what comes next; other terminals draw some of it wider.
 FILLINGS = ["hi" + 67 * "\u00ad", 67 * "x", "x" + 66 * " ", 67 * "\u0434", 67 * "\u4dc0", 67 * "\u1161", 67 * "a\u0301",
             40 * "\u2764\ufe0f", 30 * "\U0001f469\u200d\U0001f680", 40 * "\U0001fae9"]  # fmt: skip
@@ -9273,7 +8204,6 @@ class Joined(Program):
         return program
 
     def feed(self, *lines: object) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
 
     def feed_no_more(self) -> None:
@@ -9285,7 +8215,6 @@ class Joined(Program):
         await super().kill()
 
     async def lines(self, count: int) -> list[str]:
-        assert self.process.stdout is not None
         read = self.process.stdout.readline
         return [(await asyncio.wait_for(read(), RETURN)).decode().rstrip("\n") for _ in range(count)]
 
@@ -9307,9 +8236,8 @@ class Terminal(Program):
         command = [*python, "--join", at or place(await lan.open()), *options]
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         modes = termios.tcgetattr(slave)
-        program = await cls.spawn(
-            command, {"TERM": "xterm-256color"} | environ, stdin=slave, stdout=slave, stderr=slave
-        )
+        environ = {"TERM": "xterm-256color"} | environ
+        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
         program.master, program.slave, program.modes = master, slave, modes
         program.screen = pyte.HistoryScreen(columns, 24, history=5000)
         program.screen.write_process_input = program.keys  # where the cursor is, when it is asked
@@ -9363,7 +8291,7 @@ class Terminal(Program):
         code = await asyncio.wait_for(self.process.wait(), RETURN)
         assert termios.tcgetattr(self.slave) == self.modes
         self.on_output()
-        return code
+        return int(code)
 
     async def kill(self) -> None:
         await super().kill()
@@ -9383,7 +8311,6 @@ class StandIn:
         self.events: list[object] = []  # what it was asked for: the arguments of a /chat, or "logout"
         self.sockets: list[tornado.websocket.WebSocketHandler] = []
         self.busy = asyncio.Event()  # a handshake has begun ...
-        self.said = asyncio.Queue[Frame]()
         self.free = asyncio.Event()  # ... and may go on
         self.free.set()
 
@@ -9411,7 +8338,7 @@ class StandIn:
                     self.write_message(data, binary=isinstance(data, bytes))
 
             def on_message(self, message: str | bytes) -> None:
-                room.said.put_nowait(json.loads(message))
+                """What is said is heard by nobody."""
 
         routes = [("/login", Login), ("/logout", Logout), ("/chat", Chat)]
         application = tornado.web.Application(routes, log_function=lambda handler: None)
@@ -9421,12 +8348,6 @@ class StandIn:
         self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
         return self
 
-    async def hears(self, type: str) -> Frame:
-        """The next frame of a client."""
-        frame = await asyncio.wait_for(self.said.get(), RETURN)
-        assert frame["type"] == type
-        return frame
-
     async def __aexit__(self, *error: object) -> None:
         self.server.stop()
         await self.server.close_all_connections()
@@ -9434,11 +8355,12 @@ class StandIn:
 
 def hostile_room() -> StandIn:
     """It says to a terminal whatever it likes, in every field of its frames."""
-    everything = "".join(ATTACKS.values())
+    everything = "".join(ATTACKS)
     frames = [WELCOME | {"title": "Room" + everything, "name": "Me" + everything,
                          "members": ["Me", "Bob" + everything], "seq": len(ATTACKS) + 1}]  # fmt: skip
     common: Frame = {"ts": 1795166143321, "count": 2}
-    for seq, (name, attack) in enumerate(ATTACKS.items(), 1):
+    for seq, attack in enumerate(ATTACKS, 1):
+        name = f"attack{seq}:"
         frames += [
             common | {"type": "joined", "names": ["Bob" + attack]},
             common | {"type": "refused", "code": "empty", "text": name + attack},
@@ -9463,9 +8385,8 @@ WELCOME: Frame = {"type": "welcome", "name": "Ann", "title": "5b", "members": ["
 
 def client_of(url: str = "http://h/", *, at_a_screen: bool = False) -> tornchat.Client:
     """A client in this process, which prints what it hears."""
-    config = tornchat.Config(join=url)
-    client = tornchat.Client(config, "en")
-    client.view = tornchat.Screen(client, config, colors=False) if at_a_screen else tornchat.Lines(client, config)
+    client = tornchat.Client(tornchat.Config(join=url), "en")
+    client.view = tornchat.Screen(client, colors=False) if at_a_screen else tornchat.Lines(client)
     return client
 
 
@@ -9494,20 +8415,24 @@ class TestTerminal(Transcripts):
                 with pytest.raises(tornchat.FatalError, match="There is no tornchat at"):
                     await tornchat.join(tornchat.Config(join=room.url), {})
 
-    @pytest.mark.parametrize("status", ["404 No\x85t\x9b2J", "200 \x1b[2J", "7"])
-    async def test_G10_an_odd_answer(self, status: str, memory_lan: Lan) -> None:
+    @pytest.mark.parametrize(
+        ("refused", "status"),
+        [("/login", "404 No\x85t\x9b2J"), ("/login", "7"), ("/chat", "503 \x9b2J"), ("/chat", "200 \x1b[2J")],
+    )
+    async def test_G10_an_odd_answer(self, refused: str, status: str) -> None:
         """Nor does what it answers instead of HTTP as it should be steer the terminal."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(f"HTTP/1.1 {status}\r\nDate: 7\r\nContent-Length: 0\r\n\r\n".encode("latin-1"))
+            request = await reader.readuntil(b"\r\n\r\n")
+            line, body = (status, "") if f" {refused}".encode() in request else ("200 OK", '{"name":"Me"}')
+            answer = f"HTTP/1.1 {line}\r\nDate: 7\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+            writer.write(answer.encode("latin-1"))
             writer.close()
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        code, out, err = await run_to_end("--join", f"http://127.0.0.1:{port}/")
+        err = await fails(1, "--join", f"http://127.0.0.1:{port}/")
         server.close()
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
         assert [char for char in err if tornchat.STEERING.match(char)] == []
 
     async def test_a_bug_of_our_own(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9539,7 +8464,7 @@ class TestTerminal(Transcripts):
             assert [char for char in printed if tornchat.STEERING.match(char)] == []
             assert not re.search(r"^(\d\d:\d\d )?Ann", printed, re.MULTILINE), printed
         assert terminal.screen.title == ""
-        assert [attack for attack in ATTACKS if f" {attack}" not in terminal.text] == []
+        assert [seq for seq in range(1, len(ATTACKS) + 1) if f" attack{seq}:" not in terminal.text] == []
         said = [line for line in out.splitlines() if not line.startswith(" ")]
         assert len(said) == len(ATTACKS) + 1
         assert all(line.startswith("Bob") for line in said[:-1])
@@ -9561,18 +8486,18 @@ class TestTerminal(Transcripts):
         for row in ann.rows:
             assert re.match(r"(\d\d:\d\d )?(Eve: |~ |Eve:$)|    |tornchat: |Ann> ?$|$", row), row
 
-    async def test_a_conversation(self, lan: Lan) -> None:
+    async def test_a_conversation(self, memory_lan: Lan) -> None:
         """A person at a terminal sees the history and who comes and goes, talks, asks, and leaves."""
-        bob = await lan.join("Bob")
+        bob = await memory_lan.join("Bob")
         await bob.say("before")
-        ann = await Terminal.run(lan, "--name", "Ann")
+        ann = await Terminal.run(memory_lan, "--name", "Ann")
         await ann.shows("Bob: before")
         await bob.expect("message", text="before")
         await bob.expect("joined", names=["Ann"])
         ann.keys("hello 你好\r")
         await bob.expect("message", name="Ann", text="hello 你好")
         await ann.shows("Ann: hello 你好")
-        carl = await lan.join("Carl")
+        carl = await memory_lan.join("Carl")
         await ann.shows("~ Carl joined")
         ann.keys("/who\r//who\r/foo\r")
         await bob.expect("message", text="/who")
@@ -9676,7 +8601,7 @@ class TestTerminal(Transcripts):
         assert client.outbox == {}
 
     def test_what_hosts_do_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """So are badges, answers, what was deleted, pinned and reacted to, who can write, and who is muted."""
+        """Badges, answers, what was deleted, pinned and reacted to, who can write, and who is muted."""
         client = client_of(at_a_screen=True)
         message: Frame = {"type": "message", "name": "Bob", "text": "hi", "ts": 1}
         pinned = message | {"seq": 990, "text": "Pages 7 to 9"}
@@ -9687,7 +8612,7 @@ class TestTerminal(Transcripts):
              "here: ★ Ann|Everybody can write. One message in 9 s.|Pinned: Bob: Pages 7 to 9"),
             (message | {"seq": 1001}, " Bob: hi"),
             (message | {"seq": 1002, "name": "Ann", "host": True, "re": 1001}, " ★ Ann (to Bob): hi"),
-            (message | {"seq": 1003, "re": 7}, " Bob: hi"),
+            (message | {"seq": 1003, "re": 7, "counts": {"✋": 3}}, " Bob: hi~|~ ✋ 3 · Bob: hi"),
             (message | {"seq": 1004, "deleted": True, "text": ""}, "~ A message of Bob was deleted."),
             (note | {"kind": "react", "counts": {"👍": 2, "😂": 1}}, "~ 👍 2 😂 1 · Bob: hi"),
             (note | {"kind": "pin", "by": "host", "message": message | {"seq": 1001}}, "~ Pinned: Bob: hi"),
@@ -9708,8 +8633,9 @@ class TestTerminal(Transcripts):
             assert all(words in shown for words in told.split("|")), (frame, shown)
         assert shown == ""
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
-        assert tornchat.who(client, "") == "here: Ann"
+        assert client.people(9) == "here: Ann"
 
+    @slow
     async def test_a_host_at_a_terminal(self, memory_lan: Lan) -> None:
         """Tess keeps the room with her commands; Ann, at another terminal, sees and feels it, and loses no word."""
         daemon = await memory_lan.serve()
@@ -9749,28 +8675,25 @@ class TestTerminal(Transcripts):
         await ann.shows("~ No message is pinned any more.")
         tess.keys("/door\r")
         await ann.shows("Nobody new gets in.")
-        code, out, err = await run_to_end("--join", place(daemon), "--name", "Eve")
-        assert (code, out, len(err.splitlines())) == (1, "", 1), err
+        await fails(1, "--join", place(daemon), "--name", "Eve")
         tess.keys("/door\r")
         tess.keys("/clear yes\r")
         await ann.shows("~ Tess: All that was said before is deleted.")
         assert await run_to_end("--join", place(daemon)) == (0, "", "")
         tess.keys("/remove Ann\r")
         assert await ann.leaves() == 1
-        assert re.findall("^tornchat: .*", ann.text, re.MULTILINE) == [
-            "tornchat: A host has removed you from the room for a while."
-        ]
-        again = await run_to_end("--join", place(daemon), "--name", "Ann")
+        assert "\ntornchat: A host has removed you from the room for a while.\n" in ann.text
         sentence = tornchat.WORDS["en"]["refused_removed-name"].format(name="Ann")
-        assert again == (1, "", f"tornchat: {sentence}\n")
+        assert sentence in await fails(1, "--join", place(daemon), "--name", "Ann")
         tess.keys("\x04")
         assert await tess.leaves() == 0
 
+    @slow
     async def test_who_is_no_host(self, memory_lan: Lan) -> None:
         """A wrong key is told, and what only hosts can do; authors delete what they said; answers say to whom."""
         daemon = await memory_lan.serve()
-        code, out, err = await run_to_end("--join", place(daemon), "--host-key", "guessed")
-        assert (code, out, err) == (1, "", "tornchat: The room does not take that --host-key.\n")
+        told = await fails(1, "--join", place(daemon), "--host-key", "guessed")
+        assert told == "tornchat: The room does not take that --host-key.\n"
         ann, bob = await Terminal.run(memory_lan, "--name", "Ann"), await memory_lan.join("Bob")
         await ann.prompts()
         ann.keys("/lock\r")
@@ -9795,14 +8718,8 @@ class TestTerminal(Transcripts):
             ("/delete-last", {"type": "note", "to": 1, "kind": "delete"}),
             ("/pin bob", {"type": "note", "to": 2, "kind": "pin", "value": True}),
             ("/pin", {"type": "note", "to": 3, "kind": "pin", "value": True}),
-            ("/unpin", {"type": "note", "to": 3, "kind": "pin", "value": False}),
             ("/mute Old Tom 5", {"type": "mute", "name": "Old Tom", "seconds": 300}),
             ("/remove Old Tom", {"type": "remove", "name": "Old Tom", "seconds": 600}),
-            ("/lock", {"type": "mode", "talk": "hosts"}),
-            ("/open", {"type": "mode", "talk": "everyone"}),
-            ("/slow 30", {"type": "mode", "every": 30}),
-            ("/door", {"type": "mode", "door": "closed"}),
-            ("/clear yes", {"type": "clear"}),
             ("/clear", "/clear yes: deletes all that was said"),
             ("/mute bob", "/mute NAME MINUTES: "),
             ("/slow", "/slow SECONDS: "),
@@ -9817,7 +8734,7 @@ class TestTerminal(Transcripts):
         messages = [{"type": "message", "name": name, "text": text, "seq": seq, "ts": 1}
                     for seq, (name, text) in enumerate(said, 1)]  # fmt: skip
         client = client_of()
-        for known in (WELCOME | {"host": True, "seq": 3}, *messages):
+        for known in (WELCOME | {"hosts": ["Ann"], "seq": 3}, *messages):
             client.receive(json.dumps(known))
         asked: list[Any] = []
         monkeypatch.setattr(client, "send", asked.append)
@@ -9826,36 +8743,19 @@ class TestTerminal(Transcripts):
             [frame] if isinstance(frame, dict) else []
         )
         assert isinstance(frame, dict) or frame in capsys.readouterr().err
-        assert typed.partition(" ")[0] in tornchat.help(client, "")
+        assert tornchat.obey(client, "/help")
+        assert typed.partition(" ")[0] in capsys.readouterr().err
 
-    @pytest.mark.parametrize(
-        ("code", "retry_after", "over"),
-        [
-            ("locked", None, {"type": "mode", "talk": "everyone", "every": 0, "door": "open", "by": "Bob"}),
-            ("muted", 300, {"type": "muted", "name": "Ann", "until": 0}),
-            ("slow", 0.3, {}),
-        ],
-    )
-    async def test_what_a_host_forbids_waits(
-        self, code: str, retry_after: float | None, over: Frame, memory_lan: Lan
-    ) -> None:
-        """What is said while its author is muted, the room locked or slow, stays, with the reason, and is said then."""
+    @slow
+    @pytest.mark.parametrize("python", [(str(PROGRAM),), WITHOUT_PROMPT_TOOLKIT], ids=["prompt_toolkit", "plain"])
+    async def test_leaving_before_it_is_sent(self, python: Sequence[str], memory_lan: Lan) -> None:
+        """Who leaves before the room has confirmed everything waits a few seconds for it, and is told then."""
         async with StandIn(WELCOME) as room:
-            ann = await Terminal.run(memory_lan, "--name", "Ann", at=room.url)
-            await ann.prompts()
-            ann.keys("hi\r")
-            said = await room.hears("say")
-            refused = {"type": "refused", "code": code, "text": f"You are {code}.", "cid": said["cid"]}
-            room.sockets[0].write_message(json.dumps(refused | ({"retry_after": retry_after} if retry_after else {})))
-            if over:
-                await ann.shows(f"You are {code}. · hi")
-                room.sockets[0].write_message(json.dumps(over))
-            assert await room.hears("say") == said
-            confirmed = {"type": "message", "seq": 1001, "ts": 1795166143321, "name": "Ann"} | said
-            room.sockets[0].write_message(json.dumps(confirmed | {"type": "message"}))
-            await ann.shows("Ann: hi")
-            await ann.prompts()
-            assert "You are" not in ann.text
+            ann = await Terminal.run(memory_lan, "--name", "Ann", at=room.url, python=python)
+            await ann.shows("here: Ann")
+            ann.keys("hi\r/quit\r")
+            assert await ann.leaves() == 0
+        assert "Messages that could not be sent: 1" in ann.text
 
     async def test_where_it_goes_on(self) -> None:
         """After a loss it asks for what came after the message it saw last, which it names by number and time."""
@@ -9875,7 +8775,7 @@ class TestTerminal(Transcripts):
         async with StandIn(WELCOME) as room:
             client = client_of(room.url)
             await client.connect()
-            client.connected, connection = True, client.socket and client.socket.protocol
+            client.state, connection = "js_state_connected", client.socket and client.socket.protocol
             assert isinstance(connection, tornado.websocket.WebSocketProtocol13)
             connection._abort()
             client.say("hi")
@@ -9894,6 +8794,7 @@ class TestTerminal(Transcripts):
             await asyncio.wait_for(joined, RETURN)
         assert room.events == [{}, "logout"]
 
+    @slow
     async def test_colours(self, memory_lan: Lan) -> None:
         """A name has its colour, the same in every window; with NO_COLOR there is none."""
         bob = await memory_lan.join("Bob")
@@ -9902,20 +8803,18 @@ class TestTerminal(Transcripts):
         plain = await Terminal.run(memory_lan, NO_COLOR="1")
         for terminal in (one, two, plain):
             await terminal.shows("Bob: hi")
-        colors = [
-            {cell.fg for line in terminal.screen.buffer.values() for cell in line.values()} - {"default"}
-            for terminal in (one, two, plain)
-        ]
+        lines = [terminal.screen.buffer.values() for terminal in (one, two, plain)]
+        colors = [{cell.fg for line in each for cell in line.values()} - {"default"} for each in lines]
         assert len(colors[0]) == 1
         assert colors == [colors[0], colors[0], set()]
 
+    @slow
     async def test_in_chinese(self, memory_lan: Lan) -> None:
         """The client speaks the language of its user, and so does the room to it."""
         ann = await Terminal.run(memory_lan, "--name", "Ann", LANG="zh_CN.UTF-8")
         await ann.shows("在场：Ann")
-        taken = await run_to_end("--join", place(memory_lan.daemons[0]), "--name", "Ann", LC_ALL="zh_CN.UTF-8")
-        assert taken[0] == 1
-        assert "已被使用" in taken[2]
+        where = place(memory_lan.daemons[0])
+        assert "已被使用" in await fails(1, "--join", where, "--name", "Ann", LC_ALL="zh_CN.UTF-8")
 
     async def test_pipe(self, lan: Lan) -> None:
         """Each line of stdin is said, each message is a line of stdout; it ends when all is said and confirmed."""
@@ -9928,7 +8827,6 @@ class TestTerminal(Transcripts):
         assert await piped.lines(4) == ["Ann: one", "Ann: /who is a path", "Ann:     tab", "Ann: last 你好"]
         await bob.say("two\nlines")
         assert await piped.lines(2) == ["Bob: two", "    lines"]
-        assert piped.process.stdin is not None
         piped.process.stdin.write(b"no newline at the end")
         piped.feed_no_more()
         code, out, err = await piped.ended()
@@ -9961,13 +8859,11 @@ class TestTerminal(Transcripts):
         daemon = await memory_lan.serve()
         bob = await memory_lan.join("Bob")
         command = f"tail -f /dev/null | {sys.executable} {PROGRAM} --join {place(daemon)} --name Ann | head -n 2"
-        shell = await asyncio.create_subprocess_exec(
-            *("sh", "-c", command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
+        pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        shell: Any = await asyncio.create_subprocess_exec("sh", "-c", command, start_new_session=True, **pipes)
         try:
             await bob.expect("joined", names=["Ann"])
             await bob.say_many(2)
-            assert shell.stdout is not None
             assert await asyncio.wait_for(shell.stdout.readline(), RETURN) == b"Bob: 1\n"
             assert await asyncio.wait_for(shell.stdout.readline(), RETURN) == b"Bob: 2\n"
             await bob.say_many(2, 3)
@@ -10001,7 +8897,7 @@ class TestTerminal(Transcripts):
         os.write(master, b"/who\n\x04")
         code, out, err = await ann.ended()
         assert (code, out) == (0, "")
-        assert "Ann, Bob" in err
+        assert err.count("here: Ann, Bob") == 2  # when she came, and when she asked
         os.close(master)
         os.close(slave)
 
@@ -10061,45 +8957,22 @@ class TestTerminal(Transcripts):
             assert await ann.leaves() == 0
 
     @slow
-    async def test_restarted_without_a_store(self, memory_lan: Lan) -> None:
-        """A restart that forgets everything is told; the client is back under its name, and says what was waiting."""
-        ann = await Terminal.run(memory_lan, "--name", "Ann")
-        ann.keys("hi\r")
-        await ann.shows("Ann: hi")
-        port = memory_lan.daemons[-1].port
-        await memory_lan.daemons[-1].stop()
-        await ann.shows("The server was stopped.")
-        ann.keys("still there?\r")
-        await ann.shows("Waiting for the connection · still there?")
-        await memory_lan.serve(port=port)
-        await ann.shows("The room has lost its history")
-        await ann.shows("Ann: still there?")
-        assert [message.text for message, _ in memory_lan.daemons[-1].room.ring.kept] == ["still there?"]
-
-    @slow
-    @pytest.mark.parametrize("lasting", [False, True])
-    async def test_the_name_was_taken_meanwhile(self, lasting: bool, redis_server: RedisServer) -> None:
+    async def test_the_name_was_taken_meanwhile(self, memory_lan: Lan) -> None:
         """Somebody else took the name while the room was away: the client says so and ends, the terminal as before."""
-        lan = Lan(Store(redis_server.url if lasting else ""))
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(lan.close)
-            daemon = await lan.serve()
-            line = await stack.enter_async_context(Proxy(daemon.port))
-            ann = await Terminal.run(lan, "--name", "Ann", at=line.http)
+        daemon = await memory_lan.serve()
+        async with Proxy(daemon.port) as line:
+            ann = await Terminal.run(memory_lan, "--name", "Ann", at=line.http)
             ann.keys("hi\r")
             await ann.shows("Ann: hi")
             line.disappear()
             await ann.shows("Connection lost.")
-            if lasting:
-                await asyncio.wait_for(daemon.outbox.exit(daemon.room.roster["ann"].sid, "Ann"), RETURN)
-                await lan.join("Ann")
-            else:
-                line.target = (await lan.restart(port=0)).port
-                await lan.join("Ann")
+            line.target = (await memory_lan.restart(port=0)).port
+            await memory_lan.join("Ann")
             line.gone = False
             assert await ann.leaves() == 1
             assert re.search("^tornchat: .*“Ann”", ann.text, re.MULTILINE), ann.text
 
+    @slow
     async def test_the_store_is_away(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """While the store is away the client says so, and what is said waits until it is back."""
         daemon = await own_lan.serve()
@@ -10136,9 +9009,7 @@ class TestTerminal(Transcripts):
             ]:
                 with pytest.raises(tornchat.FatalError, match=told):
                     await tornchat.join(tornchat.Config(join=where, name=name, password=password), {})
-        code, out, err = await run_to_end("--join", place(daemon))
-        assert (code, out, len(err.splitlines())) == (1, "", 1)
-        assert "not the room’s password" in err
+        assert "not the room’s password" in await fails(1, "--join", place(daemon))
         assert (await run_to_end("--join", place(daemon), TORNCHAT_PASSWORD="lighthouse")) == (0, "", "")
 
     @pytest.mark.parametrize("code", [4403, 4409, 4429, 4504])
@@ -10157,74 +9028,51 @@ class TestTerminal(Transcripts):
 
 
 class Voice:
-    """A program in the room: it comes, says lines, hears lines as "Ann: hi", and goes."""
+    """A program in the room: a line of its stdin is said, a message is a line of its stdout, as "Ann: hi"."""
 
     name = ""
 
     def __init__(self, lan: Lan) -> None:
-        self.lan, self.port = lan, lan.daemons[-1].port
+        self.url = f"127.0.0.1:{lan.daemons[-1].port}"
         self.heard: list[str] = []
-        self.url = f"127.0.0.1:{self.port}"
-
-    async def come(self) -> None:
-        """Be in the room."""
-
-    async def say(self, text: str) -> None:
-        """Say something."""
-
-    async def go(self) -> None:
-        """Leave."""
-
-    async def hears(self, name: str) -> None:
-        """Wait until something was heard from someone."""
-
-        async def heard() -> bool:
-            return any(line.startswith(f"{name}: ") for line in await self.lines())
-
-        await until(heard)
-
-    async def lines(self) -> list[str]:
-        """All messages that were heard."""
-        return [line for line in self.heard if re.match(r"\w+: \d+$", line)]
-
-
-class Piped(Voice):
-    """One that is a process: a line of its stdin is said, a message is a line of its stdout."""
 
     def command(self) -> list[str]:
         raise NotImplementedError
 
     async def come(self) -> None:
         pipe = asyncio.subprocess.PIPE
-        self.process = await asyncio.create_subprocess_exec(*self.command(), stdin=pipe, stdout=pipe)
+        self.process: Any = await asyncio.create_subprocess_exec(*self.command(), stdin=pipe, stdout=pipe)
         self.reading = asyncio.create_task(self.read())
 
     async def read(self) -> None:
-        assert self.process.stdout is not None
         async for line in self.process.stdout:  # wscat draws a prompt before each
             self.heard.append(re.sub(r"^(\x1b\[\w+|> |< |\r)+", "", line.decode()).rstrip())
 
     async def say(self, text: str) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(f"{text}\n".encode())
-        await self.process.stdin.drain()
 
     async def go(self) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.kill()
         await self.process.wait()
         await self.reading
 
+    async def lines(self) -> list[str]:
+        """All messages that were heard."""
+        return [line for line in self.heard if re.match(r"\w+: \d+$", line)]
 
-class TerminalClient(Piped):
+    async def has(self, count: int) -> bool:
+        return len(await self.lines()) >= count
+
+
+class TerminalClient(Voice):
     name = "Terry"
 
     def command(self) -> list[str]:
         return [sys.executable, str(PROGRAM), "--join", self.url, "--name", self.name, "--history", "200"]
 
 
-class Wscat(Piped):
+class Wscat(Voice):
     """npm's wscat, on plain lines."""
 
     name = "Wanda"
@@ -10285,8 +9133,8 @@ class Curl(Voice):
                 await process.communicate()
 
     async def come(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        self.jar = str(self.folder / "jar")
+        self.folder = tempfile.TemporaryDirectory()
+        self.jar = f"{self.folder.name}/jar"
         await self.curl("/login", "-c", self.jar, "-d", f"nickname={self.name}")
         self.reading = asyncio.create_task(self.read())
 
@@ -10305,17 +9153,15 @@ class Curl(Voice):
     async def go(self) -> None:
         self.reading.cancel()
         await asyncio.wait([self.reading])
-        shutil.rmtree(self.folder)
+        self.folder.cleanup()
 
 
 class PageVoice(Voice):
     """The page, in a window of a real browser."""
 
-    name, query = "Paula", ""
-
-    def __init__(self, lan: Lan, window: Window) -> None:
+    def __init__(self, lan: Lan, window: Window, name: str, query: str = "") -> None:
         super().__init__(lan)
-        self.window = window
+        self.window, self.name, self.query = window, name, query
 
     async def come(self) -> None:
         await self.window.login(self.name)
@@ -10326,16 +9172,13 @@ class PageVoice(Voice):
     async def say(self, text: str) -> None:
         await self.window.say(text)
 
+    async def go(self) -> None:
+        """The browser is closed with the windows."""
+
     async def lines(self) -> list[str]:
         rows = "[...document.querySelectorAll('#log .message')]"
-        lines: list[str] = await self.window.page.evaluate(
-            f"{rows}.map((row) => `${{row.dataset.name}}: ${{row.querySelector('.text').textContent}}`)"
-        )
-        return lines
-
-
-class PollingPage(PageVoice):
-    name, query = "Quentin", "?transport=polling"
+        line = "`${row.dataset.name}: ${row.querySelector('.text').textContent}`"
+        return list(await self.window.page.evaluate(f"{rows}.map((row) => {line})"))
 
 
 class TestEveryWayIn(Transcripts):
@@ -10344,9 +9187,9 @@ class TestEveryWayIn(Transcripts):
         """Two hundred messages from six kinds of programs: each program shows all of them, in the same order."""
         await lan.serve(history=200)
         ann = await lan.join("Ann")
-        async with windows(lan) as (first, second), contextlib.AsyncExitStack() as leaving:
-            kinds = [TerminalClient, Wscat, Websockets, Curl]
-            voices = [PageVoice(lan, first), PollingPage(lan, second), *(kind(lan) for kind in kinds)]
+        async with windows(lan, "", "") as (first, second), contextlib.AsyncExitStack() as leaving:
+            pages = PageVoice(lan, first, "Paula"), PageVoice(lan, second, "Quentin", "?transport=polling")
+            voices = [*pages, TerminalClient(lan), Wscat(lan), Websockets(lan), Curl(lan)]
             for voice in voices:
                 await voice.come()
                 leaving.push_async_callback(voice.go)
@@ -10361,7 +9204,7 @@ class TestEveryWayIn(Transcripts):
             order = [f"{frame['name']}: {frame['text']}" for frame in said] + ["Ann: 0"]
             assert sorted(int(frame["text"]) for frame in said) == list(range(200))
             for voice in voices:
-                await voice.hears("Ann")
+                await until(functools.partial(voice.has, len(order)))
                 assert await voice.lines() == order, voice.name
         assert {frame["name"] for frame in said} == {voice.name for voice in voices}
 
@@ -10439,27 +9282,24 @@ class TestReadme(Transcripts):
         server = re.sub("ssl_certificate.*", "", server).replace("location / {", "location /chat/ {")
         server = server.replace("http://127.0.0.1:8888", f"http://127.0.0.1:{daemon.port}/")
         url = f"http://127.0.0.1:{port}/chat/"
-        async with nginx(tmp_path, server, port), windows(memory_lan, 2, at=url) as (ann, bob):
-            await ann.login("Ann")
-            bob.url += "?transport=polling"
-            await bob.page.goto(url)
-            await bob.login("Bob")
-            for speaker, hearer in ((ann, bob), (bob, ann)):
-                await speaker.say(f"hello, {hearer.url}")
-                await hearer.shows("#log", f"hello, {hearer.url}")
+        async with nginx(tmp_path, server, port), windows(memory_lan, "Ann", "Bob", at=url) as (ann, bob):
+            await bob.page.goto(f"{url}?transport=polling")
+            await bob.state("connected")
+            for speaker, hearer, text in ((ann, bob, "hello, Bob"), (bob, ann, "hello, Ann")):
+                await speaker.say(text)
+                await hearer.shows("#log", text)
             await ann.page.goto(url + "no/such/page")
             await ann.page.click("a")
             await ann.state("connected")
             await ann.page.evaluate("document.getElementById('logout').requestSubmit()")
             await ann.page.wait_for_url(url + "login")
-            problems = [problem for problem in ann.problems + bob.problems if "404" not in problem]
-            assert (problems, {request for request in ann.requests if not request.startswith(url)}) == ([], set())
+            ann.problems = [problem for problem in ann.problems if "404" not in problem]
 
     @slow
     async def test_lesson_in_javascript(self, memory_lan: Lan) -> None:
         """Pupils paste it into the console of the login page: they hear each other, and who can't come in reads why."""
         ann = await memory_lan.join("Ann")
-        async with windows(memory_lan, 3) as pupils:
+        async with windows(memory_lan, "", "", "") as pupils:
             printed = [console(pupil.page) for pupil in pupils]
             for pupil, name in zip(pupils, ("小 明", "Bob & co", "ann"), strict=True):
                 await pupil.page.goto(pupil.url + "login")
@@ -10480,8 +9320,6 @@ class TestReadme(Transcripts):
         for name, told in [("小 明", "Ann: welcome"), ("bob & co", "Ann: welcome"), ("Ann", "“Ann” is taken")]:
             pupil = memory_lan.add(await Program.spawn(["-u", str(lesson)], {"PYTHONUTF8": "1"}, stdin=subprocess.PIPE))
             printed = pupil.process.stderr if name == "Ann" else pupil.process.stdout
-            assert pupil.process.stdin is not None
-            assert printed is not None
             pupil.process.stdin.write(f"{name}\n".encode())
             if name != "Ann":
                 await ann.expect("message", name=name, text="hello from Python")
@@ -10516,16 +9354,12 @@ asyncio.run(main())
 class Chat:
     """A chat in a process of its own, tornchat unless another is named, and what it uses."""
 
-    def __init__(self, *options: str, command: Sequence[str] = (), files: int = 0, redis_url: str = "") -> None:
-        self.port, self.log = free_port(), tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by __exit__
-        limit = f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({files}, {files}))" if files else "pass"
-        ours = (*after(limit), "--host", "127.0.0.1", "--room", uuid.uuid4().hex, *options, "-p")
-        self.process = subprocess.Popen(
-            [sys.executable, *(command or ours), str(self.port)],
-            stdout=subprocess.DEVNULL,
-            stderr=self.log,
-            env=os.environ | {"REDIS_URL": redis_url},
-        )
+    def __init__(self, *options: str, command: Sequence[str] = (), redis_url: str = "") -> None:
+        self.port = free_port()
+        ours = (str(PROGRAM), "--host", "127.0.0.1", "--room", uuid.uuid4().hex, *options, "-p")
+        full_command = [sys.executable, *(command or ours), str(self.port)]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(full_command, env=os.environ | {"REDIS_URL": redis_url}, **quiet)
         self.proc = Path(f"/proc/{self.process.pid}")
 
     def __enter__(self) -> Self:
@@ -10537,7 +9371,6 @@ class Chat:
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
         self.process.wait(10)
-        self.log.close()
 
     def cpu(self) -> float:
         """The seconds of a core that it has used."""
@@ -10547,30 +9380,21 @@ class Chat:
     def memory(self) -> int:
         return int((self.proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def lines(self) -> int:
-        """In its log."""
-        return Path(self.log.name).read_bytes().count(b"\n")
-
 
 class Load:
     """Some members of a chat on raw sockets, and when each message came to each of them."""
 
-    def __init__(self, port: int, members: int, name: str = "member", password: str = "") -> None:
-        self.password = password
+    def __init__(self, port: int, members: int, name: str = "member", query: str = "") -> None:
         self.selector = selectors.DefaultSelector()
-        self.sockets = [self.join(port, f"{name}{number}") for number in range(members)]
+        self.sockets = [self.join(port, f"nickname={name}{number}{query}") for number in range(members)]
         self.delays: list[float] = []  # of every delivery, in s
         self.tails = dict.fromkeys(self.sockets, b"")
 
-    def join(self, port: int, name: str) -> socket.socket:
+    def join(self, port: int, query: str) -> socket.socket:
         sock = socket.create_connection(("127.0.0.1", port), 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        head = f"GET /chat?nickname={name}&password={self.password} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-        sock.sendall(f"{head}{UPGRADE_LINES}\r\n".encode())
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            answer += sock.recv(4096)
-        assert b" 101 " in answer, answer
+        sock.sendall(f"GET /chat?{query} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{UPGRADE_LINES}\r\n".encode())
+        assert b" 101 " in sock.recv(4096)
         sock.setblocking(False)
         self.selector.register(sock, selectors.EVENT_READ, sock)
         return sock
@@ -10623,7 +9447,7 @@ class Load:
 
 
 def ms(delays: list[float], percent: int) -> float:
-    """So many of a hundred delays are shorter than these ms."""
+    """So many of a hundred delays, in s, are shorter than these ms."""
     return 1000 * statistics.quantiles(delays, n=100)[percent - 1]
 
 
@@ -10655,27 +9479,25 @@ def bench(members: int = 200, rounds: int = 3) -> None:
         print(f"{name:20}  {cpu:18.1f}  {p50:6.1f}  {p99:6.1f}  {flood:19,.0f}  {memory:9.1f}")
 
 
-async def follow(browser: Browser, wait: float, pause: float, polls: list[float], delays: list[float]) -> NoReturn:
-    """Note how late each message comes: by polls that wait so long, with a pause between them, or by an open socket."""
-    while True:
-        if browser.socket:
-            events = [await browser.frame() or {}]
-        else:
-            polls.append(time.perf_counter())
-            events = await browser.poll(wait)
-        delays += [time.perf_counter() - float(event["text"]) for event in events if "text" in event]
-        await asyncio.sleep(pause)
-
-
 async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: int = 20) -> None:
     """Prints what it costs to follow a chat in this way, in which somebody says something every three seconds."""
-    lan, polls, delays = Lan(Store("")), list[float](), list[float]()
+    lan, polls, delays = Lan(Store("")), itertools.count(), list[float]()
+
+    async def follow(browser: Browser) -> None:
+        while True:
+            if browser.socket:
+                events = [await browser.frame() or {}]
+            else:
+                next(polls)
+                events = await browser.poll(wait)
+            delays.extend(time.perf_counter() - float(event["text"]) for event in events if "text" in event)
+            await asyncio.sleep(pause)
+
     with Chat("--rate", "0") as chat:
         talker, *people = [await lan.login(f"P{n}", at=f"http://127.0.0.1:{chat.port}") for n in range(members + 1)]
         for person in people:
             await (person.connect() if way == "WebSocket" else person.poll())
-        spent = chat.cpu()
-        tasks = [asyncio.create_task(follow(person, wait, pause, polls, delays)) for person in people]
+        spent, tasks = chat.cpu(), [asyncio.create_task(follow(person)) for person in people]
         for _ in range(20):
             await asyncio.sleep(3)
             await talker.post(f"{time.perf_counter():.6f}")
@@ -10685,7 +9507,7 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
             task.cancel()
     assert len(delays) == 20 * members, "a message is missing, or came twice"
     print(
-        f"{way:20} 20 messages in a minute: {len(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU for each"
+        f"{way:20} 20 messages in a minute: {next(polls) / members:4.1f} polls a member; {spent:4.0f} us of CPU a"
         f" delivery, {1000 * statistics.mean(delays):6.1f} ms late, at the most {1000 * max(delays):4.0f}"
     )
 
@@ -10693,16 +9515,15 @@ async def bench_transport(way: str, wait: float = 0, pause: float = 0, members: 
 async def bench_transports() -> None:
     """Each way in a room of its own, all at once."""
     logging.getLogger("tornado.application").disabled = True  # it tells of each request that is given up at the end
-    ways = [("short polling, 2 s", 0, 2), ("long polling", 25, 0), ("WebSocket", 0, 0)]
-    await asyncio.gather(*(bench_transport(*way) for way in ways))
+    polling = bench_transport("short polling, 2 s", 0, 2), bench_transport("long polling", 25)
+    await asyncio.gather(*polling, bench_transport("WebSocket"))
 
 
 async def write_messages(url: str, room: str, name: str, count: int) -> None:
     """One daemon without its web side, that writes as fast as the store takes it; prints when it began and ended."""
     config = tornchat.Config(redis_url=url, room=room, rate=0.0)
-    feed = tornchat.Feed(
-        tornchat.Store(tornchat.connect(config), config), tornchat.Outbox(tornchat.Room(config), config)
-    )
+    store = tornchat.Store(tornchat.connect(config), config)
+    feed = tornchat.Feed(store, tornchat.Outbox(tornchat.Room(config), config))
     await feed.open()
     feed.start()
     member = await feed.outbox.enter(name, name)
@@ -10720,14 +9541,8 @@ async def write_messages(url: str, room: str, name: str, count: int) -> None:
 def bench_store(url: str, daemons: int, count: int = 10_000) -> None:
     """Prints how many messages a second so many daemons store together, each `count` of them."""
     room = uuid.uuid4().hex
-    writers = [
-        subprocess.Popen(
-            [sys.executable, __file__, "write", url, room, f"writer{number}", str(count)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(daemons)
-    ]
+    commands = [[sys.executable, __file__, "write", url, room, f"writer{n}", str(count)] for n in range(daemons)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     moments = [list(map(float, writer.communicate(timeout=120)[0].split())) for writer in writers]
     seconds = max(end for _, end in moments) - min(began for began, _ in moments)
     print(f"messages/s into {'Redis' if url else 'fakeredis'}, {daemons} daemon(s): {daemons * count / seconds:,.0f}")
@@ -10747,14 +9562,12 @@ def bench_stalled(rate: float = 600, seconds: float = 15) -> None:
     """Prints what five members who stop reading cost the others."""
     with bench_redis() as url, Chat("--rate", "0", redis_url=url) as chat:
         load = Load(chat.port, 25)
-        load.steady(rate, seconds, 1000)  # so that ring, index and buffers are full
-        quiet = load.steady(rate, seconds, 1000)
-        before, lines, stalled = chat.memory(), chat.lines(), Load(chat.port, 5, "stalled")
+        _, quiet = [load.steady(rate, seconds, 1000) for _ in range(2)]  # first, until ring, index and buffers are full
+        before, stalled = chat.memory(), Load(chat.port, 5, "stalled")
         delays = load.steady(rate, seconds, 1000)
         print(
-            f"{len(stalled.sockets)} of 30 stop reading, {rate * seconds:,.0f} messages of 1 KB at {rate:.0f}/s: the"
-            f" others' p99 {ms(delays, 99):.1f} ms, {ms(quiet, 99):.1f} without them; memory"
-            f" +{(chat.memory() - before) / 1e6:.1f} MB; {chat.lines() - lines} lines in the log"
+            f"{len(stalled.sockets)} of 30 stop reading, {rate * seconds:,.0f} messages of 1 KB: the others'"
+            f" p99 {ms(delays, 99):.1f} ms, {ms(quiet, 99):.1f} before; +{(chat.memory() - before) / 1e6:.1f} MB"
         )
 
 
@@ -10766,7 +9579,6 @@ class Attack(NamedTuple):
     connections: int = 10
     names: int = 1
     times: float = math.inf
-    files: int = 0  # that the daemon may open
 
 
 def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> bytes:
@@ -10776,7 +9588,7 @@ def request(line: str, body: bytes = b"", size: int = 0, more: bytes = b"") -> b
     return head.encode() + more + b"\r\n" + body
 
 
-FORM = request("POST /login", b"nickname=x&password=y")
+LONG_HEADER = b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)
 LONG = json.dumps({"type": "say", "text": "\U0001f600" * 4000}, ensure_ascii=False).encode()
 SIGN = '{"type":"note","to":1,"kind":"react","value":"👍"}'.encode()
 FLOODS = {
@@ -10786,34 +9598,29 @@ FLOODS = {
     "pongs": Attack(lambda n: masked(0x8A) * 1000),
     "fragments": Attack(lambda n: masked(0x01) * (n == 0) + masked(0x00) * 1000),
     "16 KB x 10 by 100 names": Attack(lambda n: masked(0x81, LONG) * 10, connections=100, names=100, times=1),
-    "codes of made-up addresses": Attack(
-        lambda n: request(f"GET /qr.svg?url=http://localhost/{random.random()}"), sockets=False
-    ),
+    "codes of made-up addresses": Attack(lambda n: request(f"GET /qr.svg?url=http://localhost/{n}"), sockets=False),
     "1,000 polls": Attack(lambda n: request("GET /messages?wait=25&after=0"), False, 1000, 100),
     "signs": Attack(lambda n: masked(0x81, SIGN) * 1000, connections=100, names=100),
-    "pictures": Attack(lambda n: request("POST /pictures", LIES["png: 80,000 chunks"]), False, 100, 100),
+    "pictures": Attack(lambda n: request("POST /pictures", CHUNKS), False, 100, 100),
     "leaving and coming": Attack(lambda n: request(("POST /logout", "GET /messages")[n % 2]), False, 1),
     "bodies that never end": Attack(lambda n: request("POST /login", b"x" * 48_000, 49_000), False, 500),
-    "a byte a connection": Attack(lambda n: b"G", False, 300, files=128),
     "requests": Attack(lambda n: request("GET /"), False, 200),
-    "long headers": Attack(
-        lambda n: request("GET /login", more=b"Accept-Language: %b\r\n" % (b"a-b;q=1," * 1900)), False, 50
-    ),
+    "long headers": Attack(lambda n: request("GET /login", more=LONG_HEADER), False, 50),
     "thousands of headers": Attack(lambda n: request("GET /login", more=b"a:\r\n" * 3800), False, 50),
     "handshakes": Attack(lambda n: masked(0x88), connections=50),
     "connections": Attack(lambda n: b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", False, 50),
-    "wrong passwords": Attack(lambda n: FORM, False, 50),
+    "wrong passwords": Attack(lambda n: request("POST /login", b"nickname=x&password=y"), False, 50),
 }
+
+
+async def log_in(port: int, name: bytes, address: bytes = b"192.0.2.66") -> bytes:
+    """Somebody of that address; the cookie."""
+    form = request("POST /login", b"nickname=%b&password=open" % name).replace(b"192.0.2.66", address)
+    return bytes(re.findall(rb"(?i)set-cookie: ([^;]+)", await exchange(port, form, b"\r\n\r\n"))[0])
 
 
 async def attack(port: int, attack: Attack) -> None:
     """Does it until it is killed, or a minute is over; who is closed comes again."""
-
-    async def login(number: int) -> bytes:
-        answer = await exchange(port, request("POST /login", b"nickname=eve%d&password=open" % number), b"\r\n\r\n")
-        cookie = re.search(rb"(?i)set-cookie: ([^;]+)", answer)
-        assert cookie, answer
-        return cookie[1]
 
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard = asyncio.create_task(reader.read())
@@ -10844,69 +9651,31 @@ async def attack(port: int, attack: Attack) -> None:
                     await ask(cookie, reader, writer)
             writer.transport.abort()
 
-    cookies = [await login(number) for number in range(attack.names)]
+    cookies = [await log_in(port, b"eve%d" % number) for number in range(attack.names)]
     await asyncio.gather(*(act(cookies[number % attack.names]) for number in range(attack.connections)))
 
 
 def bench_attack(what: str, seconds: float = 4) -> None:
     """Prints what twenty members and a newcomer notice of an attack from another address."""
-    with Chat("--trust-proxy", "--password", "open", files=FLOODS[what].files) as chat:
-        load = Load(chat.port, 20, password="open")
+    with Chat("--trust-proxy", "--password", "open") as chat:
+        load = Load(chat.port, 20, query="&password=open")
         load.settle()
-        calm = load.steady(20, seconds)
-        before, lines = chat.memory(), chat.lines()
+        calm, before = load.steady(20, seconds), chat.memory()
         # It has a machine of its own: here it may take what the members leave of the second core.
         attacker = subprocess.Popen(["nice", "-n", "19", sys.executable, __file__, "attack", str(chat.port), what])
-
         try:
             time.sleep(1)
             spent = chat.cpu()
             delays = load.steady(20, seconds)
-            spent = chat.cpu() - spent
-            newcomer = asyncio.run(newcomer_waits(chat.port))
+            spent, began = chat.cpu() - spent, time.perf_counter()
+            asyncio.run(log_in(chat.port, b"newcomer", b"192.0.2.7"))
+            newcomer = 1000 * (time.perf_counter() - began)
         finally:
             attacker.kill()
         print(
-            f"{what:28} p50 {ms(delays, 50):6.1f} ms ({ms(calm, 50):.1f} before), p99 {ms(delays, 99):6.1f};"
-            f" login {newcomer:6.0f} ms; {100 * spent / seconds:3.0f} % CPU;"
-            f" +{(chat.memory() - before) / 1e6:.1f} MB; {chat.lines() - lines} lines in the log"
+            f"{what:28} p50 {ms(delays, 50):6.1f} ms ({ms(calm, 50):.1f} before), p99 {ms(delays, 99):6.1f}; login"
+            f" {newcomer:6.0f} ms; {100 * spent / seconds:3.0f} % CPU; +{(chat.memory() - before) / 1e6:.1f} MB"
         )
-
-
-async def newcomer_waits(port: int) -> float:
-    """How many ms until somebody from elsewhere is logged in, with the right password."""
-    began = time.perf_counter()
-    wish = request("POST /login", b"nickname=newcomer&password=open").replace(b".66", b".7")
-    answer = await exchange(port, wish, b"\r\n\r\n")
-    assert b" 303 " in answer, answer
-    return 1000 * (time.perf_counter() - began)
-
-
-async def visit(port: int, number: int) -> None:
-    """Somebody new, from one of 500 addresses, comes, says a line, sees it confirmed, and closes the tab."""
-    address = f"10.0.{number % 500 // 250}.{number % 250}".encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    ask = request(f"GET /chat?nickname=visitor{number}", more=UPGRADE_LINES.encode())
-    writer.write(
-        ask.replace(b"192.0.2.66", address) + masked(0x81, b'{"type":"say","text":"hello","cid":"c%d"}' % number)
-    )
-    await reader.readuntil(b'"cid":"c%d"' % number)
-    writer.close()
-
-
-async def bench_soak(minutes: int, rate: float = 38, burst: int = 12_000) -> None:
-    """Prints a daemon's memory, minute by minute of steady visits, after a burst of them that fills every index."""
-    with Chat("--trust-proxy") as chat:
-        for number in range(burst):
-            await visit(chat.port, number)
-        began, visits = time.monotonic(), set[asyncio.Task[None]]()
-        for number in range(int(minutes * 60 * rate) + 1):
-            await asyncio.sleep(began + number / rate - time.monotonic())
-            visits.add(task := asyncio.create_task(visit(chat.port, burst + number)))
-            task.add_done_callback(visits.discard)
-            if number % int(60 * rate) == 0:
-                print(f"after {number / rate / 60:2.0f} min: {chat.memory() / 1e6:.2f} MB", flush=True)
-        await asyncio.gather(*visits)
 
 
 BURST = """() => new Promise((done) => {
@@ -10923,7 +9692,7 @@ async def bench_page(rounds: int = 5) -> None:
     """Prints medians of what a browser needs: from the login to a usable chat, and to show 1,000 messages."""
     lan, usable, shown = Lan(Store("")), [], []
     address = await (await lan.run("-p", "0", "--rate", "0")).address()
-    async with windows(lan, rounds, at=address) as people:
+    async with windows(lan, *[""] * rounds, at=address) as people:
         for number, person in enumerate(people):
             await person.page.goto(address)
             await person.page.fill("#nickname", f"Ann {number}")
@@ -10934,44 +9703,30 @@ async def bench_page(rounds: int = 5) -> None:
             shown.append(await person.page.evaluate(BURST))
             await person.page.context.close()
     await lan.close()
-    print(f"page, medians of {rounds} rounds: {statistics.median(usable):.0f} ms from the login to a usable chat,")
+    print(f"page, medians of {rounds}: {statistics.median(usable):.0f} ms from the login to a usable chat;", end=" ")
     print(f"{statistics.median(shown):.0f} ms to show 1,000 messages that come at once, a slice of a frame at a time")
 
 
-def run_benchmark(*what: str) -> None:
-    """Prints figures of the whole, or of one thing."""
-    match what:
-        case ["page"]:
-            asyncio.run(bench_page())
-        case ["transports"]:
-            asyncio.run(bench_transports())
-        case ["soak", minutes]:
-            asyncio.run(bench_soak(int(minutes)))
-        case ["floods", *kinds]:
-            if not kinds:
-                bench_stalled()
-            for kind in kinds or FLOODS:
-                bench_attack(kind)
-        case _:
+def main(*arguments: str) -> int:
+    """The tests, or what else this file can do."""
+    match arguments:
+        case ["bench"]:
             bench()
             bench_store("", 1)
             with bench_redis() as url:
                 for daemons in (1, 4):
                     bench_store(url, daemons)
             asyncio.run(bench_page())
-
-
-def main(*arguments: str) -> int:
-    """The tests, or what else this file can do."""
-    match arguments:
-        case ["bench", *what]:
-            run_benchmark(*what)
+        case ["bench", "page" | "transports" as what]:
+            asyncio.run(bench_page() if what == "page" else bench_transports())
+        case ["bench", "floods", *kinds]:
+            if not kinds:
+                bench_stalled()
+            for kind in kinds or FLOODS:
+                bench_attack(kind)
         case ["attack", port, what]:
             with contextlib.suppress(TimeoutError):
                 asyncio.run(asyncio.wait_for(attack(int(port), FLOODS[what]), 60))
-        case ["echo", port]:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                asyncio.run(echo(int(port), monkeypatch))
         case ["write", url, room, name, count]:
             asyncio.run(write_messages(url, room, name, int(count)))
         case _:

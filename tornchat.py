@@ -135,18 +135,13 @@ except ModuleNotFoundError:
 REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40")
 
 
-def is_installed(requirement: str) -> bool:
-    """Whether there is such a package, new enough."""
-    name, floor = requirement.split(">=")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        installed, needed = (re.findall(r"\d+", text)[:3] for text in (importlib.metadata.version(name), floor))
-        return list(map(int, installed)) >= list(map(int, needed))
-    return False
+def version_numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)[:3]]
 
 
 try:
-    unmet = [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]
-    if unmet:
+    installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
+    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -260,7 +255,7 @@ ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
 FULL_LOG_SECONDS = 60  # between two lines that say it is full
-WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
+WORKER_PAUSE_SECONDS = 1  # between two starts of a worker that dies young
 WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
 
 
@@ -4477,19 +4472,20 @@ def banner(config: Config, port: int, host_key: str) -> str:
     """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
     for a person at a terminal: what goes elsewhere may be a log that others read.
     """
-    urls, terminal = lan_urls(config, port), sys.stdout is not None and sys.stdout.isatty()
-    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    urls, here = lan_urls(config, port), local_url(config, port)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
-    lines = [
-        f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
-        f"  on this machine  {local_url(config, port)}{moved}",
-        *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
-        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
-        *([f"  for the host     {local_url(config, port)}{host_path(host_key)}"] if terminal else []),
-        f"  messages         {kept}",
-    ]
+    rows = [("on this machine", here + moved), *(("on the network", url) for url in urls[:BANNER_URLS])]
+    if len(urls) > BANNER_URLS:
+        rows.append(("", f"and {len(urls) - BANNER_URLS} more"))
+    if terminal:
+        rows.append(("for the host", here + host_path(host_key)))
+    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    rows.append(("messages", kept))
     if config.workers > 1:
-        lines.append(f"  workers          {config.workers} processes")
+        rows.append(("workers", f"{config.workers} processes"))
+    lines = [f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}"]
+    lines += [f"  {what:<17}{told}" for what, told in rows]
     if urls:
         lines += [
             "  Phones cannot connect? They need the same Wi-Fi,",
@@ -4536,7 +4532,7 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
         ],
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
-        template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
+        template_loader=tornado.template.DictLoader(TEMPLATES),
         cross_origin_protection=True,
         websocket_max_message_size=FRAME_BYTES,
         log_function=log_request,
@@ -4588,13 +4584,7 @@ class Door(socket.socket):
         raise BlockingIOError
 
     def full(self) -> bool:
-        """Whether only the spare descriptors are left: the system gives the lowest free number first."""
-        if resource is None:
-            return len(self.visitors.open) >= SELECT_SOCKETS - SPARE_FILES
-        lowest_free = os.dup(self.fileno())
-        os.close(lowest_free)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
+        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4766,13 +4756,13 @@ class Daemon:
         """Tells everybody, and gives them a moment to close; who doesn't is cut off."""
         for handler in tuple(self.sockets):
             handler.shut(1001, "stopping")
-        for poll in tuple(self.room.listeners):
-            poll.shut(1001, "stopping")
+        for listener in tuple(self.room.listeners):
+            listener.shut(1001, "stopping")
         deadline = time.monotonic() + 0.5
         while (self.sockets or self.room.listeners) and time.monotonic() < deadline:  # noqa: ASYNC110 - short, and once
             await asyncio.sleep(0.01)
-        for listener in tuple(self.sockets):
-            listener.stream.close()
+        for handler in tuple(self.sockets):
+            handler.stream.close()
         await self.server.close_all_connections()
 
 
@@ -4818,13 +4808,21 @@ async def serve(config: Config) -> None:
     log.info("stopped")
 
 
+def file_limit() -> float:
+    """How many files and connections this process may have open."""
+    if resource is None:
+        return SELECT_SOCKETS
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
 def raise_file_limit() -> None:
     """Lets the process have as many connections as the system allows; a shell's own limit is often 1,024."""
     if resource is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
-    while soft != resource.RLIM_INFINITY and soft < wanted:
+    while file_limit() < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return
@@ -4855,8 +4853,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
 
 
 async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
-    """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
-    pause = Backoff(WORKER_PAUSE_SECONDS)
+    """Starts a worker, and another one whenever it has ended, but not twice within WORKER_PAUSE_SECONDS."""
     environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
     while True:
         began = time.monotonic()
@@ -4872,9 +4869,7 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
         finally:  # we may have been cancelled
             await end_worker(worker)
         log.error("worker %d has ended with code %d: another one is started", number, code)
-        if time.monotonic() - began > WORKER_PAUSE_SECONDS:
-            pause.reset()
-        await pause()
+        await asyncio.sleep(began + WORKER_PAUSE_SECONDS - time.monotonic())
 
 
 async def end_worker(worker: asyncio.subprocess.Process) -> None:
@@ -4886,17 +4881,6 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         worker.kill()
         await worker.wait()
-
-
-def wake_on_signals() -> None:
-    """Lets a signal wake the loop. Python calls handlers between two instructions: without this, one that comes after
-    the last instruction before the loop waits is not heard before the wait is over.
-    """
-    if os.name == "posix":  # elsewhere asyncio does it
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        asyncio.get_running_loop().add_reader(read_end, os.read, read_end, 4096)
-        signal.set_wakeup_fd(write_end)
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -4934,12 +4918,17 @@ def print_out(config: Config, text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor spoil the exit code
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Nobody reads it any more: Python's own flush at the end must not spoil the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes). A command is a row of COMMANDS, or of ACTS.
+# to a Screen (a person at a terminal) or to Lines (pipes).
 
 RETRY_SECONDS = 10  # the longest pause between two tries
 PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
@@ -4963,23 +4952,25 @@ def parse_any(raw: str | bytes) -> dict[str, Any]:
     return {}
 
 
+def quoted(text: str) -> str:
+    text = shown(text)
+    return text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "…"
+
+
 class Client:
     """One session in a room: it comes back after every loss, where it was, and what isn't confirmed is said again."""
 
     view: Lines
 
     def __init__(self, config: Config, language: str) -> None:
-        self.url, self.name, self.password = config.join or "", config.name, config.password
-        self.host_key = config.host_key
-        self.history = config.history
-        self.language, self.words = language, WORDS[language]
+        self.config, self.language, self.words = config, language, WORDS[language]
+        self.url, self.name = config.join or "", config.name
         self.headers = {"Accept": "application/json", "Accept-Language": language}
         self.let_in = False  # the room knows our session
         self.clock_ahead = 0.0  # the room's clock, of ours, in s
         self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
-        self.connected: bool | None = None  # None: for the first time
-        self.restarting = self.store_away = False
+        self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = 0  # up to this seq it is history
@@ -4990,16 +4981,18 @@ class Client:
         self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
         self.hold_until = 0.0  # nothing is said before, in s of time.monotonic ...
         self.hold_reason = ""  # ... because of a host, in words
-        self.is_host, self.hosts = False, list[str]()
+        self.hosts: list[str] = []
         self.mode: Mapping[str, Any] = OPEN_MODE
         self.recent: dict[int, tuple[str, str]] = {}  # seq -> author and beginning
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     async def log_in(self) -> None:
         """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
-        if self.host_key:
-            await self.become_host()
-        answer = await self.fetch("login", "POST", nickname=self.name, password=self.password)
+        if (key := self.config.host_key) and (await self.fetch(host_path(key))).code >= 400:
+            if not self.epoch:
+                raise FatalError(self.words["term_no_host"])
+            self.view.notice(self.words["term_no_host"])  # the room was restarted, and has another key
+        answer = await self.fetch("login", "POST", nickname=self.name, password=self.config.password)
         fields = parse_any(answer.body)
         if answer.code >= 500:
             raise OSError(fields.get("text", answer.reason))
@@ -5015,14 +5008,6 @@ class Client:
         with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
             date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
             self.clock_ahead = date.timestamp() + 0.5 - time.time()
-
-    async def become_host(self) -> None:
-        """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch(host_path(self.host_key))
-        if answer.code >= 400 and not self.epoch:
-            raise FatalError(self.words["term_no_host"])
-        if answer.code >= 400:  # the room was restarted, and has another key
-            self.view.notice(self.words["term_no_host"])
 
     async def fetch(self, path: str, method: str = "GET", **form: str) -> tornado.httpclient.HTTPResponse:
         body = urllib.parse.urlencode(form) if method == "POST" else None
@@ -5041,6 +5026,10 @@ class Client:
 
     # --- connection ---
 
+    @property
+    def connected(self) -> bool:
+        return self.state in ("js_state_connected", "js_state_away")
+
     async def keep_connected(self) -> NoReturn:
         """Connects, again and again. Raises FatalError."""
         while True:
@@ -5053,7 +5042,6 @@ class Client:
                     raise self.unreachable(error) from None
             else:
                 await self.receive_all()
-            self.connected = False
             self.update()
             await self.backoff()
 
@@ -5085,10 +5073,10 @@ class Client:
             self.let_in = False
         if not self.epoch:
             raise self.unreachable(ConnectionError(reason or "silence"))
-        self.restarting |= code == 1001
+        self.state = "js_state_restarting" if code == 1001 else "js_state_waiting"
 
     def no_room(self, reason: str) -> FatalError:
-        return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
+        return FatalError(self.words["term_no_room"].format(url=self.url, reason=quoted(reason)))
 
     def unreachable(self, error: Exception) -> FatalError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -5111,8 +5099,8 @@ class Client:
                 self.on_refused(frame)
             case {"type": "note" | "cleared" | "muted" | "mode" | "hosts"}:
                 self.on_act(frame)
-            case {"type": "store", "available": bool(available)}:
-                self.store_away, self.hold_until = not available, 0
+            case {"type": "store", "available": bool(available)} if self.connected:
+                self.state, self.hold_until = "js_state_connected" if available else "js_state_away", 0
             case {"type": "time", "ts": int(ts)} if ts in TIMES:
                 self.clock_ahead = ts / 1000 - time.time()
             case _ if not self.epoch:
@@ -5123,21 +5111,17 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.is_host = frame.get("host") is True
         self.on_act({"type": "hosts", "names": frame.get("hosts")})
-        self.connected = self.let_in = True
-        self.restarting = self.store_away = False
-        self.hold_until = 0
+        self.state, self.let_in, self.hold_until = "js_state_connected", True, 0
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
-        match frame:
-            case {"cleared": int(cleared)} if cleared > self.after:
-                self.after, self.at = cleared, 0
-                if not first:
-                    self.on_act({"type": "cleared", "seq": cleared})
+        if isinstance(cleared := frame.get("cleared"), int) and cleared > self.after:
+            self.after, self.at = cleared, 0
+            if not first:
+                self.on_act({"type": "cleared", "seq": cleared})
         if first:
-            self.skipped = frame["seq"] - self.history
+            self.skipped = frame["seq"] - self.config.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
             self.view.notice(f"{title} · {self.people(NAMES_IN_LINE)} · {hint}", minor=True)
         if frame["reset"]:
@@ -5162,7 +5146,8 @@ class Client:
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
-            self.recent[seq] = name, shown(self.text_of(frame))[:QUOTED_CHARS]
+            self.recent[seq] = name, quoted(self.text_of(frame))
+            self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
 
@@ -5175,11 +5160,10 @@ class Client:
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
-        names = [shown(str(name)) for name in frame["names"] if name != self.name]
-        for name in names:
-            self.members.pop(name, None)
+        names = dict.fromkeys(shown(str(name)) for name in frame["names"] if name != self.name)
+        self.members = {name: None for name in self.members if name not in names}
         if frame["type"] == "joined":
-            self.members |= dict.fromkeys(names)
+            self.members |= names
         if names:
             self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
@@ -5199,20 +5183,35 @@ class Client:
             self.view.notice(reason)
 
     def on_act(self, frame: Mapping[str, Any]) -> None:
-        """A host, or an author, did something."""
-        if words := act_words(frame, self.words, self.recent):
-            self.view.notice(words, minor="counts" in frame)
+        """A host, or somebody with a message, did something: tells it, and takes note of it."""
+        words, told = self.words, ""
+        by = shown(f"{frame['by']}: ") if "by" in frame else ""
         match frame:
-            case {"kind": "delete", "to": int(seq)}:
-                self.recent.pop(seq, None)
-            case {"type": "cleared", "seq": int(seq)}:
-                self.recent = {n: message for n, message in self.recent.items() if n > seq}
-            case {"type": "mode", "talk": str(talk), "every": int(every), "door": str(door)}:
-                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
-            case {"type": "muted"}:
+            case {"kind": "delete", "to": int(seq)} if message := self.recent.pop(seq, None):
+                told = words["term_deleted"].format(name=message[0])
+            case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in self.recent:
+                signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
+                told = f"{signs} · {': '.join(self.recent[seq])}"
+            case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
+                told = words["term_pinned"].format(name=shown(name), text=text)
+            case {"kind": "pin", "message": None}:
+                told = words["term_unpinned"]
+            case {"type": "cleared", "seq": int(last)}:
+                self.recent = {seq: message for seq, message in self.recent.items() if seq > last}
+                told = by + words["js_cleared"]
+            case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
                 self.hold_until = 0
+                clock = f"{datetime.datetime.fromtimestamp(until / 1000):%H:%M}"
+                told = words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=clock)
+            case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
+                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
+                told = by + words["js_locked" if talk == "hosts" else "js_unlocked"]
+                told += f" {words['js_slow'].format(n=every)}" if every else ""
+                told += f" {words['js_door_closed']}" if door == "closed" else ""
             case {"type": "hosts", "names": [*names]}:
                 self.hosts = [shown(str(name)) for name in names]
+        if told:
+            self.view.notice(told, minor="counts" in frame)
 
     # --- outbox ---
 
@@ -5225,8 +5224,8 @@ class Client:
 
     def update(self) -> None:
         """After whatever has changed: says what can be said, and lets everybody know."""
-        ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
-        if ready and self.outbox and not self.in_flight and self.socket:
+        ready = self.state == "js_state_connected" and time.monotonic() >= self.hold_until
+        if ready and self.outbox and not self.in_flight:
             self.in_flight, text = next(iter(self.outbox.items()))
             self.hold_reason = ""
             self.send({"type": "say", "text": text, "cid": self.in_flight})
@@ -5248,7 +5247,7 @@ class Client:
         return self.outbox.pop(str(cid), "")
 
     def report_unsent(self, text: str, reason: str) -> None:
-        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
+        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {quoted(text)}")
 
     def people(self, most: int) -> str:
         names = [f"{HOST_MARK} {name}" if name in self.hosts else name for name in [*self.members][:most]]
@@ -5259,65 +5258,28 @@ class Client:
         """By the room's clock, in our time zone."""
         return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
 
-    def state(self) -> str:
-        """The word for how the connection is."""
-        if self.connected:
-            return "js_state_away" if self.store_away else "js_state_connected"
-        if self.connected is None:
-            return "js_state_connecting"
-        return "js_state_restarting" if self.restarting else "js_state_waiting"
-
-
-def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
-    """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
-    by = shown(f"{frame['by']}: ") if "by" in frame else ""
-    match frame:
-        case {"kind": "delete", "to": int(seq)} if seq in recent:
-            return words["term_deleted"].format(name=recent[seq][0])
-        case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in recent:
-            signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
-            return f"{signs} · {': '.join(recent[seq])}"
-        case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
-            return words["term_pinned"].format(name=shown(name), text=text)
-        case {"kind": "pin", "message": None}:
-            return words["term_unpinned"]
-        case {"type": "cleared"}:
-            return by + words["js_cleared"]
-        case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
-            clock = datetime.datetime.fromtimestamp(until / 1000)
-            return words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
-        case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
-            keys = ["js_locked" if talk == "hosts" else "js_unlocked"]
-            keys += ["js_slow"] * (every > 0) + ["js_door_closed"] * (door == "closed")
-            return by + " ".join(words[key].format(n=every) for key in keys)
-    return ""
-
 
 # --- what the user asks for ---
 
 
-def obey(client: Client, text: str) -> bool:
+def obey(client: Client, typed: str) -> bool:
     """Says what was typed, or does what stands after a slash. Whether the user wants to stay."""
-    command, _, rest = text.strip().partition(" ")
-    if command in COMMANDS:
-        client.view.notice(COMMANDS[command](client, rest.strip()))
-    elif command in ACTS:
-        act(client, command, rest.strip())
-    elif command == "/quit":
-        return False
-    elif re.match("/(?!/)", command):
-        client.view.notice(client.words["term_no_command"].format(command=shown(command)))
-    elif command:
-        client.say(text.removeprefix("/"))
+    command, _, rest = typed.strip().partition(" ")
+    match command:
+        case "/quit":
+            return False
+        case "/who":
+            client.view.notice(client.people(client.count))
+        case "/help":
+            is_host = client.name in client.hosts
+            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+        case "/time":
+            client.view.notice(room_time(client, rest.strip()))
+        case _ if re.match("/(?!/)", command):
+            ask(client, command, rest.strip())
+        case _ if command:
+            client.say(typed.removeprefix("/"))
     return True
-
-
-def who(client: Client, rest: str) -> str:
-    return client.people(client.count)
-
-
-def help(client: Client, rest: str) -> str:
-    return client.words["term_help"] + ("\n" + client.words["term_help_host"] if client.is_host else "")
 
 
 def room_time(client: Client, wish: str) -> str:
@@ -5331,50 +5293,47 @@ def room_time(client: Client, wish: str) -> str:
     return client.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
 
 
-def act(client: Client, command: str, rest: str) -> None:
+def ask(client: Client, command: str, rest: str) -> None:
     """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
-    if not client.connected:
-        client.view.notice(client.words[client.state()])
-        return
     try:
-        client.send(ACTS[command](client, rest) | {"cid": secrets.token_hex(12)})
+        frame = act_frame(client, command, rest)
     except ValueError:
-        client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
+        lines = client.words["term_help_host"].splitlines()
+        usage = [line for line in lines if command in re.findall("/[a-z-]+", line)]
+        client.view.notice(*usage or [client.words["term_no_command"].format(command=shown(command))])
+    else:
+        if client.connected:
+            client.send(frame | {"cid": secrets.token_hex(12)})
+        else:
+            client.view.notice(client.words[client.state])
 
 
-def note_frame(client: Client, name: str, **fields: Any) -> dict[str, Any]:
-    """The frame for something that is done to the last message of somebody, or of all. Raises ValueError for none."""
-    wanted = name_key(name)
-    to = max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == wanted)
-    return {"type": "note", "to": to, **fields}
+def act_frame(client: Client, command: str, rest: str) -> dict[str, Any]:
+    """The frame for a command; ValueError where there is none, or what stands behind it makes no sense."""
+    match [command, *rest.split()]:
+        case ["/delete-last", *_]:
+            return {"type": "note", "kind": "delete", "to": last_message(client, rest or client.name)}
+        case ["/pin" | "/unpin", *_]:
+            return {"type": "note", "kind": "pin", "to": last_message(client, rest), "value": command == "/pin"}
+        case ["/mute", *name, minutes]:
+            return {"type": "mute", "name": " ".join(name), "seconds": 60 * int(minutes)}
+        case ["/remove", *_]:
+            return {"type": "remove", "name": rest, "seconds": REMOVE_SECONDS}
+        case ["/lock" | "/open"]:
+            return {"type": "mode", "talk": "hosts" if command == "/lock" else "everyone"}
+        case ["/slow", seconds]:
+            return {"type": "mode", "every": int(seconds)}
+        case ["/door"]:
+            return {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"}
+        case ["/clear", "yes"]:  # it can't be undone
+            return {"type": "clear"}
+    raise ValueError(command)
 
 
-def mute_frame(client: Client, rest: str) -> dict[str, Any]:
-    name, _, minutes = rest.rpartition(" ")
-    return {"type": "mute", "name": name.strip(), "seconds": 60 * int(minutes)}
-
-
-def clear_frame(client: Client, rest: str) -> dict[str, Any]:
-    """Raises ValueError where it isn't meant: it can't be undone."""
-    if rest != "yes":
-        raise ValueError
-    return {"type": "clear"}
-
-
-COMMANDS = {"/who": who, "/help": help, "/time": room_time}
-# What becomes a frame; ValueError where what stands behind the command makes no sense.
-ACTS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
-    "/delete-last": lambda client, name: note_frame(client, name or client.name, kind="delete"),
-    "/pin": lambda client, name: note_frame(client, name, kind="pin", value=True),
-    "/unpin": lambda client, _: note_frame(client, "", kind="pin", value=False),
-    "/mute": mute_frame,
-    "/remove": lambda client, name: {"type": "remove", "name": name, "seconds": REMOVE_SECONDS},
-    "/lock": lambda client, _: {"type": "mode", "talk": "hosts"},
-    "/open": lambda client, _: {"type": "mode", "talk": "everyone"},
-    "/slow": lambda client, seconds: {"type": "mode", "every": int(seconds)},
-    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"},
-    "/clear": clear_frame,
-}
+def last_message(client: Client, name: str) -> int:
+    """The seq of the last message of somebody; of all for "". Raises ValueError for none."""
+    key = name_key(name)
+    return max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == key)
 
 
 # === Terminal views ===================================================================================================
@@ -5386,11 +5345,6 @@ NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; 
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
-
-
-def safe(text: str) -> str:
-    """What others wrote, for a terminal: of its controls only newlines are left."""
-    return STEERING.sub("", text.replace("\t", INDENT))
 
 
 def most_columns(text: str) -> int:
@@ -5419,23 +5373,23 @@ def wrap(text: str, columns: int, width: Callable[[str], int]) -> list[str]:
 
 
 def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_columns) -> str:
-    """Text of others as it may be written there: a terminal is left nothing to wrap by itself."""
+    """Text of others as it may be written there, without controls; a terminal is left nothing to wrap by itself."""
+    text = STEERING.sub("", text.replace("\t", INDENT))
     try:
         columns = os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:  # it is no terminal
-        return safe(text).replace("\n", f"\n{INDENT}")
-    return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
+        return text.replace("\n", f"\n{INDENT}")
+    return "\n".join(wrap(text, max(columns - 1, 12), width))
 
 
 class Lines:
     """Pipes: a line of stdin is said, a message is a line of stdout; whatever else there is to know goes to stderr."""
 
-    def __init__(self, client: Client, config: Config) -> None:
-        self.client, self.config, self.words = client, config, client.words
-        self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
-        self.hold_reason = ""  # the one that was told last
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
+    def __init__(self, client: Client) -> None:
+        self.client, self.config, self.words = client, client.config, client.words
+        self.state, self.hold_reason = "js_state_connected", ""  # that were told last
+        self.leaving = asyncio.Event()
+        self.typed = os.isatty(0)  # by a person, who has commands and is told who comes and goes
 
     def said(self, frame: Mapping[str, Any]) -> str:
         """Who says it, with the badge of a host, to whom, and what."""
@@ -5450,17 +5404,17 @@ class Lines:
         try:
             print(lines_for(sys.stdout, self.said(frame)), flush=True)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            discard_stdout()
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.config.verbose or not minor:
+        if self.typed or self.config.verbose or not minor:
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
     def update(self) -> None:
         """Tells when the connection is lost, and when it is back; and why a host lets nobody write."""
-        if (state := self.client.state()) not in (self.state, "js_state_connecting"):
+        if (state := self.client.state) not in (self.state, "js_state_connecting"):
             self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
@@ -5468,48 +5422,43 @@ class Lines:
             self.hold_reason = reason
             self.notice(reason)
 
+    async def run(self) -> None:
+        """Says what comes, until it ends and all is confirmed; a person waits for that only so long."""
+        await self.read()
+        if self.client.outbox or not self.typed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS if self.typed else None)
+
     async def read(self) -> None:
-        """Says what comes, until it ends and all is confirmed."""
         threading.Thread(target=self.read_stdin, args=[asyncio.get_running_loop()], daemon=True).start()
         await self.leaving.wait()
-        await self.client.idle.wait()
 
     def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
         with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
-            for line in read_lines():
-                asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
+            with contextlib.suppress(OSError):
+                for line in open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False):  # noqa: SIM115
+                    asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
             loop.call_soon_threadsafe(self.leaving.set)
 
     async def on_line(self, line: str) -> None:
-        """Says it and waits until that is confirmed, or does what a person asks for who types it."""
-        if not sys.stdin.isatty():
-            if line.strip():
-                self.client.say(line)
-                await self.client.idle.wait()
-        elif not obey(self.client, line):
-            self.leaving.set()
-
-
-def read_lines() -> Iterator[str]:
-    """The lines of stdin, each as soon as it is there. Of one that is too long to be said, only its beginning."""
-    if sys.stdin is None:
-        return
-    with contextlib.suppress(OSError), open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as pipe:
-        while line := pipe.readline(2 * TEXT_CHARS):
-            yield line
-            while line and not line.endswith("\n"):
-                line = pipe.readline(2 * TEXT_CHARS)
+        """Says it and waits until that is confirmed, or does what a person asks for."""
+        if self.typed:
+            if not obey(self.client, line):
+                self.leaving.set()
+        elif line.strip():
+            self.client.say(line)
+            await self.client.idle.wait()
 
 
 class Screen(Lines):
     """A person at a terminal: prompt_toolkit edits what is typed, and keeps it below what is printed."""
 
-    def __init__(self, client: Client, config: Config, *, colors: bool) -> None:
+    def __init__(self, client: Client, *, colors: bool) -> None:
         """Raises ModuleNotFoundError where prompt_toolkit isn't installed."""
         import prompt_toolkit.patch_stdout  # type: ignore[import-not-found,unused-ignore]
 
-        super().__init__(client, config)
+        super().__init__(client)
         self.colors, self.day = colors, client.now().date()
         self.tools: Any = prompt_toolkit
         keys = prompt_toolkit.key_binding.KeyBindings()
@@ -5547,7 +5496,7 @@ class Screen(Lines):
 
     def update(self) -> None:
         """Below what is being typed: what is wrong, and what isn't sent yet."""
-        texts, state = [*self.client.outbox.values()], self.client.state()
+        texts, state = [*self.client.outbox.values()], self.client.state
         rows = [self.words[state]] if state != "js_state_connected" else []
         why = (self.client.connected and self.client.hold_reason) or self.words[WAITS.get(state, "js_waiting")]
         rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
@@ -5557,23 +5506,18 @@ class Screen(Lines):
         self.session.app.invalidate()
 
     async def read(self) -> None:
-        """Until the user leaves and has been heard."""
         with self.tools.patch_stdout.patch_stdout(raw=True), contextlib.suppress(EOFError, KeyboardInterrupt):
             while obey(self.client, await self.session.prompt_async(handle_sigint=False)):
                 pass
-        if self.client.outbox:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
 
 
-def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> Lines:
-    view = Lines(client, config)
+def choose_view(client: Client, environ: Mapping[str, str]) -> Lines:
     if os.isatty(0) and os.isatty(1) and environ.get("TERM") != "dumb":
         try:
-            return Screen(client, config, colors=not environ.get("NO_COLOR"))
+            return Screen(client, colors=not environ.get("NO_COLOR"))
         except ModuleNotFoundError:
-            view.notice(client.words["term_plain"])
-    return view
+            Lines(client).notice(client.words["term_plain"])
+    return Lines(client)
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
@@ -5584,14 +5528,12 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
         await client.log_in()
     except UNREACHED as error:
         raise client.unreachable(error) from None
-    client.view = choose_view(client, config, environ)
+    client.view = choose_view(client, environ)
+    ends = client.keep_connected(), client.view.run(), stop_on_signals().wait()
+    tasks = [asyncio.create_task(end) for end in ends]
     try:
-        stop = stop_on_signals()
-        tasks = [asyncio.create_task(task) for task in (client.keep_connected(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
     finally:
         await client.log_out()
     if client.outbox:
@@ -5603,118 +5545,29 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # === Command line =====================================================================================================
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
-
-CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, and what isn't on the command line may be in the environment."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"tornchat: {message} (--help tells more)\n")
-
-    def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
-        """An option with a value, which may stand in one of these variables of the environment instead."""
-        variables = env.split()
-        help += f" [{', '.join(variables)}]" if env else ""
-        action = self.add_argument(*flags, type=type, help=help, **kwargs)
-        self.variables[action.dest] = variables, type
-
-    def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
-        """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
-        variables, kind = self.variables[dest]
-        for name in filter(environ.get, variables):
-            try:
-                return {dest: kind(environ[name])}
-            except argparse.ArgumentTypeError as error:
-                self.error(f"environment variable {name}: {error}")
-        return {}
+# What the value of an option must be: each of these raises ArgumentTypeError with the reason.
 
 
-def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+def within(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    def convert(value: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (number := kind(value)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number from {least} to {most}")
 
-    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
-    """
-    parser = Parser(
-        prog="tornchat.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    add_options(parser)
-    settings = vars(parser.parse_args(argv))
-    for dest in CLIENT_SETTINGS if "join" in settings else parser.variables:
-        if dest not in settings:
-            settings |= parser.from_environment(dest, environ)
-    settings.setdefault("name", user_name(environ))
-    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
-    config = Config(**settings)
-    if config.workers > 1 and not config.redis_url:
-        parser.error("--workers needs a Redis (--redis-url), where the workers meet")
-    if config.workers > 1 and not hasattr(os, "fork"):
-        parser.error("--workers needs a Unix system")
-    if config.workers > 1 and not Path(__file__).is_file():
-        parser.error("--workers needs tornchat.py as a file, which each of them can read")
-    if config.keyfile and not config.certfile:
-        parser.error("--keyfile needs --certfile")
-    if environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join):
-        parser.error("environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password")
-    return config
+    return convert
 
 
-def add_options(parser: Parser) -> None:
-    """All options. A setting without flag and variable is what Config says."""
-    option, switch = parser.option, parser.add_argument
-    # fmt: off
-    option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
-           help="port to listen on, 0 = any free one; default 8888, or the next free one")
-    option("--host", metavar="ADDR", env="TORNCHAT_HOST", type=host_address, help="address to bind; default all")
-    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", type=room_title,
-           help="name of the room on every page; default tornchat")
-    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", type=text, help="asked at login; default none")
-    option("--redis-url", metavar="URL", env="REDIS_URL", type=redis_url,
-           help="redis://, rediss:// or unix://; default none: messages are kept in memory")
-    option("--room", metavar="NAME", env="TORNCHAT_ROOM", type=room_name,
-           help="which room of that Redis; default lobby")
-    option("--history", metavar="N", env="TORNCHAT_HISTORY", type=history_length,
-           help="messages shown to a newcomer; default 100")
-    option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
-           help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
-    option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
-           help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
-           help="a public name under which the room may be opened; repeatable, or with commas")
-    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
-           metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
-    option("--workers", metavar="N", env="TORNCHAT_WORKERS", type=worker_count,
-           help="that many processes on one port; more than 1 needs a Redis; default 1")
-    option("--wait", metavar="SECONDS", env="TORNCHAT_WAIT", type=patience,
-           help="for a Redis that doesn't answer yet at the start; default 30")
-    option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
-    option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
-           help="who may download what was said: host, everyone or off; default host")
-    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
-           "only")
-    option("--join", metavar="URL", type=room_url,
-           help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
-           "--history is how many earlier messages are shown")
-    option("--name", metavar="NAME", type=text, help="with --join: the nickname; default [USER]")
-    switch("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
-    switch("-v", "--verbose", action="count", help="log requests; twice: everything")
-    # fmt: on
-    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+def one_of(meanings: Mapping[str, Any]) -> Callable[[str], Any]:
+    def convert(value: str) -> Any:
+        if value.lower() in meanings:
+            return meanings[value.lower()]
+        raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(meanings)}")
+
+    return convert
 
 
-# What the value of an option must be. Each of these raises ArgumentTypeError with the reason.
+yes_or_no = one_of(dict.fromkeys(("1", "yes", "true", "on"), True) | dict.fromkeys(("0", "no", "false", "off"), False))
 
 
 def text(value: str) -> str:
@@ -5733,36 +5586,6 @@ def host_address(value: str) -> str:
     raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host")
 
 
-def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
-    with contextlib.suppress(ValueError):
-        if least <= (value := kind(text)) <= most:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
-
-
-port_number = functools.partial(number_between, least=0, most=65535, kind=int)
-worker_count = functools.partial(number_between, least=1, most=64, kind=int)
-history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
-picture_megabytes = functools.partial(number_between, least=0, most=100_000, kind=int)
-message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
-patience = functools.partial(number_between, least=0, most=86400, kind=float)
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() in ("1", "yes", "true", "on"):
-        return True
-    if text.lower() in ("0", "no", "false", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-
-
-def transcript_readers(value: str) -> str:
-    """Raises ArgumentTypeError."""
-    if value not in ("host", "everyone", "off"):
-        raise argparse.ArgumentTypeError(f"{value!r} is neither host, everyone nor off")
-    return value
-
-
 def room_title(value: str) -> str:
     if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
@@ -5776,10 +5599,10 @@ def room_name(value: str) -> str:
     return text(value)
 
 
-def host_names(text: str) -> list[str]:
-    names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
+def host_names(value: str) -> list[str]:
+    names = [host_name(name) for name in map(str.strip, value.split(",")) if name]
     if not names or "" in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
+        raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host, or several with commas")
     return names
 
 
@@ -5794,15 +5617,15 @@ def redis_url(value: str) -> str:
     raise argparse.ArgumentTypeError("malformed: redis://host:port/db expected, or rediss://, or unix:///path")
 
 
-def room_url(text: str) -> str:
+def room_url(value: str) -> str:
     """The address of a room, as its routes begin.
 
     People leave out the scheme, and then mean our default port; or they copy the address of a page.
     """
     with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        parts = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
         scheme = {"http": "http", "ws": "http", "https": "https", "wss": "https"}.get(parts.scheme)
-        port = f":{parts.port}" if parts.port else "" if "://" in text else f":{DEFAULT_PORT}"
+        port = f":{parts.port}" if parts.port else "" if "://" in value else f":{DEFAULT_PORT}"
         if scheme and re.fullmatch(r"[\w.-]+|[0-9a-f:.]+(%\w+)?", parts.hostname or "") and "@" not in parts.netloc:
             host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
             path = urllib.parse.quote(re.sub(r"/(login|chat)?$", "", parts.path), safe="/%")
@@ -5810,11 +5633,101 @@ def room_url(text: str) -> str:
     raise argparse.ArgumentTypeError("malformed: http://host:8888/ expected, or https://, or host:port")
 
 
-def user_name(environ: Mapping[str, str]) -> str:
-    """The user's name on this machine, if the room can take it; root, for one, comes as a guest."""
-    with contextlib.suppress(Refused):
-        return clean_name(environ.get("USER", ""))
-    return ""
+# Each option with a value: flags, metavar, its variables in the environment, what the value must be, help. A setting
+# without flag and variable is what Config says.
+# fmt: off
+OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
+    ("-p --port", "N", "TORNCHAT_PORT PORT", within(0, 65535),
+     "port to listen on, 0 = any free one; default 8888, or the next free one"),
+    ("--host", "ADDR", "TORNCHAT_HOST", host_address, "address to bind; default all"),
+    ("--title", "TEXT", "TORNCHAT_TITLE", room_title, "name of the room on every page; default tornchat"),
+    ("--password", "TEXT", "TORNCHAT_PASSWORD", text, "asked at login; default none"),
+    ("--redis-url", "URL", "REDIS_URL", redis_url,
+     "redis://, rediss:// or unix://; default none: messages are kept in memory"),
+    ("--room", "NAME", "TORNCHAT_ROOM", room_name, "which room of that Redis; default lobby"),
+    ("--history", "N", "TORNCHAT_HISTORY", within(0, RING_MESSAGES), "messages shown to a newcomer; default 100"),
+    ("--rate", "N", "TORNCHAT_RATE", within(0, 1_000_000, float),
+     "messages per second and session, burst 5 times that, 0 = no limit; default 2"),
+    ("--pictures", "MB", "TORNCHAT_PICTURES", within(0, 100_000),
+     "so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32"),
+    ("--allow-host", "NAME", "TORNCHAT_ALLOW_HOST", host_names,
+     "a public name under which the room may be opened; repeatable, or with commas"),
+    ("--trust-proxy", "yes", "TORNCHAT_TRUST_PROXY", yes_or_no,
+     "believe X-Forwarded-For, -Proto and -Host from a proxy on this machine"),
+    ("--workers", "N", "TORNCHAT_WORKERS", within(1, 64),
+     "that many processes on one port; more than 1 needs a Redis; default 1"),
+    ("--wait", "SECONDS", "TORNCHAT_WAIT", within(0, 86400, float),
+     "for a Redis that doesn't answer yet at the start; default 30"),
+    ("--certfile", "FILE", "", text, "certificate (PEM) to serve https with"),
+    ("--keyfile", "FILE", "", text, "its key, where that is a file of its own"),
+    ("--transcript", "WHO", "TORNCHAT_TRANSCRIPT", one_of({who: who for who in ("host", "everyone", "off")}),
+     "who may download what was said: host, everyone or off; default host"),
+    ("--secret", "TEXT", "TORNCHAT_SECRET", text, "signs the cookies; default: made up"),
+    ("--host-key", "TEXT", "TORNCHAT_HOST_KEY", text,
+     "whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal only"),
+    ("--join", "URL", "", room_url, "talk in that room instead of serving one: http://host:8888/, or host:port; "
+     "the password as above, and --history is how many earlier messages are shown"),
+    ("--name", "NAME", "", text, "with --join: the nickname; default [USER]"),
+)
+# fmt: on
+CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+
+    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
+    """
+    parser, variables = make_parser()
+    settings = vars(parser.parse_args(argv))
+    for setting in CLIENT_SETTINGS if "join" in settings else variables:
+        names, kind = variables[setting]
+        name = next(filter(environ.get, names), "")
+        if name and setting not in settings:
+            try:
+                settings[setting] = kind(environ[name])
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"environment variable {name}: {error}")
+    with contextlib.suppress(Refused):  # root, for one, comes as a guest
+        settings.setdefault("name", clean_name(environ.get("USER", "")))
+    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
+    config = Config(**settings)
+    several = config.workers > 1
+    for wrong, why in (
+        (several and not config.redis_url, "--workers needs a Redis (--redis-url), where the workers meet"),
+        (several and not hasattr(os, "fork"), "--workers needs a Unix system"),
+        (several and not Path(__file__).is_file(), "--workers needs tornchat.py as a file that they can read"),
+        (config.keyfile and not config.certfile, "--keyfile needs --certfile"),
+        (environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join),
+         "environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(why)
+    return config
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
+    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    parser = argparse.ArgumentParser(
+        prog="tornchat",
+        usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    variables = {}
+    for flags, metavar, env, kind, words in OPTIONS:
+        names = env.split()
+        words += f" [{', '.join(names)}]" if names else ""
+        extra: dict[str, Any] = {"action": "extend"} if kind is host_names else {}
+        extra |= {"nargs": "?", "const": True} if kind is yes_or_no else {}
+        action = parser.add_argument(*flags.split(), metavar=metavar, type=kind, help=words, **extra)
+        variables[action.dest] = names, kind
+    parser.add_argument("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
+    parser.add_argument("-v", "--verbose", action="count", help="log requests; twice: everything")
+    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+    return parser, variables
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
@@ -5832,16 +5745,13 @@ class LogHandler(logging.StreamHandler[TextIO]):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.INFO or record.name == log.name:
             return True
-        place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
-        now = time.monotonic()
+        place, now = (record.pathname, record.lineno, record.exc_info and record.exc_info[0]), time.monotonic()
         last, left_out = self.places.get(place, (-math.inf, 0))
-        if now - last < 1:
-            self.places[place] = last, left_out + 1
-            return False
-        self.places[place] = now, 0
-        if left_out:
+        due = now - last >= 1
+        self.places[place] = (now, 0) if due else (last, left_out + 1)
+        if due and left_out:
             record.msg = f"{record.msg} (and {left_out} more like this)"
-        return True
+        return due
 
 
 def configure_logging(config: Config) -> None:
@@ -5863,7 +5773,8 @@ def configure_logging(config: Config) -> None:
 
 async def run(config: Config) -> None:
     """Talks in a room, serves one, or keeps workers that do. Raises FatalError."""
-    wake_on_signals()
+    if os.name == "posix":  # where the loop handles a signal of its own, each wakes it: Python's handlers don't
+        asyncio.get_running_loop().add_signal_handler(signal.SIGURG, lambda: None)
     if config.join:
         await join(config, os.environ)
     elif config.workers > 1 and not config.inherited:
@@ -6429,9 +6340,9 @@ button {
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button.bad { background: var(--bad); }
-button.plain.bad, button.plain:disabled { background: none; }
-button.plain.bad { color: var(--bad); }
-button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain.bad { background: none; color: var(--bad); }
+button:where(:disabled) { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain:disabled { color: var(--quiet); }
 input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
   background: var(--surface); color: inherit; font: inherit;
@@ -6541,7 +6452,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   padding: 0 2px 10px 15px;
 }
 #unpin { margin-inline-start: auto; }
-[data-state="connected"] #log:empty::before {
+[data-state="connected"] #log:empty::before, #sorted:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
@@ -6553,7 +6464,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .message { content-visibility: auto; contain-intrinsic-size: auto 48px; overflow-clip-margin: 6px; }
+  .part { content-visibility: auto; contain-intrinsic-size: auto 1920px; overflow-clip-margin: 6px; }
 }
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
@@ -6569,7 +6480,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .text[data-time]::after {
   content: attr(data-time); display: inline-block; padding-inline-start: 12px; font-size: .75rem; visibility: hidden;
 }
-.message:has(+ .run) time, .message:has(+ .run) .text::after { display: none; }
+.goes-on time, .goes-on .text::after { display: none; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -6591,7 +6502,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .mine .face { display: none; }
 .mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
 .past { color: var(--quiet); filter: grayscale(1); }
-.past .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.past .bubble, .deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .notice:empty { display: none; }
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
@@ -6611,15 +6522,15 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 #box {
   flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
-  resize: none;
+  field-sizing: content; resize: none;
 }
-#send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
-#break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
+#send, #break, #pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; }
+#break { margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
 #matches {
   position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px);
-  padding: 4px;
-  border: 1px solid var(--line); border-radius: 14px; background: var(--surface); box-shadow: 0 2px 8px #0003;
+  padding: 4px; border: 1px solid var(--line); border-radius: 14px; background: var(--surface);
+  box-shadow: 0 2px 8px #0003;
 }
 #matches button { display: block; width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
 #matches button:first-child:not(:hover) { background: var(--code); }
@@ -6633,7 +6544,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 
 /* Pictures: as large as they will be, before they are there */
-#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#pick { margin-inline: -6px -4px; }
 #attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
 #attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
 #attached button::after {
@@ -6641,10 +6552,11 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   background: var(--ink); color: var(--surface); line-height: 22px;
 }
 #attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture, .sign, .quote { background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; }
 .picture {
   display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
   max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
-  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+  border-radius: 8px;
 }
 .picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
 .picture.gone { min-width: 10rem; padding: 8px; }
@@ -6682,25 +6594,22 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .copied { position: absolute; opacity: 0; }
 .signs { display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 1px; }
 .sign {
-  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background: var(--code) padding-box;
-  color: inherit; font-size: .8125rem; font-variant-numeric: tabular-nums;
+  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background-clip: padding-box; font-weight: 600;
+  font-variant-numeric: tabular-nums;
 }
-.sign:disabled { background: var(--code); color: inherit; }
 .sign[aria-pressed="true"] { box-shadow: inset 0 0 0 1.5px var(--accent); color: var(--accent); }
 .quote {
   display: block; max-width: 100%; min-height: 32px; margin: 2px 0 5px; padding: 0 10px; overflow: hidden;
-  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px;
-  background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; text-align: start;
+  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px; text-align: start;
   text-overflow: ellipsis; white-space: nowrap;
 }
-.quote:disabled { border-color: var(--quiet); background: var(--code); }
+.quote:disabled { border-color: currentColor; color: var(--quiet); }
 .quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
 @media (any-pointer: coarse) {
   .signs { gap: 0; margin: -4px -4px -6px; }
   .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
   .quote { min-height: 44px; }
 }
-.deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .deleted .text { color: var(--quiet); font-style: italic; }
 .found .bubble { outline: 2px solid var(--accent); outline-offset: 2px; }
 .back { display: block; margin: 6px 0 4px; font-size: .875rem; }
@@ -6718,9 +6627,6 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
 #sorted:not([hidden]) ~ #composer #newer { display: none; }
-#sorted:empty::before {
-  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
-}
 @media (max-width: 48rem) {
   #menu { inset: auto 0 0; width: 100%; max-width: 100%; padding: 12px 12px var(--foot); border-radius: 20px 20px 0 0; }
   #menu::backdrop { background: #0006; }
@@ -6839,9 +6745,11 @@ const HOLD_MS = 3000;             // to wait where a refusal names no time
 const SOCKETS_TRIED = 2;          // in a row that never got through, before it is tried by polling
 const PROBE_MS = [3000, 300000];  // while polling, pauses between tries of the socket: the first, and the longest
 const POLL_SECONDS = 25;          // below what proxies and the server end by themselves
-const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
+const SLICE_MS = 24;              // of drawing what has come, before keys are listened to
+const REST = [16, 800];           // after drawing: times as long as it took, milliseconds at most: for keys and fingers
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
-const MAX_ROWS = 1200;            // in the page: the 1,000 messages that come back at most, and notices between them
+const PART_ROWS = 40;             // of the log: a few of them are in sight, and the others cost nothing
+const MAX_PARTS = 30;             // of the log: the 1,000 messages that come back at most, and notices between them
 const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
 const MAX_ELEMENTS = 100;         // in a message: what comes behind them is plain text
 const SAID_KEPT = 20;             // for the arrow keys
@@ -6927,6 +6835,7 @@ const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
 let sliceTimer = 0;
 let sliceFrame = 0;
+let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
 let rosterDue = false;
@@ -6945,8 +6854,8 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick});
+function makeButton(text, onclick, attributes = {}) {
+  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -6960,22 +6869,26 @@ function draw(task) {
 function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
   clearTimeout(sliceTimer);
   cancelAnimationFrame(sliceFrame);
+  const rest = restUntil - performance.now();
   if (document.hidden) sliceTimer = setTimeout(drawSlice);
+  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
   else sliceFrame = requestAnimationFrame(drawSlice);
 }
 
 function drawSlice() {
-  const end = performance.now() + SLICE_MS;
+  const began = performance.now();
   try {
-    while (toDraw.length && performance.now() < end) toDraw.shift()();
+    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
   } finally {
-    drawnAt = performance.now();
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  if (!toDraw.length && !document.hidden) markRead();
+  drawnAt = performance.now();
+  if (toDraw.length) return;
+  restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
+  if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
@@ -7084,7 +6997,8 @@ function showMessage(frame, away) {
   const missed = !following && name !== me;
   if (missed && !unseen) removeNewLine();
   if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  log.insertBefore(row, next);
+  if (next) next.before(row);
+  else addRow(row);
   lastDrawn = Math.max(lastDrawn, seq);
   shown.set(seq, row);
   settle(row);
@@ -7093,15 +7007,29 @@ function showMessage(frame, away) {
   if (missed) unseen += 1;
 }
 
+function addRow(row) {
+  if (!(log.lastElementChild?.childElementCount < PART_ROWS)) log.append(make('div', 'part'));
+  log.lastElementChild.append(row);
+}
+
+function lastRow() {
+  return log.lastElementChild?.lastElementChild;
+}
+
+function rowAbove(row) {
+  return row.previousElementSibling || row.parentElement.previousElementSibling?.lastElementChild;
+}
+
 function settle(row) {  // what a message shows of its day and its author depends on the one above
   if (!row?.dataset.seq) return;
   const {name, ts} = row.dataset;
-  let above = row.previousElementSibling;
-  while (above && !above.dataset.ts) above = above.previousElementSibling;
+  let above = rowAbove(row);
+  const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
+  while (above && !above.dataset.ts) above = rowAbove(above);
   const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
-  const goesOn = above === row.previousElementSibling && above?.dataset.name === name &&
-    above.dataset.host === row.dataset.host;
-  row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
+  const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
+  row.classList.toggle('run', run);
+  above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
 }
@@ -7114,17 +7042,15 @@ function renewDays() {  // when today has become yesterday
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
-  const most = following ? MAX_ROWS : 3 * MAX_ROWS;
-  while (log.childElementCount > most) {
-    shown.delete(Number(log.firstElementChild.dataset.seq));
-    log.firstElementChild.remove();
-    if (log.childElementCount === most) settle(log.firstElementChild);
-  }
+  if (log.childElementCount <= (following ? MAX_PARTS : 3 * MAX_PARTS)) return;
+  for (const row of log.firstElementChild.children) shown.delete(Number(row.dataset.seq));
+  log.firstElementChild.remove();
+  settle(log.firstElementChild.firstElementChild);
 }
 
 function notice(kind, text) {
-  let row = log.lastElementChild;
-  if (row?.dataset.kind !== kind) log.append(row = make('p', 'notice'));
+  let row = lastRow();
+  if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
 }
@@ -7132,7 +7058,7 @@ function notice(kind, text) {
 function drawNewLine() {
   if (newLine || projector) return;
   notice('new', words.new_line);
-  newLine = log.lastElementChild;
+  newLine = lastRow();
 }
 
 function removeNewLine() {
@@ -7141,7 +7067,7 @@ function removeNewLine() {
 }
 
 function showPresence(type, names) {  // lines are folded, and who is back at once was never away
-  if (log.lastElementChild?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
+  if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
   const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
@@ -7149,7 +7075,7 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
-  for (const row of log.children) {
+  for (const row of log.querySelectorAll('.part > *')) {
     row.classList.add('past');
     delete row.dataset.seq;
   }
@@ -7208,7 +7134,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.offsetTop > scroller.scrollTop + scroller.clientHeight)) return toBottom();
+  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7256,8 +7182,10 @@ function showState() {
 }
 
 function fitBox() {
-  box.style.height = 'auto';
-  box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  if (!CSS.supports('field-sizing', 'content')) {
+    box.style.height = 'auto';
+    box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  }
   const rest = maxText - [...box.value].length;
   setText(leftOver, rest < COUNT_FROM ? fill(rest < 0 ? words.too_many : words.left_over, {n: Math.abs(rest)}) : '');
   leftOver.classList.toggle('over', rest < 0);
@@ -7825,15 +7753,14 @@ function showMode() {
   showHold();
 }
 
-function modeChanged({by, talk, every: pause, door: entry}) {
-  const next = {talk, every: pause, door: entry};
-  const changed = Object.keys(next).filter((part) => next[part] !== mode[part]);
-  const told = modeWords(next);
-  mode = next;
+function modeChanged(frame) {
+  const told = modeWords(frame);
+  const changed = Object.keys(told).filter((part) => frame[part] !== mode[part]);
+  mode = frame;
   holdUntil = 0;
   if (changed.length) {
     const sentences = changed.map((part) => told[part]).join(' ');
-    draw(() => notice(`mode ${changed}`, `${isolate(by)}: ${sentences}`));
+    draw(() => notice(`mode ${changed}`, `${isolate(frame.by)}: ${sentences}`));
   }
   showMode();
   pump();
@@ -7903,7 +7830,7 @@ function showPinned(message) {
 
 function unfoldPin(open) {
   pinBar.classList.toggle('open', open);
-  pinFold.setAttribute('aria-expanded', open);
+  pinFold.ariaExpanded = open;
 }
 
 function toPinned() {  // where it isn't in the page any more, the whole of it is shown here
@@ -7928,7 +7855,7 @@ let menuRow = null;
 let tabStop = null;               // of the log's many menu buttons the one that Tab leads to
 let touch = null;                 // the finger on a message
 let sortedDue = false;
-const back = Object.assign(makeButton(words.back), {className: 'plain back'});
+const back = makeButton(words.back, null, {className: 'plain back'});
 
 function react(seq, sign) {
   const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
@@ -7963,9 +7890,8 @@ function noted({to, kind, counts, message}) {
 
 function addChoices(row, counts) {
   if (!projector) {
-    const more = Object.assign(makeButton('', () => openMenu(row)), {className: 'more', tabIndex: -1});
-    more.setAttribute('aria-label', fill(words.choices, {name: isolate(row.dataset.name)}));
-    more.setAttribute('aria-haspopup', 'dialog');
+    const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
+    const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
@@ -7990,15 +7916,15 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
   const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
   const list = bubble.querySelector('.signs') || make('div', 'signs');
   const buttons = Object.entries(counts).map(([sign, count]) => {
-    const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
-    Object.assign(button, {className: 'sign', value: sign, disabled: projector});
-    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
+    const button = [...list.children].find(({value}) => value === sign)
+      || makeButton('', () => react(seq, sign), {className: 'sign', value: sign, disabled: projector});
+    button.ariaPressed = !projector && mine.get(seq) === sign;
     setText(button, `${sign} ${count}`);
     return button;
   });
   const focused = list.contains(document.activeElement) && document.activeElement;
   row.dataset.counts = JSON.stringify(counts);
-  list.setAttribute('aria-live', 'off');  // thirty hands are not thirty announcements
+  list.ariaLive = 'off';  // thirty hands are not thirty announcements
   list.replaceChildren(...buttons);
   if (buttons.length) bubble.append(list);
   else list.remove();
@@ -8023,13 +7949,13 @@ function deleteText(row) {  // its place stays, and says so; nothing of it is le
 
 function clearLog(upTo) {
   if (![...shown.keys()].some((seq) => seq <= upTo)) return;
-  const rest = [...log.children].filter(({dataset: {seq}}) => seq > upTo);
+  const rest = [...log.querySelectorAll('[data-seq]')].filter(({dataset: {seq}}) => seq > upTo);
   if (menuRow && !rest.includes(menuRow)) menu.close();
   for (const seq of [...shown.keys()].filter((number) => number <= upTo)) shown.delete(seq);
   log.replaceChildren();
   [newLine, unseen] = [null, 0];
   notice('cleared', words.cleared);
-  log.append(...rest);
+  rest.forEach(addRow);
   settle(rest[0]);
   showUnread(0);
   fillQuotes('');
@@ -8040,31 +7966,24 @@ function clearLog(upTo) {
 function openMenu(row) {
   const seq = Number(row.dataset.seq);
   if (!seq || !row.querySelector('.more')) return;  // of a history that is lost, or deleted
-  const choose = (text, todo) => makeButton(text, () => {
+  const choose = (text, todo, attributes) => makeButton(text, () => {
     menu.close();
     todo();
-  });
+  }, attributes);
+  const note = (kind, value) => act({type: 'note', to: seq, kind, value});
   const pin = seq === pinned?.seq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
-  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
+  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => note('pin', !pin)));
   if (isHost || row.dataset.name === me) {
-    const sure = () => ask(words.delete_ask, words.delete, () => act(noteOn(seq, 'delete')));
-    choices.push(Object.assign(choose(words.delete, sure), {className: 'bad'}));
+    const sure = () => ask(words.delete_ask, words.delete, () => note('delete', true));
+    choices.push(choose(words.delete, sure, {className: 'bad'}));
   }
-  const offered = signs.map((sign) => {
-    const button = choose(sign, () => react(seq, sign));
-    button.setAttribute('aria-pressed', mine.get(seq) === sign);
-    return button;
-  });
+  const offered = signs.map((sign) => choose(sign, () => react(seq, sign), {ariaPressed: mine.get(seq) === sign}));
   menuRow = row;
   menu.ariaLabel = row.querySelector('.more').ariaLabel;
   menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
   menu.showModal();
   placeMenu(row.querySelector('.more').getBoundingClientRect());
-}
-
-function noteOn(to, kind) {
-  return {type: 'note', to, kind};
 }
 
 function placeMenu({left, top, bottom}) {
@@ -8088,8 +8007,7 @@ function firstLine(row) {
 }
 
 function quoteOf(re) {
-  const quote = makeButton('', () => leadTo(quote));
-  quote.className = 'quote';
+  const quote = makeButton('', () => leadTo(quote), {className: 'quote'});
   quote.dataset.re = re;
   return fillQuote(quote);
 }
@@ -8147,10 +8065,10 @@ function setReply(next) {
   reply = next;
   keep('reply', reply ? JSON.stringify(reply) : '');
   replyLine.hidden = !reply;
-  const cancel = Object.assign(makeButton('×', () => {
+  const cancel = makeButton('×', () => {
     setReply(null);
     box.focus();
-  }), {className: 'plain', ariaLabel: words.no_answer});
+  }, {className: 'plain', ariaLabel: words.no_answer});
   replyLine.replaceChildren(...(reply ? [quoteOf(reply.re), cancel] : []));
 }
 
@@ -8202,7 +8120,7 @@ function drawSorted() {
   sortedDue = false;
   const [sign, since] = [sort.value, serverTime() - HOUR_MS];
   const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
-  const rows = [...log.children].filter((row) => countOf(row));
+  const rows = [...log.querySelectorAll('[data-counts]')].filter(countOf);
   if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
@@ -8212,7 +8130,7 @@ function drawSorted() {
 
 function copyOf(row) {  // to be read
   const copy = row.cloneNode(true);
-  copy.classList.remove('run', 'mine', 'found');
+  copy.classList.remove('run', 'goes-on', 'mine', 'found');
   delete copy.dataset.day;
   for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
   for (const button of copy.querySelectorAll('button')) button.disabled = true;
