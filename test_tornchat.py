@@ -4063,7 +4063,7 @@ class TestNotes(Transcripts):
         await until_frame(tess, "refused", code="no-member", cid="c2")
 
     async def test_a_class_votes(self, memory_lan: Lan) -> None:
-        """Two hundred react to a message within a second: that is told no more than twice."""
+        """Two hundred react to a message: that is told once a second, and twice if they do it within one."""
         await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         await ann.say("who agrees?")
@@ -4071,11 +4071,12 @@ class TestNotes(Transcripts):
         pupils = [memory_lan.browser() for _ in range(200)]
         for n, pupil in enumerate(pupils):
             await pupil.login(f"Pupil {n}")
+        began = time.monotonic()
         answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="✋")) for pupil in pupils))
         assert {status for status, _ in answers} == {201}
         last = await until_frame(ann, "note", counts={"✋": 200})
-        assert (len(ann.seen("note")) <= 2, len(last["hands"])) == (True, 30)
-        assert last["to"] == 1
+        assert len(ann.seen("note")) <= 1 + math.ceil(time.monotonic() - began)
+        assert (last["to"], len(last["hands"])) == (1, 30)
 
     async def test_replies(self, lan: Lan) -> None:
         """A reply says which message it answers; in plain lines, whom. One to what isn't there yet is refused."""
