@@ -998,10 +998,10 @@ class State:
 
     def forget_notes(self, last: int) -> None:
         """Forgets the reactions to what nobody is sent any more, and the deletions of what the feed doesn't hold."""
-        ages = ((seq, NOTED_MESSAGES if note.deleted else RING_MESSAGES) for seq, note in self.notes.items())
-        for seq in [seq for seq, age in ages if seq <= last - age]:
-            del self.notes[seq]
-            self.changed.add(str(seq))
+        for seq, note in [*self.notes.items()]:
+            if seq <= last - (NOTED_MESSAGES if note.deleted else RING_MESSAGES):
+                del self.notes[seq]
+                self.changed.add(str(seq))
 
     def pin(self, message: Event | None) -> None:
         self.pinned = encode_message(message).fields() if message else None
@@ -1779,11 +1779,11 @@ class Room:
             if event.type == "note":
                 self.show_note(event.details["to"])
             told = self.keep_notice(event, self.state.encode(event))
-            if event.type != "muted":
+            if event.type == "muted":
+                for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                    listener.send(Batch(told))
+            else:
                 encoded.append(told)
-                continue
-            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
-                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
