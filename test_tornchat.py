@@ -1824,6 +1824,16 @@ class TestRoom:
         assert (len(welcome["members"]), welcome["members"][0], welcome["count"]) == (1000, "P1499", 1500)
         assert len(set(welcome["members"])) == 1000
 
+    def test_deleted_long_ago(self) -> None:
+        """A room that is read anew has no deleted text, and knows which entry still holds it, or that none does."""
+        room, later = filled_room(5), filled_room(0)
+        for seq in (2, 4):
+            details = {"to": seq, "kind": "delete", "value": True, "by": "author"}
+            room.apply([tornchat.Event("note", 5, 5000, "s", "d", "Ann", place=(1, 6, seq), details=details)])
+        later.adopt("e", (1, 6), {}, [event for event in messages(1, 5) if event.seq != 4], room.state.fields())
+        assert [(event.text, event.entry) for event, _ in later.ring.kept] == [
+            ("1", (1, 1)), ("", (1, 2)), ("3", (1, 3)), ("", (0, 0)), ("5", (1, 5))]  # fmt: skip
+
     def test_G5_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who spoke is known for as long as slow mode needs it, and of hosts who have logged out the newest."""
         monkeypatch.setattr(tornchat, "HOST_LOGOUTS", 2)
@@ -4191,7 +4201,7 @@ class TestNotes(Transcripts):
         await until_frame(tess, "refused", code="no-member", cid="c2")
 
     async def test_a_class_votes(self, memory_lan: Lan) -> None:
-        """Two hundred react to a message within a second: that is told no more than twice."""
+        """Two hundred react to a message: that is told once a second, and twice if they do it within one."""
         await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         await ann.say("who agrees?")
@@ -4199,11 +4209,12 @@ class TestNotes(Transcripts):
         pupils = [memory_lan.browser() for _ in range(200)]
         for n, pupil in enumerate(pupils):
             await pupil.login(f"Pupil {n}")
+        began = time.monotonic()
         answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="✋")) for pupil in pupils))
         assert {status for status, _ in answers} == {201}
         last = await until_frame(ann, "note", counts={"✋": 200})
-        assert (len(ann.seen("note")) <= 2, len(last["hands"])) == (True, 30)
-        assert last["to"] == 1
+        assert len(ann.seen("note")) <= 1 + math.ceil(time.monotonic() - began)
+        assert (last["to"], len(last["hands"])) == (1, 30)
 
     async def test_replies(self, lan: Lan) -> None:
         """A reply says which message it answers; in plain lines, whom. One to what isn't there yet is refused."""

@@ -1000,10 +1000,10 @@ class State:
 
     def forget_notes(self, last: int) -> None:
         """Forgets the reactions to what nobody is sent any more, and the deletions of what the feed doesn't hold."""
-        ages = ((seq, NOTED_MESSAGES if note.deleted else RING_MESSAGES) for seq, note in self.notes.items())
-        for seq in [seq for seq, age in ages if seq <= last - age]:
-            del self.notes[seq]
-            self.changed.add(str(seq))
+        for seq, note in [*self.notes.items()]:
+            if seq <= last - (NOTED_MESSAGES if note.deleted else RING_MESSAGES):
+                del self.notes[seq]
+                self.changed.add(str(seq))
 
     def pin(self, message: Event | None) -> None:
         self.pinned = encode_message(message).fields() if message else None
@@ -1757,11 +1757,11 @@ class Room:
             if event.type == "note":
                 self.show_note(event.details["to"])
             told = self.keep_notice(event, self.state.encode(event))
-            if event.type != "muted":
+            if event.type == "muted":
+                for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                    listener.send(Batch(told))
+            else:
                 encoded.append(told)
-                continue
-            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
-                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
@@ -1780,7 +1780,7 @@ class Room:
         """The ring has a message with what was done to it."""
         note, message = self.state.notes.get(seq), self.ring.find(seq)
         if note and message:
-            message = note.deleted or message
+            message = note.deleted._replace(place=message.place) if note.deleted else message
             self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
