@@ -33,9 +33,11 @@ made up; the banner shows the link to a terminal only, never to a pipe or a log,
 The socket takes acts too, and so does POST /acts, which answers 201 with what all are told, or what is refused:
   {"type":"note","to":12,"kind":"delete"}   authors their own, hosts all; the message stays as "text":"","deleted":true
   {"type":"note","to":12,"kind":"react","value":"👍"}   everybody; of welcome's `signs`, "" takes it back; counts follow
+                                       (and in "hands" the names of those who raise one, ✋, in the order they came)
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
-A say may have "re":12, the message that it answers. GET /transcript?format=txt|json is all that was said, as a file.
+A say may have "re":12, the message that it answers: all get its author as "answered". GET /transcript?format=txt|json
+is all that was said, as a file.
 
 Without a socket, GET /messages?after=SEQ&epoch=EPOCH&at=TS&wait=25 answers {"events":[...],"seq":N,"epoch":E,"last":L}
 as soon as there are events after SEQ, or when 25 s are over; what is more than 64 KB comes with the next requests.
@@ -133,18 +135,13 @@ except ModuleNotFoundError:
 REQUIREMENTS = ("tornado>=6.6.1", "redis>=8.0.1", "fakeredis>=2.40")
 
 
-def is_installed(requirement: str) -> bool:
-    """Whether there is such a package, new enough."""
-    name, floor = requirement.split(">=")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        installed, needed = (re.findall(r"\d+", text)[:3] for text in (importlib.metadata.version(name), floor))
-        return list(map(int, installed)) >= list(map(int, needed))
-    return False
+def version_numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)[:3]]
 
 
 try:
-    unmet = [requirement for requirement in REQUIREMENTS if not is_installed(requirement)]
-    if unmet:
+    installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
+    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -182,7 +179,7 @@ NAME_CODEPOINTS = 64
 RAW_NAME_CODEPOINTS = 256  # looked at, before they are normalized
 PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
 RING_MESSAGES = 1000  # in memory for clients that come back (G2)
-RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages; the newest 100 stay in any case
+RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages, as they are stored
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_BYTES = 32 * 1024 * 1024  # in the store
 FEED_NOTICES = 1000  # entries of joined and left in the store: they must never push a message out
@@ -245,6 +242,7 @@ ACT_SECONDS = 30 * 86400  # the longest that somebody can be muted or kept out
 MOST_MESSAGES = 10**15  # of a room: a seq above that is none
 EVERY_SECONDS = 3600  # the slowest pace that a host can set
 REACT_SECONDS = 1  # between two entries with reactions: a class that votes costs two of them, not two hundred
+HOST_LOGOUTS = 1000  # remembered, the newest: a copied cookie of such a session makes nobody a host again
 NOTED_MESSAGES = 2 * FEED_MESSAGES  # that older ones are deleted is forgotten: the feed doesn't hold them any more
 BROWSER_CHARS = 16  # of a sid, that tell the browser: they stay when it logs out; the rest is new with each login
 DEFAULT_PORT = 8888
@@ -257,7 +255,7 @@ ACCEPTS_A_TURN = 4  # of the loop, so that those inside needn't wait for a crowd
 SELECT_SOCKETS = 512  # on Windows: Tornado's thread that selects ends for good beyond that
 FULL_SECONDS = 1  # between two looks whether a full daemon has room again
 FULL_LOG_SECONDS = 60  # between two lines that say it is full
-WORKER_PAUSE_SECONDS = 5  # the longest, between two starts of a worker that dies young
+WORKER_PAUSE_SECONDS = 1  # between two starts of a worker that dies young
 WORKER_END_SECONDS = 5  # for a worker to stop in order; it needs less than 3
 
 
@@ -334,12 +332,10 @@ class Refused(Exception):  # noqa: N818 - it is an answer, not an error
         return WORDS[language]["refused_" + self.word].format(**self.values)
 
     def event(self, language: str) -> dict[str, object]:
-        event: dict[str, object] = {"type": "refused", "code": self.code, "text": self.sentence(language)}
-        if self.cid:
-            event["cid"] = self.cid
-        if self.retry_after:
-            event["retry_after"] = math.ceil(self.retry_after * 10) / 10
-        return event
+        cid = self.cid.rpartition(":")[2]  # as the client wrote it, see parse_act
+        event = {"type": "refused", "code": self.code, "text": self.sentence(language), "cid": cid}
+        more = {"retry_after": math.ceil(self.retry_after * 10) / 10}
+        return {name: value for name, value in (event | more).items() if value}
 
 
 class Taken(Refused):
@@ -347,18 +343,10 @@ class Taken(Refused):
         super().__init__("taken", name=name)
 
 
-def picture_id(key: str, browser: str, name: str) -> str:
-    """The id under which this browser alone can say the picture of that name: what is shown is never another's, and
-    goes with its own message.
-    """
-    return f"{name}-{hmac.new(key.encode(), f'{browser} {name}'.encode(), 'sha256').hexdigest()[:16]}"
-
-
 def picture_fields(id: str) -> dict[str, object]:
     """A picture as clients are told of it: its id, which tells its size."""
-    match = PICTURE.fullmatch(id)
-    assert match
-    return {"id": id, "width": int(match[1]), "height": int(match[2])}
+    width, height = id.split("-")[1].split("x")
+    return {"id": id, "width": int(width), "height": int(height)}
 
 
 def check_characters(text: str) -> None:
@@ -580,7 +568,8 @@ OPEN_MODE = types.MappingProxyType({"talk": "everyone", "every": 0, "door": "ope
 class Event(NamedTuple):
     """What happened, as the feed keeps it: a `message`, or a notice (all others), which has the seq before it.
 
-    `details` are what only some have: a message `host`, `re`, `picture` and `deleted`, an act what its frame says.
+    `details` are what only some have: a message `host`, `re`, `answered`, `picture` and `deleted`, an act what its
+    frame says.
     """
 
     type: str
@@ -593,18 +582,27 @@ class Event(NamedTuple):
     place: Place = NOWHERE  # isn't stored
     details: Mapping[str, Any] = NO_DETAILS
 
+    @property
+    def entry(self) -> tuple[int, int]:
+        """The id of the entry that holds it."""
+        return self.place[:2]
+
+    def is_same(self, other: Event) -> bool:
+        """Whether that is this message, whatever was done to it since."""
+        deleted = "deleted" in self.details or "deleted" in other.details
+        return self[2:4] == other[2:4] and (deleted or self.text == other.text)
+
 
 FIELDS = Event._fields[:-2]
 DETAILS = {"to": int, "kind": str, "value": str | bool, "by": str, "name": str, "sid": str, "seconds": int,
            "until": int, "origin": str, "talk": str, "every": int, "door": str, "host": bool, "re": int,
-           "picture": str}  # fmt: skip
+           "answered": str, "picture": str}  # fmt: skip
 NEEDED = {"note": {"to", "kind", "value"}, "muted": {"name", "seconds"}, "removed": {"name", "seconds"}}
 
 
 def encode_events(events: Iterable[Event]) -> bytes:
     """The field `events` of an entry: a JSON array."""
-    plain = [dict(zip(FIELDS, event, strict=False)) if not event.details else event_fields(event) for event in events]
-    return to_json(plain).encode()
+    return to_json([event_fields(event) for event in events]).encode()
 
 
 def event_fields(event: Event) -> dict[str, Any]:
@@ -617,26 +615,21 @@ def decode_events(raw: bytes, id: tuple[int, int] = (0, 0)) -> list[Event]:
     try:
         events = [Event(**fields, place=(*id, n)) for n, fields in enumerate(json.loads(raw))]
         return events if all(map(is_event, events)) else []
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return []
 
 
 def is_event(event: Event) -> bool:
-    """Whether what was read is one. Raises TypeError or ValueError where a field is no text that can be sent."""
+    """Whether what was read is one. Raises some error where a field is no text that can be sent, or no mapping."""
     type, seq, ts, *texts, _, details = event
-    "".join(texts).encode()  # JSON may spell half a character
-    numbers = isinstance(seq, int) and isinstance(ts, int) and min(seq, ts) >= 0
-    return type in EVENTS and numbers and are_details(type, details)
-
-
-def are_details(type: str, details: object) -> bool:
-    """Whether an event of that type can have them. Raises ValueError where a text can't be sent."""
-    if not isinstance(details, Mapping) or not NEEDED.get(type, set()) <= details.keys():
-        return False
-    "".join(value for value in details.values() if isinstance(value, str)).encode()
-    if "picture" in details and not PICTURE.fullmatch(details["picture"]):
-        return False
-    return all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
+    "".join([*texts, *(value for value in details.values() if isinstance(value, str))]).encode()  # half a character?
+    return (
+        type in EVENTS
+        and all(isinstance(number, int) and number >= 0 for number in (seq, ts))
+        and NEEDED.get(type, set()) <= details.keys()
+        and all(isinstance(value, DETAILS.get(name, object)) for name, value in details.items())
+        and ("picture" not in details or PICTURE.fullmatch(details["picture"]) is not None)
+    )
 
 
 def shown(text: str) -> str:
@@ -659,16 +652,11 @@ def ws_frame(payload: bytes, opcode: int = 0x1) -> bytes:
     return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
 
 
-PING = ws_frame(b"", 0x9)
-
-
 class Encoded:
     """An event as a WebSocket frame, made once and sent to everybody as it is."""
 
-    __slots__ = ("frame", "plain")
-
-    def __init__(self, frame: bytes, plain: bytes | None = None) -> None:
-        self.frame, self.plain = frame, plain
+    def __init__(self, frame: bytes) -> None:
+        self.frame = frame
 
     @property
     def json(self) -> bytes:
@@ -678,67 +666,79 @@ class Encoded:
     def fields(self) -> Any:
         return json.loads(self.json)
 
-    @property
+    @functools.cached_property
     def line(self) -> bytes:
-        """The frame for the subprotocol `text`, made when it is first needed; b"" if the event has no words."""
-        if self.plain is None:
-            self.plain = encode_line(line_of(self.fields()))
-        return self.plain
+        """The frame for the subprotocol `text`; b"" if the event has no words."""
+        line = STEERING.sub("", line_of(self.fields()))
+        return ws_frame(line.encode()) if line else b""
 
 
-def encode(event: Mapping[str, Any], line: str | None = None) -> Encoded:
-    """An event that is given as its JSON object; with the line of plain text, where that doesn't follow from it."""
-    return Encoded(ws_frame(to_json(event).encode()), None if line is None else encode_line(line))
+PING = Encoded(ws_frame(b"", 0x9))
+PING.line = PING.frame
 
 
-def encode_line(line: str) -> bytes:
-    line = STEERING.sub("", line)
-    return ws_frame(line.encode()) if line else b""
+def encode(event: Mapping[str, Any]) -> Encoded:
+    """An event that is given as its JSON object."""
+    return Encoded(ws_frame(to_json(event).encode()))
+
+
+def encode_message(event: Event, reactions: Mapping[str, Any] = NO_DETAILS) -> Encoded:
+    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside."""
+    message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
+    if not event.cid.startswith("~"):
+        message["cid"] = event.cid
+    if event.details:
+        message |= event.details
+        if "picture" in message:
+            message["picture"] = picture_fields(event.details["picture"])
+    if reactions:
+        message |= reactions
+    return encode(message)
+
+
+def encode_store(available: bool) -> Encoded:
+    return encode({"type": "store", "available": available})
 
 
 def line_of(event: Mapping[str, Any]) -> str:
     """What a reader of plain lines is told. Only the room begins a line with a tilde: a message has a name before it,
     and spaces before its further lines.
     """
-    match event["type"]:  # a SyntaxError here? tornchat needs Python 3.11 or newer
-        case "message" if "deleted" in event:
-            return f"~~~ a message of {event['name']} was deleted ~~~"
-        case "message":
-            answered = f" (to {event['to']})" if "to" in event else ""
-            picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
-            text = "\n".join(filter(None, (event["text"], picture)))
-            return f"{badge(event)}{event['name']}{answered}: {text}".replace("\n", "\n    ")
-        case "joined" | "left" as what:
-            return f"~~~ {', '.join(event['names'])} {what} ~~~"
-        case "welcome":
+    if event["type"] == "message" and "deleted" not in event:
+        host = HOST_MARK + " " if "host" in event else ""
+        answered = f" (to {event['answered']})" if "answered" in event else ""
+        picture = f"[picture /pictures/{event['picture']['id']}]" if "picture" in event else ""
+        text = "\n".join(filter(None, (event["text"], picture)))
+        return f"{host}{event['name']}{answered}: {text}".replace("\n", "\n    ")
+    words = words_of(event)
+    return f"~~~ {words} ~~~" if words else ""
+
+
+def words_of(event: Mapping[str, Any]) -> str:
+    """What the room says of an event; "" for one without words."""
+    match event:  # a SyntaxError here? tornchat needs Python 3.11 or newer
+        case {"type": "message", "name": name} | {"type": "note", "kind": "delete", "name": name}:
+            return f"a message of {name} was deleted"
+        case {"type": "note", "kind": "pin", "message": pinned}:
+            return f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
+        case {"type": "joined" | "left" as what, "names": names}:
+            return f"{', '.join(names)} {what}"
+        case {"type": "hosts", "names": names}:
+            return "hosts: " + ", ".join(f"{HOST_MARK} {name}" for name in names)
+        case {"type": "welcome", "title": title, "count": count, "members": members, "missed": missed, "mode": mode}:
             lost = "; the history was lost" if event["reset"] else ""
-            missed = f"; {event['missed']} messages missed" if event["missed"] else ""
-            mode = f"; {mode_line(event['mode'])}" if event["mode"] != OPEN_MODE else ""
-            return f"~~~ {event['title']}, {event['count']} here: {', '.join(event['members'])}{lost}{missed}{mode} ~~~"
-        case "refused":
-            return f"~~~ {event['text']} ~~~"
-        case "store":
-            return f"~~~ the message store is {'back' if event['available'] else 'away'} ~~~"
-    line = act_line(event)
-    return f"~~~ {line} ~~~" if line else ""
-
-
-def act_line(event: Mapping[str, Any]) -> str:
-    """What is told of what a host does."""
-    match event["type"]:
-        case "hosts":
-            return f"hosts: {', '.join(f'{HOST_MARK} {name}' for name in event['names'])}"
-        case "cleared":
-            return f"{event['by']} has cleared the room"
-        case "muted":
-            return f"{event['name']} {'cannot write for now' if event['until'] else 'can write again'}"
-        case "mode":
-            return f"{event['by']}: {mode_line(event)}"
-    return ""
-
-
-def badge(event: Mapping[str, Any]) -> str:
-    return HOST_MARK + " " if "host" in event else ""
+            gap = f"; {missed} messages missed" if missed else ""
+            rules = f"; {mode_line(mode)}" if mode != OPEN_MODE else ""
+            return f"{title}, {count} here: {', '.join(members)}{lost}{gap}{rules}"
+        case {"type": "store", "available": available}:
+            return f"the message store is {'back' if available else 'away'}"
+        case {"type": "cleared", "by": host}:
+            return f"{host} has cleared the room"
+        case {"type": "muted", "name": name, "until": until}:
+            return f"{name} {'cannot write for now' if until else 'can write again'}"
+        case {"type": "mode", "by": host}:
+            return f"{host}: {mode_line(event)}"
+    return str(event.get("text", ""))  # why something is refused
 
 
 def mode_line(mode: Mapping[str, Any]) -> str:
@@ -748,39 +748,21 @@ def mode_line(mode: Mapping[str, Any]) -> str:
     return f"{talk}{pace}, the door is {mode['door']}"
 
 
-def encode_message(event: Event, answered: str = "") -> Encoded:
-    """A `message` event as everybody gets it; a cid that the daemon made ("~...") stays inside. `answered` is whom
-    plain lines say that it answers.
-    """
-    message = {"type": "message", "seq": event.seq, "ts": event.ts, "name": event.name, "text": event.text}
-    if not event.cid.startswith("~"):
-        message["cid"] = event.cid
-    if event.details:
-        message |= event.details
-        if "picture" in message:
-            message["picture"] = picture_fields(event.details["picture"])
-    return encode(message, line_of(message | {"to": answered}) if answered else None)
-
-
-def encode_store(available: bool) -> Encoded:
-    return encode({"type": "store", "available": available})
-
-
 # === Acts =============================================================================================================
 # What clients ask for: to say something, to do something to a message (a note), and what hosts do with people and the
 # room. All of it goes through the outbox and the feed. What comes of it, beside messages, is the State, which follows
 # from the feed alone, so that all daemons agree. Pure, too.
 
-SIGNS = ("👍", "👎", "❤️", "😂", "✋", "❓")  # to react with
-
-
-class Act(NamedTuple):
-    """The event that a client asks for. `cid` is "" where it wants no confirmation."""
-
-    type: str
-    details: Mapping[str, Any]
-    cid: str = ""
-    text: str = ""
+HAND = "✋"
+SIGNS = ("👍", "👎", "❤️", "😂", HAND, "❓")  # to react with
+HANDS_SHOWN = 30  # by name: as many as a host calls upon
+# What a note can say, by its kind, and what a mode can be.
+NOTES: Mapping[str, Sequence[Any]] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}
+MODES: Mapping[str, Sequence[Any]] = {
+    "talk": ("everyone", "hosts"),
+    "every": range(EVERY_SECONDS + 1),
+    "door": ("open", "closed"),
+}
 
 
 def parse_object(raw: str | bytes) -> dict[str, Any]:
@@ -792,100 +774,78 @@ def parse_object(raw: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_frame(raw: str | bytes) -> Act:
+def parse_frame(raw: str | bytes) -> Event:
     """What a client sends through its socket. Raises Refused."""
     if isinstance(raw, bytes):
         raise Refused("bad-frame", "binary")
     return parse_act(parse_object(raw))
 
 
-def parse_act(frame: Mapping[str, Any]) -> Act:
-    """What is asked for. Raises Refused, with the cid once that is known to be one."""
+def parse_act(frame: Mapping[str, Any]) -> Event:
+    """The event that is asked for, as far as the client knows it; without a cid where it wants no confirmation. Raises
+    Refused, with the cid once that is known to be one.
+    """
     cid = frame.get("cid", "")
     if not isinstance(cid, str) or ("cid" in frame and not CID.fullmatch(cid)):
         raise Refused("bad-frame", "bad-cid")
     try:
-        return read_act(frame, cid)
+        text = read_text(frame) if frame.get("type") == "say" else ""
+        type, details = read_act(frame)
     except Refused as refused:
         refused.cid = cid
         raise
+    own = f"{type}:{cid}" if cid and type != "message" else cid  # an act and a message with one cid are two things
+    return Event(type, 0, 0, cid=own, text=text, details=details)
 
 
-def read_act(frame: Mapping[str, Any], cid: str) -> Act:
+def read_act(frame: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The type and details of the event."""
     match frame.get("type"):
         case "say":
-            details, text = parse_say(frame)
-            return Act("message", details, cid, text)
+            answered, picture = read_field(frame, "re", range(MOST_MESSAGES + 1), 0), frame.get("picture")
+            return "message", ({"re": answered} if answered else {}) | ({"picture": picture} if picture else {})
         case "note":
-            return Act("note", parse_note(frame), cid)
+            kind = read_field(frame, "kind", tuple(NOTES))
+            to = read_field(frame, "to", range(1, MOST_MESSAGES + 1))
+            return "note", {"to": to, "kind": kind, "value": read_field(frame, "value", NOTES[kind], True)}
         case "clear":
-            return Act("cleared", {}, cid)
+            return "cleared", {}
         case "mute":
-            return Act("muted", parse_target(frame, 0), cid)
+            return "muted", read_target(frame, 0)
         case "remove":
-            return Act("removed", parse_target(frame, 1), cid)
+            return "removed", read_target(frame, 1)
+        case "mode" if mode := {name: read_field(frame, name, MODES[name]) for name in MODES if name in frame}:
+            return "mode", mode
         case "mode":
-            return Act("mode", parse_mode(frame), cid)
+            raise Refused("bad-frame", "bad-field", field=", ".join(MODES))
     raise Refused("bad-frame", "unknown-type")
 
 
-def parse_say(frame: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Details and text."""
+def read_text(frame: Mapping[str, Any]) -> str:
+    """The text of a message; a picture needs none."""
     picture = frame.get("picture", "")
     if not isinstance(picture, str) or (picture and not PICTURE.fullmatch(picture)):
         raise Refused("no-picture")
     text = frame.get("text", "" if picture else None)
     if not isinstance(text, str):
         raise Refused("bad-frame", "no-text")
-    answered = number_field(frame, "re", 1, MOST_MESSAGES, 0)
-    details = {name: value for name, value in (("re", answered), ("picture", picture)) if value}
-    return details, clean_text(text, may_be_empty=bool(picture))
+    return clean_text(text, may_be_empty=bool(picture))
 
 
-def number_field(fields: Mapping[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
-    """A whole number of a frame. Raises Refused."""
-    value = fields.get(name, default)
-    if type(value) is int and (least <= value <= most or value == default):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
-
-
-def choice_field(fields: Mapping[str, Any], name: str, choices: Sequence[Any], default: object = None) -> Any:
-    """One of these values. Raises Refused."""
-    value = fields.get(name, default)
-    if value in choices and type(value) is type(choices[0]):
-        return value
-    raise Refused("bad-frame", "bad-field", field=name)
-
-
-def parse_note(frame: Mapping[str, Any]) -> dict[str, Any]:
-    kind = choice_field(frame, "kind", ("delete", "pin", "react"))
-    values: Sequence[Any] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}[kind]
-    default = None if kind == "react" else True
-    to = number_field(frame, "to", 1, MOST_MESSAGES)
-    return {"to": to, "kind": kind, "value": choice_field(frame, "value", values, default)}
-
-
-def parse_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
+def read_target(frame: Mapping[str, Any], least: int) -> dict[str, Any]:
     """Who is meant, and for how many seconds."""
     if not isinstance(name := frame.get("name"), str):
         raise Refused("bad-frame", "bad-field", field="name")
     check_characters(name)
-    return {"name": name[:RAW_NAME_CODEPOINTS], "seconds": number_field(frame, "seconds", least, ACT_SECONDS)}
+    return {"name": name[:RAW_NAME_CODEPOINTS], "seconds": read_field(frame, "seconds", range(least, ACT_SECONDS + 1))}
 
 
-def parse_mode(frame: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are to change."""
-    mode: dict[str, Any] = {}
-    if "talk" in frame:
-        mode["talk"] = choice_field(frame, "talk", ("everyone", "hosts"))
-    if "every" in frame:
-        mode["every"] = number_field(frame, "every", 0, EVERY_SECONDS)
-    if "door" in frame:
-        mode["door"] = choice_field(frame, "door", ("open", "closed"))
-    if not mode:
-        raise Refused("bad-frame", "bad-field", field="talk, every, door")
-    return mode
+def read_field(frame: Mapping[str, Any], name: str, values: Sequence[Any], default: object = None) -> Any:
+    """One of these values, which are of one type. Raises Refused."""
+    value = frame.get(name, default)
+    if type(value) is type(values[0]) and value in values:
+        return value
+    raise Refused("bad-frame", "bad-field", field=name)
 
 
 @dataclasses.dataclass(slots=True)
@@ -893,13 +853,27 @@ class Note:
     """What has been done to one message."""
 
     signs: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> its reaction
+    hands: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> name, in the order they were raised
     deleted: Event | None = None  # the message without its text
     changed: int = 0  # the seq of the room then
 
-    def counts(self) -> dict[str, int]:
-        """How many reacted with which sign, in the order of SIGNS."""
+    def react(self, browser: str, sign: str, name: str) -> None:
+        """The reaction of somebody from now on; "" for none. A hand that is up already keeps its place."""
+        if sign:
+            self.signs[browser] = sign
+        else:
+            self.signs.pop(browser, None)
+        if sign == HAND:
+            self.hands[browser] = name
+        else:
+            self.hands.pop(browser, None)
+
+    def reactions(self) -> dict[str, Any]:
+        """How many reacted with which sign, in the order of SIGNS, and who has raised a hand, the first ones."""
         counter = collections.Counter(self.signs.values())
-        return {sign: counter[sign] for sign in SIGNS if sign in counter}
+        counts = {sign: counter[sign] for sign in SIGNS if sign in counter}
+        hands = [*itertools.islice(self.hands.values(), HANDS_SHOWN)]
+        return ({"counts": counts} if counts else {}) | ({"hands": hands} if hands else {})
 
 
 def marks_of(sid: str, name: str) -> tuple[str, str]:
@@ -919,7 +893,7 @@ class State:
         self.hosts: dict[str, tuple[str, int]] = {}  # a name's key -> sid, and for how long that name is the host's
         self.ended: dict[str, int] = {}  # sids of hosts who have logged out: their cookies are no host's any more
         self.notes: dict[int, Note] = {}
-        self.said: dict[str, int] = {}  # mark -> when; isn't stored, because the feed tells it
+        self.said: dict[str, int] = {}  # mark -> when, in slow mode, oldest first; isn't stored: the feed tells it
         self.changed: set[str] = set()  # fields to be stored, see `field`
 
     # --- as it is stored: the fields of a hash, each of them JSON ---
@@ -935,7 +909,10 @@ class State:
         if name in self.PARTS:
             return to_json(getattr(self, name))
         note = self.notes.get(int(name))
-        return to_json({"signs": note.signs, "deleted": note.deleted and event_fields(note.deleted)}) if note else ""
+        if note is None:
+            return ""
+        deleted = note.deleted and event_fields(note.deleted)
+        return to_json({"signs": note.signs, "hands": note.hands, "deleted": deleted})
 
     def take_changes(self) -> dict[str, str]:
         changed, self.changed = self.changed, set()
@@ -951,23 +928,22 @@ class State:
                         setattr(self, name, stored)
                 elif name.isdecimal():
                     deleted = decode_events(to_json([stored["deleted"]]).encode())
-                    self.notes[int(name)] = Note(dict(stored["signs"]), next(iter(deleted), None), seq)
+                    signs, hands = dict(stored["signs"]), dict(stored.get("hands", {}))
+                    self.notes[int(name)] = Note(signs, hands, next(iter(deleted), None), seq)
 
     # --- what the feed brings ---
 
-    def apply(self, event: Event, message: Mapping[str, Any] | None = None) -> None:
-        """Takes an event; with a note comes the `message` that it is about, as it was sent and with its `sid`."""
+    def apply(self, event: Event, about: Event | None = None) -> None:
+        """Takes an event; with a note comes the message that it is `about`, if that is still known."""
         match event.type:
             case "message":
-                self.said |= dict.fromkeys(marks_of(event.sid, event.name), event.ts)
-                if len(self.said) > PACES:
-                    since = event.ts - 1000 * self.mode["every"]
-                    self.said = {mark: ts for mark, ts in self.said.items() if ts > since}
+                self.slow_down(event)
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
             case "left" if event.text == LOGOUT and self.is_host(event.sid, name_key(event.name)):
-                self.ended = {sid: until for sid, until in self.ended.items() if until > event.ts}
+                newest = itertools.islice(self.ended.items(), max(0, len(self.ended) + 1 - HOST_LOGOUTS), None)
+                self.ended = {sid: until for sid, until in newest if until > event.ts}
                 self.ended[event.sid] = self.hosts.pop(name_key(event.name))[1]
                 self.changed |= {"hosts", "ended"}
             case "mode":
@@ -982,34 +958,42 @@ class State:
                 self.changed |= {"cleared", "pinned", *map(str, self.notes)}
                 self.notes.clear()
             case "note":
-                self.note(event, message)
+                self.note(event, about)
+
+    def slow_down(self, event: Event) -> None:
+        """Remembers who said something, for as long as it is too early for more."""
+        for mark in marks_of(event.sid, event.name):
+            self.said.pop(mark, None)
+            self.said[mark] = event.ts
+        while self.said[oldest := next(iter(self.said))] <= event.ts - 1000 * self.mode["every"]:
+            del self.said[oldest]
 
     def restrict(self, event: Event) -> None:
         """Somebody is muted or kept out for a while, or, with until = 0, no longer."""
-        table, details = (self.muted if event.type == "muted" else self.barred), event.details
+        name, details = "muted" if event.type == "muted" else "barred", event.details
         marks = [*marks_of(details.get("sid", ""), details["name"])]
         if "origin" in details:
             marks.append("from " + details["origin"])
-        for mark in [mark for mark, until in table.items() if until <= event.ts or mark in marks]:
-            del table[mark]
-        if until := details.get("until", 0):
-            table |= dict.fromkeys(marks, until)
-        self.changed.add("muted" if event.type == "muted" else "barred")
+        table = getattr(self, name) | dict.fromkeys(marks, details.get("until", 0))
+        setattr(self, name, {mark: until for mark, until in table.items() if until > event.ts})
+        self.changed.add(name)
 
-    def note(self, event: Event, message: Mapping[str, Any] | None) -> None:
+    def note(self, event: Event, about: Event | None) -> None:
         to, kind, value = (event.details[name] for name in ("to", "kind", "value"))
         if kind == "pin":
-            self.pin(value, to, message)
+            if not value or self.is_deleted(to):
+                self.pin(None)
+            elif about and not (self.pinned and self.pinned["seq"] == to):
+                self.pin(about)
             return
         if to not in self.notes:
             self.forget_notes(event.seq)
         note = self.notes.setdefault(to, Note())
         note.changed = event.seq
-        note.signs.pop(browser := event.sid[:BROWSER_CHARS], None)
-        if kind == "react" and value and not note.deleted:
-            note.signs[browser] = value
-        elif kind == "delete" and message:
-            self.delete(note, message, event.details.get("by", "host"))
+        if kind == "react" and not note.deleted:
+            note.react(event.sid[:BROWSER_CHARS], value, event.name)
+        elif kind == "delete" and about:
+            self.delete(note, about, event.details.get("by", "host"))
         self.changed.add(str(to))
 
     def forget_notes(self, last: int) -> None:
@@ -1019,35 +1003,26 @@ class State:
             del self.notes[seq]
             self.changed.add(str(seq))
 
-    def pin(self, value: bool, to: int, message: Mapping[str, Any] | None) -> None:
-        if not value or self.is_deleted(to):
-            self.pinned = None
-        elif message and (self.pinned is None or self.pinned["seq"] != to):
-            self.pinned = {name: field for name, field in message.items() if name != "sid"}
+    def pin(self, message: Event | None) -> None:
+        self.pinned = encode_message(message).fields() if message else None
         self.changed.add("pinned")
 
-    def delete(self, note: Note, message: Mapping[str, Any], by: str) -> None:
+    def delete(self, note: Note, message: Event, by: str) -> None:
         """The text is gone, the rest stays."""
-        if self.pinned and self.pinned["seq"] == message["seq"]:
-            self.pinned = None
-            self.changed.add("pinned")
-        kept = {name: message[name] for name in ("host", "re") if name in message}
-        note.signs.clear()
-        note.deleted = Event("message", message["seq"], message["ts"], message["sid"], message.get("cid", ""),
-                             message["name"], details=kept | {"deleted": True, "by": by})  # fmt: skip
+        if self.pinned and self.pinned["seq"] == message.seq:
+            self.pin(None)
+        kept = {name: message.details[name] for name in ("host", "re") if name in message.details}
+        note.signs, note.hands = {}, {}
+        note.deleted = message._replace(text="", details=kept | {"deleted": True, "by": by})
 
     def restored(self, events: Sequence[Event]) -> list[Event]:
         """What the feed holds, without the deleted texts, and with what is left of messages that it holds no more."""
-        deleted = {seq: note.deleted for seq, note in self.notes.items() if note.deleted}
-        here: list[Event] = []
-        for event in events:
-            if event.type != "message":
-                here.append(event)
-            elif event.seq > self.cleared:
-                left = deleted.pop(event.seq, None)
-                here.append(left._replace(place=event.place) if left else event)
-        gone = [event for event in deleted.values() if event.seq > here[0].seq] if here else []
-        return sorted(gone + here, key=lambda event: event.seq)
+        first = events[0].seq if events else math.inf
+        places = {event.seq: event.place for event in events if event.type == "message"}
+        deleted = [note.deleted for seq, note in self.notes.items() if note.deleted and seq >= first]
+        left = [event._replace(place=places.get(event.seq, NOWHERE)) for event in deleted]
+        others = (event for event in events if event.type != "message" or not self.is_deleted(event.seq))
+        return sorted([*left, *others], key=lambda event: event.seq)
 
     # --- as it is told ---
 
@@ -1068,15 +1043,13 @@ class State:
         return encode(frame)
 
     def encode_note(self, to: int, kind: str) -> Encoded:
-        frame, note = {"type": "note", "to": to, "kind": kind}, self.notes.get(to, Note())
+        note, frame = self.notes.get(to, Note()), {"type": "note", "to": to, "kind": kind}
         if kind == "react":
-            return encode(frame | {"counts": note.counts()}, "")
-        if kind == "delete":
-            left = note.deleted or Event("message", to, 0, details={"by": "host"})
-            return encode(frame | {"by": left.details.get("by")}, f"~~~ a message of {left.name} was deleted ~~~")
-        pinned = self.pinned
-        said = f"pinned: {shown(line_of(pinned))}" if pinned else "nothing is pinned"
-        return encode(frame | {"message": pinned}, f"~~~ {said} ~~~")
+            return encode(frame | {"counts": {}} | note.reactions())
+        if kind == "pin":
+            return encode(frame | {"message": self.pinned})
+        left = note.deleted or Event("message", to, 0)
+        return encode(frame | {"by": left.details.get("by", "host"), "name": left.name})
 
     def notes_since(self, after: int) -> list[Encoded]:
         """What was done to messages up to this one after it came: whoever has seen it last comes back."""
@@ -1084,23 +1057,14 @@ class State:
         changed = ((seq, note) for seq, note in self.notes.items() if first < seq <= after <= note.changed)
         return [self.encode_note(seq, "delete" if note.deleted else "react") for seq, note in changed]
 
-    def noted(self, seq: int, encoded: Encoded) -> Encoded:
-        """A message as it is sent now."""
-        note = self.notes[seq]
-        if note.deleted:
-            return encode_message(note.deleted)
-        fields = {name: value for name, value in encoded.fields().items() if name != "counts"}
-        counts = {"counts": note.counts()} if note.signs else {}
-        return Encoded(encode(fields | counts).frame, encoded.plain)
-
     def standing(self, sid: str, name: str) -> dict[str, Any]:
         """What a welcome says of all this."""
-        browser, marks = sid[:BROWSER_CHARS], marks_of(sid, name)
+        browser = sid[:BROWSER_CHARS]
         return {
             "host": self.is_host(sid, name_key(name)),
             "mode": self.mode,
             "pinned": self.pinned,
-            "muted_until": max(self.muted.get(mark, 0) for mark in marks),
+            "muted_until": self.muted_until(sid, name),
             "cleared": self.cleared,
             "signs": SIGNS,
             "mine": {str(seq): note.signs[browser] for seq, note in self.notes.items() if browser in note.signs},
@@ -1110,6 +1074,9 @@ class State:
 
     def is_host(self, sid: str, key: str) -> bool:
         return key in self.hosts and self.hosts[key][0] == sid
+
+    def muted_until(self, sid: str, name: str) -> int:
+        return max(self.muted.get(mark, 0) for mark in marks_of(sid, name))
 
     def waits(self, table: Mapping[str, int], marks: Iterable[str], now: int) -> float:
         """For how many s one of these marks is still in that table."""
@@ -1511,10 +1478,7 @@ class Batch:
 
     def __init__(self, *events: Encoded) -> None:
         self.events = events
-
-    @functools.cached_property
-    def frames(self) -> memoryview:
-        return memoryview(b"".join([event.frame for event in self.events]))
+        self.frames = memoryview(b"".join([event.frame for event in events]))
 
     @functools.cached_property
     def lines(self) -> memoryview:
@@ -1559,73 +1523,38 @@ class Member:
         return f"{self.sid}{'@' * bool(self.origin)}{self.origin} {self.name}"
 
 
-class Kept(NamedTuple):
-    """A message in the ring."""
-
-    ts: int
-    encoded: Encoded
-    sid: str
-    entry: Id  # which holds it
-
-    def is_same(self, other: Kept) -> bool:
-        """Whether that is this message, whatever was done to it since."""
-        forms = self.encoded.fields(), other.encoded.fields()
-        texts = {fields["text"] for fields in forms if "deleted" not in fields}
-        return self.ts == other.ts and self.sid == other.sid and len(texts) < 2
-
-
 class Ring:
-    """The newest messages as they are sent, by seq, without a hole: at most `size`, and RING_BYTES, but `least`."""
+    """The newest messages, and how they are sent, without a hole."""
 
-    def __init__(self, size: int, least: int) -> None:
-        self.size, self.least, self.bytes = size, least, 0
-        self.kept: collections.deque[Kept] = collections.deque()  # oldest first
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.kept: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=size)  # oldest first
         self.last = 0  # seq of the newest
 
     def append(self, event: Event) -> Encoded:
         """Takes the next message, encoded. One that isn't the next begins anew."""
         if event.seq != self.last + 1:
-            self.clear()
-        answered = self.find(event.details["re"]) if "re" in event.details else None
-        encoded = encode_message(event, answered.encoded.fields()["name"] if answered else "")
+            self.kept.clear()
+        encoded = encode_message(event)
         self.last = event.seq
-        self.kept.append(Kept(event.ts, encoded, event.sid, event.place[:2]))
-        self.bytes += len(encoded.frame)
-        while len(self.kept) > self.size or (self.bytes > RING_BYTES and len(self.kept) > self.least):
-            self.bytes -= len(self.kept.popleft().encoded.frame)
+        self.kept.append((event, encoded))
         return encoded
 
-    def clear(self) -> None:
-        self.kept.clear()
-        self.bytes = 0
-
-    def replace(self, seq: int, encoded: Encoded) -> None:
+    def replace(self, event: Event, encoded: Encoded) -> None:
         """Another form of a message that is here."""
-        at = len(self.kept) - 1 - (self.last - seq)
-        self.bytes += len(encoded.frame) - len(self.kept[at].encoded.frame)
-        self.kept[at] = self.kept[at]._replace(encoded=encoded)
+        self.kept[event.seq - self.last - 1] = event, encoded
 
     def newest(self, count: int) -> list[Encoded]:
         """The last `count`, oldest first."""
-        return [kept.encoded for kept in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
+        return [encoded for _, encoded in itertools.islice(self.kept, max(0, len(self.kept) - count), None)]
 
     def after(self, seq: int) -> list[Encoded] | None:
         """All that came after `seq`, oldest first; None if the first of them has fallen out."""
         return self.newest(self.last - seq) if self.last - seq <= len(self.kept) else None
 
-    def find(self, seq: int) -> Kept | None:
+    def find(self, seq: int) -> Event | None:
         """The message of that number, if it is still here."""
-        at = len(self.kept) - 1 - (self.last - seq)
-        return self.kept[at] if 0 <= at < len(self.kept) else None
-
-
-class Owed(NamedTuple):
-    """What a joining listener is told first."""
-
-    events: list[Encoded]
-    recovered: bool = False
-    missed: int = 0
-    reset: bool = False
+        return self.kept[seq - self.last - 1][0] if 0 <= self.last - seq < len(self.kept) else None
 
 
 class ResumePoint(NamedTuple):
@@ -1637,6 +1566,7 @@ class ResumePoint(NamedTuple):
 
 
 NEWCOMER = ResumePoint()
+Roster = Mapping[str, tuple[str, str]]  # as it is stored: key -> "sid@origin", name
 
 
 class Room:
@@ -1647,7 +1577,7 @@ class Room:
         self.epoch, self.seq, self.ts = "", 0, 0  # seq and ts of the newest message and event
         self.place = self.notices_after = NOWHERE  # of the newest event, and of that before the first of the notices
         self.state = State()
-        self.ring = Ring(max(RING_MESSAGES, self.history), max(100, self.history))
+        self.ring = Ring(RING_MESSAGES)
         self.notices: collections.deque[tuple[Event, Encoded]] = collections.deque(maxlen=RING_MESSAGES)
         self.roster: dict[str, Member] = {}  # by key
         self.sessions: dict[str, Member] = {}  # by sid: the roster, and whoever has listeners here
@@ -1668,15 +1598,15 @@ class Room:
         self.sessions[listener.member.sid] = listener.member
 
     def replay(self, listener: Listener, seen: ResumePoint) -> None:
-        owed = self.owed(seen)
-        listener.base = self.seq - len(owed.events)
-        listener.replay([*self.greeting(listener.member, owed, seen), *owed.events])
+        messages, gap = self.owed(seen)
+        listener.base = self.seq - len(messages)
+        listener.replay([*self.greeting(listener.member, seen, gap), *messages])
 
-    def greeting(self, member: Member, owed: Owed, seen: ResumePoint) -> list[Encoded]:
+    def greeting(self, member: Member, seen: ResumePoint, gap: Mapping[str, Any]) -> list[Encoded]:
         """The welcome, the store if it is away, and what was done since to messages that the client has seen."""
         away = [] if self.available else [encode_store(self.available)]
-        notes = [] if seen.after is None or owed.reset else self.state.notes_since(seen.after)
-        return [self.welcome(member, owed), *away, *notes]
+        notes = [] if seen.after is None or gap["reset"] else self.state.notes_since(seen.after)
+        return [self.welcome(member, gap), *away, *notes]
 
     def leave(self, listener: Listener) -> None:
         self.listeners.discard(listener)
@@ -1690,11 +1620,6 @@ class Room:
         """The only way out to everybody. A listener that can't keep up deals with it by itself."""
         for listener in tuple(self.listeners):
             listener.send(batch)
-
-    def send_notice(self, event: Event, encoded: Encoded) -> None:
-        for listener in tuple(self.listeners):
-            if self.concerns(event, listener.member):
-                listener.send(Batch(encoded))
 
     def concerns(self, event: Event, member: Member) -> bool:
         """Whether a member is told of an event: who is muted knows it, and the hosts do."""
@@ -1716,29 +1641,22 @@ class Room:
 
     # --- what somebody is owed who comes, or comes back ---
 
-    def owed(self, seen: ResumePoint) -> Owed:
-        """What somebody has to be told who has seen that."""
-        if seen.after is None or not self.is_ours(seen):
-            return Owed(self.ring.newest(self.history), reset=seen.after is not None)
-        after = max(seen.after, self.state.cleared)
-        events = self.ring.after(after)
-        if events is None or len(events) > RING_MESSAGES:
-            events = self.ring.newest(self.history)
-        missed = self.seq - after - len(events)
-        return Owed(events, recovered=not missed, missed=missed)
-
-    def is_ours(self, seen: ResumePoint) -> bool:
-        """Whether a resume point belongs to this history, as far as can be told."""
-        if seen.after is None or self.is_ahead(seen):
-            return False
-        found = self.ring.find(seen.after)
-        return seen.epoch in ("", self.epoch) and (seen.at is None or found is None or found.ts == seen.at)
+    def owed(self, seen: ResumePoint) -> tuple[list[Encoded], dict[str, Any]]:
+        """The messages that somebody is to be told who has seen that, and what the welcome says of those between."""
+        after, found = max(seen.after or 0, self.state.cleared), self.ring.find(seen.after or 0)
+        ours = seen.after is not None and not self.is_ahead(seen) and (found is None or seen.at in (None, found.ts))
+        messages = self.ring.after(after) if ours else None
+        if messages is None:
+            messages = self.ring.newest(self.history)
+        missed = self.seq - after - len(messages) if ours else 0
+        reset = not ours and seen.after is not None  # it was another history, as far as can be told
+        return messages, {"recovered": ours and not missed, "missed": missed, "reset": reset}
 
     def is_ahead(self, seen: ResumePoint) -> bool:
         """Whether a resume point is behind what this daemon knows: the store may know more."""
         return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
 
-    def welcome(self, member: Member, owed: Owed) -> Encoded:
+    def welcome(self, member: Member, gap: Mapping[str, Any]) -> Encoded:
         """The first event of a connection, and of a new beginning."""
         others = itertools.islice((other.name for key, other in self.roster.items() if key != member.key), ROSTER_NAMES)
         return encode(
@@ -1750,11 +1668,9 @@ class Room:
                 "count": len(self.roster) + (member.key not in self.roster),  # not yet back on it after a reset
                 "epoch": self.epoch,
                 "seq": self.seq,
-                "recovered": owed.recovered,
-                "missed": owed.missed,
-                "reset": owed.reset,
                 "limits": {"text": TEXT_CHARS, "history": self.history},
                 "hosts": self.hosts(),
+                **gap,
                 **({"muted": self.muted()} if self.is_host(member) else {}),
                 **self.state.standing(member.sid, member.name),
             }
@@ -1762,58 +1678,45 @@ class Room:
 
     def muted(self) -> dict[str, int]:
         """Who on the roster is muted, and till when."""
-        until = self.state.muted
-        marks = {member.name: marks_of(member.sid, member.name) for member in self.roster.values()} if until else {}
-        return {name: max(until.get(mark, 0) for mark in both) for name, both in marks.items() if until.keys() & both}
+        roster = self.roster.values() if self.state.muted else ()
+        times = {member.name: self.state.muted_until(member.sid, member.name) for member in roster}
+        return {name: until for name, until in times.items() if until}
 
     # --- what the feed brings ---
 
-    def adopt(
-        self,
-        epoch: str,
-        last: Id,
-        roster: Mapping[str, tuple[str, str]],
-        events: Sequence[Event],
-        state: Mapping[str, str] = NO_DETAILS,
-    ) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> "sid@origin", name) and
-        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
-        already is told as if just back: recovered or reset.
+    def adopt(self, epoch: str, last: Id, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster and the fields of the State, both
+        as they were before `events` or later, and these, oldest first. Who listens already is told as if just back:
+        recovered or reset.
         """
-        seq, known = self.seq, self.ring.find(self.seq)
-        seen = ResumePoint(seq, self.epoch)
-        self.state = State()
-        self.state.load(state, events[-1].seq if events else 0)
-        self.restore(roster, events)
+        seen, known = ResumePoint(self.seq, self.epoch), self.ring.find(self.seq)
+        listeners, self.listeners = self.listeners, set()
+        self.restore(roster, events, state)
+        self.listeners = listeners
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
-        if known and (found := self.ring.find(seq)) and not found.is_same(known):
+        if known and (found := self.ring.find(known.seq)) and not found.is_same(known):
             seen = seen._replace(epoch="another")
-        for listener in tuple(self.listeners):
+        for listener in tuple(listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Mapping[str, tuple[str, str]], events: Sequence[Event]) -> None:
-        """Begins anew with these."""
-        for table in (self.ring, self.notices, self.roster, self.kept_names):
+    def restore(self, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+        """Begins anew with these, told to nobody."""
+        self.state = State()
+        self.state.load(state, events[-1].seq if events else 0)
+        for table in (self.ring.kept, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
         for sid, name in roster.values():
             sid, _, origin = sid.partition("@")
             self.enter(sid, name, origin)
         pinned = self.state.pinned
-        for event in self.state.restored(events):
-            if event.type == "message":
-                self.add_message(event)
-            elif event.type == "joined":
-                self.enter(event.sid, event.name, event.details.get("origin", ""))
-                self.state.apply(event)
-            else:
-                (self.exit if event.type == "left" else self.act)(event)
+        self.apply(self.state.restored(events))
+        self.notices.clear()
         if pinned and self.state.pinned and self.state.pinned["seq"] == pinned["seq"]:
             self.state.pinned = pinned  # it may be older than the texts that were read of the feed
         for seq in self.state.notes:
-            if found := self.ring.find(seq):
-                self.ring.replace(seq, self.state.noted(seq, found.encoded))
+            self.show_note(seq)
         self.state.take_changes()
 
     def apply(self, events: Iterable[Event]) -> None:
@@ -1828,7 +1731,7 @@ class Room:
                 encoded += self.notice(type, [event for event in run if self.exit(event)])
             else:
                 encoded += self.add_acts(run)
-        if encoded:
+        if encoded and self.listeners:
             self.send(Batch(*encoded))
 
     def add_message(self, event: Event) -> Encoded:
@@ -1841,19 +1744,17 @@ class Room:
         """Who has come; and who is a host now, be it that they come as one or have become one."""
         new = [event for event in events if self.enter(event.sid, event.name, event.details.get("origin", ""))]
         encoded = self.notice("joined", new)
-        if hosts := [event for event in events if "host" in event.details]:
-            for event in hosts:
-                self.state.apply(event)
+        for event in (hosts := [event for event in events if "host" in event.details]):
+            self.state.apply(event)
+        if hosts:
             encoded.append(self.keep_notice(hosts[-1], encode({"type": "hosts", "names": self.hosts()})))
         return encoded
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
         """One event for however many came or went in this turn."""
-        if not events:
-            return []
-        names, last = [event.details.get("name", event.name) for event in events], events[-1]
-        frame = {"type": type, "names": names, "count": len(self.roster), "ts": last.ts}
-        return [self.keep_notice(last, encode(frame))]
+        names = [event.details.get("name", event.name) for event in events]
+        frame = {"type": type, "names": names, "count": len(self.roster)}
+        return [self.keep_notice(last, encode(frame | {"ts": last.ts})) for last in events[-1:]]
 
     def keep_notice(self, event: Event, encoded: Encoded) -> Encoded:
         """For those who poll."""
@@ -1874,26 +1775,35 @@ class Room:
         for event in last.values():
             if event.type == "removed":
                 encoded += self.notice("left", [event])
-            elif event.type == "muted":
-                self.send_notice(event, self.keep_notice(event, self.state.encode(event)))
-            else:
-                encoded.append(self.keep_notice(event, self.state.encode(event)))
+                continue
+            if event.type == "note":
+                self.show_note(event.details["to"])
+            told = self.keep_notice(event, self.state.encode(event))
+            if event.type != "muted":
+                encoded.append(told)
+                continue
+            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
         """Does what was to be done; whether that is news."""
-        found = self.ring.find(to := event.details.get("to", 0))
-        self.state.apply(event, found and found.encoded.fields() | {"sid": found.sid})
+        self.state.apply(event, self.ring.find(event.details.get("to", 0)))
         if event.type == "cleared" or event.details.get("kind") == "delete":
             self.forget_pins()
         if event.type == "cleared":
-            self.ring.clear()
+            self.ring.kept.clear()
         elif event.type == "removed":
             sid, name = event.details.get("sid", ""), event.details["name"]
             return self.exit(event._replace(type="left", sid=sid, name=name, text=LOGOUT))
-        elif found and to in self.state.notes:
-            self.ring.replace(to, self.state.noted(to, found.encoded))
         return True
+
+    def show_note(self, seq: int) -> None:
+        """The ring has a message with what was done to it."""
+        note, message = self.state.notes.get(seq), self.ring.find(seq)
+        if note and message:
+            message = note.deleted or message
+            self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
         """A notice of what was pinned may hold what is deleted now: whoever polls is told what is pinned instead."""
@@ -2003,7 +1913,7 @@ class Outbox:
         self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
         self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
 
-    def act(self, member: Member, act: Act, done: Done) -> None:
+    def act(self, member: Member, act: Event, done: Done) -> None:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
         Raises Refused.
         """
@@ -2036,14 +1946,11 @@ class Outbox:
                 self.put(proposal, done)
         self.reactions.clear()
 
-    def as_stored(self, seq: int, member: Member, act: Act) -> Event:
+    def as_stored(self, seq: int, member: Member, act: Event) -> Event:
         """Where that has been forgotten, as it is asked for now."""
-        event = Event(act.type, seq, self.room.ts, member.sid, act.cid, member.name, act.text, details=act.details)
         if act.type == "message" and (found := self.room.ring.find(seq)):
-            fields = found.encoded.fields()
-            gone: Mapping[str, Any] = {name: fields[name] for name in ("host", "deleted", "by") if name in fields}
-            event = event._replace(ts=found.ts, text=fields["text"], details=gone or act.details)
-        return event
+            return found
+        return act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -2162,6 +2069,8 @@ class Outbox:
         """Those of the event, which say all that is needed to apply it."""
         room, details = self.room, proposal.details
         if proposal.type == "message":
+            if details and (answered := room.ring.find(details.get("re", 0))):
+                details = {**details, "answered": answered.name}
             host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
             return {"host": True, **details} if host else details
         if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
@@ -3241,7 +3150,7 @@ class BaseHandler(tornado.web.RequestHandler):
         after, at = (self.get_query_argument(name, "") for name in ("after", "at"))
         return ResumePoint(whole_number(after), self.get_query_argument("epoch", ""), whole_number(at))
 
-    def take(self, member: Member, act: Act, done: Done) -> None:
+    def take(self, member: Member, act: Event, done: Done) -> None:
         """What a member asks for, at the pace of its browser and of its address; hosts have none. Raises Refused."""
         limits, paced = self.daemon.limits, not self.daemon.room.is_host(member)
         picture = act.details.get("picture", "")
@@ -3255,7 +3164,9 @@ class BaseHandler(tornado.web.RequestHandler):
             limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
-        return picture_id(self.daemon.cookie_key, member.sid[:BROWSER_CHARS], name)
+        """The one under which this browser alone can say that picture, which goes with its own message then."""
+        made_of = f"{member.sid[:BROWSER_CHARS]} {name}".encode()
+        return f"{name}-{hmac.new(self.daemon.cookie_key.encode(), made_of, 'sha256').hexdigest()[:16]}"
 
     async def admit(self, session: Session | None) -> Member:
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
@@ -3960,7 +3871,7 @@ class SocketListener:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
             self.pinged = now
-            events = [Encoded(PING, PING)]
+            events = [PING]
             if now - self.timed >= config.time_seconds:
                 self.timed = now
                 events.append(time)
@@ -4007,11 +3918,11 @@ class News(NamedTuple):
 
 def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
     """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-    owed = room.owed(seen)
+    owed, gap = room.owed(seen)
     events: list[Encoded] = []
-    if not owed.recovered or cursor is None or cursor.place < room.notices_after:
-        events, cursor = room.greeting(member, owed, seen), newest_cursor(room)
-    messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed.events, room.seq - len(owed.events) + 1)]
+    if not gap["recovered"] or cursor is None or cursor.place < room.notices_after:
+        events, cursor = room.greeting(member, seen, gap), newest_cursor(room)
+    messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
     notices = [
         (event.seq, event.place, encoded)
         for event, encoded in room.notices
@@ -4147,7 +4058,7 @@ class MessagesHandler(EventHandler):
         self.finish(self.daemon.room.state.encode(stored).json)
         self.release(member)
 
-    def asked(self) -> Act:
+    def asked(self) -> Event:
         return parse_act({**self.fields(), "type": "say"})
 
     def fields(self) -> Mapping[str, Any]:
@@ -4165,7 +4076,7 @@ class ActsHandler(MessagesHandler):
     async def get(self) -> None:
         raise tornado.web.HTTPError(405)
 
-    def asked(self) -> Act:
+    def asked(self) -> Event:
         return parse_act(parse_object(self.request.body))
 
 
@@ -4194,22 +4105,20 @@ class TranscriptHandler(BaseHandler):
     async def send_all(self, as_json: bool) -> None:
         """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
         daemon = self.daemon
-        names: dict[int, str] = {}  # who said what, for the answers
         async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
             for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
                 if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
-                    names[event.seq] = event.name
-                    self.write(transcript_line(event, names.get(event.details.get("re", 0), ""), as_json))
+                    self.write(transcript_line(event, as_json))
             async with asyncio.timeout(daemon.config.answer_seconds):
                 await self.flush()
 
 
-def transcript_line(event: Event, answered: str, as_json: bool) -> bytes:
+def transcript_line(event: Event, as_json: bool) -> bytes:
     """A message; what looks like the next line of the file is indented."""
-    message = encode_message(event, answered)
+    message = encode_message(event)
     if as_json:
         return message.json + b"\n"
-    line = STEERING.sub("", line_of(json.loads(message.json) | ({"to": answered} if answered else {})))
+    line = STEERING.sub("", line_of(message.fields()))
     return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
 
 
@@ -4563,19 +4472,20 @@ def banner(config: Config, port: int, host_key: str) -> str:
     """What the operator sees: where to open the room, and what to know. The host's link and a picture of the room's are
     for a person at a terminal: what goes elsewhere may be a log that others read.
     """
-    urls, terminal = lan_urls(config, port), sys.stdout is not None and sys.stdout.isatty()
-    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    urls, here = lan_urls(config, port), local_url(config, port)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     moved = f" (port {DEFAULT_PORT} is in use)" if config.port is None and port != DEFAULT_PORT else ""
-    lines = [
-        f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}",
-        f"  on this machine  {local_url(config, port)}{moved}",
-        *(f"  on the network   {url}" for url in urls[:BANNER_URLS]),
-        *(f"                   and {n} more" for n in [len(urls) - BANNER_URLS] if n > 0),
-        *([f"  for the host     {local_url(config, port)}{host_path(host_key)}"] if terminal else []),
-        f"  messages         {kept}",
-    ]
+    rows = [("on this machine", here + moved), *(("on the network", url) for url in urls[:BANNER_URLS])]
+    if len(urls) > BANNER_URLS:
+        rows.append(("", f"and {len(urls) - BANNER_URLS} more"))
+    if terminal:
+        rows.append(("for the host", here + host_path(host_key)))
+    kept = f"in {store_name(config)}, room {config.room}" if config.redis_url else "in memory: a restart forgets them"
+    rows.append(("messages", kept))
     if config.workers > 1:
-        lines.append(f"  workers          {config.workers} processes")
+        rows.append(("workers", f"{config.workers} processes"))
+    lines = [f"tornchat {__version__}: {config.title}{', with a password' if config.password else ''}"]
+    lines += [f"  {what:<17}{told}" for what, told in rows]
     if urls:
         lines += [
             "  Phones cannot connect? They need the same Wi-Fi,",
@@ -4622,7 +4532,7 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
         ],
         default_handler_class=NotFoundHandler,
         default_handler_args=context,
-        template_loader=tornado.template.DictLoader(TEMPLATES, whitespace="all"),
+        template_loader=tornado.template.DictLoader(TEMPLATES),
         cross_origin_protection=True,
         websocket_max_message_size=FRAME_BYTES,
         log_function=log_request,
@@ -4674,13 +4584,7 @@ class Door(socket.socket):
         raise BlockingIOError
 
     def full(self) -> bool:
-        """Whether only the spare descriptors are left: the system gives the lowest free number first."""
-        if resource is None:
-            return len(self.visitors.open) >= SELECT_SOCKETS - SPARE_FILES
-        lowest_free = os.dup(self.fileno())
-        os.close(lowest_free)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return limit != resource.RLIM_INFINITY and lowest_free >= limit - SPARE_FILES
+        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4852,13 +4756,13 @@ class Daemon:
         """Tells everybody, and gives them a moment to close; who doesn't is cut off."""
         for handler in tuple(self.sockets):
             handler.shut(1001, "stopping")
-        for poll in tuple(self.room.listeners):
-            poll.shut(1001, "stopping")
+        for listener in tuple(self.room.listeners):
+            listener.shut(1001, "stopping")
         deadline = time.monotonic() + 0.5
         while (self.sockets or self.room.listeners) and time.monotonic() < deadline:  # noqa: ASYNC110 - short, and once
             await asyncio.sleep(0.01)
-        for listener in tuple(self.sockets):
-            listener.stream.close()
+        for handler in tuple(self.sockets):
+            handler.stream.close()
         await self.server.close_all_connections()
 
 
@@ -4904,13 +4808,21 @@ async def serve(config: Config) -> None:
     log.info("stopped")
 
 
+def file_limit() -> float:
+    """How many files and connections this process may have open."""
+    if resource is None:
+        return SELECT_SOCKETS
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
 def raise_file_limit() -> None:
     """Lets the process have as many connections as the system allows; a shell's own limit is often 1,024."""
     if resource is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
-    while soft != resource.RLIM_INFINITY and soft < wanted:
+    while file_limit() < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return
@@ -4941,8 +4853,7 @@ async def supervise(config: Config, command: Sequence[str]) -> None:
 
 
 async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
-    """Starts a worker, and another one whenever it has ended, with pauses that grow while they die young."""
-    pause = Backoff(WORKER_PAUSE_SECONDS)
+    """Starts a worker, and another one whenever it has ended, but not twice within WORKER_PAUSE_SECONDS."""
     environ = {**os.environ, "TORNCHAT_INHERITED": ",".join(map(str, descriptors))}
     while True:
         began = time.monotonic()
@@ -4958,9 +4869,7 @@ async def keep_worker(number: int, command: Sequence[str], descriptors: Sequence
         finally:  # we may have been cancelled
             await end_worker(worker)
         log.error("worker %d has ended with code %d: another one is started", number, code)
-        if time.monotonic() - began > WORKER_PAUSE_SECONDS:
-            pause.reset()
-        await pause()
+        await asyncio.sleep(began + WORKER_PAUSE_SECONDS - time.monotonic())
 
 
 async def end_worker(worker: asyncio.subprocess.Process) -> None:
@@ -4972,17 +4881,6 @@ async def end_worker(worker: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         worker.kill()
         await worker.wait()
-
-
-def wake_on_signals() -> None:
-    """Lets a signal wake the loop. Python calls handlers between two instructions: without this, one that comes after
-    the last instruction before the loop waits is not heard before the wait is over.
-    """
-    if os.name == "posix":  # elsewhere asyncio does it
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        asyncio.get_running_loop().add_reader(read_end, os.read, read_end, 4096)
-        signal.set_wakeup_fd(write_end)
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -5020,12 +4918,17 @@ def print_out(config: Config, text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor spoil the exit code
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Nobody reads it any more: Python's own flush at the end must not spoil the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # === Terminal client ==================================================================================================
 # A member without a browser. The Client keeps session, socket and outbox as the page's script does; what it hears goes
-# to a Screen (a person at a terminal) or to Lines (pipes). A command is a row of COMMANDS, or of ACTS.
+# to a Screen (a person at a terminal) or to Lines (pipes).
 
 RETRY_SECONDS = 10  # the longest pause between two tries
 PING_SECONDS = 5  # a server that doesn't answer a ping before the next one is gone
@@ -5049,23 +4952,25 @@ def parse_any(raw: str | bytes) -> dict[str, Any]:
     return {}
 
 
+def quoted(text: str) -> str:
+    text = shown(text)
+    return text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "…"
+
+
 class Client:
     """One session in a room: it comes back after every loss, where it was, and what isn't confirmed is said again."""
 
     view: Lines
 
     def __init__(self, config: Config, language: str) -> None:
-        self.url, self.name, self.password = config.join or "", config.name, config.password
-        self.host_key = config.host_key
-        self.history = config.history
-        self.language, self.words = language, WORDS[language]
+        self.config, self.language, self.words = config, language, WORDS[language]
+        self.url, self.name = config.join or "", config.name
         self.headers = {"Accept": "application/json", "Accept-Language": language}
         self.let_in = False  # the room knows our session
         self.clock_ahead = 0.0  # the room's clock, of ours, in s
         self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
-        self.connected: bool | None = None  # None: for the first time
-        self.restarting = self.store_away = False
+        self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = 0  # up to this seq it is history
@@ -5076,16 +4981,18 @@ class Client:
         self.in_flight = ""  # cid of the one said and not yet answered: one at a time keeps the order
         self.hold_until = 0.0  # nothing is said before, in s of time.monotonic ...
         self.hold_reason = ""  # ... because of a host, in words
-        self.is_host, self.hosts = False, list[str]()
+        self.hosts: list[str] = []
         self.mode: Mapping[str, Any] = OPEN_MODE
         self.recent: dict[int, tuple[str, str]] = {}  # seq -> author and beginning
         self.idle = asyncio.Event()  # all history is shown, all that was said is confirmed
 
     async def log_in(self) -> None:
         """Under our name, in the session that we have or a new one. Raises FatalError if refused, and UNREACHED."""
-        if self.host_key:
-            await self.become_host()
-        answer = await self.fetch("login", "POST", nickname=self.name, password=self.password)
+        if (key := self.config.host_key) and (await self.fetch(host_path(key))).code >= 400:
+            if not self.epoch:
+                raise FatalError(self.words["term_no_host"])
+            self.view.notice(self.words["term_no_host"])  # the room was restarted, and has another key
+        answer = await self.fetch("login", "POST", nickname=self.name, password=self.config.password)
         fields = parse_any(answer.body)
         if answer.code >= 500:
             raise OSError(fields.get("text", answer.reason))
@@ -5101,14 +5008,6 @@ class Client:
         with contextlib.suppress(ValueError, OverflowError):  # to the second, until the room tells its time
             date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
             self.clock_ahead = date.timestamp() + 0.5 - time.time()
-
-    async def become_host(self) -> None:
-        """Marks the session, or the one that follows. Raises FatalError if the key is wrong, and UNREACHED."""
-        answer = await self.fetch(host_path(self.host_key))
-        if answer.code >= 400 and not self.epoch:
-            raise FatalError(self.words["term_no_host"])
-        if answer.code >= 400:  # the room was restarted, and has another key
-            self.view.notice(self.words["term_no_host"])
 
     async def fetch(self, path: str, method: str = "GET", **form: str) -> tornado.httpclient.HTTPResponse:
         body = urllib.parse.urlencode(form) if method == "POST" else None
@@ -5127,6 +5026,10 @@ class Client:
 
     # --- connection ---
 
+    @property
+    def connected(self) -> bool:
+        return self.state in ("js_state_connected", "js_state_away")
+
     async def keep_connected(self) -> NoReturn:
         """Connects, again and again. Raises FatalError."""
         while True:
@@ -5139,7 +5042,6 @@ class Client:
                     raise self.unreachable(error) from None
             else:
                 await self.receive_all()
-            self.connected = False
             self.update()
             await self.backoff()
 
@@ -5171,10 +5073,10 @@ class Client:
             self.let_in = False
         if not self.epoch:
             raise self.unreachable(ConnectionError(reason or "silence"))
-        self.restarting |= code == 1001
+        self.state = "js_state_restarting" if code == 1001 else "js_state_waiting"
 
     def no_room(self, reason: str) -> FatalError:
-        return FatalError(self.words["term_no_room"].format(url=self.url, reason=shown(reason)[:QUOTED_CHARS]))
+        return FatalError(self.words["term_no_room"].format(url=self.url, reason=quoted(reason)))
 
     def unreachable(self, error: Exception) -> FatalError:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -5197,8 +5099,8 @@ class Client:
                 self.on_refused(frame)
             case {"type": "note" | "cleared" | "muted" | "mode" | "hosts"}:
                 self.on_act(frame)
-            case {"type": "store", "available": bool(available)}:
-                self.store_away, self.hold_until = not available, 0
+            case {"type": "store", "available": bool(available)} if self.connected:
+                self.state, self.hold_until = "js_state_connected" if available else "js_state_away", 0
             case {"type": "time", "ts": int(ts)} if ts in TIMES:
                 self.clock_ahead = ts / 1000 - time.time()
             case _ if not self.epoch:
@@ -5209,21 +5111,17 @@ class Client:
         first, self.epoch, self.replay_end = not self.epoch, frame["epoch"], frame["seq"]
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
-        self.is_host = frame.get("host") is True
         self.on_act({"type": "hosts", "names": frame.get("hosts")})
-        self.connected = self.let_in = True
-        self.restarting = self.store_away = False
-        self.hold_until = 0
+        self.state, self.let_in, self.hold_until = "js_state_connected", True, 0
         self.backoff.reset()
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
-        match frame:
-            case {"cleared": int(cleared)} if cleared > self.after:
-                self.after, self.at = cleared, 0
-                if not first:
-                    self.on_act({"type": "cleared", "seq": cleared})
+        if isinstance(cleared := frame.get("cleared"), int) and cleared > self.after:
+            self.after, self.at = cleared, 0
+            if not first:
+                self.on_act({"type": "cleared", "seq": cleared})
         if first:
-            self.skipped = frame["seq"] - self.history
+            self.skipped = frame["seq"] - self.config.history
             title, hint = shown(frame["title"]), self.words["term_hint"]
             self.view.notice(f"{title} · {self.people(NAMES_IN_LINE)} · {hint}", minor=True)
         if frame["reset"]:
@@ -5248,7 +5146,8 @@ class Client:
         if name == self.name:
             self.resolve(frame.get("cid"))
         if not deleted:
-            self.recent[seq] = name, shown(self.text_of(frame))[:QUOTED_CHARS]
+            self.recent[seq] = name, quoted(self.text_of(frame))
+            self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
 
@@ -5261,11 +5160,10 @@ class Client:
 
     def on_passage(self, frame: Mapping[str, Any]) -> None:
         self.count = frame["count"]
-        names = [shown(str(name)) for name in frame["names"] if name != self.name]
-        for name in names:
-            self.members.pop(name, None)
+        names = dict.fromkeys(shown(str(name)) for name in frame["names"] if name != self.name)
+        self.members = {name: None for name in self.members if name not in names}
         if frame["type"] == "joined":
-            self.members |= dict.fromkeys(names)
+            self.members |= names
         if names:
             self.view.notice(self.words["js_" + frame["type"]].format(names=", ".join(names)), minor=True)
 
@@ -5285,20 +5183,35 @@ class Client:
             self.view.notice(reason)
 
     def on_act(self, frame: Mapping[str, Any]) -> None:
-        """A host, or an author, did something."""
-        if words := act_words(frame, self.words, self.recent):
-            self.view.notice(words, minor="counts" in frame)
+        """A host, or somebody with a message, did something: tells it, and takes note of it."""
+        words, told = self.words, ""
+        by = shown(f"{frame['by']}: ") if "by" in frame else ""
         match frame:
-            case {"kind": "delete", "to": int(seq)}:
-                self.recent.pop(seq, None)
-            case {"type": "cleared", "seq": int(seq)}:
-                self.recent = {n: message for n, message in self.recent.items() if n > seq}
-            case {"type": "mode", "talk": str(talk), "every": int(every), "door": str(door)}:
-                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
-            case {"type": "muted"}:
+            case {"kind": "delete", "to": int(seq)} if message := self.recent.pop(seq, None):
+                told = words["term_deleted"].format(name=message[0])
+            case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in self.recent:
+                signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
+                told = f"{signs} · {': '.join(self.recent[seq])}"
+            case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
+                told = words["term_pinned"].format(name=shown(name), text=text)
+            case {"kind": "pin", "message": None}:
+                told = words["term_unpinned"]
+            case {"type": "cleared", "seq": int(last)}:
+                self.recent = {seq: message for seq, message in self.recent.items() if seq > last}
+                told = by + words["js_cleared"]
+            case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
                 self.hold_until = 0
+                clock = f"{datetime.datetime.fromtimestamp(until / 1000):%H:%M}"
+                told = words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=clock)
+            case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
+                self.hold_until, self.mode = 0, {"talk": talk, "every": every, "door": door}
+                told = by + words["js_locked" if talk == "hosts" else "js_unlocked"]
+                told += f" {words['js_slow'].format(n=every)}" if every else ""
+                told += f" {words['js_door_closed']}" if door == "closed" else ""
             case {"type": "hosts", "names": [*names]}:
                 self.hosts = [shown(str(name)) for name in names]
+        if told:
+            self.view.notice(told, minor="counts" in frame)
 
     # --- outbox ---
 
@@ -5311,8 +5224,8 @@ class Client:
 
     def update(self) -> None:
         """After whatever has changed: says what can be said, and lets everybody know."""
-        ready = self.connected and not self.store_away and time.monotonic() >= self.hold_until
-        if ready and self.outbox and not self.in_flight and self.socket:
+        ready = self.state == "js_state_connected" and time.monotonic() >= self.hold_until
+        if ready and self.outbox and not self.in_flight:
             self.in_flight, text = next(iter(self.outbox.items()))
             self.hold_reason = ""
             self.send({"type": "say", "text": text, "cid": self.in_flight})
@@ -5334,7 +5247,7 @@ class Client:
         return self.outbox.pop(str(cid), "")
 
     def report_unsent(self, text: str, reason: str) -> None:
-        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {shown(text)[:QUOTED_CHARS]}")
+        self.view.notice(f"{self.words['js_not_sent'].format(reason=reason)} {quoted(text)}")
 
     def people(self, most: int) -> str:
         names = [f"{HOST_MARK} {name}" if name in self.hosts else name for name in [*self.members][:most]]
@@ -5345,65 +5258,28 @@ class Client:
         """By the room's clock, in our time zone."""
         return datetime.datetime.fromtimestamp(time.time() + self.clock_ahead).astimezone()
 
-    def state(self) -> str:
-        """The word for how the connection is."""
-        if self.connected:
-            return "js_state_away" if self.store_away else "js_state_connected"
-        if self.connected is None:
-            return "js_state_connecting"
-        return "js_state_restarting" if self.restarting else "js_state_waiting"
-
-
-def act_words(frame: Mapping[str, Any], words: Mapping[str, str], recent: Mapping[int, tuple[str, str]]) -> str:
-    """What was done, to messages of which `recent` has author and beginning; "" if there is nothing to tell."""
-    by = shown(f"{frame['by']}: ") if "by" in frame else ""
-    match frame:
-        case {"kind": "delete", "to": int(seq)} if seq in recent:
-            return words["term_deleted"].format(name=recent[seq][0])
-        case {"kind": "react", "to": int(seq), "counts": {**counts}} if counts and seq in recent:
-            signs = " ".join(shown(f"{sign} {count}") for sign, count in counts.items())
-            return f"{signs} · {': '.join(recent[seq])}"
-        case {"kind": "pin", "message": {"name": str(name), "text": str(text)}}:
-            return words["term_pinned"].format(name=shown(name), text=text)
-        case {"kind": "pin", "message": None}:
-            return words["term_unpinned"]
-        case {"type": "cleared"}:
-            return by + words["js_cleared"]
-        case {"type": "muted", "name": str(name), "until": int(until)} if until in TIMES:
-            clock = datetime.datetime.fromtimestamp(until / 1000)
-            return words["js_muted" if until else "js_unmuted"].format(name=shown(name), time=f"{clock:%H:%M}")
-        case {"type": "mode", "talk": talk, "every": int(every), "door": door}:
-            keys = ["js_locked" if talk == "hosts" else "js_unlocked"]
-            keys += ["js_slow"] * (every > 0) + ["js_door_closed"] * (door == "closed")
-            return by + " ".join(words[key].format(n=every) for key in keys)
-    return ""
-
 
 # --- what the user asks for ---
 
 
-def obey(client: Client, text: str) -> bool:
+def obey(client: Client, typed: str) -> bool:
     """Says what was typed, or does what stands after a slash. Whether the user wants to stay."""
-    command, _, rest = text.strip().partition(" ")
-    if command in COMMANDS:
-        client.view.notice(COMMANDS[command](client, rest.strip()))
-    elif command in ACTS:
-        act(client, command, rest.strip())
-    elif command == "/quit":
-        return False
-    elif re.match("/(?!/)", command):
-        client.view.notice(client.words["term_no_command"].format(command=shown(command)))
-    elif command:
-        client.say(text.removeprefix("/"))
+    command, _, rest = typed.strip().partition(" ")
+    match command:
+        case "/quit":
+            return False
+        case "/who":
+            client.view.notice(client.people(client.count))
+        case "/help":
+            is_host = client.name in client.hosts
+            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+        case "/time":
+            client.view.notice(room_time(client, rest.strip()))
+        case _ if re.match("/(?!/)", command):
+            ask(client, command, rest.strip())
+        case _ if command:
+            client.say(typed.removeprefix("/"))
     return True
-
-
-def who(client: Client, rest: str) -> str:
-    return client.people(client.count)
-
-
-def help(client: Client, rest: str) -> str:
-    return client.words["term_help"] + ("\n" + client.words["term_help_host"] if client.is_host else "")
 
 
 def room_time(client: Client, wish: str) -> str:
@@ -5417,50 +5293,47 @@ def room_time(client: Client, wish: str) -> str:
     return client.words["term_time"].format(time=f"{now:%F %T}", zone=zone or f"{now:%Z}")
 
 
-def act(client: Client, command: str, rest: str) -> None:
+def ask(client: Client, command: str, rest: str) -> None:
     """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
-    if not client.connected:
-        client.view.notice(client.words[client.state()])
-        return
     try:
-        client.send(ACTS[command](client, rest) | {"cid": secrets.token_hex(12)})
+        frame = act_frame(client, command, rest)
     except ValueError:
-        client.view.notice(next(line for line in client.words["term_help_host"].splitlines() if command in line))
+        lines = client.words["term_help_host"].splitlines()
+        usage = [line for line in lines if command in re.findall("/[a-z-]+", line)]
+        client.view.notice(*usage or [client.words["term_no_command"].format(command=shown(command))])
+    else:
+        if client.connected:
+            client.send(frame | {"cid": secrets.token_hex(12)})
+        else:
+            client.view.notice(client.words[client.state])
 
 
-def note_frame(client: Client, name: str, **fields: Any) -> dict[str, Any]:
-    """The frame for something that is done to the last message of somebody, or of all. Raises ValueError for none."""
-    wanted = name_key(name)
-    to = max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == wanted)
-    return {"type": "note", "to": to, **fields}
+def act_frame(client: Client, command: str, rest: str) -> dict[str, Any]:
+    """The frame for a command; ValueError where there is none, or what stands behind it makes no sense."""
+    match [command, *rest.split()]:
+        case ["/delete-last", *_]:
+            return {"type": "note", "kind": "delete", "to": last_message(client, rest or client.name)}
+        case ["/pin" | "/unpin", *_]:
+            return {"type": "note", "kind": "pin", "to": last_message(client, rest), "value": command == "/pin"}
+        case ["/mute", *name, minutes]:
+            return {"type": "mute", "name": " ".join(name), "seconds": 60 * int(minutes)}
+        case ["/remove", *_]:
+            return {"type": "remove", "name": rest, "seconds": REMOVE_SECONDS}
+        case ["/lock" | "/open"]:
+            return {"type": "mode", "talk": "hosts" if command == "/lock" else "everyone"}
+        case ["/slow", seconds]:
+            return {"type": "mode", "every": int(seconds)}
+        case ["/door"]:
+            return {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"}
+        case ["/clear", "yes"]:  # it can't be undone
+            return {"type": "clear"}
+    raise ValueError(command)
 
 
-def mute_frame(client: Client, rest: str) -> dict[str, Any]:
-    name, _, minutes = rest.rpartition(" ")
-    return {"type": "mute", "name": name.strip(), "seconds": 60 * int(minutes)}
-
-
-def clear_frame(client: Client, rest: str) -> dict[str, Any]:
-    """Raises ValueError where it isn't meant: it can't be undone."""
-    if rest != "yes":
-        raise ValueError
-    return {"type": "clear"}
-
-
-COMMANDS = {"/who": who, "/help": help, "/time": room_time}
-# What becomes a frame; ValueError where what stands behind the command makes no sense.
-ACTS: dict[str, Callable[[Client, str], dict[str, Any]]] = {
-    "/delete-last": lambda client, name: note_frame(client, name or client.name, kind="delete"),
-    "/pin": lambda client, name: note_frame(client, name, kind="pin", value=True),
-    "/unpin": lambda client, _: note_frame(client, "", kind="pin", value=False),
-    "/mute": mute_frame,
-    "/remove": lambda client, name: {"type": "remove", "name": name, "seconds": REMOVE_SECONDS},
-    "/lock": lambda client, _: {"type": "mode", "talk": "hosts"},
-    "/open": lambda client, _: {"type": "mode", "talk": "everyone"},
-    "/slow": lambda client, seconds: {"type": "mode", "every": int(seconds)},
-    "/door": lambda client, _: {"type": "mode", "door": "closed" if client.mode["door"] == "open" else "open"},
-    "/clear": clear_frame,
-}
+def last_message(client: Client, name: str) -> int:
+    """The seq of the last message of somebody; of all for "". Raises ValueError for none."""
+    key = name_key(name)
+    return max(seq for seq, (author, _) in client.recent.items() if not name or name_key(author) == key)
 
 
 # === Terminal views ===================================================================================================
@@ -5472,11 +5345,6 @@ NAME_COLORS = (32, 33, 37, 64, 67, 98, 130, 133, 136, 161, 166, 168)  # of 256; 
 INDENT = "    "
 WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U0001f300-\U0003fffd"
 PIECE = re.compile(f"[^ {WIDE}]+ *| +|[{WIDE}](?:\ufe0f|[🏻-🏿]|\u200d.)* *")  # between two of them a row may end
-
-
-def safe(text: str) -> str:
-    """What others wrote, for a terminal: of its controls only newlines are left."""
-    return STEERING.sub("", text.replace("\t", INDENT))
 
 
 def most_columns(text: str) -> int:
@@ -5505,23 +5373,23 @@ def wrap(text: str, columns: int, width: Callable[[str], int]) -> list[str]:
 
 
 def lines_for(stream: TextIO, text: str, width: Callable[[str], int] = most_columns) -> str:
-    """Text of others as it may be written there: a terminal is left nothing to wrap by itself."""
+    """Text of others as it may be written there, without controls; a terminal is left nothing to wrap by itself."""
+    text = STEERING.sub("", text.replace("\t", INDENT))
     try:
         columns = os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:  # it is no terminal
-        return safe(text).replace("\n", f"\n{INDENT}")
-    return "\n".join(wrap(safe(text), max(columns - 1, 12), width))
+        return text.replace("\n", f"\n{INDENT}")
+    return "\n".join(wrap(text, max(columns - 1, 12), width))
 
 
 class Lines:
     """Pipes: a line of stdin is said, a message is a line of stdout; whatever else there is to know goes to stderr."""
 
-    def __init__(self, client: Client, config: Config) -> None:
-        self.client, self.config, self.words = client, config, client.words
-        self.state, self.leaving = "js_state_connected", asyncio.Event()  # the state that was told last
-        self.hold_reason = ""  # the one that was told last
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
+    def __init__(self, client: Client) -> None:
+        self.client, self.config, self.words = client, client.config, client.words
+        self.state, self.hold_reason = "js_state_connected", ""  # that were told last
+        self.leaving = asyncio.Event()
+        self.typed = os.isatty(0)  # by a person, who has commands and is told who comes and goes
 
     def said(self, frame: Mapping[str, Any]) -> str:
         """Who says it, with the badge of a host, to whom, and what."""
@@ -5536,17 +5404,17 @@ class Lines:
         try:
             print(lines_for(sys.stdout, self.said(frame)), flush=True)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            discard_stdout()
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.config.verbose or not minor:
+        if self.typed or self.config.verbose or not minor:
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
     def update(self) -> None:
         """Tells when the connection is lost, and when it is back; and why a host lets nobody write."""
-        if (state := self.client.state()) not in (self.state, "js_state_connecting"):
+        if (state := self.client.state) not in (self.state, "js_state_connecting"):
             self.state = state
             if not self.config.quiet:
                 self.notice(self.words[state])
@@ -5554,48 +5422,43 @@ class Lines:
             self.hold_reason = reason
             self.notice(reason)
 
+    async def run(self) -> None:
+        """Says what comes, until it ends and all is confirmed; a person waits for that only so long."""
+        await self.read()
+        if self.client.outbox or not self.typed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS if self.typed else None)
+
     async def read(self) -> None:
-        """Says what comes, until it ends and all is confirmed."""
         threading.Thread(target=self.read_stdin, args=[asyncio.get_running_loop()], daemon=True).start()
         await self.leaving.wait()
-        await self.client.idle.wait()
 
     def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread: a file can't be waited for in the loop. It reads no further than what has been said."""
         with contextlib.suppress(RuntimeError, concurrent.futures.CancelledError):  # the loop has ended
-            for line in read_lines():
-                asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
+            with contextlib.suppress(OSError):
+                for line in open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False):  # noqa: SIM115
+                    asyncio.run_coroutine_threadsafe(self.on_line(line), loop).result()
             loop.call_soon_threadsafe(self.leaving.set)
 
     async def on_line(self, line: str) -> None:
-        """Says it and waits until that is confirmed, or does what a person asks for who types it."""
-        if not sys.stdin.isatty():
-            if line.strip():
-                self.client.say(line)
-                await self.client.idle.wait()
-        elif not obey(self.client, line):
-            self.leaving.set()
-
-
-def read_lines() -> Iterator[str]:
-    """The lines of stdin, each as soon as it is there. Of one that is too long to be said, only its beginning."""
-    if sys.stdin is None:
-        return
-    with contextlib.suppress(OSError), open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as pipe:
-        while line := pipe.readline(2 * TEXT_CHARS):
-            yield line
-            while line and not line.endswith("\n"):
-                line = pipe.readline(2 * TEXT_CHARS)
+        """Says it and waits until that is confirmed, or does what a person asks for."""
+        if self.typed:
+            if not obey(self.client, line):
+                self.leaving.set()
+        elif line.strip():
+            self.client.say(line)
+            await self.client.idle.wait()
 
 
 class Screen(Lines):
     """A person at a terminal: prompt_toolkit edits what is typed, and keeps it below what is printed."""
 
-    def __init__(self, client: Client, config: Config, *, colors: bool) -> None:
+    def __init__(self, client: Client, *, colors: bool) -> None:
         """Raises ModuleNotFoundError where prompt_toolkit isn't installed."""
         import prompt_toolkit.patch_stdout  # type: ignore[import-not-found,unused-ignore]
 
-        super().__init__(client, config)
+        super().__init__(client)
         self.colors, self.day = colors, client.now().date()
         self.tools: Any = prompt_toolkit
         keys = prompt_toolkit.key_binding.KeyBindings()
@@ -5633,7 +5496,7 @@ class Screen(Lines):
 
     def update(self) -> None:
         """Below what is being typed: what is wrong, and what isn't sent yet."""
-        texts, state = [*self.client.outbox.values()], self.client.state()
+        texts, state = [*self.client.outbox.values()], self.client.state
         rows = [self.words[state]] if state != "js_state_connected" else []
         why = (self.client.connected and self.client.hold_reason) or self.words[WAITS.get(state, "js_waiting")]
         rows += [f"{why} · {shown(text)}" for text in texts[:PENDING_ROWS]]
@@ -5643,23 +5506,18 @@ class Screen(Lines):
         self.session.app.invalidate()
 
     async def read(self) -> None:
-        """Until the user leaves and has been heard."""
         with self.tools.patch_stdout.patch_stdout(raw=True), contextlib.suppress(EOFError, KeyboardInterrupt):
             while obey(self.client, await self.session.prompt_async(handle_sigint=False)):
                 pass
-        if self.client.outbox:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.client.idle.wait(), QUIT_SECONDS)
 
 
-def choose_view(client: Client, config: Config, environ: Mapping[str, str]) -> Lines:
-    view = Lines(client, config)
+def choose_view(client: Client, environ: Mapping[str, str]) -> Lines:
     if os.isatty(0) and os.isatty(1) and environ.get("TERM") != "dumb":
         try:
-            return Screen(client, config, colors=not environ.get("NO_COLOR"))
+            return Screen(client, colors=not environ.get("NO_COLOR"))
         except ModuleNotFoundError:
-            view.notice(client.words["term_plain"])
-    return view
+            Lines(client).notice(client.words["term_plain"])
+    return Lines(client)
 
 
 async def join(config: Config, environ: Mapping[str, str]) -> None:
@@ -5670,14 +5528,12 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
         await client.log_in()
     except UNREACHED as error:
         raise client.unreachable(error) from None
-    client.view = choose_view(client, config, environ)
+    client.view = choose_view(client, environ)
+    ends = client.keep_connected(), client.view.run(), stop_on_signals().wait()
+    tasks = [asyncio.create_task(end) for end in ends]
     try:
-        stop = stop_on_signals()
-        tasks = [asyncio.create_task(task) for task in (client.keep_connected(), client.view.read(), stop.wait())]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
     finally:
         await client.log_out()
     if client.outbox:
@@ -5689,118 +5545,29 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 # === Command line =====================================================================================================
 # The only place that reads the arguments and the environment, and that configures logging. Bad input is one line.
 
-
-CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, and what isn't on the command line may be in the environment."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.variables: dict[str, tuple[list[str], Callable[[str], Any]]] = {}  # of each option; what its value must be
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"tornchat: {message} (--help tells more)\n")
-
-    def option(self, *flags: str, env: str = "", type: Callable[[str], Any], help: str, **kwargs: Any) -> None:
-        """An option with a value, which may stand in one of these variables of the environment instead."""
-        variables = env.split()
-        help += f" [{', '.join(variables)}]" if env else ""
-        action = self.add_argument(*flags, type=type, help=help, **kwargs)
-        self.variables[action.dest] = variables, type
-
-    def from_environment(self, dest: str, environ: Mapping[str, str]) -> dict[str, Any]:
-        """The setting of that name, of the first of its variables that isn't empty; {} where there is none."""
-        variables, kind = self.variables[dest]
-        for name in filter(environ.get, variables):
-            try:
-                return {dest: kind(environ[name])}
-            except argparse.ArgumentTypeError as error:
-                self.error(f"environment variable {name}: {error}")
-        return {}
+# What the value of an option must be: each of these raises ArgumentTypeError with the reason.
 
 
-def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+def within(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    def convert(value: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (number := kind(value)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number from {least} to {most}")
 
-    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
-    """
-    parser = Parser(
-        prog="tornchat.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    add_options(parser)
-    settings = vars(parser.parse_args(argv))
-    for dest in CLIENT_SETTINGS if "join" in settings else parser.variables:
-        if dest not in settings:
-            settings |= parser.from_environment(dest, environ)
-    settings.setdefault("name", user_name(environ))
-    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
-    config = Config(**settings)
-    if config.workers > 1 and not config.redis_url:
-        parser.error("--workers needs a Redis (--redis-url), where the workers meet")
-    if config.workers > 1 and not hasattr(os, "fork"):
-        parser.error("--workers needs a Unix system")
-    if config.workers > 1 and not Path(__file__).is_file():
-        parser.error("--workers needs tornchat.py as a file, which each of them can read")
-    if config.keyfile and not config.certfile:
-        parser.error("--keyfile needs --certfile")
-    if environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join):
-        parser.error("environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password")
-    return config
+    return convert
 
 
-def add_options(parser: Parser) -> None:
-    """All options. A setting without flag and variable is what Config says."""
-    option, switch = parser.option, parser.add_argument
-    # fmt: off
-    option("-p", "--port", metavar="N", env="TORNCHAT_PORT PORT", type=port_number,
-           help="port to listen on, 0 = any free one; default 8888, or the next free one")
-    option("--host", metavar="ADDR", env="TORNCHAT_HOST", type=host_address, help="address to bind; default all")
-    option("--title", metavar="TEXT", env="TORNCHAT_TITLE", type=room_title,
-           help="name of the room on every page; default tornchat")
-    option("--password", metavar="TEXT", env="TORNCHAT_PASSWORD", type=text, help="asked at login; default none")
-    option("--redis-url", metavar="URL", env="REDIS_URL", type=redis_url,
-           help="redis://, rediss:// or unix://; default none: messages are kept in memory")
-    option("--room", metavar="NAME", env="TORNCHAT_ROOM", type=room_name,
-           help="which room of that Redis; default lobby")
-    option("--history", metavar="N", env="TORNCHAT_HISTORY", type=history_length,
-           help="messages shown to a newcomer; default 100")
-    option("--rate", metavar="N", env="TORNCHAT_RATE", type=message_rate,
-           help="messages per second and session, burst 5 times that, 0 = no limit; default 2")
-    option("--pictures", metavar="MB", env="TORNCHAT_PICTURES", type=picture_megabytes,
-           help="so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32")
-    option("--allow-host", metavar="NAME", env="TORNCHAT_ALLOW_HOST", type=host_names, action="extend",
-           help="a public name under which the room may be opened; repeatable, or with commas")
-    option("--trust-proxy", env="TORNCHAT_TRUST_PROXY", type=yes_or_no, nargs="?", const=True,
-           metavar="yes", help="believe X-Forwarded-For, -Proto and -Host from a proxy on this machine")
-    option("--workers", metavar="N", env="TORNCHAT_WORKERS", type=worker_count,
-           help="that many processes on one port; more than 1 needs a Redis; default 1")
-    option("--wait", metavar="SECONDS", env="TORNCHAT_WAIT", type=patience,
-           help="for a Redis that doesn't answer yet at the start; default 30")
-    option("--certfile", metavar="FILE", type=text, help="certificate (PEM) to serve https with")
-    option("--keyfile", metavar="FILE", type=text, help="its key, where that is a file of its own")
-    option("--transcript", metavar="WHO", env="TORNCHAT_TRANSCRIPT", type=transcript_readers,
-           help="who may download what was said: host, everyone or off; default host")
-    option("--secret", metavar="TEXT", env="TORNCHAT_SECRET", type=text, help="signs the cookies; default: made up")
-    option("--host-key", metavar="TEXT", env="TORNCHAT_HOST_KEY", type=text,
-           help="whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal "
-           "only")
-    option("--join", metavar="URL", type=room_url,
-           help="talk in that room instead of serving one: http://host:8888/, or host:port; the password as above, and "
-           "--history is how many earlier messages are shown")
-    option("--name", metavar="NAME", type=text, help="with --join: the nickname; default [USER]")
-    switch("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
-    switch("-v", "--verbose", action="count", help="log requests; twice: everything")
-    # fmt: on
-    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+def one_of(meanings: Mapping[str, Any]) -> Callable[[str], Any]:
+    def convert(value: str) -> Any:
+        if value.lower() in meanings:
+            return meanings[value.lower()]
+        raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(meanings)}")
+
+    return convert
 
 
-# What the value of an option must be. Each of these raises ArgumentTypeError with the reason.
+yes_or_no = one_of(dict.fromkeys(("1", "yes", "true", "on"), True) | dict.fromkeys(("0", "no", "false", "off"), False))
 
 
 def text(value: str) -> str:
@@ -5819,36 +5586,6 @@ def host_address(value: str) -> str:
     raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host")
 
 
-def number_between(text: str, least: float, most: float, kind: type[int] | type[float]) -> Any:
-    with contextlib.suppress(ValueError):
-        if least <= (value := kind(text)) <= most:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
-
-
-port_number = functools.partial(number_between, least=0, most=65535, kind=int)
-worker_count = functools.partial(number_between, least=1, most=64, kind=int)
-history_length = functools.partial(number_between, least=0, most=RING_MESSAGES, kind=int)
-picture_megabytes = functools.partial(number_between, least=0, most=100_000, kind=int)
-message_rate = functools.partial(number_between, least=0, most=1_000_000, kind=float)
-patience = functools.partial(number_between, least=0, most=86400, kind=float)
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() in ("1", "yes", "true", "on"):
-        return True
-    if text.lower() in ("0", "no", "false", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-
-
-def transcript_readers(value: str) -> str:
-    """Raises ArgumentTypeError."""
-    if value not in ("host", "everyone", "off"):
-        raise argparse.ArgumentTypeError(f"{value!r} is neither host, everyone nor off")
-    return value
-
-
 def room_title(value: str) -> str:
     if shown(value) != value or not 0 < len(value) <= 80:
         raise argparse.ArgumentTypeError("a title has 1 to 80 characters, all of them visible")
@@ -5862,10 +5599,10 @@ def room_name(value: str) -> str:
     return text(value)
 
 
-def host_names(text: str) -> list[str]:
-    names = [host_name(name) for name in map(str.strip, text.split(",")) if name]
+def host_names(value: str) -> list[str]:
+    names = [host_name(name) for name in map(str.strip, value.split(",")) if name]
     if not names or "" in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, or several with commas")
+        raise argparse.ArgumentTypeError(f"{value!r} is not the name of a host, or several with commas")
     return names
 
 
@@ -5880,15 +5617,15 @@ def redis_url(value: str) -> str:
     raise argparse.ArgumentTypeError("malformed: redis://host:port/db expected, or rediss://, or unix:///path")
 
 
-def room_url(text: str) -> str:
+def room_url(value: str) -> str:
     """The address of a room, as its routes begin.
 
     People leave out the scheme, and then mean our default port; or they copy the address of a page.
     """
     with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        parts = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
         scheme = {"http": "http", "ws": "http", "https": "https", "wss": "https"}.get(parts.scheme)
-        port = f":{parts.port}" if parts.port else "" if "://" in text else f":{DEFAULT_PORT}"
+        port = f":{parts.port}" if parts.port else "" if "://" in value else f":{DEFAULT_PORT}"
         if scheme and re.fullmatch(r"[\w.-]+|[0-9a-f:.]+(%\w+)?", parts.hostname or "") and "@" not in parts.netloc:
             host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
             path = urllib.parse.quote(re.sub(r"/(login|chat)?$", "", parts.path), safe="/%")
@@ -5896,11 +5633,101 @@ def room_url(text: str) -> str:
     raise argparse.ArgumentTypeError("malformed: http://host:8888/ expected, or https://, or host:port")
 
 
-def user_name(environ: Mapping[str, str]) -> str:
-    """The user's name on this machine, if the room can take it; root, for one, comes as a guest."""
-    with contextlib.suppress(Refused):
-        return clean_name(environ.get("USER", ""))
-    return ""
+# Each option with a value: flags, metavar, its variables in the environment, what the value must be, help. A setting
+# without flag and variable is what Config says.
+# fmt: off
+OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
+    ("-p --port", "N", "TORNCHAT_PORT PORT", within(0, 65535),
+     "port to listen on, 0 = any free one; default 8888, or the next free one"),
+    ("--host", "ADDR", "TORNCHAT_HOST", host_address, "address to bind; default all"),
+    ("--title", "TEXT", "TORNCHAT_TITLE", room_title, "name of the room on every page; default tornchat"),
+    ("--password", "TEXT", "TORNCHAT_PASSWORD", text, "asked at login; default none"),
+    ("--redis-url", "URL", "REDIS_URL", redis_url,
+     "redis://, rediss:// or unix://; default none: messages are kept in memory"),
+    ("--room", "NAME", "TORNCHAT_ROOM", room_name, "which room of that Redis; default lobby"),
+    ("--history", "N", "TORNCHAT_HISTORY", within(0, RING_MESSAGES), "messages shown to a newcomer; default 100"),
+    ("--rate", "N", "TORNCHAT_RATE", within(0, 1_000_000, float),
+     "messages per second and session, burst 5 times that, 0 = no limit; default 2"),
+    ("--pictures", "MB", "TORNCHAT_PICTURES", within(0, 100_000),
+     "so much of pictures is kept in all, the oldest go first, 0 = no pictures; default 32"),
+    ("--allow-host", "NAME", "TORNCHAT_ALLOW_HOST", host_names,
+     "a public name under which the room may be opened; repeatable, or with commas"),
+    ("--trust-proxy", "yes", "TORNCHAT_TRUST_PROXY", yes_or_no,
+     "believe X-Forwarded-For, -Proto and -Host from a proxy on this machine"),
+    ("--workers", "N", "TORNCHAT_WORKERS", within(1, 64),
+     "that many processes on one port; more than 1 needs a Redis; default 1"),
+    ("--wait", "SECONDS", "TORNCHAT_WAIT", within(0, 86400, float),
+     "for a Redis that doesn't answer yet at the start; default 30"),
+    ("--certfile", "FILE", "", text, "certificate (PEM) to serve https with"),
+    ("--keyfile", "FILE", "", text, "its key, where that is a file of its own"),
+    ("--transcript", "WHO", "TORNCHAT_TRANSCRIPT", one_of({who: who for who in ("host", "everyone", "off")}),
+     "who may download what was said: host, everyone or off; default host"),
+    ("--secret", "TEXT", "TORNCHAT_SECRET", text, "signs the cookies; default: made up"),
+    ("--host-key", "TEXT", "TORNCHAT_HOST_KEY", text,
+     "whoever opens /host?key=TEXT, or joins with it, is a host; default: made up, printed on a terminal only"),
+    ("--join", "URL", "", room_url, "talk in that room instead of serving one: http://host:8888/, or host:port; "
+     "the password as above, and --history is how many earlier messages are shown"),
+    ("--name", "NAME", "", text, "with --join: the nickname; default [USER]"),
+)
+# fmt: on
+CLIENT_SETTINGS = ("password", "history", "host_key")  # of the environment, with --join
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """The Config of a command line; what isn't on it may be in the environment. Wrong usage exits with 2 and a line.
+
+    A variable that a flag overrides, or that has no use for a client, isn't looked at: it may be another program's.
+    """
+    parser, variables = make_parser()
+    settings = vars(parser.parse_args(argv))
+    for setting in CLIENT_SETTINGS if "join" in settings else variables:
+        names, kind = variables[setting]
+        name = next(filter(environ.get, names), "")
+        if name and setting not in settings:
+            try:
+                settings[setting] = kind(environ[name])
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"environment variable {name}: {error}")
+    with contextlib.suppress(Refused):  # root, for one, comes as a guest
+        settings.setdefault("name", clean_name(environ.get("USER", "")))
+    settings["inherited"] = tuple(map(int, filter(None, environ.get("TORNCHAT_INHERITED", "").split(","))))
+    config = Config(**settings)
+    several = config.workers > 1
+    for wrong, why in (
+        (several and not config.redis_url, "--workers needs a Redis (--redis-url), where the workers meet"),
+        (several and not hasattr(os, "fork"), "--workers needs a Unix system"),
+        (several and not Path(__file__).is_file(), "--workers needs tornchat.py as a file that they can read"),
+        (config.keyfile and not config.certfile, "--keyfile needs --certfile"),
+        (environ.get("TORNCHAT_PASSWORD") == "" and not (config.password or config.join),
+         "environment variable TORNCHAT_PASSWORD is empty: unset it for a room without a password"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(why)
+    return config
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
+    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    parser = argparse.ArgumentParser(
+        prog="tornchat",
+        usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    variables = {}
+    for flags, metavar, env, kind, words in OPTIONS:
+        names = env.split()
+        words += f" [{', '.join(names)}]" if names else ""
+        extra: dict[str, Any] = {"action": "extend"} if kind is host_names else {}
+        extra |= {"nargs": "?", "const": True} if kind is yes_or_no else {}
+        action = parser.add_argument(*flags.split(), metavar=metavar, type=kind, help=words, **extra)
+        variables[action.dest] = names, kind
+    parser.add_argument("-q", "--quiet", action="store_true", help="no banner; log warnings and errors only")
+    parser.add_argument("-v", "--verbose", action="count", help="log requests; twice: everything")
+    parser.add_argument("--version", action="version", version=f"tornchat {__version__}")
+    return parser, variables
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
@@ -5918,16 +5745,13 @@ class LogHandler(logging.StreamHandler[TextIO]):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.INFO or record.name == log.name:
             return True
-        place = record.pathname, record.lineno, record.exc_info and record.exc_info[0]
-        now = time.monotonic()
+        place, now = (record.pathname, record.lineno, record.exc_info and record.exc_info[0]), time.monotonic()
         last, left_out = self.places.get(place, (-math.inf, 0))
-        if now - last < 1:
-            self.places[place] = last, left_out + 1
-            return False
-        self.places[place] = now, 0
-        if left_out:
+        due = now - last >= 1
+        self.places[place] = (now, 0) if due else (last, left_out + 1)
+        if due and left_out:
             record.msg = f"{record.msg} (and {left_out} more like this)"
-        return True
+        return due
 
 
 def configure_logging(config: Config) -> None:
@@ -5949,7 +5773,8 @@ def configure_logging(config: Config) -> None:
 
 async def run(config: Config) -> None:
     """Talks in a room, serves one, or keeps workers that do. Raises FatalError."""
-    wake_on_signals()
+    if os.name == "posix":  # where the loop handles a signal of its own, each wakes it: Python's handlers don't
+        asyncio.get_running_loop().add_signal_handler(signal.SIGURG, lambda: None)
     if config.join:
         await join(config, os.environ)
     elif config.workers > 1 and not config.inherited:
@@ -6515,9 +6340,9 @@ button {
 button:hover { filter: brightness(1.08); }
 button.plain { border: 1px solid var(--line); background: none; color: var(--ink); }
 button.bad { background: var(--bad); }
-button.plain.bad, button.plain:disabled { background: none; }
-button.plain.bad { color: var(--bad); }
-button:disabled { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain.bad { background: none; color: var(--bad); }
+button:where(:disabled) { background: var(--line); color: var(--quiet); cursor: default; }
+button.plain:disabled { color: var(--quiet); }
 input:not([type="checkbox"]), textarea, select {
   width: 100%; min-height: 46px; padding: 10px 14px; border: 1px solid var(--quiet); border-radius: 12px;
   background: var(--surface); color: inherit; font: inherit;
@@ -6627,7 +6452,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
   padding: 0 2px 10px 15px;
 }
 #unpin { margin-inline-start: auto; }
-[data-state="connected"] #log:empty::before {
+[data-state="connected"] #log:empty::before, #sorted:empty::before {
   content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
 }
 .face {
@@ -6639,7 +6464,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .message { content-visibility: auto; contain-intrinsic-size: auto 48px; overflow-clip-margin: 6px; }
+  .part { content-visibility: auto; contain-intrinsic-size: auto 1920px; overflow-clip-margin: 6px; }
 }
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
@@ -6655,7 +6480,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .text[data-time]::after {
   content: attr(data-time); display: inline-block; padding-inline-start: 12px; font-size: .75rem; visibility: hidden;
 }
-.message:has(+ .run) time, .message:has(+ .run) .text::after { display: none; }
+.goes-on time, .goes-on .text::after { display: none; }
 .failed .line { display: block; }
 .text { flex: 1 1 auto; min-width: 0; white-space: pre-wrap; }
 .text.emoji { font-size: 2.5em; line-height: 1.2; }
@@ -6677,7 +6502,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .mine .face { display: none; }
 .mine .bubble { max-width: min(85%, 40rem); border-radius: 16px 16px 6px; background: var(--mine); }
 .past { color: var(--quiet); filter: grayscale(1); }
-.past .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
+.past .bubble, .deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .notice:empty { display: none; }
 [data-kind="new"] { display: flex; align-items: center; gap: 12px; color: var(--accent); font-weight: 600; }
 [data-kind="new"]::before, [data-kind="new"]::after { content: ""; flex: 1; border-block-start: 1px solid; }
@@ -6697,15 +6522,15 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 #box {
   flex: 1; width: 0; max-height: min(6 * 1.45em + 22px, .4 * var(--height, 100dvh) - 20px); border-radius: 22px;
-  resize: none;
+  field-sizing: content; resize: none;
 }
-#send, #break { flex: none; width: 46px; height: 46px; padding: 0; border-radius: 50%; }
-#break { border: 0; margin-inline-end: -8px; color: var(--quiet); }
+#send, #break, #pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; }
+#break { margin-inline-end: -8px; color: var(--quiet); }
 @media not (any-pointer: coarse) { #break { display: none; } }  /* Enter sends, and a phone has no Shift+Enter */
 #matches {
   position: absolute; z-index: 1; bottom: 100%; inset-inline-start: var(--left); max-width: calc(100% - 24px);
-  padding: 4px;
-  border: 1px solid var(--line); border-radius: 14px; background: var(--surface); box-shadow: 0 2px 8px #0003;
+  padding: 4px; border: 1px solid var(--line); border-radius: 14px; background: var(--surface);
+  box-shadow: 0 2px 8px #0003;
 }
 #matches button { display: block; width: 100%; border: 0; text-align: start; overflow-wrap: anywhere; }
 #matches button:first-child:not(:hover) { background: var(--code); }
@@ -6719,7 +6544,7 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 }
 
 /* Pictures: as large as they will be, before they are there */
-#pick { flex: none; width: 46px; height: 46px; padding: 0; border: 0; border-radius: 50%; margin-inline: -6px -4px; }
+#pick { margin-inline: -6px -4px; }
 #attached { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: 8px; padding-bottom: 8px; }
 #attached button { position: relative; padding: 0; overflow: hidden; background: var(--code); }
 #attached button::after {
@@ -6727,10 +6552,11 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   background: var(--ink); color: var(--surface); line-height: 22px;
 }
 #attached canvas { display: block; width: 72px; height: 72px; object-fit: cover; }
+.picture, .sign, .quote { background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; }
 .picture {
   display: block; width: min(1px * var(--wide), 20rem * var(--wide) / var(--high)); min-width: 44px; max-width: 100%;
   max-height: 20rem; margin: 3px 0 5px; padding: 0; overflow: hidden; aspect-ratio: var(--wide) / var(--high);
-  border-radius: 8px; background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400;
+  border-radius: 8px;
 }
 .picture > * { display: block; width: 100%; height: 100%; object-fit: contain; }
 .picture.gone { min-width: 10rem; padding: 8px; }
@@ -6768,25 +6594,22 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
 .copied { position: absolute; opacity: 0; }
 .signs { display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 1px; }
 .sign {
-  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background: var(--code) padding-box;
-  color: inherit; font-size: .8125rem; font-variant-numeric: tabular-nums;
+  min-width: 0; min-height: 28px; padding: 0 9px; border-radius: 22px; background-clip: padding-box; font-weight: 600;
+  font-variant-numeric: tabular-nums;
 }
-.sign:disabled { background: var(--code); color: inherit; }
 .sign[aria-pressed="true"] { box-shadow: inset 0 0 0 1.5px var(--accent); color: var(--accent); }
 .quote {
   display: block; max-width: 100%; min-height: 32px; margin: 2px 0 5px; padding: 0 10px; overflow: hidden;
-  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px;
-  background: var(--code); color: inherit; font-size: .8125rem; font-weight: 400; text-align: start;
+  border-inline-start: 3px solid oklch(var(--name) var(--hue, 0)); border-radius: 4px 8px 8px 4px; text-align: start;
   text-overflow: ellipsis; white-space: nowrap;
 }
-.quote:disabled { border-color: var(--quiet); background: var(--code); }
+.quote:disabled { border-color: currentColor; color: var(--quiet); }
 .quote bdi { color: oklch(var(--name) var(--hue)); font-weight: 700; }
 @media (any-pointer: coarse) {
   .signs { gap: 0; margin: -4px -4px -6px; }
   .sign { min-width: 44px; min-height: 44px; border: solid transparent; border-width: 8px 4px; }
   .quote { min-height: 44px; }
 }
-.deleted .bubble { background: none; box-shadow: inset 0 0 0 1px var(--line); }
 .deleted .text { color: var(--quiet); font-style: italic; }
 .found .bubble { outline: 2px solid var(--accent); outline-offset: 2px; }
 .back { display: block; margin: 6px 0 4px; font-size: .875rem; }
@@ -6804,9 +6627,6 @@ mark { border-radius: 4px; padding: 0 .2em; background: var(--warn); color: var(
   padding: 4px calc(max(0px, 50% - 28rem) + var(--right)) 16px calc(max(0px, 50% - 28rem) + var(--left));
 }
 #sorted:not([hidden]) ~ #composer #newer { display: none; }
-#sorted:empty::before {
-  content: attr(data-empty); display: block; padding: 32px 0; color: var(--quiet); text-align: center;
-}
 @media (max-width: 48rem) {
   #menu { inset: auto 0 0; width: 100%; max-width: 100%; padding: 12px 12px var(--foot); border-radius: 20px 20px 0 0; }
   #menu::backdrop { background: #0006; }
@@ -6925,9 +6745,11 @@ const HOLD_MS = 3000;             // to wait where a refusal names no time
 const SOCKETS_TRIED = 2;          // in a row that never got through, before it is tried by polling
 const PROBE_MS = [3000, 300000];  // while polling, pauses between tries of the socket: the first, and the longest
 const POLL_SECONDS = 25;          // below what proxies and the server end by themselves
-const SLICE_MS = 8;               // of a frame of 16, for drawing what has come
+const SLICE_MS = 24;              // of drawing what has come, before keys are listened to
+const REST = [16, 800];           // after drawing: times as long as it took, milliseconds at most: for keys and fingers
 const RUN_MS = 5 * 60000;         // a longer pause shows the name again
-const MAX_ROWS = 1200;            // in the page: the 1,000 messages that come back at most, and notices between them
+const PART_ROWS = 40;             // of the log: a few of them are in sight, and the others cost nothing
+const MAX_PARTS = 30;             // of the log: the 1,000 messages that come back at most, and notices between them
 const FOLD = [1000, 15];          // characters and lines, of which a longer message shows only the beginning
 const MAX_ELEMENTS = 100;         // in a message: what comes behind them is plain text
 const SAID_KEPT = 20;             // for the arrow keys
@@ -7013,6 +6835,7 @@ const shown = new Map();          // seq -> row, of this epoch
 const toDraw = [];                // what changes the log, in its order, until a frame has time for it
 let sliceTimer = 0;
 let sliceFrame = 0;
+let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
 let rosterDue = false;
@@ -7031,8 +6854,8 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick});
+function makeButton(text, onclick, attributes = {}) {
+  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -7046,22 +6869,26 @@ function draw(task) {
 function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
   clearTimeout(sliceTimer);
   cancelAnimationFrame(sliceFrame);
+  const rest = restUntil - performance.now();
   if (document.hidden) sliceTimer = setTimeout(drawSlice);
+  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
   else sliceFrame = requestAnimationFrame(drawSlice);
 }
 
 function drawSlice() {
-  const end = performance.now() + SLICE_MS;
+  const began = performance.now();
   try {
-    while (toDraw.length && performance.now() < end) toDraw.shift()();
+    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
   } finally {
-    drawnAt = performance.now();
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  if (!toDraw.length && !document.hidden) markRead();
+  drawnAt = performance.now();
+  if (toDraw.length) return;
+  restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
+  if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
@@ -7170,7 +6997,8 @@ function showMessage(frame, away) {
   const missed = !following && name !== me;
   if (missed && !unseen) removeNewLine();
   if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  log.insertBefore(row, next);
+  if (next) next.before(row);
+  else addRow(row);
   lastDrawn = Math.max(lastDrawn, seq);
   shown.set(seq, row);
   settle(row);
@@ -7179,15 +7007,29 @@ function showMessage(frame, away) {
   if (missed) unseen += 1;
 }
 
+function addRow(row) {
+  if (!(log.lastElementChild?.childElementCount < PART_ROWS)) log.append(make('div', 'part'));
+  log.lastElementChild.append(row);
+}
+
+function lastRow() {
+  return log.lastElementChild?.lastElementChild;
+}
+
+function rowAbove(row) {
+  return row.previousElementSibling || row.parentElement.previousElementSibling?.lastElementChild;
+}
+
 function settle(row) {  // what a message shows of its day and its author depends on the one above
   if (!row?.dataset.seq) return;
   const {name, ts} = row.dataset;
-  let above = row.previousElementSibling;
-  while (above && !above.dataset.ts) above = above.previousElementSibling;
+  let above = rowAbove(row);
+  const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
+  while (above && !above.dataset.ts) above = rowAbove(above);
   const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
-  const goesOn = above === row.previousElementSibling && above?.dataset.name === name &&
-    above.dataset.host === row.dataset.host;
-  row.classList.toggle('run', Boolean(sameDay && goesOn && ts - above.dataset.ts < RUN_MS));
+  const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
+  row.classList.toggle('run', run);
+  above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
 }
@@ -7200,17 +7042,15 @@ function renewDays() {  // when today has become yesterday
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
-  const most = following ? MAX_ROWS : 3 * MAX_ROWS;
-  while (log.childElementCount > most) {
-    shown.delete(Number(log.firstElementChild.dataset.seq));
-    log.firstElementChild.remove();
-    if (log.childElementCount === most) settle(log.firstElementChild);
-  }
+  if (log.childElementCount <= (following ? MAX_PARTS : 3 * MAX_PARTS)) return;
+  for (const row of log.firstElementChild.children) shown.delete(Number(row.dataset.seq));
+  log.firstElementChild.remove();
+  settle(log.firstElementChild.firstElementChild);
 }
 
 function notice(kind, text) {
-  let row = log.lastElementChild;
-  if (row?.dataset.kind !== kind) log.append(row = make('p', 'notice'));
+  let row = lastRow();
+  if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
 }
@@ -7218,7 +7058,7 @@ function notice(kind, text) {
 function drawNewLine() {
   if (newLine || projector) return;
   notice('new', words.new_line);
-  newLine = log.lastElementChild;
+  newLine = lastRow();
 }
 
 function removeNewLine() {
@@ -7227,7 +7067,7 @@ function removeNewLine() {
 }
 
 function showPresence(type, names) {  // lines are folded, and who is back at once was never away
-  if (log.lastElementChild?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
+  if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
   const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
@@ -7235,7 +7075,7 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
-  for (const row of log.children) {
+  for (const row of log.querySelectorAll('.part > *')) {
     row.classList.add('past');
     delete row.dataset.seq;
   }
@@ -7294,7 +7134,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.offsetTop > scroller.scrollTop + scroller.clientHeight)) return toBottom();
+  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7342,8 +7182,10 @@ function showState() {
 }
 
 function fitBox() {
-  box.style.height = 'auto';
-  box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  if (!CSS.supports('field-sizing', 'content')) {
+    box.style.height = 'auto';
+    box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+  }
   const rest = maxText - [...box.value].length;
   setText(leftOver, rest < COUNT_FROM ? fill(rest < 0 ? words.too_many : words.left_over, {n: Math.abs(rest)}) : '');
   leftOver.classList.toggle('over', rest < 0);
@@ -7911,15 +7753,14 @@ function showMode() {
   showHold();
 }
 
-function modeChanged({by, talk, every: pause, door: entry}) {
-  const next = {talk, every: pause, door: entry};
-  const changed = Object.keys(next).filter((part) => next[part] !== mode[part]);
-  const told = modeWords(next);
-  mode = next;
+function modeChanged(frame) {
+  const told = modeWords(frame);
+  const changed = Object.keys(told).filter((part) => frame[part] !== mode[part]);
+  mode = frame;
   holdUntil = 0;
   if (changed.length) {
     const sentences = changed.map((part) => told[part]).join(' ');
-    draw(() => notice(`mode ${changed}`, `${isolate(by)}: ${sentences}`));
+    draw(() => notice(`mode ${changed}`, `${isolate(frame.by)}: ${sentences}`));
   }
   showMode();
   pump();
@@ -7989,7 +7830,7 @@ function showPinned(message) {
 
 function unfoldPin(open) {
   pinBar.classList.toggle('open', open);
-  pinFold.setAttribute('aria-expanded', open);
+  pinFold.ariaExpanded = open;
 }
 
 function toPinned() {  // where it isn't in the page any more, the whole of it is shown here
@@ -8014,7 +7855,7 @@ let menuRow = null;
 let tabStop = null;               // of the log's many menu buttons the one that Tab leads to
 let touch = null;                 // the finger on a message
 let sortedDue = false;
-const back = Object.assign(makeButton(words.back), {className: 'plain back'});
+const back = makeButton(words.back, null, {className: 'plain back'});
 
 function react(seq, sign) {
   const value = (wishes.get(seq) ?? mine.get(seq)) === sign ? '' : sign;
@@ -8049,9 +7890,8 @@ function noted({to, kind, counts, message}) {
 
 function addChoices(row, counts) {
   if (!projector) {
-    const more = Object.assign(makeButton('', () => openMenu(row)), {className: 'more', tabIndex: -1});
-    more.setAttribute('aria-label', fill(words.choices, {name: isolate(row.dataset.name)}));
-    more.setAttribute('aria-haspopup', 'dialog');
+    const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
+    const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
@@ -8076,15 +7916,15 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
   const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
   const list = bubble.querySelector('.signs') || make('div', 'signs');
   const buttons = Object.entries(counts).map(([sign, count]) => {
-    const button = [...list.children].find(({value}) => value === sign) || makeButton('', () => react(seq, sign));
-    Object.assign(button, {className: 'sign', value: sign, disabled: projector});
-    button.setAttribute('aria-pressed', !projector && mine.get(seq) === sign);
+    const button = [...list.children].find(({value}) => value === sign)
+      || makeButton('', () => react(seq, sign), {className: 'sign', value: sign, disabled: projector});
+    button.ariaPressed = !projector && mine.get(seq) === sign;
     setText(button, `${sign} ${count}`);
     return button;
   });
   const focused = list.contains(document.activeElement) && document.activeElement;
   row.dataset.counts = JSON.stringify(counts);
-  list.setAttribute('aria-live', 'off');  // thirty hands are not thirty announcements
+  list.ariaLive = 'off';  // thirty hands are not thirty announcements
   list.replaceChildren(...buttons);
   if (buttons.length) bubble.append(list);
   else list.remove();
@@ -8109,13 +7949,13 @@ function deleteText(row) {  // its place stays, and says so; nothing of it is le
 
 function clearLog(upTo) {
   if (![...shown.keys()].some((seq) => seq <= upTo)) return;
-  const rest = [...log.children].filter(({dataset: {seq}}) => seq > upTo);
+  const rest = [...log.querySelectorAll('[data-seq]')].filter(({dataset: {seq}}) => seq > upTo);
   if (menuRow && !rest.includes(menuRow)) menu.close();
   for (const seq of [...shown.keys()].filter((number) => number <= upTo)) shown.delete(seq);
   log.replaceChildren();
   [newLine, unseen] = [null, 0];
   notice('cleared', words.cleared);
-  log.append(...rest);
+  rest.forEach(addRow);
   settle(rest[0]);
   showUnread(0);
   fillQuotes('');
@@ -8126,31 +7966,24 @@ function clearLog(upTo) {
 function openMenu(row) {
   const seq = Number(row.dataset.seq);
   if (!seq || !row.querySelector('.more')) return;  // of a history that is lost, or deleted
-  const choose = (text, todo) => makeButton(text, () => {
+  const choose = (text, todo, attributes) => makeButton(text, () => {
     menu.close();
     todo();
-  });
+  }, attributes);
+  const note = (kind, value) => act({type: 'note', to: seq, kind, value});
   const pin = seq === pinned?.seq;
   const choices = [choose(words.reply, () => replyTo(seq)), makeButton(words.copy, () => copyMessage(row))];
-  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => act({...noteOn(seq, 'pin'), value: !pin})));
+  if (isHost) choices.push(choose(pin ? words.unpin : words.pin, () => note('pin', !pin)));
   if (isHost || row.dataset.name === me) {
-    const sure = () => ask(words.delete_ask, words.delete, () => act(noteOn(seq, 'delete')));
-    choices.push(Object.assign(choose(words.delete, sure), {className: 'bad'}));
+    const sure = () => ask(words.delete_ask, words.delete, () => note('delete', true));
+    choices.push(choose(words.delete, sure, {className: 'bad'}));
   }
-  const offered = signs.map((sign) => {
-    const button = choose(sign, () => react(seq, sign));
-    button.setAttribute('aria-pressed', mine.get(seq) === sign);
-    return button;
-  });
+  const offered = signs.map((sign) => choose(sign, () => react(seq, sign), {ariaPressed: mine.get(seq) === sign}));
   menuRow = row;
   menu.ariaLabel = row.querySelector('.more').ariaLabel;
   menu.replaceChildren(make('p', 'offered', ...offered), ...choices);
   menu.showModal();
   placeMenu(row.querySelector('.more').getBoundingClientRect());
-}
-
-function noteOn(to, kind) {
-  return {type: 'note', to, kind};
 }
 
 function placeMenu({left, top, bottom}) {
@@ -8174,8 +8007,7 @@ function firstLine(row) {
 }
 
 function quoteOf(re) {
-  const quote = makeButton('', () => leadTo(quote));
-  quote.className = 'quote';
+  const quote = makeButton('', () => leadTo(quote), {className: 'quote'});
   quote.dataset.re = re;
   return fillQuote(quote);
 }
@@ -8233,10 +8065,10 @@ function setReply(next) {
   reply = next;
   keep('reply', reply ? JSON.stringify(reply) : '');
   replyLine.hidden = !reply;
-  const cancel = Object.assign(makeButton('×', () => {
+  const cancel = makeButton('×', () => {
     setReply(null);
     box.focus();
-  }), {className: 'plain', ariaLabel: words.no_answer});
+  }, {className: 'plain', ariaLabel: words.no_answer});
   replyLine.replaceChildren(...(reply ? [quoteOf(reply.re), cancel] : []));
 }
 
@@ -8288,7 +8120,7 @@ function drawSorted() {
   sortedDue = false;
   const [sign, since] = [sort.value, serverTime() - HOUR_MS];
   const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
-  const rows = [...log.children].filter((row) => countOf(row));
+  const rows = [...log.querySelectorAll('[data-counts]')].filter(countOf);
   if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
@@ -8298,7 +8130,7 @@ function drawSorted() {
 
 function copyOf(row) {  // to be read
   const copy = row.cloneNode(true);
-  copy.classList.remove('run', 'mine', 'found');
+  copy.classList.remove('run', 'goes-on', 'mine', 'found');
   delete copy.dataset.day;
   for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
   for (const button of copy.querySelectorAll('button')) button.disabled = true;
