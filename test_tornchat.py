@@ -3961,7 +3961,7 @@ class TestNotes(Transcripts):
         monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         await lan.serve()
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        await ann.say("who agrees?")
+        await ann.expect("message", cid=await ann.say("who agrees?"))
         sign: object
         for who, sign in ((ann, "👍"), (bob, "❓"), (bob, "👍"), (bob.tab(), "👍"), (ann, ""), (ann, "✋")):
             assert (await post_act(who, note(1, "react", value=sign)))[0] == 201
@@ -3976,26 +3976,23 @@ class TestNotes(Transcripts):
         again = await bob.tab(at=lan.daemons[-1]).connect()
         assert (await again.expect("welcome"))["mine"] == {"1": "👍"}
 
-    async def test_hands(self, lan: Lan) -> None:
+    async def test_hands(self, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who raises a hand is named in the order they came, to newcomers and after a restart, too."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         await lan.serve()
         ann, bob, carl = [await lan.join(name) for name in ("Ann", "Bob", "Carl")]
-        await ann.say("who is next?")
-        steps = ((bob, "✋", ["Bob"]), (ann, "✋", ["Bob", "Ann"]), (carl, "👍", ["Bob", "Ann"]))
-        again = (
-            (bob, "✋", ["Bob", "Ann"]),
-            (bob, "", ["Ann"]),
-            (bob, "✋", ["Ann", "Bob"]),
-            (carl, "", ["Ann", "Bob"]),
-        )
-        for who, sign, hands in (*steps, *again):
+        await ann.expect("message", cid=await ann.say("who is next?"))
+        both, turned = ["Bob", "Ann"], ["Ann", "Bob"]
+        steps: list[tuple[Browser, str, list[str]]] = [(bob, "✋", ["Bob"]), (ann, "✋", both), (carl, "👍", both)]
+        steps += [(bob, "✋", both), (bob, "", ["Ann"]), (bob, "✋", turned), (carl, "", turned)]
+        for who, sign, hands in steps:
             status, told = await post_act(who, note(1, "react", value=sign))
             assert (status, told["hands"]) == (201, hands)
-        await until_frame(carl, "note", hands=["Ann", "Bob"], counts={"✋": 2})
+        await until_frame(carl, "note", hands=turned, counts={"✋": 2})
         if lan.store.url:
             await lan.restart()
         zoe = await lan.join("Zoe")
-        await zoe.expect("message", seq=1, hands=["Ann", "Bob"])
+        await zoe.expect("message", seq=1, hands=turned)
 
     async def test_one_cid_for_several(self, memory_lan: Lan) -> None:
         """A message and an act with the same cid are two things: both are done, and each of them once."""
