@@ -1551,30 +1551,6 @@ class TestFeed(Transcripts):
         await feeds.redis.delete(feeds.place.key("leases"))
         await until(lambda: carl.key not in feed.room.roster)
 
-    async def test_G7_a_late_goodbye(self, feeds: Feeds) -> None:
-        """Who has left already can't take the name from its next owner by leaving again, nor talk under it."""
-        feed = await feeds.start()
-        ann = await feeds.enter(feed, "Ann")
-        old = ann.member
-        feed.room.leave(ann)  # or it would come back by itself
-        await feed.outbox.exit(old.sid, old.name)
-        new = await feed.outbox.enter("sid-new", "Ann")
-        left: list[object] = []
-        feed.outbox.propose("left", old, left.append, text="logout")
-        said: list[object] = []
-        feed.outbox.propose("message", old, said.append, cid="c1", text="I am Ann")
-        await feeds.settled(0)
-        await feed.outbox.enter("sid-Bob", "Bob")  # the two before are decided by now
-        assert len(left) == len(said) == 1
-        assert isinstance(said[0], tornchat.Refused)
-        assert said[0].code == "name-lost"
-        assert feed.room.roster[new.key] is new
-
-        async def written() -> bool:
-            return (await feed.store.read_state())[1].get(new.key) == ("sid-new", "Ann")
-
-        await until(written)
-
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start."""
         monkeypatch.setattr(tornchat, "FEED_NOTICES", 4)
@@ -1885,25 +1861,26 @@ class TestCommandLine(Transcripts):
             ("--certfile /nowhere/cert.pem --keyfile /nowhere/key.pem", "/nowhere/key.pem: No such file"),
             ("--certfile {folder}/none.pem --keyfile {folder}/none.pem", "none.pem"),
             ("--certfile {folder}/cert.pem --keyfile {folder}/locked.pem", "passphrase"),
-            ("--host 192.0.2.1", "192.0.2.1 port 0: Cannot assign requested address$"),
-            ("--host no-such-host", "no-such-host port 0: [^:.]+$"),  # another port is no cure
+            ("--host 192.0.2.1", r"192.0.2.1 port \d+: Cannot assign requested address$"),
+            ("--host no-such-host", r"no-such-host port \d+: [^:.]+$"),  # another port is no cure
         ],
     )
     async def test_why_it_cannot_start(
         self, options: str, why: str, tmp_path: Path, request: pytest.FixtureRequest
     ) -> None:
-        """What a start needs and doesn't find is named in one line, without a password; nobody is asked for one."""
+        """What a start needs and doesn't find is named in one line, without a password; the port is given back."""
         (tmp_path / "none.pem").write_text("nonsense")
         if "locked" in options:
             _, key = certificate(tmp_path)
             lock = ["openssl", "pkey", "-in", key, "-aes128", "-passout", "pass:hunter2"]
             assert await (await asyncio.create_subprocess_exec(*lock, "-out", tmp_path / "locked.pem")).wait() == 0
         server = request.getfixturevalue("redis_server").port if "{redis}" in options else 0
-        given = ["-p", "0", "--wait", "0", *options.format(folder=tmp_path, redis=server).split()]
+        given = ["-p", str(port := free_port()), "--wait", "0", *options.format(folder=tmp_path, redis=server).split()]
         config = tornchat.parse_config([*given, *([] if "--host" in given else ["--host", "127.0.0.1"])], {})
         with pytest.raises(tornchat.FatalError, match=why) as refused:
             await tornchat.Daemon.start(dataclasses.replace(config, silence_seconds=1.0))
         assert not re.search("hunter2|\n", str(refused.value))
+        assert not listens(port)
 
     @slow
     async def test_a_redis_that_is_not_up_yet(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -2448,6 +2425,9 @@ class TestSocket(Transcripts):
         false = {"name": "Bob", "nickname": "Bob", "sid": "x", "session": "x", "seq": "99", "ts": "1", "epoch": "x"}
         false |= {"id": "9-9", "names": "Bob", "member": "Bob", "from": "Bob", "text": "hi"}
         path = "/messages?" + urllib.parse.urlencode(false | {"type": "left"})
+        await (await ann.tab().connect(nickname="Bob")).closed(4409)
+        await ann.connect(name="Bob", sid="x", session="x", seq="9")
+        await ann.expect("welcome", name="Ann")
         await ann.send(json.dumps({"type": "say", "cid": "c1"} | false))
         heard = [await bob.expect("message", cid="c1")]
         await ann.fetch(path, form=false | {"cid": "c2", "type": "left"})
@@ -3561,10 +3541,13 @@ class TestPresence(Transcripts):
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         ann.drop()
         await bob.expect("left", names=["Ann"])
-        await lan.browser().login("Ann")
+        other = await lan.join("Ann")
         await ann.connect()
         await ann.expect("refused", code="name-lost")
         await ann.closed(4409)
+        await ann.fetch("/logout", form={})  # which takes nothing from the other one
+        await other.quiet()
+        assert "Ann" in (await bob.resume())["members"]
 
 
 # === Being the host ===================================================================================================
@@ -4614,16 +4597,6 @@ class TestAttacks(Transcripts):
         writer.close()
         assert daemon.room.seq == 0
 
-    async def test_G7_a_query_changes_nobody(self, lan: Lan) -> None:
-        """With a session, the query of a socket can't make somebody else of its owner."""
-        bob, ann = await lan.join("Bob"), await lan.login("Ann")
-        await ann.connect(name="Bob", sid="x", session="x", seq="9")
-        await ann.expect("welcome", name="Ann")
-        taken = await ann.tab().connect(nickname="Bob")
-        await taken.closed(4409)
-        await ann.say("hi")
-        await bob.expect("message", name="Ann")
-
     async def test_G5_slow_requests(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
         """Headers that stop half-way, bodies that drip, connections that say nothing: all are cut; others log in."""
         daemon = await memory_lan.serve(header_seconds=0.4, body_seconds=0.4)
@@ -5001,20 +4974,6 @@ class TestHealth(Transcripts):
         assert state_lines(caplog) == ["away", "back"]
 
     @slow
-    async def test_gone_before_the_welcome(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """Who goes while the store is still being asked is not kept as a listener."""
-        daemon = await own_lan.serve()
-        ann = await own_lan.join("Ann")
-        own_redis.send_signal(signal.SIGSTOP)
-        eve = await own_lan.browser().connect(nickname="Eve")
-        eve.drop()
-        await asyncio.sleep(0)
-        own_redis.send_signal(signal.SIGCONT)
-        await ann.expect("joined", names=["Eve"])
-        await ann.quiet()
-        assert len(daemon.room.listeners) == 1
-
-    @slow
     async def test_G1_killed_with_fifty_in_flight(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """Redis is killed with 50 sends in flight and started again after 1 s: all 50 are confirmed, once."""
         ann = await own_lan.join("Ann")
@@ -5130,16 +5089,6 @@ class TestStopping(Transcripts):
         monkeypatch.setattr(tornchat, "stop_on_signals", asyncio.Event)
         with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.wait_for(tornchat.serve(tornchat.Config(port=0, host="127.0.0.1", quiet=True)), RETURN)
-
-    async def test_a_start_that_fails_leaves_nothing(self) -> None:
-        """A daemon that cannot start says why in one line and gives its port back."""
-        port, url = free_port(), "redis://:hunter2@127.0.0.1:1/0"
-        with pytest.raises(tornchat.FatalError) as why:
-            await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", redis_url=url, wait=0))
-        assert "hunter2" not in str(why.value)
-        assert "\n" not in str(why.value)
-        with socket.create_server(("127.0.0.1", port)):
-            pass
 
 
 # === What the operator sees ===========================================================================================
