@@ -8113,7 +8113,8 @@ class Terminal(Program):
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         modes = termios.tcgetattr(slave)
         environ = {"TERM": "xterm-256color"} | environ
-        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
+        own: dict[str, Any] = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave, **own)
         program.master, program.slave, program.modes = master, slave, modes
         program.screen = pyte.HistoryScreen(columns, 24, history=5000)
         program.screen.write_process_input = program.keys  # where the cursor is, when it is asked
