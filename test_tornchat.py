@@ -5503,14 +5503,8 @@ class TestProcess(Transcripts):
     async def test_quiet(self, memory_lan: Lan) -> None:
         port = free_port()
         program = await memory_lan.run("-p", str(port), "-q")
-        browser = memory_lan.browser(f"http://127.0.0.1:{port}")
-
-        async def answers() -> bool:
-            with contextlib.suppress(OSError):
-                return (await browser.fetch("/healthz")).code == 200
-            return False
-
-        await until(answers)
+        await until(lambda: listens(port))
+        await memory_lan.join("Ann", at=f"http://127.0.0.1:{port}")
         assert await program.stop() == ("", "")
 
     @slow
@@ -7438,10 +7432,6 @@ def is_running(pid: int) -> bool:
     return False
 
 
-async def ends(*pids: int) -> None:
-    await until(lambda: not any(map(is_running, pids)))
-
-
 @pytest.fixture
 def snapshot_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A redis-server that keeps only what it is told to SAVE."""
@@ -7859,7 +7849,7 @@ class TestManyDaemons(Transcripts):
         await program.kill()
         await ann.closed(1001)
         try:
-            await ends(*workers)
+            await until(lambda: not any(map(is_running, workers)))
         finally:
             for worker in filter(is_running, workers):
                 os.kill(worker, signal.SIGKILL)
