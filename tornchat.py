@@ -2285,15 +2285,16 @@ class Feed:
 
     async def run(self) -> NoReturn:
         """Absorbs what the reader brings and commits what waits in the outbox, for ever."""
-        pause = Backoff(self.config.retry_seconds)
+        failures = 0
         while True:
             await self.bell.wait()
             self.bell.clear()
             try:
                 await self.step()
-                pause.reset()
+                failures = 0
             except STORE_ERRORS as error:
-                await self.wait_for_store("writing", error, pause)
+                failures += 1
+                await self.wait_for_store("writing", error, failures)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2375,15 +2376,16 @@ class Feed:
 
     async def follow(self) -> NoReturn:
         """The reader: hands over what other daemons commit, for ever, and notices when the store is gone."""
-        pause, wish = Backoff(self.config.retry_seconds), b"%d-0" % self.store.now()
+        failures, wish = 0, b"%d-0" % self.store.now()
         while True:
             try:
                 self.read_to = max(self.read_to, self.memory.last)
                 entries, wishes = await self.store.follow(self.read_to, wish)
                 self.mark("reading")
-                pause.reset()
+                failures = 0
             except STORE_ERRORS as error:
-                await self.wait_for_store("reading", error, pause)
+                failures += 1
+                await self.wait_for_store("reading", error, failures)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2464,10 +2466,10 @@ class Feed:
         self.unsure = True
         self.bell.set()
 
-    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+    async def wait_for_store(self, what: str, error: Exception, failures: int) -> None:
         self.mark(what, error)
         self.ring_for_look()
-        await pause()
+        await asyncio.sleep(backoff(failures, self.config.retry_seconds))
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2595,18 +2597,11 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=0.02)
 
 
-class Backoff:
-    """Pauses that grow from 50 ms up to `longest` seconds, each shortened at random, so that daemons spread out."""
-
-    def __init__(self, longest: float) -> None:
-        self.longest, self.pause = longest, 0.0
-
-    def reset(self) -> None:
-        self.pause = 0.0
-
-    async def __call__(self) -> None:
-        self.pause = min(self.longest, self.pause * 2 or 0.05)
-        await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+def backoff(failures: int, longest: float) -> float:
+    """The pause in s after so many failures in a row: from 50 ms up to `longest`, shortened at random, so that daemons
+    and clients spread out.
+    """
+    return min(longest, 0.025 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
 # === Presence =========================================================================================================
@@ -4825,7 +4820,7 @@ class Client:
         self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
         self.state = "js_state_connecting"  # of the connection: its word
-        self.backoff = Backoff(RETRY_SECONDS)
+        self.failures = 0  # in a row, to connect
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
@@ -4896,7 +4891,8 @@ class Client:
             else:
                 await self.receive_all()
             self.update()
-            await self.backoff()
+            self.failures += 1
+            await asyncio.sleep(backoff(self.failures, RETRY_SECONDS))
 
     async def connect(self) -> None:
         """A new socket, which goes on after the newest message heard. Raises UNREACHED."""
@@ -4965,8 +4961,7 @@ class Client:
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
         self.on_act({"type": "hosts", "names": frame.get("hosts")})
-        self.state, self.let_in, self.hold_until = "js_state_connected", True, 0
-        self.backoff.reset()
+        self.state, self.let_in, self.failures, self.hold_until = "js_state_connected", True, 0, 0
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
         if isinstance(cleared := frame.get("cleared"), int) and cleared > self.after:
