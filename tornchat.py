@@ -4392,10 +4392,15 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
 
 def log_request(handler: tornado.web.RequestHandler) -> None:
     """The access log: paths without their query, which may hold a password."""
-    request = handler.request
-    status = handler.get_status()
-    level = logging.ERROR if status == 500 else logging.DEBUG
-    web_log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
+    request, status = handler.request, handler.get_status()
+    web_log.log(
+        logging.ERROR if status == 500 else logging.DEBUG,
+        "%d %s %s %s",
+        status,
+        request.method,
+        shown(request.path),
+        request.remote_ip,
+    )
 
 
 class Door(socket.socket):
@@ -4513,8 +4518,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 class Daemon:
     """A running room: what `python tornchat.py` starts, and what tests start in their own loop."""
 
-    def __init__(self, config: Config, ports: list[Door], tls: ssl.SSLContext | None) -> None:
-        self.config, self.ports, self.tls = config, ports, tls
+    def __init__(self, config: Config, ports: list[Door]) -> None:
+        self.config, self.ports, self.tls = config, ports, tls_context(config)
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
         self.hostnames = frozenset(
@@ -4539,7 +4544,7 @@ class Daemon:
             ports = bind(config)
             for port in ports:
                 undo.callback(port.close)
-            daemon = cls(config, ports, tls_context(config))
+            daemon = cls(config, ports)
             undo.push_async_callback(daemon.store.close)
             await wait_for_redis(config, daemon.feed.open)
             daemon.listen()
