@@ -7284,15 +7284,19 @@ class TestNotesOnThePage(Transcripts):
             assert await ann.page.locator("#sorting").is_hidden()
             wall = await ann.tab("?view=projector")
             seqs = [await told(bob, f"question {number}") for number in range(3)]
-            for who, seq, sign in ((bob, 1, "👍"), (ann, 2, "👍"), (bob, 2, "👍"), (bob, 0, "✋"), (ann, 0, "✋")):
+            for who, seq, sign in ((bob, 1, "👍"), (ann, 2, "👍"), (bob, 2, "👍"), (bob, 0, "✋")):
                 if who is ann:
                     await ann.page.evaluate(f"react({seqs[seq]}, '{sign}')")
                 else:
                     await bob.send(json.dumps(note(seqs[seq], "react", value=sign)))
+            await until_frame(bob, "note", hands=["Bob"])
+            await ann.page.evaluate(f"react({seqs[0]}, '✋')")
             for page in (tess, wall):
                 await page.shows("#log", "question 2")
                 await page.page.select_option("#sort", "👍")
                 await page.holds("sorted.textContent.match(/question \\d/g).join() === 'question 2,question 1'")
+                await page.page.select_option("#sort", "✋")
+                await page.shows("#sorted .hint", "\u2068Bob\u2069, \u2068Ann\u2069")
                 await page.page.select_option("#sort", "")
                 assert await page.page.locator("#sorted").is_hidden()
 

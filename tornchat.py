@@ -6794,7 +6794,7 @@ function messageRow({name, text, picture, host, re}, ...foot) {
 }
 
 function showMessage(frame, away) {
-  const {seq, ts, name, deleted, counts} = frame;
+  const {seq, ts, name, deleted} = frame;
   if (seq <= lastDrawn) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
@@ -6802,7 +6802,7 @@ function showMessage(frame, away) {
   row.querySelector('.text').dataset.time = time.textContent;
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
-  else addChoices(row, counts);
+  else addChoices(row, frame);
   const missed = !following && name !== me;
   const absent = name !== me && seq > readTo && (away || seq <= firstReplayEnd);
   if (missed && !unseen) removeNewLine();
@@ -7639,11 +7639,11 @@ function welcomeNotes(frame) {
   offerSorting();
   draw(() => {
     clearLog(frame.cleared);
-    for (const row of log.querySelectorAll('[data-counts]')) showSigns(row, JSON.parse(row.dataset.counts));
+    for (const row of log.querySelectorAll('[data-signs]')) showSigns(row, JSON.parse(row.dataset.signs));
   });
 }
 
-function noted({to, kind, counts, message}) {
+function noted({to, kind, counts, hands, message}) {
   if (kind === 'pin') showPinned(message);
   if (kind === 'delete' && pinned?.seq === to) showPinned(null);
   if (kind === 'react' && wishes.has(to)) {
@@ -7653,18 +7653,18 @@ function noted({to, kind, counts, message}) {
   draw(() => {
     const row = shown.get(to);
     if (row && kind === 'delete') deleteText(row);
-    if (row && kind === 'react') showSigns(row, counts);
+    if (row && kind === 'react') showSigns(row, {counts, hands});
   });
 }
 
-function addChoices(row, counts) {
+function addChoices(row, {counts, hands}) {
   if (!projector) {
     const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
     const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
-  if (counts) showSigns(row, counts);
+  if (counts) showSigns(row, {counts, hands});
 }
 
 function stopAt(button) {
@@ -7681,7 +7681,7 @@ function onLogKey(event) {
   event.preventDefault();
 }
 
-function showSigns(row, counts) {  // a sign that stays keeps its button, and with it the focus
+function showSigns(row, {counts, hands}) {  // a sign that stays keeps its button, and with it the focus
   const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
   const list = bubble.querySelector('.signs') || make('div', 'signs');
   const buttons = Object.entries(counts).map(([sign, count]) => {
@@ -7692,7 +7692,7 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
     return button;
   });
   const focused = list.contains(document.activeElement) && document.activeElement;
-  row.dataset.counts = JSON.stringify(counts);
+  row.dataset.signs = JSON.stringify({counts, hands});
   list.ariaLive = 'off';  // thirty hands are not thirty announcements
   list.replaceChildren(...buttons);
   if (buttons.length) bubble.append(list);
@@ -7710,7 +7710,7 @@ function deleteText(row) {  // its place stays, and says so; nothing of it is le
   text.replaceChildren(words.deleted);
   row.classList.remove('mention');
   row.classList.add('deleted');
-  delete row.dataset.counts;
+  delete row.dataset.signs;
   if (!tabStop?.isConnected) stopAt([...log.querySelectorAll('.more')].at(-1));
   fillQuotes(`[data-re="${row.dataset.seq}"]`);
   sortSoon();
@@ -7888,8 +7888,8 @@ function sortSoon() {
 function drawSorted() {
   sortedDue = false;
   const [sign, since] = [sort.value, serverTime() - HOUR_MS];
-  const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
-  const rows = [...log.querySelectorAll('[data-counts]')].filter(countOf);
+  const countOf = ({dataset: {ts, signs: stored}}) => ts > since ? JSON.parse(stored).counts[sign] || 0 : 0;
+  const rows = [...log.querySelectorAll('[data-signs]')].filter(countOf);
   if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
@@ -7903,7 +7903,14 @@ function copyOf(row) {  // to be read
   delete copy.dataset.day;
   for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
   for (const button of copy.querySelectorAll('button')) button.disabled = true;
+  if (sort.value === HAND) copy.querySelector('.signs').after(make('p', 'hint', handsOf(row)));
   return copy;
+}
+
+function handsOf(row) {  // who raises one, in the order they came
+  const {counts, hands = []} = JSON.parse(row.dataset.signs);
+  const rest = counts[HAND] - hands.length;
+  return hands.map(isolate).join(', ') + (rest ? ` ${fill(words.more, {n: rest})}` : '');
 }
 
 // === Frames: everything that the server says comes through here ===
