@@ -1275,14 +1275,17 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def forget(self, ids: set[Id], before: Id | None) -> None:
-        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
+    async def forget(self, ids: set[Id], pictures: set[str], cleared: Event | None) -> None:
+        """Deletes these entries and pictures, all from before the room was cleared, and then the wishes: one may hold a
+        copy of that.
+        """
         async with self.redis.pipeline() as pipe:
             if ids:
                 pipe.xdel(self.feed, *map(id_text, ids))
-            if before:
-                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            if cleared:
+                pipe.xtrim(self.feed, minid=id_text(cleared.entry), approximate=False).xtrim(self.wishes, maxlen=0)
             await pipe.execute()
+        await self.drop_pictures(pictures, cleared.ts if cleared else 0)
 
     # --- beginning, and putting back what was forgotten ---
 
@@ -2199,11 +2202,10 @@ class Memory:
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
-        id = cleared.place[:2]
         for entries in (self.kept, self.extent):
-            while entries and entries[0].id < id:
+            while entries and entries[0].id < cleared.entry:
                 entries.popleft()
-        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
+        self.notices = collections.deque(notice for notice in self.notices if notice >= cleared.entry)
         self.cleared, self.to_trim = cleared, True
 
     def drop_notices(self) -> bool:
@@ -2223,12 +2225,10 @@ class Memory:
     async def have_forgotten(self, store: Store) -> None:
         """Has the store forget what it is to. Raises STORE_ERRORS."""
         cleared = self.cleared if self.to_trim else None
-        if self.to_erase or cleared:
-            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
-            self.to_erase.clear()
-        if self.pictures or cleared:
-            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
-            self.pictures.clear()
+        if self.to_erase or self.pictures or cleared:
+            await store.forget(self.to_erase, self.pictures, cleared)
+        self.to_erase.clear()
+        self.pictures.clear()
         self.to_trim = False
 
 
