@@ -97,7 +97,6 @@ import errno
 import functools
 import gzip
 import hashlib
-import heapq
 import hmac
 import importlib.metadata
 import io
@@ -141,7 +140,8 @@ def version_numbers(text: str) -> list[int]:
 
 try:
     installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
-    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
+    unmet = [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -158,6 +158,7 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, ResponseError, WatchError
+    from tornado.util import _websocket_mask
 except ImportError as missing:
     packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
     sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
@@ -233,7 +234,8 @@ PICTURE_PARTS = 10_000  # blocks, chunks or segments of one file; the most have 
 PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
 PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
 PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
-UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
+UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another browser, which are in memory till they are complete
+UPLOAD_SECONDS = 5  # from then on one gives way, where there are more: 1 MB over 2 Mbit/s
 TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
@@ -998,10 +1000,10 @@ class State:
 
     def forget_notes(self, last: int) -> None:
         """Forgets the reactions to what nobody is sent any more, and the deletions of what the feed doesn't hold."""
-        ages = ((seq, NOTED_MESSAGES if note.deleted else RING_MESSAGES) for seq, note in self.notes.items())
-        for seq in [seq for seq, age in ages if seq <= last - age]:
-            del self.notes[seq]
-            self.changed.add(str(seq))
+        for seq, note in [*self.notes.items()]:
+            if seq <= last - (NOTED_MESSAGES if note.deleted else RING_MESSAGES):
+                del self.notes[seq]
+                self.changed.add(str(seq))
 
     def pin(self, message: Event | None) -> None:
         self.pinned = encode_message(message).fields() if message else None
@@ -1471,7 +1473,6 @@ class Listener(Protocol):
     def send(self, batch: Batch) -> None: ...  # live events
     def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
     def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
-    def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
     def turn_away(self, refused: Refused) -> None: ...  # the end, for that reason
     def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
@@ -1759,11 +1760,11 @@ class Room:
             if event.type == "note":
                 self.show_note(event.details["to"])
             told = self.keep_notice(event, self.state.encode(event))
-            if event.type != "muted":
+            if event.type == "muted":
+                for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                    listener.send(Batch(told))
+            else:
                 encoded.append(told)
-                continue
-            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
-                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
@@ -1782,7 +1783,7 @@ class Room:
         """The ring has a message with what was done to it."""
         note, message = self.state.notes.get(seq), self.ring.find(seq)
         if note and message:
-            message = note.deleted or message
+            message = note.deleted._replace(place=message.place) if note.deleted else message
             self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
@@ -2733,13 +2734,15 @@ def network(address: str) -> str:
 def is_this_machine(address: str) -> bool:
     """Whether proxies and tests come from there: a crowd of people may stand behind it."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
+        return ipaddress.ip_address(network(address)).is_loopback
     return False
 
 
 @contextlib.contextmanager
-def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
-    """One more of that name, for a while."""
+def at_most(most: float, counter: collections.Counter[str], name: str, refused: Refused) -> Iterator[None]:
+    """One more of that name, for a while. Raises `refused` where there are so many already."""
+    if counter[name] >= most:
+        raise refused
     counter[name] += 1
     try:
         yield
@@ -2765,6 +2768,11 @@ class TokenBuckets:
             self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
 
+    def pace(self, name: str, cid: str = "", cost: float = 1) -> None:
+        """Takes tokens now. Raises Refused if there is none."""
+        if wait := self.take(name, asyncio.get_running_loop().time(), cost):
+            raise Refused("too-fast", cid=cid, retry_after=wait)
+
 
 class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
@@ -2779,7 +2787,7 @@ class Limits:
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.rest = 0 if free else TURN_SECONDS
-        self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
+        self.guesses = collections.Counter[str]()  # wrong passwords that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
         self.drawn = collections.deque[str](maxlen=50)  # addresses of the room that aren't announced
@@ -2796,31 +2804,6 @@ class Limits:
                 self.requests.take(address, loop.time(), cost)
         finally:
             loop.call_later(self.rest if cost else 0, turn.release)
-
-    @staticmethod
-    def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
-        """Takes from a bucket. Raises Refused if it is empty."""
-        if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
-            raise Refused("too-fast", cid=cid, retry_after=wait)
-
-    def log_in(self, address: str) -> None:
-        """Somebody new. Raises Refused if too many come from there."""
-        if not is_this_machine(address):
-            self.pace(self.logins, address)
-
-    def rejoin(self, sid: str, address: str) -> None:
-        """Somebody whose name had left the list. Raises Refused, as above."""
-        self.pace(self.rejoins, sid)
-        if not is_this_machine(address):
-            self.pace(self.returns, address)
-
-    @contextlib.contextmanager
-    def poll(self, address: str) -> Iterator[None]:
-        """While a poll waits. Raises Refused if too many do."""
-        if self.polls[address] >= POLLS_AN_ADDRESS and not is_this_machine(address):
-            raise Refused("too-fast", retry_after=1)
-        with counted(self.polls, address):
-            yield
 
     def warn_of_proxy(self, address: str) -> None:
         """Tells the operator, once, of a proxy on this machine that isn't trusted."""
@@ -2853,8 +2836,9 @@ class Visitors:
     def wait(self, stream: tornado.iostream.IOStream) -> None:
         """A request has come, or a poll has ended."""
         if address := self.open.get(stream):
-            self.quiet.setdefault(address, collections.OrderedDict())[stream] = None
-            self.quiet[address].move_to_end(stream)
+            quiet = self.quiet.setdefault(address, collections.OrderedDict())
+            quiet[stream] = None
+            quiet.move_to_end(stream)
 
     def join(self, stream: tornado.iostream.IOStream) -> None:
         """From now on it is a member's."""
@@ -2869,9 +2853,9 @@ class Visitors:
         self.open.pop(stream, None)
 
     def make_room(self, address: str = "") -> None:
-        """Closes the connection that has been quiet for longest: of that address, or of the one with most of them."""
-        address = address or max(self.quiet, key=lambda address: len(self.quiet[address]))
-        stream = next(iter(self.quiet[address]))
+        """Closes the connection that has been quiet for longest: of that address, or of that with most of them."""
+        quiet = self.quiet[address] if address else max(self.quiet.values(), key=len)
+        stream = next(iter(quiet))
         self.leave(stream)
         stream.close()
         self.crowded = True
@@ -2999,13 +2983,11 @@ class BaseHandler(tornado.web.RequestHandler):
         self.check_host()
 
     def check_host(self) -> None:
-        """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.daemon.hostnames):
+            host, option = name[:100] or "(none)", f"--allow-host {name[:100] or 'NAME'}"
             web_log.warning(
-                "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
-                name[:100] or "(none)",
-                name[:100] or "NAME",
+                "a request for the host %s was refused: if that is a name of this room, %s lets it in", host, option
             )
             raise tornado.web.HTTPError(421, reason="Misdirected Request")
 
@@ -3021,7 +3003,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return False
 
     def get_current_user(self) -> Session | None:
-        """The session of the cookie; None if there is none that we signed, or nobody has logged in."""
         session = self.browser()
         return session if session and session.name else None
 
@@ -3034,8 +3015,7 @@ class BaseHandler(tornado.web.RequestHandler):
         name, key = self.daemon.cookie, self.daemon.cookie_key
         cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
         for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES_READ : -1]:
-            signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
-            if signed:
+            if signed := tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2):
                 session = Session.parse(signed.decode(errors="replace"))
                 return session._replace(host=session.host and session.sid not in self.daemon.room.state.ended)
         return None
@@ -3048,15 +3028,9 @@ class BaseHandler(tornado.web.RequestHandler):
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
         what a foreign page could do with it is stopped by the checks of Origin.
         """
-        name, value = self.daemon.cookie, str(session)
-        self.set_cookie(
-            name,
-            tornado.web.create_signed_value(self.daemon.cookie_key, name, value),
-            expires_days=COOKIE_DAYS,
-            httponly=True,
-            samesite="Lax",
-            secure=self.request.protocol == "https",
-        )
+        name, secure = self.daemon.cookie, self.request.protocol == "https"
+        value = tornado.web.create_signed_value(self.daemon.cookie_key, name, str(session))
+        self.set_cookie(name, value, expires_days=COOKIE_DAYS, httponly=True, samesite="Lax", secure=secure)
 
     def page_path(self) -> str:
         """Leads to the chat page in the view that was asked for: that of a projector is read-only, in huge type."""
@@ -3081,11 +3055,11 @@ class BaseHandler(tornado.web.RequestHandler):
         if picture and picture != self.picture_id(member, picture.rpartition("-")[0]):
             raise Refused("no-picture", cid=act.cid)
         if paced:
-            limits.pace(limits.messages, self.address, act.cid, cost=0)
-            limits.pace(limits.says, member.sid[:BROWSER_CHARS], act.cid)
+            limits.messages.pace(self.address, act.cid, cost=0)
+            limits.says.pace(member.sid[:BROWSER_CHARS], act.cid)
         self.daemon.outbox.act(member, act, done)  # only what that takes counts
         if paced:
-            limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
+            limits.messages.pace(self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
         """The one under which this browser alone can say that picture, which goes with its own message then."""
@@ -3121,21 +3095,20 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
-        _, error, _ = kwargs.get("exc_info", (None, None, None))
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         if isinstance(error, Refused):
             self.set_status(STATUSES.get(error.code, 400))
             self.refuse(error)
-            return
-        words = WORDS[self.language]
-        text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
-        )
-        self.explain(status_code, text)
+        else:
+            words, host = WORDS[self.language], host_name(self.request.headers.get("Host", ""))[:100] or "?"
+            text = words.get(f"error_{status_code}", words["error"])
+            self.explain(status_code, text.format(status=status_code, reason=self._reason, host=host))
 
     def refuse(self, refused: Refused) -> None:
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
+        """Answers with a sentence: JSON, or a page."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3163,12 +3136,20 @@ class BaseHandler(tornado.web.RequestHandler):
             text = compress(text)
         self.finish(text)
 
+    async def deliver_pieces(self, pieces: AsyncIterator[bytes]) -> None:
+        """Answers with each piece when the one before has been taken. Half an answer must not look like a whole one:
+        where a piece can't be had, or nobody takes it, the connection is closed.
+        """
+        try:
+            async for piece in pieces:
+                self.write(piece)
+                async with asyncio.timeout(self.daemon.config.answer_seconds):
+                    await self.flush()
+        except STORE_ERRORS:
+            self.stream.close()
 
-def compress(text: bytes) -> bytes:
-    """With gzip; the same text always gives the same bytes."""
-    return gzip.compress(text, mtime=0)
 
-
+compress = functools.partial(gzip.compress, mtime=0)  # the same text always gives the same bytes
 compress_once = functools.cache(compress)  # for what is made once
 
 
@@ -3265,7 +3246,7 @@ class JoinHandler(BaseHandler):
             return True
         if len(url) > URL_CHARS or not re.fullmatch(rf"https?://{here}/[\w./~-]*", url):
             return False
-        limits.pace(limits.drawings, "")
+        limits.drawings.pace("")
         limits.drawn.append(url)
         return True
 
@@ -3276,7 +3257,7 @@ class AssetHandler(BaseHandler):
     def get(self, name: str) -> None:
         type, text = ASSETS[name]
         self.set_header("Content-Type", type)
-        fresh = self.get_query_argument("v", "") == asset_hash(name)
+        fresh = f"{name}?{self.request.query}" == asset_url(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
         self.deliver(text.encode(), compress_once)
 
@@ -3284,13 +3265,9 @@ class AssetHandler(BaseHandler):
 
 
 @functools.cache
-def asset_hash(name: str) -> str:
-    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
-
-
 def asset_url(name: str) -> str:
-    """Relative, so that a proxy may serve the room under a path of its own."""
-    return f"{name}?v={asset_hash(name)}"
+    """Relative, so that a proxy may serve the room under a path of its own; and another one for each version."""
+    return f"{name}?v={hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]}"
 
 
 # === Login ============================================================================================================
@@ -3302,7 +3279,8 @@ class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
     def __init__(self, feed: Feed, limits: Limits) -> None:
-        self.feed, self.outbox, self.room, self.config, self.limits = feed, feed.outbox, feed.room, feed.config, limits
+        self.store, self.outbox, self.room, self.config = feed.store, feed.outbox, feed.room, feed.config
+        self.limits = limits
         self.origins: dict[str, tuple[Session, str]] = {}  # sid -> session and address, in the order of last use
 
     async def log_in(
@@ -3322,21 +3300,21 @@ class Admission:
             await self.rejoin(same, address)
             return same
         self.check_door(before, name, address)
-        self.limits.log_in(network(address))
+        if not is_this_machine(address):
+            self.limits.logins.pace(network(address))
         if same:  # given back and taken in one entry, so that nobody else can take it between the two
             _, new = await asyncio.gather(self.give_back(same), self.enter_as(name, address, before))
         else:
-            new = await (self.enter_as(name, address, before) if name else self.enter_as_guest(address, before))
-        if session and not same:
-            await self.give_back(session)
-        self.note_origin(new, address)
+            new = await self.enter_as(name, address, before)
+            if session:
+                await self.give_back(session)
         return new
 
     def check_door(self, before: Session | None, name: str, address: str) -> None:
         """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
         if before and before.host:
             return
-        state, now = self.room.state, self.feed.store.now()
+        state, now = self.room.state, self.store.now()
         browser, key = marks_of(before.sid if before else "", name)
         if wait := state.waits(state.barred, (browser, "from " + self.origin(address)), now):
             raise Refused("removed", retry_after=wait)
@@ -3347,14 +3325,7 @@ class Admission:
 
     def origin(self, address: str) -> str:
         """The same for all who come from an address; nobody who reads it learns the address."""
-        return hmac.new(self.feed.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
-
-    def note_origin(self, session: Session, address: str) -> None:
-        """Remembers from which address a session was last used."""
-        self.origins.pop(session.sid, None)
-        self.origins[session.sid] = session, network(address)
-        if len(self.origins) > PACES:
-            del self.origins[next(iter(self.origins))]
+        return hmac.new(self.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
 
     async def give_back(self, session: Session) -> None:
         """Frees a session's name at once, and closes its connections."""
@@ -3375,37 +3346,46 @@ class Admission:
 
     async def check_guess(self, guess: str, right: str, code: str, address: str) -> None:
         """Raises Refused for a wrong password or key, but not at once. The right one never waits, whoever guesses."""
-        wait, wrong, origin = self.config.guess_seconds, self.limits.wrong_passwords, network(address)
         if not right or hmac.compare_digest(guess.encode(), right.encode()):
             return
-        if wrong[origin] >= GUESSES_AT_ONCE:
-            raise Refused(code, "guesses", retry_after=wait)
-        with counted(wrong, origin):
-            await asyncio.sleep(wait)
+        too_many = Refused(code, "guesses", retry_after=self.config.guess_seconds)
+        with at_most(GUESSES_AT_ONCE, self.limits.guesses, network(address), too_many):
+            await asyncio.sleep(self.config.guess_seconds)
         raise Refused(code)
 
     async def rejoin(self, session: Session, address: str) -> Member:
         """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
         if session.sid not in self.room.sessions:
-            self.limits.rejoin(session.sid, network(address))
+            self.limits.rejoins.pace(session.sid)
+            if not is_this_machine(address):
+                self.limits.returns.pace(network(address))
+        return await self.enter(session, address)
+
+    async def enter(self, session: Session, address: str) -> Member:
+        """Takes the session's name, if it has it not. Raises Refused."""
         member = await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
-        self.note_origin(session, address)
+        self.origins.pop(session.sid, None)
+        self.origins[session.sid] = session, network(address)
+        if len(self.origins) > PACES:
+            del self.origins[next(iter(self.origins))]
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        session = Session.make(name, before)
-        await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
-        return session
-
-    async def enter_as_guest(self, address: str, before: Session | None) -> Session:
-        """A new session under a free name that is made from the address. Raises Refused."""
-        for _ in range(5):  # others may take the same one meanwhile
-            name = guest_name(address)
-            if self.room.owner(name_key(name)):
-                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-            with contextlib.suppress(Taken):
-                return await self.enter_as(name, address, before)
+        """A new session under that name; "" = a guest's, another one where that is taken meanwhile. Raises Refused."""
+        for _ in range(5):
+            session = Session.make(name or self.free_guest_name(address), before)
+            try:
+                await self.enter(session, address)
+                return session
+            except Taken:
+                if name:
+                    raise
         raise Refused("unavailable", retry_after=1)
+
+    def free_guest_name(self, address: str) -> str:
+        name = guest_name(address)
+        taken = self.room.owner(name_key(name))
+        return (self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}") if taken else name
 
 
 class LoginHandler(BaseHandler):
@@ -3413,18 +3393,17 @@ class LoginHandler(BaseHandler):
 
     def get(self) -> None:
         """The form, filled in with ?nickname=; the chat page adds ?why= when it sends somebody here."""
-        why = WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), "")
-        self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS], error=why)
+        self.form(WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), ""))
 
     head = get
 
     async def post(self) -> None:
-        nickname, password = self.field("nickname") or "", self.field("password") or ""
-        address, known = self.request.remote_ip or "", self.browser()
+        nickname, password = (self.field(name) or "" for name in ("nickname", "password"))
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
         # comes back by itself keeps it, for it may do so in several tabs at once.
         renew = not self.wants_json()
-        session = await self.daemon.admission.log_in(nickname, password, address, known, renew=renew)
+        address, log_in = self.request.remote_ip or "", self.daemon.admission.log_in
+        session = await log_in(nickname, password, address, self.browser(), renew=renew)
         self.set_session(session)
         if self.wants_json():
             self.finish({"name": session.name})
@@ -3433,26 +3412,25 @@ class LoginHandler(BaseHandler):
 
     def refuse(self, refused: Refused) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
-        nickname, text = self.field("nickname") or "", refused.sentence(self.language)
-        suggestion = self.daemon.room.free_variant(nickname) if isinstance(refused, Taken) else ""
+        text, taken = refused.sentence(self.language), isinstance(refused, Taken)
+        suggestion = self.daemon.room.free_variant(self.field("nickname") or "") if taken else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
-            wrong = refused.code == "password"
-            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
+            self.form(text, suggestion, wrong_password=refused.code == "password")
 
-    def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
-        config, words = self.daemon.config, WORDS[self.language]
-        kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
+    def form(self, error: str, suggestion: str = "", *, wrong_password: bool = False) -> None:
+        config, nickname = self.daemon.config, self.field("nickname") or self.get_query_argument("nickname", "")
+        kept = WORDS[self.language]["kept_redis" if config.redis_url else "kept_memory"]
         self.page(
             "login.html",
-            nickname=nickname,
+            nickname=nickname[:NAME_CODEPOINTS],
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
             wrong_password=wrong_password,
             path=self.page_path(),
-            kept=kept,
+            kept=kept.format(history=config.history),
         )
 
 
@@ -3483,8 +3461,8 @@ class HostHandler(BaseHandler):
 
 
 # === Sockets ==========================================================================================================
-# GET /chat. A ChatSocket is a member's way in, frame by frame; its SocketListener is the way out: bytes that were made
-# once for everybody go straight to the socket, and what a slow client can't take waits in a bounded backlog.
+# GET /chat. A member's way in, frame by frame; and the way out: bytes that were made once for everybody go straight to
+# the socket, and what a slow client can't take waits in a bounded backlog.
 
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed": 4403, "door": 4403, "taken": 4409,
                "name-lost": 4409, "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
@@ -3519,6 +3497,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         """More has come, unless the connection is gone."""
         if not read.exception():
             self.unread += read.result()
+            self.handler.heard = asyncio.get_running_loop().time()
             self.work()
 
     def work(self) -> None:
@@ -3543,7 +3522,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         start = {126: 4, 127: 10}.get(size, 2)
         if not data[1] & 0x80:
             self.fail(1002, "unmasked")
-        elif data[0] & 0x70 or (data[0] & 0x8 and size > 125):
+        elif data[0] & 0x70 or (data[0] & 0x8 and (size > 125 or not data[0] & 0x80)):  # no control frame is in parts
             self._abort()
         elif len(data) >= start + 4:
             size = size if start == 2 else int.from_bytes(data[2:start], "big")
@@ -3551,25 +3530,32 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
                 self.fail(1009, "message too big")
             elif len(data) >= (end := start + 4 + size):
                 self.unread = data[end:]
-                return data[0], unmask(data[start : start + 4], data[start + 4 : end])
+                return data[0], _websocket_mask(data[start : start + 4], data[start + 4 : end])
         return None
 
     def handle(self, first: int, payload: bytes) -> None:
-        """A control frame, or a part of a message."""
-        opcode, is_final = first & 0xF, first & 0x80
-        is_control, is_continued = bool(opcode & 0x8), opcode == 0
-        if is_control and is_final:
-            try:
-                self._handle_message(opcode, payload)
-            except UnicodeDecodeError:  # in the reason of a close
+        """A control frame, which may come within a message, or a part of a message."""
+        opcode = first & 0xF
+        if not opcode & 0x8:
+            if (opcode == 0) != bool(self.opcode):  # nothing to continue, or a message within another
                 self._abort()
-        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
+                return
+            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            if not first & 0x80:
+                return
+            opcode, payload = self.opcode, self.message
+            self.opcode, self.message = 0, b""
+        try:
+            self._handle_message(opcode, payload)
+        except UnicodeDecodeError:  # in the reason of a close
             self._abort()
-        else:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
-            if is_final:
-                self._handle_message(opcode, message)
+
+    def _write_frame(self, *frame: Any, **flags: Any) -> asyncio.Future[None]:
+        """Called by Tornado for pongs and the close. What the socket doesn't take of them holds up all that follows."""
+        written = super()._write_frame(*frame, **flags)
+        if self.stream.writing():
+            self.handler.wait([])
+        return written
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3577,18 +3563,21 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         self._abort()
 
 
-def unmask(mask: bytes, data: bytes) -> bytes:
-    """A client's bytes as it meant them (RFC 6455, 5.3)."""
-    key = (mask * (len(data) // 4 + 1))[: len(data)]
-    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(len(data), "big")
-
-
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
-    """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
+    """GET /chat: a member's WebSocket, and the reason why tornchat is fast.
 
-    listener: SocketListener | None = None
+    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
+    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
+    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
+    """
+
+    __slots__ = ("backlog", "plain", "transmit")  # which `send` needs; in the object itself they are found sooner
+
+    member: Member  # once it has joined
+    base = 0
     frames = 0  # since the last heartbeat, that weren't messages, each KB counted as one
     taken = False  # the last frame was a message
+    draining: asyncio.Task[None] | None = None  # while there is a backlog
 
     async def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
@@ -3610,8 +3599,15 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         """From the handshake to the first event, or to the close code that says why not."""
         self.set_nodelay(True)
         self.daemon.sockets.add(self)
+        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+        self.plain = self.selected_subprotocol == "text"
+        # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
+        tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
+        self.transmit: Callable[[memoryview], int | None] = self.stream.write_to_fd if tls else self.stream.socket.send
+        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
+        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
         try:
-            await self.enter(await self.session(), self.resume_point)
+            await self.enter(await self.session())
         except Refused as refused:
             if refused.code == "name-lost":
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
@@ -3630,97 +3626,81 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return known
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
-    async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        member = await self.admit(session)
+    async def enter(self, session: Session | None) -> None:
+        member, seen = await self.admit(session), self.resume_point
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if self.ws_connection is not None and not self.stream.closed():  # it may have gone while we waited
-            self.listener = SocketListener(self, member)
+            self.member = member
             self.daemon.visitors.join(self.stream)
-            self.daemon.room.join(self.listener, seen)
+            self.daemon.room.join(self, seen)
+
+    def is_member(self) -> bool:
+        """Whether it has joined, and hasn't been turned away."""
+        return self in self.daemon.room.listeners
+
+    # --- the way in ---
 
     def on_message(self, message: str | bytes) -> None:
-        listener = self.listener
-        if listener is None:
-            return  # it has been turned away
-        listener.heard = asyncio.get_running_loop().time()
+        if not self.is_member():
+            return
         try:
-            act = parse_act({"type": "say", "text": message}) if listener.plain else parse_frame(message)
-            self.take(listener.member, act, listener.settled)
-            listener.member.refusals = 0
+            act = parse_act({"type": "say", "text": message}) if self.plain else parse_frame(message)
+            self.take(self.member, act, self.settled)
+            self.member.refusals = 0
             self.taken = True
         except Refused as refused:
-            listener.refuse(refused)
-            listener.member.refusals += 1
-            if listener.member.refusals > IGNORED_REFUSALS:
+            self.tell_refused(refused)
+            self.member.refusals += 1
+            if self.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
     def count(self, size: int) -> bool:
         """Counts a frame that has been read; whether there were too many, and the socket is closed."""
         self.frames += 0 if self.taken else 1 + size // 1024
         self.taken = False
-        if self.frames > FRAMES_A_TICK and self.listener:
+        if self.frames > FRAMES_A_TICK and self.is_member():
             self.shut(4429, "too many frames")
         return self.frames > FRAMES_A_TICK
 
-    def on_pong(self, data: bytes) -> None:
-        if self.listener:
-            self.listener.heard = asyncio.get_running_loop().time()
+    def settled(self, outcome: Outcome) -> None:
+        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        if isinstance(outcome, Refused):
+            self.tell_refused(outcome)
+        elif outcome.type == "message" and outcome.seq <= self.base:
+            self.tell(encode_message(outcome))
 
-    def shut(self, code: int, reason: str) -> None:
-        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
-        self.leave()
-        self.close(code, reason)
-        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+    def tell_refused(self, refused: Refused) -> None:
+        self.tell(encode(refused.event(self.language)))
 
-    def on_close(self) -> None:
-        self.daemon.sockets.discard(self)
-        self.daemon.visitors.leave(self.stream)
-        self.leave()
+    def tell(self, event: Encoded) -> None:
+        """Something for this client alone, if it is still there."""
+        if self.is_member():
+            self.send(Batch(event))
 
-    def leave(self) -> None:
-        """From now on nothing that comes in is heard, and nothing goes out."""
-        listener, self.listener = self.listener, None
-        if listener:
-            self.daemon.room.leave(listener)
-            self.daemon.presence.release(listener.member, self.daemon.config.grace_seconds)
-
-
-class SocketListener:
-    """The way out to one socket, and the reason why tornchat is fast.
-
-    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
-    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
-    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
-    """
-
-    __slots__ = ("backlog", "base", "draining", "handler", "heard", "lagging", "member", "pinged", "plain", "put",
-                 "stream", "timed", "waiting_bytes", "waiting_events")  # fmt: skip
-
-    def __init__(self, handler: ChatSocket, member: Member) -> None:
-        self.handler, self.member, self.stream = handler, member, handler.stream
-        # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
-        tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
-        self.put: Callable[[memoryview], int | None] = self.stream.write_to_fd if tls else self.stream.socket.send
-        self.plain = handler.selected_subprotocol == "text"
-        self.base = 0
-        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
-        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
-        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+    # --- the way out ---
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if self.backlog is None and not self.stream.writing():
-            self.transmit(data)
+        if self.backlog is not None:
+            self.wait([(data, len(batch.events))])
+            self.waiting_bytes += len(data)
+            self.waiting_events += len(batch.events)
+            if self.too_slow():
+                self.shut(4008, "too slow")
             return
-        self.wait([(data, len(batch.events))])
-        self.waiting_bytes += len(data)
-        self.waiting_events += len(batch.events)
-        if self.too_slow():
-            self.shut(4008, "too slow")
+        try:
+            sent = self.transmit(data) or 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.stream.close()  # if it isn't, and on_close is on its way
+            return
+        if sent < len(data):
+            self.stream.write(data[sent:])
+            self.wait([])
 
     def too_slow(self) -> bool:
         """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
@@ -3729,24 +3709,12 @@ class SocketListener:
         lag = asyncio.get_running_loop().time() - self.lagging
         return lag > LAG_SECONDS or self.waiting_bytes > BACKLOG_MOST_BYTES
 
-    def transmit(self, data: memoryview) -> None:
-        """Straight to the socket; what that doesn't take goes through the stream."""
-        try:
-            sent = self.put(data) or 0
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.stream.close()  # if it isn't, and on_close is on its way
-            return
-        if sent < len(data):
-            self.stream.write(data[sent:])
-
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
         self.wait([(memoryview(event.line if self.plain else event.frame), 0) for event in events])
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
-        """Into the backlog, and out again as soon as the stream can take it."""
+        """Into the backlog, and out again as soon as the stream can take it: without a backlog the stream is empty."""
         if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
             self.backlog = collections.deque()
             self.lagging = asyncio.get_running_loop().time()
@@ -3756,41 +3724,26 @@ class SocketListener:
     async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
         with contextlib.suppress(tornado.iostream.StreamClosedError):
-            while self.backlog:
-                await self.stream.write(self.next_chunk(self.backlog))
+            while self.backlog or self.stream.writing():
+                await self.stream.write(self.next_chunk())
         self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
+    def next_chunk(self) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
-        while backlog and size < CHUNK_BYTES:
-            data, events = backlog.popleft()
+        while self.backlog and size < CHUNK_BYTES:
+            data, events = self.backlog.popleft()
             chunk.append(data)
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
             self.waiting_events -= events
         return b"".join(chunk)
 
-    def settled(self, outcome: Outcome) -> None:
-        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
-        if isinstance(outcome, Refused):
-            self.refuse(outcome)
-        elif outcome.type == "message" and outcome.seq <= self.base:
-            self.tell(encode_message(outcome))
-
-    def refuse(self, refused: Refused) -> None:
-        self.tell(encode(refused.event(self.handler.language)))
-
-    def tell(self, event: Encoded) -> None:
-        """Something for this client alone, if it is still there."""
-        if self.handler.listener is self:
-            self.send(Batch(event))
-
     def heartbeat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
-        config = self.handler.daemon.config
-        self.handler.frames = 0
+        config = self.daemon.config
+        self.frames = 0
         if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
@@ -3801,99 +3754,98 @@ class SocketListener:
                 events.append(time)
             self.send(Batch(*events))
 
+    # --- the end ---
+
     def turn_away(self, refused: Refused) -> None:
-        """The end, and why."""
-        self.refuse(refused)
-        self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
+        self.tell_refused(refused)
+        self.shut(CLOSE_CODES[refused.code], self.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
+        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
+        self.leave()
         self.backlog = None
-        self.handler.shut(code, reason)
+        self.close(code, reason)
+        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+
+    def on_close(self) -> None:
+        self.daemon.sockets.discard(self)
+        self.daemon.visitors.leave(self.stream)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on nothing that comes in is heard, and nothing goes out."""
+        if self.is_member():
+            self.daemon.room.leave(self)
+            self.daemon.presence.release(self.member, self.daemon.config.grace_seconds)
 
 
 # === Polling ==========================================================================================================
-# GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket; whatever
-# comes ends the waiting, and the answer is what the room says then.
+# GET and POST /messages, POST /acts: the room for whatever speaks HTTP. A request that waits is a listener like a
+# socket; whatever comes ends the waiting, and the answer is what the room says then.
+
+CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)")  # as clients give it back, "!": the store is away
+Cursor = tuple[Place, bool]  # how far a poller knows what has no seq, to any daemon; and whether the store was there
+News = tuple[list[Encoded], int, Cursor]  # what a poller is told, and from which seq and cursor it goes on
 
 
-class Cursor(NamedTuple):
-    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
-
-    place: Place  # of an event in the feed: any daemon understands it
-    available: bool
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self.place)) + ("" if self.available else "!")
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor | None:
-        """What a client gives back; None if it is none of ours."""
-        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
-        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
-
-
-class News(NamedTuple):
-    """What a poller is told, and from where it goes on."""
-
-    events: list[Encoded]
-    seq: int
-    cursor: Cursor
+def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
+    """From where a poller goes on: as it says, or else where its last poll here ended; None if it says nonsense."""
+    match = CURSOR.fullmatch(member.told if given is None else given)
+    cursor = ((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
+    if given is None and (cursor is None or cursor[0] < room.notices_after):
+        return room.place, room.available
+    return cursor
 
 
 def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
-    """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-    owed, gap = room.owed(seen)
+    """In the feed's order; a greeting first where somebody can't be told the rest alone."""
+    (owed, gap), newest = room.owed(seen), (room.place, room.available)
     events: list[Encoded] = []
-    if not gap["recovered"] or cursor is None or cursor.place < room.notices_after:
-        events, cursor = room.greeting(member, seen, gap), newest_cursor(room)
+    if not gap["recovered"] or cursor is None or cursor[0] < room.notices_after:
+        events, cursor = room.greeting(member, seen, gap), newest
+    told, available = cursor
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
     notices = [
         (event.seq, event.place, encoded)
         for event, encoded in room.notices
-        if event.place > cursor.place and room.concerns(event, member)
+        if event.place > told and room.concerns(event, member)
     ]
     size = 0
-    for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
+    for seq, place, encoded in sorted([*messages, *notices], key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
-            return News(events, seq - (place == NOWHERE), cursor)
+            return events, seq - (place == NOWHERE), (told, available)
         size += len(encoded.frame)
         events.append(encoded)
-        cursor = cursor._replace(place=max(place, cursor.place))
-    if cursor.available != room.available:
+        told = max(place, told)
+    if available != room.available:
         events.append(encode_store(room.available))
-    return News(events, room.seq, newest_cursor(room))
+    return events, room.seq, newest
 
 
-def newest_cursor(room: Room) -> Cursor:
-    return Cursor(room.place, room.available)
-
-
-def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
-    """From where a poller goes on: as it says, or else where its last poll here ended."""
-    if given is not None:
-        return Cursor.parse(given)
-    told = Cursor.parse(member.told)
-    return told if told and told.place >= room.notices_after else newest_cursor(room)
-
-
-class EventHandler(BaseHandler):
-    """What a member asks for without a socket."""
+class ActsHandler(BaseHandler):
+    """POST /acts: whatever a socket takes. What else a member asks for without a socket is made of this."""
 
     only_json = True
-    gone = False
 
-    def compute_etag(self) -> None:
-        """None: hashing answers that are never the same costs more than the rest of them."""
+    async def post(self) -> None:
+        """201 when the store has it."""
+        member = await self.admit(self.current_user)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.take(member, self.asked(), outcome.set_result)
+        stored = await outcome
+        if isinstance(stored, Refused):
+            raise stored
+        self.release(member)
+        self.set_status(201)
+        self.finish(self.daemon.room.state.encode(stored).json)
 
-    def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
-        super().on_connection_close()
-        self.gone = True
+    def asked(self) -> Event:
+        return parse_act(parse_object(self.request.body))
 
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
         config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        rest = 0 if self.stream.closed() else config.poll_seconds - self.request.request_time()
         self.daemon.presence.release(member, max(config.grace_seconds, rest))
 
     def refuse(self, refused: Refused) -> None:
@@ -3903,84 +3855,70 @@ class EventHandler(BaseHandler):
         self.finish(refused.event(self.language))
 
 
-class MessagesHandler(EventHandler):
-    """GET and POST /messages."""
+class MessagesHandler(ActsHandler):
+    """GET and POST /messages; while a GET waits it is the member's listener."""
 
-    listener: PollListener | None = None
+    member: Member
+    base = 0
+    refused: Refused | None = None  # why it waits no more
+
+    def initialize(self, daemon: Daemon) -> None:
+        super().initialize(daemon)
+        self.woken = asyncio.Event()  # there is a reason to answer
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
-        wait = self.wait()
-        member = await self.admit(self.current_user)
+        wait = self.patience()
+        self.member = await self.admit(self.current_user)
         try:
-            self.tell(member, await self.news(member, wait))
+            news = await self.news(wait)
         finally:
-            self.release(member)
+            self.release(self.member)
+        if not self.stream.closed():
+            self.tell(*news)
 
-    def wait(self) -> float:
+    def patience(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
-        try:
-            wait = float(self.get_query_argument("wait", "0"))
-        except ValueError:
-            wait = math.nan
-        if not wait >= 0:
+        wait = self.get_query_argument("wait", "0")
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", wait):
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
-        return min(wait, POLL_SECONDS)
+        return min(float(wait), POLL_SECONDS)
 
-    async def news(self, member: Member, wait: float) -> News:
-        """What this poll is told. Raises Refused."""
+    async def news(self, wait: float) -> News:
+        """As `news_since`, after a wait where that is nothing. Raises Refused."""
         room, seen = self.daemon.room, self.seen()
         await self.daemon.feed.catch_up(seen)
-        cursor = cursor_of(room, member, self.get_query_argument("last", None))
-        if wait and not (self.gone or news_since(room, member, seen, cursor).events):
-            await self.listen(member, wait)
-        return news_since(room, member, seen, cursor)
+        cursor = cursor_of(room, self.member, self.get_query_argument("last", None))
+        if wait and not (self.stream.closed() or news_since(room, self.member, seen, cursor)[0]):
+            await self.listen(wait)
+        return news_since(room, self.member, seen, cursor)
 
-    async def listen(self, member: Member, wait: float) -> None:
+    async def listen(self, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
-        if len(member.listeners) >= SOCKETS_A_SESSION:
+        daemon = self.daemon
+        if len(self.member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
-        self.listener = PollListener(member)
-        daemon = self.daemon
-        with daemon.limits.poll(self.address):
-            daemon.room.register(self.listener)
+        most = math.inf if is_this_machine(self.address) else POLLS_AN_ADDRESS
+        with at_most(most, daemon.limits.polls, self.address, Refused("too-fast", retry_after=1)):
+            daemon.room.register(self)
             daemon.visitors.join(self.stream)
             try:
-                async with asyncio.timeout(wait):
-                    await self.listener.news.wait()
-            except TimeoutError:
-                pass
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self.woken.wait()
             finally:
-                daemon.room.leave(self.listener)
+                daemon.room.leave(self)
                 daemon.visitors.wait(self.stream)
-        if self.listener.refused:
-            raise self.listener.refused
+        if self.refused:
+            raise self.refused
         await daemon.limits.turn(self.address, self.stream, cost=0)
 
-    def on_connection_close(self) -> None:
-        super().on_connection_close()
-        if self.listener:
-            self.listener.news.set()
-
-    def tell(self, member: Member, news: News) -> None:
-        if self.gone:
-            return
-        member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.daemon.room.epoch, "last": member.told}).encode()
-        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
-
-    async def post(self) -> None:
-        """Says something: 201 when the store has it."""
-        member = await self.admit(self.current_user)
-        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.take(member, self.asked(), outcome.set_result)
-        stored = await outcome
-        if isinstance(stored, Refused):
-            raise stored
-        self.set_status(201)
-        self.finish(self.daemon.room.state.encode(stored).json)
-        self.release(member)
+    def tell(self, events: Sequence[Encoded], seq: int, cursor: Cursor) -> None:
+        place, available = cursor
+        self.member.told = "-".join(map(str, place)) + "!" * (not available)
+        end = to_json({"seq": seq, "epoch": self.daemon.room.epoch, "last": self.member.told}).encode()
+        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in events]), end[1:]))
 
     def asked(self) -> Event:
         return parse_act({**self.fields(), "type": "say"})
@@ -3989,19 +3927,35 @@ class MessagesHandler(EventHandler):
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
-        number = whole_number(values.pop("re") or "")
-        return {name: value for name, value in (*values.items(), ("re", number)) if value is not None}
+        values: dict[str, Any] = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
+        values["re"] = whole_number(values["re"] or "")
+        return {name: value for name, value in values.items() if value is not None}
 
+    # --- as a listener ---
 
-class ActsHandler(MessagesHandler):
-    """POST /acts: whatever a socket takes."""
+    def wake(self, refused: Refused | None = None) -> None:
+        self.refused = self.refused or refused
+        self.woken.set()
 
-    async def get(self) -> None:
-        raise tornado.web.HTTPError(405)
+    def send(self, batch: Batch) -> None:
+        self.wake()
 
-    def asked(self) -> Event:
-        return parse_act(parse_object(self.request.body))
+    def replay(self, events: list[Encoded]) -> None:
+        """There is another history."""
+        self.wake()
+
+    def heartbeat(self, now: float, time: Encoded) -> None:
+        """A request needs no sign of life: its end is near."""
+
+    turn_away = wake
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end of the session, or of the daemon."""
+        self.wake(Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1))
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        self.wake()
 
 
 class TranscriptHandler(BaseHandler):
@@ -4021,20 +3975,15 @@ class TranscriptHandler(BaseHandler):
         name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
         self.set_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=UTF-8")
         self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}")
-        try:
-            await self.send_all(as_json)
-        except STORE_ERRORS:  # gone, as the client may be, or too slow: half a file must not look like a whole one
-            self.stream.close()
+        await self.deliver_pieces(self.pieces(as_json))
 
-    async def send_all(self, as_json: bool) -> None:
-        """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
-        daemon = self.daemon
-        async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
-            for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
-                if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
-                    self.write(transcript_line(event, as_json))
-            async with asyncio.timeout(daemon.config.answer_seconds):
-                await self.flush()
+    async def pieces(self, as_json: bool) -> AsyncIterator[bytes]:
+        """A page of the feed each. Raises STORE_ERRORS."""
+        is_deleted = self.daemon.room.state.is_deleted
+        async for page in self.daemon.store.pages("-", id_text(self.daemon.feed.memory.last)):
+            events = itertools.chain.from_iterable(decode_events(entry.raw) for entry in page)
+            said = [event for event in events if event.type == "message" and not is_deleted(event.seq)]
+            yield b"".join([transcript_line(event, as_json) for event in said])
 
 
 def transcript_line(event: Event, as_json: bool) -> bytes:
@@ -4046,50 +3995,24 @@ def transcript_line(event: Event, as_json: bool) -> bytes:
     return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
 
 
-class PollListener:
-    """A request that waits: whatever comes ends the waiting, and the answer is what the room says then."""
-
-    __slots__ = ("base", "member", "news", "refused")
-
-    def __init__(self, member: Member) -> None:
-        self.member, self.base = member, 0
-        self.news = asyncio.Event()
-        self.refused: Refused | None = None
-
-    def send(self, batch: Batch) -> None:
-        self.news.set()
-
-    def replay(self, events: list[Encoded]) -> None:
-        """There is another history."""
-        self.news.set()
-
-    def heartbeat(self, now: float, time: Encoded) -> None:
-        """A request needs no sign of life: its end is near."""
-
-    def refuse(self, refused: Refused) -> None:
-        self.refused = refused
-        self.news.set()
-
-    turn_away = refuse
-
-    def shut(self, code: int, reason: str) -> None:
-        """The end of the session, or of the daemon."""
-        self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
-
-
 # === Pictures =========================================================================================================
 # POST /pictures and GET /pictures/ID. What a file is is read from its bytes, and it must be that from the first to the
 # last one. It comes whole, bounded in size and number; it goes piece by piece, so that a slow reader costs one piece.
 
 
+MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
+SVG = re.compile(rb"<svg\s+\w")  # as this would
+SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
+AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
+
+
 def measure_picture(data: bytes) -> tuple[int, int]:
     """Width and height in pixels. Raises Refused where it is no whole picture of the types that all browsers show."""
-    measure = {"image/png": png_size, "image/jpeg": jpeg_size, "image/webp": webp_size, "image/gif": gif_size}
     kind = picture_type(data)
     if kind is None:
         raise Refused("bad-picture", "picture-type")
     try:
-        width, height = measure[kind](data)
+        width, height = PICTURE_TYPES[kind][1](data)
     except (ValueError, IndexError, StopIteration, struct.error):
         raise Refused("bad-picture", "picture-broken") from None
     text = data.lower()
@@ -4100,32 +4023,24 @@ def measure_picture(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
-SVG = re.compile(rb"<svg\s+\w")  # as this would
-SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
-AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
-
-
 def picture_type(data: bytes) -> str | None:
     """As the first bytes tell it, for Content-Type."""
-    if data[:4] == b"RIFF":
-        return "image/webp" if data[8:12] == b"WEBP" else None
-    signatures = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif"}
-    return next((f"image/{kind}" for start, kind in signatures.items() if data.startswith(start)), None)
+    return next((kind for kind, (beginning, _) in PICTURE_TYPES.items() if re.match(beginning, data)), None)
 
 
 def png_size(data: bytes) -> tuple[int, int]:
     """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
-    at, kinds, parts = 8, list[bytes](), iter(range(PICTURE_PARTS))
-    while at < len(data):
-        next(parts)
+    at, kinds = 8, list[bytes]()
+    while at < len(data) and len(kinds) < PICTURE_PARTS:
         length, kind = struct.unpack_from(">I4s", data, at)
         (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
         if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
             raise ValueError
         at += 12 + length
         kinds.append(kind)
-    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds or kinds.index(b"IEND") < len(kinds) - 1:
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds:
+        raise ValueError
+    if at != len(data) or kinds.index(b"IEND") < len(kinds) - 1:
         raise ValueError
     width, height = struct.unpack_from(">II", data, 16)
     return width, height
@@ -4151,11 +4066,10 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
 
 def webp_size(data: bytes) -> tuple[int, int]:
     """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
-    at, sizes, filled, parts = 12, set[tuple[int, int]](), False, iter(range(PICTURE_PARTS))
+    at, kinds, sizes = 12, list[bytes](), set[tuple[int, int]]()
     if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
         raise ValueError
-    while at < len(data):
-        next(parts)
+    while at < len(data) and len(kinds) < PICTURE_PARTS:
         kind, length = struct.unpack_from("<4sI", data, at)
         head = int.from_bytes(data[at + 8 : at + 18], "little")
         if kind == b"VP8X":
@@ -4164,9 +4078,9 @@ def webp_size(data: bytes) -> tuple[int, int]:
             sizes.add(((head >> 8 & 0x3FFF) + 1, (head >> 22 & 0x3FFF) + 1))
         elif kind == b"VP8 ":
             sizes.add((head >> 48 & 0x3FFF, head >> 64 & 0x3FFF))
-        filled |= kind in (b"VP8L", b"VP8 ", b"ANMF")
         at += 8 + length + length % 2
-    if at != len(data) or not filled or len(sizes) != 1:
+        kinds.append(kind)
+    if at != len(data) or len(sizes) != 1 or not {b"VP8L", b"VP8 ", b"ANMF"}.intersection(kinds):
         raise ValueError
     return sizes.pop()
 
@@ -4200,11 +4114,20 @@ def gif_colors(flags: int) -> int:
     return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
 
 
+PICTURE_TYPES = {  # how a file of that type begins, and what measures it
+    "image/png": (rb"\x89PNG\r\n\x1a\n", png_size),
+    "image/jpeg": (rb"\xff\xd8\xff", jpeg_size),
+    "image/webp": (rb"(?s:RIFF....WEBP)", webp_size),
+    "image/gif": (rb"GIF8[79]a", gif_size),
+}
+
+
 @tornado.web.stream_request_body
-class PicturesHandler(EventHandler):
+class PicturesHandler(ActsHandler):
     """POST /pictures: takes one, and tells the id to say it with."""
 
     sender: Member | None = None
+    received: bytearray | None = None  # of what is on its way in, and isn't refused
     refused: Refused | None = None
 
     async def prepare(self) -> None:
@@ -4212,7 +4135,6 @@ class PicturesHandler(EventHandler):
         await super().prepare()
         if (whole_number(self.request.headers.get("Content-Length", "")) or 0) > 2 * PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)  # that is too much to wait for
-        self.received = bytearray()
         connection: Any = self.request.connection
         connection.set_max_body_size(2 * PICTURE_BYTES)
         connection.set_body_timeout(self.daemon.config.picture_seconds)
@@ -4226,50 +4148,66 @@ class PicturesHandler(EventHandler):
         limits, uploads, browser = self.daemon.limits, self.daemon.uploads, member.sid[:BROWSER_CHARS]
         if not self.daemon.config.pictures:
             raise Refused("no-picture", "pictures-off")
-        if browser in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+        if browser in uploads:
             raise Refused("too-fast", retry_after=1)
+        surplus = self.surplus() if len(uploads) >= UPLOADS_AT_ONCE else None
         if not self.daemon.room.is_host(member):
             if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
                 raise silenced
-            limits.pace(limits.messages, self.address, cost=0)
-            limits.pace(limits.says, browser, cost=PICTURE_COST)
-            limits.pace(limits.messages, self.address, cost=PICTURE_COST)
-        self.sender = member
-        uploads.add(browser)
+            limits.messages.pace(self.address, cost=0)
+            limits.says.pace(browser, cost=PICTURE_COST)
+            limits.messages.pace(self.address, cost=PICTURE_COST)
+        if surplus:
+            surplus.end(Refused("too-fast", retry_after=1))
+        self.sender, self.received = member, bytearray()
+        uploads[browser] = self
+
+    def surplus(self) -> PicturesHandler:
+        """Which upload ends for this one: the oldest from the address with most of them. Raises Refused where that
+        would not be fair: it has just begun, and as many come from this address.
+        """
+        coming = [upload for upload in self.daemon.uploads.values() if upload.received is not None]
+        counts = collections.Counter(upload.address for upload in coming)
+        oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
+        fair = oldest and counts[oldest.address] > counts[self.address] + 1
+        if oldest and (fair or oldest.request.request_time() >= UPLOAD_SECONDS):
+            return oldest
+        raise Refused("too-fast", retry_after=1)
 
     def data_received(self, chunk: bytes) -> None:
         """Of what is refused or too large nothing is kept."""
-        if self.sender and len(self.received) <= PICTURE_BYTES:
+        if self.received is not None and len(self.received) <= PICTURE_BYTES:
             self.received += chunk
 
     async def post(self) -> None:
         """201 when the store has it."""
-        if self.sender is None:
+        if not (sender := self.sender) or self.received is None:
             raise self.refused or Refused("unavailable")
-        if len(self.received) > PICTURE_BYTES:
+        data, self.received = bytes(self.received), None
+        if len(data) > PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
-        width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
-        id = self.picture_id(self.sender, f"{secrets.token_hex(8)}-{width}x{height}")
+        width, height = await asyncio.to_thread(measure_picture, data)  # it may take 100 ms
+        id = self.picture_id(sender, f"{secrets.token_hex(8)}-{width}x{height}")
         try:
             await self.daemon.store.add_picture(id, data)
         except STORE_ERRORS:
             raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        self.release(sender)
         self.set_status(201)
         self.finish(picture_fields(id))
-        self.release(self.sender)
 
     def on_finish(self) -> None:
-        """Called by Tornado when the answer is out."""
         self.end()
 
     def on_connection_close(self) -> None:
-        """The client has hung up."""
         super().on_connection_close()
         self.end()
 
-    def end(self) -> None:
+    def end(self, refused: Refused | None = None) -> None:
+        """Nothing of it is kept any more."""
         if self.sender:
-            self.daemon.uploads.discard(self.sender.sid[:BROWSER_CHARS])
+            del self.daemon.uploads[self.sender.sid[:BROWSER_CHARS]]
+            self.sender, self.received, self.refused = None, None, refused
 
 
 class PictureHandler(BaseHandler):
@@ -4289,24 +4227,18 @@ class PictureHandler(BaseHandler):
         self.set_header("Content-Length", size)
         self.set_header("Content-Security-Policy", "default-src 'none'; sandbox")
         self.set_header("Cache-Control", f"private, max-age={PICTURE_DAYS * 86400}, immutable")
-        try:
-            await self.send(id, piece, size)
-        except STORE_ERRORS:  # gone, as the client, the picture or the store may be: the answer stays incomplete
-            self.stream.close()
+        await self.deliver_pieces(self.pieces(id, piece, size))
 
-    async def send(self, id: str, piece: bytes, size: int) -> None:
-        """Each piece when the one before has been taken. Raises STORE_ERRORS."""
-        sent = 0
-        while True:
-            self.write(piece)
-            async with asyncio.timeout(self.daemon.config.answer_seconds):
-                await self.flush()
-            sent += len(piece)
-            if sent >= size:
-                return
+    async def pieces(self, id: str, piece: bytes, size: int) -> AsyncIterator[bytes]:
+        """The rest is read as it is needed. Raises STORE_ERRORS."""
+        yield piece
+        sent = len(piece)
+        while sent < size:
             piece, _ = await self.daemon.store.read_picture(id, sent)
             if not piece:
                 raise ConnectionError("the picture is gone")
+            yield piece
+            sent += len(piece)
 
 
 # === Addresses and banner =============================================================================================
@@ -4491,8 +4423,9 @@ class Door(socket.socket):
             self.visitors.crowded = False
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
+        full = len(self.visitors.open) >= file_limit() - SPARE_FILES
         try:
-            if (full := self.full()) and not self.visitors.quiet:
+            if full and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             newcomer = super().accept()  # nobody has to leave before somebody is there
             if full:
@@ -4506,9 +4439,6 @@ class Door(socket.socket):
                 self.logged = time.monotonic()
                 log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
-
-    def full(self) -> bool:
-        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4596,7 +4526,7 @@ class Daemon:
             host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host)
         )
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
-        self.uploads: set[str] = set()  # browsers that are sending a picture
+        self.uploads: dict[str, PicturesHandler] = {}  # of browsers that are sending a picture, the oldest first
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
@@ -4897,8 +4827,7 @@ class Client:
         self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
-        self.replay_end = 0  # up to this seq it is history
-        self.skipped = 0  # and up to this one, older than what the user wants
+        self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
@@ -5071,6 +5000,7 @@ class Client:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, quoted(self.text_of(frame))
+        if seq > self.skipped:
             self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
@@ -5195,8 +5125,8 @@ def obey(client: Client, typed: str) -> bool:
         case "/who":
             client.view.notice(client.people(client.count))
         case "/help":
-            is_host = client.name in client.hosts
-            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+            more = f"\n{client.words['term_help_host']}" if client.name in client.hosts else ""
+            client.view.notice(client.words["term_help"] + more)
         case "/time":
             client.view.notice(room_time(client, rest.strip()))
         case _ if re.match("/(?!/)", command):
@@ -5332,7 +5262,7 @@ class Lines:
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.typed or self.config.verbose or not minor:
+        if not minor or self.config.verbose or (self.typed and not self.config.quiet):
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
@@ -5631,7 +5561,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
-    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    """The parser; and for each setting its variables in the environment, the best first, and what its value must be."""
     parser = argparse.ArgumentParser(
         prog="tornchat",
         usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
@@ -6687,27 +6617,30 @@ const CLOSE_CODES = {401: 4401, 403: 4403, 409: 4409, 429: 4504, 503: 1013};  //
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost', 'slow'];
 const REMOVE_SECONDS = 600;
 const ADDRESS = /(?:https?:\/\/|\bwww\.(?=\w))[^\s<>"'`，。；：！？（）【】《》“”、\p{Bidi_C}]+/u;
-const MARKUP = RegExp(/```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source, 'giu');
+const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source;
 const LINK_TAIL = '.,;:!?)]}*';
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
 const words = Object.fromEntries(document.body.dataset.words.split('\n').map((line) => line.split('\t')));
 const lang = document.documentElement.lang;
-const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
+const region = navigator.languages.find((tag) => tag.startsWith(lang.slice(0, 2))) || lang;
 const projector = document.body.dataset.view === 'projector';
 const pollingOnly = new URLSearchParams(location.search).get('transport') === 'polling';
 
 // === Pure formatting ===
-const clockFormat = new Intl.DateTimeFormat(region, {hour: 'numeric', minute: '2-digit'});
+const clockFormat = new Intl.DateTimeFormat(region, {timeStyle: 'short'});
 const dateFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full'});
 const fullFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full', timeStyle: 'medium'});
 const daysFormat = new Intl.RelativeTimeFormat(region, {numeric: 'auto'});
 const listFormat = new Intl.ListFormat(lang);
 const collator = new Intl.Collator(lang);
+const now = () => performance.now();
 const between = (low, high) => low + Math.random() * (high - low);
 const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, key) => values[key]);
+const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
 const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name from turning its sentence around
-const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
+const newCid = () => crypto.getRandomValues(new Uint32Array(4)).join('-');
 const folded = (text) => text.normalize('NFKC').toLowerCase();
+const camelCase = (id) => id.replace(/-./g, ([, letter]) => letter.toUpperCase());
 
 function hueOf(name) {  // those who are numbered get colours far apart
   let hash = 2166136261;
@@ -6721,50 +6654,32 @@ function initials(name) {  // of those who are numbered the number too
 }
 
 function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
-  const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
   const days = Math.round((midnight(ts) - midnight(serverTime())) / 86400000);
   if (days !== 0 && days !== -1) return dateFormat.format(ts);
   const text = daysFormat.format(days, 'day');
   return text[0].toLocaleUpperCase(lang) + text.slice(1);
 }
 
-function presenceText(sentence, names) {
-  if (!names.size) return [];
-  const few = names.size <= NAMES_IN_LINE;
-  const who = few ? listFormat.format([...names].map(isolate)) : fill(words.people, {n: names.size});
-  return [fill(sentence, {names: who})];
-}
-
-function mentions(text, name) {  // where @name stands and the name does not go on: [from, to] of each
-  const spots = [];
-  const [hay, needle] = [text.toLowerCase(), `@${name.toLowerCase()}`];
-  for (let at = hay.indexOf(needle); at >= 0; at = hay.indexOf(needle, at + 1)) {
-    if (!/^[\p{L}\p{N}\p{M}]/u.test(hay.slice(at + needle.length))) spots.push([at, at + needle.length]);
-  }
-  return hay.length === text.length ? spots : [];  // a letter that grows when it is small would shift them
+function listed(names) {
+  return names.size > NAMES_IN_LINE ? fill(words.people, {n: names.size}) : listFormat.format([...names].map(isolate));
 }
 
 // === DOM: the only place that makes elements, and text only ever as text ===
-const {
-  icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
-  sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
-  content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
-  lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, 'pin-line': pinLine,
-  'pin-fold': pinFold, 'pin-text': pinText, unpin, earlier, 'hold-text': holdText, 'hold-wait': holdWait, manage, room,
-  lock, every, door, clear, person, 'person-name': personName, 'person-muted': personMuted, mute, unmute, remove,
-  question, asked, yes,
-} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
+const {  // every element with an id
+  icon, title, stateText, stateWait, loginAgain, join, people, scroller, sorting, sort, sortSign, sorted,
+  reply: replyLine, menu, content, log, outbox: outboxList, composer, newer, matches: matchList, leftOver, box,
+  break: lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
+  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, pinLine, pinFold,
+  pinText, unpin, earlier, holdText, holdWait, manage, room, lock, every, door, clear, person, personName, personMuted,
+  mute, unmute, remove, question, asked, yes,
+} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [camelCase(element.id), element]));
 const shown = new Map();          // seq -> row, of this epoch
-const toDraw = [];                // what changes the log, in its order, until a frame has time for it
+const toDraw = [];                // what changes the page, in its order, until there is time for it
 let sliceTimer = 0;
-let sliceFrame = 0;
 let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
-let rosterDue = false;
 let passing = null;               // who came and went in the newest line of the log
-let drawnDay = '';
 let newLine = null;               // "new since you left"
 let following = true;             // the reader is at the bottom
 let steeredAt = -STEER_MS;        // by a wheel, a touch or a key
@@ -6778,8 +6693,12 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick, attributes = {}) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
+function makeButton(content, onclick, attributes = {}) {
+  return Object.assign(make('button', '', content), {type: 'button', onclick, ...attributes});
+}
+
+function topOf(element) {
+  return element.getBoundingClientRect().top;
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -6790,36 +6709,30 @@ function draw(task) {
   if (toDraw.push(task) === 1) nextSlice();
 }
 
-function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
+function nextSlice() {
   clearTimeout(sliceTimer);
-  cancelAnimationFrame(sliceFrame);
-  const rest = restUntil - performance.now();
-  if (document.hidden) sliceTimer = setTimeout(drawSlice);
-  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
-  else sliceFrame = requestAnimationFrame(drawSlice);
+  sliceTimer = setTimeout(drawSlice, restUntil - now());
 }
 
 function drawSlice() {
-  const began = performance.now();
+  const began = now();
   try {
-    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
+    while (toDraw.length && now() < began + SLICE_MS) toDraw.shift()();
   } finally {
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  drawnAt = performance.now();
+  drawnAt = now();
   if (toDraw.length) return;
   restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
   if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
-  const face = make('span', 'face', initials(name));
-  face.setAttribute('aria-hidden', 'true');
   row.style.setProperty('--hue', hueOf(name));
-  row.prepend(face);
+  row.prepend(Object.assign(make('span', 'face', initials(name)), {ariaHidden: true}));
   return row;
 }
 
@@ -6831,63 +6744,35 @@ function linkTo(match) {  // what ends a sentence ends no address
   return [Object.assign(make('a', '', text), {href, target: '_blank', rel: 'noopener noreferrer'}), match.slice(end)];
 }
 
-function withMentions(text, most) {
+function richText(text) {  // code, links and one's own name; nothing else is anything but text
   const nodes = [];
-  let end = 0;
-  for (const [from, to] of mentions(text, me).slice(0, Math.max(0, most))) {
-    nodes.push(text.slice(end, from), make('mark', '', text.slice(from, to)));
-    end = to;
+  let [end, left] = [0, MAX_ELEMENTS];
+  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(markup)) {
+    left -= block ? 2 : 1;
+    if (left < 0) break;
+    nodes.push(text.slice(end, index));
+    end = index + match.length;
+    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
+    else if (inline) nodes.push(make('code', '', inline));
+    else if (match.startsWith('@')) nodes.push(make('mark', '', match));
+    else nodes.push(...linkTo(match));
+    if (block && text[end] === '\n') end += 1;
   }
   return [...nodes, text.slice(end)];
 }
 
-function richText(text) {  // code, links and one's own name; nothing else is anything but text
-  const nodes = [];
-  let [end, left] = [0, MAX_ELEMENTS];
-  const addPlain = (to) => {
-    const plain = withMentions(text.slice(end, to), left);
-    left -= (plain.length - 1) / 2;
-    nodes.push(...plain);
-    end = to;
-  };
-  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(MARKUP)) {
-    addPlain(index);
-    left -= block ? 2 : 1;
-    if (left < 0) break;
-    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
-    else if (inline) nodes.push(make('code', '', inline));
-    else nodes.push(...linkTo(match));
-    end = index + match.length;
-    if (block && text[end] === '\n') end += 1;
-  }
-  addPlain();
-  return nodes;
-}
-
-function foldButton(body) {
+function foldButton(body) {  // the top of the text stays, or comes into view
   const button = makeButton(words.show_all, () => {
-    const top = body.getBoundingClientRect().top;
+    const top = Math.max(topOf(body), topOf(scroller) + BOTTOM_PX);
     const open = !body.classList.toggle('folded');
     button.textContent = open ? words.show_less : words.show_all;
-    button.setAttribute('aria-expanded', open);
-    keepPlace(body, top);
-  });
-  button.className = 'plain fold';
-  button.setAttribute('aria-expanded', false);
+    button.ariaExpanded = open;
+    scroller.scrollTop += topOf(body) - top;
+    steer();
+    onScroll();
+  }, {className: 'plain fold', ariaExpanded: false});
   body.classList.add('folded');
   return button;
-}
-
-function keepPlace(body, top) {  // its top stays, or comes into view
-  const wanted = Math.max(top, scroller.getBoundingClientRect().top + BOTTOM_PX);
-  scroller.scrollTop += body.getBoundingClientRect().top - wanted;
-  steer();
-  onScroll();
-}
-
-function whoLine(name, host) {  // the badge is the frame's word: no name and no text can bring it along
-  if (!host) return make('bdi', 'who', name);
-  return make('div', 'who', make('bdi', '', name), ' ', make('small', 'badge', words.host));
 }
 
 function messageRow({name, text, picture, host, re}, ...foot) {
@@ -6895,7 +6780,9 @@ function messageRow({name, text, picture, host, re}, ...foot) {
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
   const line = Object.assign(make('div', 'line', body, ...foot), {dir: 'auto'});
-  const bubble = make('div', 'bubble', whoLine(name, host), line);
+  const badge = host && make('small', 'badge', words.host);  // the frame's word: no name can bring it along
+  const who = host ? make('div', 'who', make('bdi', '', name), ' ', badge) : make('bdi', 'who', name);
+  const bubble = make('div', 'bubble', who, line);
   if (re) line.before(quoteOf(re));
   if (picture) line.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
@@ -6908,7 +6795,7 @@ function messageRow({name, text, picture, host, re}, ...foot) {
 
 function showMessage(frame, away) {
   const {seq, ts, name, deleted, counts} = frame;
-  if (shown.has(seq)) return;
+  if (seq <= lastDrawn) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(frame, time);
@@ -6916,17 +6803,14 @@ function showMessage(frame, away) {
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
   else addChoices(row, counts);
-  const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
-  const next = shown.get(Math.min(...later)) || null;
   const missed = !following && name !== me;
+  const absent = name !== me && seq > readTo && (away || seq <= firstReplayEnd);
   if (missed && !unseen) removeNewLine();
-  if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  if (next) next.before(row);
-  else addRow(row);
-  lastDrawn = Math.max(lastDrawn, seq);
+  if ((missed || absent) && !projector) newLine ||= notice('new', words.new_line);
+  addRow(row);
+  lastDrawn = seq;
   shown.set(seq, row);
   settle(row);
-  settle(next);
   dropOldest();
   if (missed) unseen += 1;
 }
@@ -6950,19 +6834,12 @@ function settle(row) {  // what a message shows of its day and its author depend
   let above = rowAbove(row);
   const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
   while (above && !above.dataset.ts) above = rowAbove(above);
-  const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
+  const sameDay = above && midnight(+above.dataset.ts) === midnight(+ts);
   const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
   row.classList.toggle('run', run);
   above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
-}
-
-function renewDays() {  // when today has become yesterday
-  const today = new Date(serverTime()).toDateString();
-  if (today === drawnDay) return;
-  drawnDay = today;
-  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
@@ -6977,12 +6854,7 @@ function notice(kind, text) {
   if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
-}
-
-function drawNewLine() {
-  if (newLine || projector) return;
-  notice('new', words.new_line);
-  newLine = lastRow();
+  return row;
 }
 
 function removeNewLine() {
@@ -6994,8 +6866,8 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
   if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
-  const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
-  notice('presence', parts.join(' · '));
+  const kinds = Object.keys(passing).filter((kind) => passing[kind].size);
+  notice('presence', kinds.map((kind) => fill(words[kind], {names: listed(passing[kind])})).join(' · '));
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
@@ -7008,13 +6880,11 @@ function forgetHistory() {  // what was read stays readable, greyed, but it is n
   notice('reset', words.reset);
 }
 
-function showRoster() {  // at most once a frame: a whole class may come in at once
-  if (!rosterDue) requestAnimationFrame(drawRoster);
-  rosterDue = true;
+function showRoster() {  // once for all that wait: a whole class may come in at once
+  if (!toDraw.includes(drawRoster)) draw(drawRoster);
 }
 
 function drawRoster() {
-  rosterDue = false;
   const others = [...members].filter((name) => name !== me).sort(collator.compare);
   const rows = [me, ...others].map(memberRow);
   const more = memberCount - rows.length;
@@ -7036,9 +6906,8 @@ function memberRow(name) {
 }
 
 function manageButton(name) {
-  const button = Object.assign(makeButton('⋯', () => openPerson(name)), {className: 'plain'});
-  button.setAttribute('aria-label', fill(words.manage, {name}));
-  button.setAttribute('aria-haspopup', 'dialog');
+  const attributes = {className: 'plain', ariaLabel: fill(words.manage, {name}), ariaHasPopup: 'dialog'};
+  const button = makeButton('⋯', () => openPerson(name), attributes);
   button.dataset.name = name;
   return button;
 }
@@ -7046,7 +6915,7 @@ function manageButton(name) {
 function openRoster(open) {
   if (open === roster.classList.contains('open')) return;
   roster.classList.toggle('open', open);
-  people.setAttribute('aria-expanded', open);
+  people.ariaExpanded = open;
   (open ? memberList : people).focus();
 }
 
@@ -7058,7 +6927,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
+  if (!(newLine && topOf(newLine) > topOf(composer))) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7074,32 +6943,34 @@ function below() {
 }
 
 function steer() {
-  steeredAt = performance.now();
+  steeredAt = now();
 }
 
 function onScroll() {  // rows that come and go make a browser scroll too: then one still follows
-  const [steered, quiet] = [performance.now() - steeredAt < STEER_MS, performance.now() - drawnAt > STEER_MS];
+  const [steered, quiet] = [now() - steeredAt < STEER_MS, now() - drawnAt > STEER_MS];
   following = projector || below() < BOTTOM_PX || (following && !steered && !quiet);
   showNewer();
 }
 
+function failing() {
+  return phase === 'waiting' || (phase === 'connecting' && failures > 0);
+}
+
 function stateName() {
-  const failing = phase === 'waiting' || (phase === 'connecting' && failures > 0);
-  if (failing) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
+  if (failing()) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
   return phase === 'connected' && storeAway ? 'away' : phase;
 }
 
 function stateSentence(state) {
-  if (phase === 'closed') return closeReason || fill(words[`closed_${closeCode}`], {name: me});
-  return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
+  return phase === 'closed' ? closing : words[state === 'connected' && polling ? 'state_polling' : `state_${state}`];
 }
 
 function showState() {
   const state = document.body.dataset.state = stateName();
-  const seconds = Math.ceil((retryAt - performance.now()) / 1000);
+  const seconds = Math.ceil((retryAt - now()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
   setText(stateText, stateSentence(state));
-  setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
+  setText(stateWait, failing() ? wait : '');
   loginAgain.hidden = phase !== 'closed';
   showHold();
   drawOutbox();
@@ -7125,25 +6996,26 @@ function fitScreen() {  // some phones draw their keyboard over the page; a read
 // === Memory: the session's belongs to this tab, the browser's to all of its tabs; both may be forbidden or full ===
 const shelf = `tornchat:${location.pathname}:`;
 
-function keep(key, text, storage = 'sessionStorage') {
+const SHARED = 'localStorage';
+
+function keep(key, value, storage = 'sessionStorage') {
   try {
-    if (text) window[storage].setItem(shelf + key, text);
+    if (value) window[storage].setItem(shelf + key, JSON.stringify(value));
     else window[storage].removeItem(shelf + key);
   } catch { /* only a reload will tell */ }
 }
 
 function kept(key, storage = 'sessionStorage') {
-  try { return window[storage].getItem(shelf + key) || ''; } catch { return ''; }
+  try { return JSON.parse(window[storage].getItem(shelf + key)); } catch { return null; }
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, null);
 }
 
 // === Attention: what is unread, and what may tell of it ===
 let unread = 0;                   // since the page was last in front
 let readTo = 0;                   // the newest seq that was in front of a reader, in whichever tab
-let readMark = '';                // the same, as the other tabs were told it
 let audio = null;
 
 function showUnread(count) {
@@ -7155,22 +7027,21 @@ function showUnread(count) {
 
 function markRead() {
   if (after === null) return;
-  const mark = JSON.stringify({epoch, seq: after});
-  if (mark !== readMark) keep('read', mark, 'localStorage');
-  [readMark, readTo] = [mark, after];
+  readTo = after;
+  keep('read', {epoch, seq: readTo}, SHARED);
   if (unread) showUnread(0);
 }
 
 function readElsewhere() {  // another tab has shown it, or had shown it before this one was opened
-  const mark = JSON.parse(kept('read', 'localStorage') || '{}');
-  if (mark.epoch === epoch) readTo = mark.seq;
+  const mark = kept('read', SHARED);
+  if (mark?.epoch === epoch) readTo = mark.seq;
   if (readTo >= after) showUnread(0);
 }
 
 function attract({seq, name, text}, away) {
   if (away && seq > readTo) showUnread(unread + 1);
   if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
-  if (sound.checked && (away || mentions(text, me).length)) chime();
+  if (sound.checked && (away || mention.test(text))) chime();
   if (notify.checked && away) popUp(name, text || words.picture);
 }
 
@@ -7191,27 +7062,16 @@ function chime() {
 
 function popUp(name, body) {
   try {
-    const popup = new Notification(name, {body, tag: shelf, icon: iconUrl});
-    popup.onclick = () => window.focus();
+    new Notification(name, {body, tag: shelf, icon: iconUrl}).onclick = () => window.focus();
   } catch { notify.checked = false; }  // a phone's browser wants a service worker for it
-}
-
-async function wantPopUps() {
-  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
-  keep('notify', notify.checked ? '1' : '', 'localStorage');
-}
-
-function wantSound() {
-  keep('sound', sound.checked ? '1' : '', 'localStorage');
-  if (sound.checked) chime();
 }
 
 function restoreChoices() {
   const allowed = window.isSecureContext && 'Notification' in window;
   themeChoice.value = theme;
-  sound.checked = kept('sound', 'localStorage') === '1';
+  sound.checked = kept('sound', SHARED);
   notify.parentElement.hidden = !allowed;
-  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', 'localStorage') === '1';
+  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', SHARED);
 }
 
 // === Joining others in: the addresses of the room, one of them large, with its code ===
@@ -7222,23 +7082,17 @@ async function loadAddresses() {  // what leads here is the best, unless it lead
   const answer = await fetch('join.json').then((response) => response.json()).catch(() => ({}));
   const others = (answer.addresses || []).filter((url) => url !== here);
   const urls = loopback && others.length ? others : [here, ...others];
-  const picked = kept('address', 'localStorage');
+  const picked = kept('address', SHARED);
   addresses.replaceChildren(...urls.map((url) => new Option(url, url, false, url === picked)));
   addresses.hidden = urls.length === 1 || projector;
-  code.dataset.drawn = answer.qr ? 'yes' : '';
+  code.hidden = !answer.qr;
   showAddress();
 }
 
 function showAddress() {
   const [, ...parts] = addresses.value.match(/^(\w+:\/\/)(.*?)(:\d+)?\/?$/);
   address.replaceChildren(...parts.flatMap((part) => [part || '', make('wbr', '')]));  // where it may be broken
-  code.hidden = !code.dataset.drawn;
-  if (code.dataset.drawn) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
-}
-
-function pickAddress() {
-  keep('address', addresses.value, 'localStorage');
-  showAddress();
+  if (!code.hidden) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
 }
 
 async function openInvite() {
@@ -7255,7 +7109,7 @@ async function copyAddress() {  // without a secure context there is only the ol
 }
 
 // === Writing: what the keys do in the box ===
-let said = JSON.parse(kept('said') || '[]');
+let said = kept('said') || [];
 let recalled = said.length;       // which of them stands in the box
 let offer = null;                 // {start, names, turn}: a name that is being completed
 
@@ -7276,7 +7130,7 @@ function submit(event) {
 function remember(text) {
   said = [...said.filter((other) => other !== text), text].slice(-SAID_KEPT);
   recalled = said.length;
-  keep('said', JSON.stringify(said));
+  keep('said', said);
 }
 
 function recall(step) {  // only over an empty box or what was recalled, unchanged: nothing written is lost
@@ -7319,9 +7173,7 @@ function showOffer(next) {
 }
 
 function offerButton(name) {  // Tab takes one without leaving the box
-  const button = Object.assign(makeButton('', () => complete(name)), {className: 'plain', tabIndex: -1});
-  button.append(make('bdi', '', name));
-  return button;
+  return makeButton(make('bdi', '', name), () => complete(name), {className: 'plain', tabIndex: -1});
 }
 
 function complete(name) {
@@ -7330,12 +7182,6 @@ function complete(name) {
   box.setRangeText(`${name} `, start, box.selectionEnd, 'end');
   onDraft();
   showOffer(turn + 1 < names.length ? {start, names, turn: turn + 1} : null);  // then Tab leads out of the box again
-  box.focus();
-}
-
-function breakLine() {
-  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
-  onDraft();
   box.focus();
 }
 
@@ -7366,16 +7212,15 @@ let saidAt = 0;
 let holdUntil = 0;
 
 function restoreOutbox() {
-  outbox = JSON.parse(kept('outbox') || '[]');
+  outbox = kept('outbox') || [];
   for (const item of outbox) {
+    if (item.picture) item.failed = restorePicture(item) || item.failed;
     if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
-    const lost = item.picture && restorePicture(item);
-    item.failed ||= lost || '';
   }
 }
 
 function outboxChanged() {
-  keep('outbox', JSON.stringify(outbox));
+  keep('outbox', outbox);
   drawOutbox();
   pump();
 }
@@ -7387,7 +7232,7 @@ function nextUp() {
 function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || pause() > 0) return;
-  [inFlight, saidAt] = [item.cid, performance.now()];
+  [inFlight, saidAt] = [item.cid, now()];
   if (item.picture && !item.picture.id) upload(item);
   else {
     const re = item.epoch === epoch ? item.re : undefined;  // the number is of another message in another history
@@ -7400,13 +7245,13 @@ function takeOut(cid) {
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
   outboxRows.delete(cid);
-  keep(`picture-${cid}`, '');
+  keep(`picture-${cid}`, null);
   outboxChanged();
   return row;
 }
 
 function pause() {  // milliseconds until the next message may be said
-  return Math.max(holdUntil - performance.now(), slowUntil() - serverTime());
+  return Math.max(holdUntil - now(), slowUntil() - serverTime());
 }
 
 function refused({cid, code, text, retry_after: seconds}) {
@@ -7420,7 +7265,7 @@ function refused({cid, code, text, retry_after: seconds}) {
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
-    holdUntil = performance.now() + wait;
+    holdUntil = now() + wait;
     setTimeout(pump, wait + 20);
   } else item.failed = text;
   outboxChanged();
@@ -7465,7 +7310,7 @@ function drawOutbox() {
     const status = row.querySelector('.status');
     row.classList.toggle('failed', item.failed !== '');
     row.querySelector('.choices button').disabled = silence() !== null;
-    status.setAttribute('role', item.failed ? 'alert' : 'none');
+    status.role = item.failed ? 'alert' : 'none';
     setText(status, statusOf(item));
   }
 }
@@ -7563,7 +7408,7 @@ function shelve(item) {  // for a reload
 }
 
 function restorePicture({cid, picture}) {
-  const [, data] = kept(`picture-${cid}`).split(',');
+  const [, data] = (kept(`picture-${cid}`) || '').split(',');
   picture.blob = data && new Blob([Uint8Array.from(atob(data), (char) => char.charCodeAt(0))]);
   return picture.blob || picture.id ? '' : words.picture_lost;
 }
@@ -7987,7 +7832,7 @@ function replyTo(re) {
 
 function setReply(next) {
   reply = next;
-  keep('reply', reply ? JSON.stringify(reply) : '');
+  keep('reply', reply);
   replyLine.hidden = !reply;
   const cancel = makeButton('×', () => {
     setReply(null);
@@ -8062,7 +7907,9 @@ function copyOf(row) {  // to be read
 }
 
 // === Frames: everything that the server says comes through here ===
-let me = document.body.dataset.name;
+let me = '';
+let mention = null;               // @me, where the name does not go on
+let markup = null;                // what in a text is more than text
 let epoch = '';
 let after = null;                 // the newest seq that came, null before the first
 let at = 0;                       // its ts, where it is known
@@ -8071,46 +7918,43 @@ let replayEnd = 0;                // up to this seq it is history and is not rea
 let firstReplayEnd = 0;           // and up to this one it was there before the page
 let maxText = Infinity;           // until the welcome tells it
 let storeAway = false;
-let serverStart = Number(document.body.dataset.now) - performance.now();  // its time at 0 of ours
+let serverStart = Number(document.body.dataset.now) - now();  // its time at 0 of ours
+
+function setName(name) {
+  me = name;
+  mention = RegExp(`@${name.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&')}(?![\\p{L}\\p{N}\\p{M}])`, 'iu');
+  markup = RegExp(`${MARKUP}|${mention.source}`, 'giu');
+}
 
 function serverTime() {
-  return serverStart + performance.now();
+  return serverStart + now();
 }
 
 function setClock(ts) {
-  if (ts) serverStart = ts - performance.now();
+  if (ts) serverStart = ts - now();
 }
 
-function receive(frame) {
-  switch (frame.type) {
-    case 'welcome': return welcomed(frame);
-    case 'message': return arrived(frame);
-    case 'stored': return stored(frame);
-    case 'note': return noted(frame);
-    case 'joined': return passed(frame, 'add');
-    case 'left': return passed(frame, 'delete');
-    case 'refused': return refused(frame);
-    case 'note': return noted(frame);
-    case 'hosts': return hostsChanged(frame.names);
-    case 'mode': return modeChanged(frame);
-    case 'muted': return mutedBy(frame);
-    case 'cleared': return cleared(frame);
-    case 'store': return storeChanged(frame.available);
-    case 'time': return setClock(frame.ts);
-  }
+const receivers = {
+  welcome: welcomed, message: arrived, stored, note: noted, joined: passed, left: passed, refused, hosts: hostsChanged,
+  mode: modeChanged, muted: mutedBy, cleared, store: storeChanged, time: ({ts}) => setClock(ts),
+};
+
+function receive(frame) {  // of a kind that a newer server has, nothing is known
+  receivers[frame.type]?.(frame);
 }
 
 function welcomed(frame) {
   continueHistory(frame);
-  ({name: me, count: memberCount, limits: {text: maxText}} = frame);
+  setName(frame.name);
+  ({count: memberCount, limits: {text: maxText}} = frame);
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
   showUnread(unread);
   welcomedBy(frame);
   welcomeNotes(frame);
-  storeChanged(true);
-  if (polling) probeLater();
+  storeChanged({available: true});
+  probeLater();
   if (projector) loadAddresses();
 }
 
@@ -8118,12 +7962,12 @@ function welcomedBy(frame) {  // what hosts have made of the room by now
   ({host: isHost, mode, muted_until: mutedUntil} = frame);
   muted = new Map(Object.entries(frame.muted || {}));
   clearedTo = frame.cleared;
-  hostsChanged(frame.hosts);
+  hostsChanged({names: frame.hosts});
   showPinned(frame.pinned);
   showMode();
 }
 
-function hostsChanged(names) {
+function hostsChanged({names}) {
   hosts = new Set(names);
   showRoster();
 }
@@ -8137,7 +7981,7 @@ function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where 
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
   if (!seq || !limits.history) after ??= seq;  // there is no message that would tell it
   [epoch, replayEnd] = [room, seq];
-  log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
+  log.ariaLive = replayEnd > after ? 'off' : 'polite';
   if (firstReplayEnd) return;
   [firstReplayEnd, readTo] = [seq || -1, seq];
   readElsewhere();
@@ -8154,23 +7998,27 @@ function arrived(frame) {
   });
   if (fresh && !frame.deleted && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
   if (frame.seq !== replayEnd) return;
-  draw(() => fillQuotes(''));
-  draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
+  draw(() => {
+    fillQuotes('');
+    setTimeout(() => { log.ariaLive = 'polite'; }, 500);
+  });
 }
 
 function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
-  if (frame.seq <= after) arrived({...frame, type: 'message'});
+  if (frame.seq <= after) arrived(frame);
 }
 
-function passed({type, names, count}, change) {
-  for (const name of names) members[change](name);
-  if (type === 'left') for (const name of names) hosts.delete(name);
+function passed({type, names, count}) {
+  for (const name of names) {
+    members[type === 'joined' ? 'add' : 'delete'](name);
+    if (type === 'left') hosts.delete(name);
+  }
   memberCount = count;
   draw(() => showPresence(type, names));
   showRoster();
 }
 
-function storeChanged(available) {
+function storeChanged({available}) {
   [storeAway, holdUntil] = [!available, 0];
   showState();
   pump();
@@ -8203,17 +8051,17 @@ function openPolls(hear, ended) {
 
   async function ask(path, options) {
     const answer = await fetch(path, {...options, signal});
-    heard = performance.now();  // the rest may take its time
+    heard = now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
     throw {code: CLOSE_CODES[answer.status] || 1006, reason: answer.status === 401 ? body.code : body.text};
   }
 
-  function failed(reason) {  // without a code it is the network, or an answer that is not the room's
+  function failed({code, reason}) {  // without a code it is the network, or an answer that is not the room's
     if (signal.aborted) return;
     hangUp.abort();
-    ended({code: 1006, reason: '', ...(reason.code > 1000 ? reason : {})});
+    ended(code > 1000 ? {code, reason} : {code: 1006});
   }
 
   async function poll() {  // the first one asks for the welcome, and does not wait
@@ -8231,8 +8079,8 @@ function openPolls(hear, ended) {
     const headers = {'Content-Type': 'application/json'};
     const path = frame.type === 'say' ? 'messages' : 'acts';
     const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
-    if (signal.aborted || !['message', 'refused'].includes(event.type)) return;  // an act is told by a poll
-    hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
+    if (event.type === 'message') event.type = 'stored';
+    if (!signal.aborted && ['stored', 'refused'].includes(event.type)) hear([event]);  // an act is told by a poll
   }
 
   poll().catch(failed);
@@ -8241,7 +8089,6 @@ function openPolls(hear, ended) {
 
 // === Connection: one way at a time, replaced when it is lost, silent or doubtful ===
 let link = null;
-let trial = null;                 // a socket that is tried while we poll
 let polling = pollingOnly;
 let phase = 'connecting';         // connected: the welcome is here; waiting: for retryAt; closed: for good
 let heard = 0;
@@ -8251,24 +8098,22 @@ let retryAt = 0;
 let retryTimer = 0;
 let probeTimer = 0;
 let probePause = PROBE_MS[0];
-let wallStart = Date.now() - performance.now();  // a sleep makes it grow, where only the first goes on
+let wallStart = Date.now() - now();  // a sleep makes it grow, where only the first goes on
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
-let closeCode = 0;
-let closeReason = '';             // where the server gives one
+let closing = '';                 // why it is closed for good, in words
 
 function connect() {
   clearTimeout(retryTimer);
   clearTimeout(probeTimer);
   link?.close();
-  trial?.close();
-  [phase, heard, inFlight, trial] = ['connecting', performance.now(), '', null];
+  [phase, heard, inFlight] = ['connecting', now(), ''];
   link = (polling ? openPolls : openSocket)(hear, disconnected);
   showState();
 }
 
 function hear(events) {
-  heard = performance.now();
+  heard = now();
   events.forEach(receive);
 }
 
@@ -8292,34 +8137,30 @@ function countMiss() {  // after two sockets a poll, and after a poll that fails
 
 function probeLater() {
   clearTimeout(probeTimer);
-  if (pollingOnly) return;
+  if (!polling || pollingOnly) return;
   probeTimer = setTimeout(probe, probePause);
   probePause = Math.min(2 * probePause, PROBE_MS[1]);
 }
 
-function probe() {  // goes on beside the polls until it has proven itself by an event
-  trial?.close();
-  const socket = trial = openSocket((events) => {
-    if (link !== socket) adopt(socket);
-    hear(events);
-  }, (end) => link === socket ? disconnected(end) : probeLater());
-}
-
-function adopt(socket) {
-  link.close();
-  [link, trial, polling, inFlight] = [socket, null, false, ''];
+function probe() {  // beside the polls, which go on until a socket has proven itself by an event
+  const socket = openSocket(() => {
+    socket.close();
+    if (!polling) return;
+    polling = false;
+    connect();
+  }, probeLater);
 }
 
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  retryAt = performance.now() + milliseconds;
+  retryAt = now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
 }
 
 function stayAway(code, reason) {
-  [phase, closeCode, closeReason] = ['closed', code, code === 4403 ? reason : ''];
+  [phase, closing] = ['closed', (code === 4403 && reason) || fill(words[`closed_${code}`], {name: me})];
   if (code === 4504) Object.assign(loginAgain, {href: '', textContent: words.try_again});
   else loginAgain.href = loginUrl('');
   showState();
@@ -8331,7 +8172,7 @@ function loginUrl(why) {  // the login page says why one finds oneself there
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
   if (loggedIn) return location.assign(loginUrl('cookie'));  // once already, in vain: it does not hold
-  [phase, heard] = ['connecting', performance.now()];
+  [phase, heard] = ['connecting', now()];
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
@@ -8346,17 +8187,16 @@ async function logInAgain() {  // the server no longer knows this session: it wa
 }
 
 function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the link without a word
-  if (phase === 'closed') return;
-  if (phase !== 'connected' || performance.now() - heard > patience) connect();
+  if (phase !== 'closed' && (phase !== 'connected' || now() - heard > patience)) connect();
 }
 
 function tick() {
-  const [now, wall] = [performance.now(), Date.now() - performance.now()];
+  const wall = Date.now() - now();
   const woken = wall - wallStart > STALE_MS;
-  const silent = woken || now - heard > SILENCE_MS || (inFlight && now - saidAt > ANSWER_MS);
-  const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
+  const silent = woken || now() - heard > SILENCE_MS || (inFlight && now() - saidAt > ANSWER_MS);
+  const stuck = phase === 'connecting' && now() - heard > ANSWER_MS;
   wallStart = wall;
-  renewDays();
+  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);  // midnight passes
   endMutes();
   pump();
   if (!stuck && !(phase === 'connected' && silent)) return showState();
@@ -8369,38 +8209,20 @@ function tick() {
 const iconUrl = icon.getAttribute('href');
 const copyText = copy.textContent;
 
-function comeBack() {
-  nextSlice();
-  if (document.hidden) return unseen ? null : removeNewLine();  // what comes from now on is new
-  wake(STALE_MS);
-}
-
-function onStorage({key}) {  // another tab of this browser
-  if (key === `${shelf}read`) readElsewhere();
-  if (key === `${shelf}address`) loadAddresses();
-  restoreChoices();
-}
-
-function watchNetwork() {  // from one network to another there is not always a moment without any
-  const {connection} = navigator;
-  let type = connection?.type;
-  connection?.addEventListener('change', () => {
-    if (connection.type !== type) wake(0);
-    ({type} = connection);
-  });
-}
-
 composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
-lineBreak.onclick = breakLine;
+lineBreak.onclick = () => {
+  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
+  onDraft();
+  box.focus();
+};
 for (const button of [send, lineBreak, pick, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
 newer.onclick = toNewer;
 scroller.onscroll = onScroll;
-for (const type of ['wheel', 'touchmove']) scroller.addEventListener(type, steer, {passive: true});
-scroller.onpointerdown = steer;
+for (const type of ['wheel', 'touchmove', 'pointerdown']) scroller.addEventListener(type, steer, {passive: true});
 scroller.onclick = () => openRoster(false);
 people.onclick = () => openRoster(!roster.classList.contains('open'));
 logout.onsubmit = () => {
@@ -8408,13 +8230,22 @@ logout.onsubmit = () => {
   link.close();  // or its end would be taken for a logout in another tab
 };
 themeChoice.onchange = () => chooseTheme(themeChoice.value);
-sound.onchange = wantSound;
-notify.onchange = wantPopUps;
+sound.onchange = () => {
+  keep('sound', sound.checked, SHARED);
+  if (sound.checked) chime();
+};
+notify.onchange = async () => {
+  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
+  keep('notify', notify.checked, SHARED);
+};
 join.onclick = openInvite;
-addresses.onchange = pickAddress;
+addresses.onchange = () => {
+  keep('address', addresses.value, SHARED);
+  showAddress();
+};
 copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
-for (const dialog of [invite, room, person, question]) {  // by its button, or by a click beside it
+for (const dialog of document.querySelectorAll('dialog')) {  // by its button, or by a click beside it
   dialog.onclick = ({target}) => { if (target.matches('dialog, .close')) dialog.close(); };
 }
 manage.onclick = () => room.showModal();
@@ -8429,7 +8260,6 @@ pinFold.onclick = () => unfoldPin(!pinBar.classList.contains('open'));
 unpin.onclick = () => act({type: 'note', to: pinned.seq, kind: 'pin', value: false});
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
-menu.onclick = ({target}) => { if (target === menu) menu.close(); };
 menu.onclose = () => { menuRow = null; };
 log.addEventListener('focusin', ({target}) => { if (target.matches('.more')) stopAt(target); });
 log.onkeydown = onLogKey;
@@ -8446,17 +8276,30 @@ window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
 window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
-window.addEventListener('storage', onStorage);
-document.onvisibilitychange = comeBack;
+window.addEventListener('storage', ({key}) => {  // another tab of this browser
+  if (key === `${shelf}read`) readElsewhere();
+  if (key === `${shelf}address`) loadAddresses();
+  restoreChoices();
+});
+document.onvisibilitychange = () => {
+  nextSlice();  // out of sight a timer may have to wait for a minute
+  if (!document.hidden) wake(STALE_MS);
+  else if (!unseen) removeNewLine();  // what comes from now on is new
+};
+let network = navigator.connection?.type;
+navigator.connection?.addEventListener('change', () => {  // there is not always a moment without any
+  if (navigator.connection.type !== network) wake(0);
+  network = navigator.connection.type;
+});
 visualViewport.onresize = fitScreen;
 const sizes = new ResizeObserver(() => { if (following) toBottom(); });
 for (const element of [scroller, content]) sizes.observe(element);
 
 document.body.classList.add('live');
+setName(document.body.dataset.name);
 restoreChoices();
-watchNetwork();
-setBox(kept('draft'));
-setReply(JSON.parse(kept('reply') || 'null'));
+setBox(kept('draft') || '');
+setReply(kept('reply'));
 restoreOutbox();
 connect();
 setInterval(tick, 1000);
