@@ -2233,22 +2233,21 @@ class Memory:
         self.to_trim = False
 
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
-    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
-    index is needed. Raises STORE_ERRORS.
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], list[Event]]]:
+    """All that the store holds, oldest first: entries, their events, and those of them that count. Of what is older
+    than so many messages only the index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event]]] = []
+    read: list[tuple[Entry, list[Event], list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
             events = decode_events(entry.raw, entry.id)
-            talk = [event for event in events if event.type == "message"]
-            if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
-                events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
+            talk = [event for event in events if event.type == "message"]
+            # Of the older notices some have been deleted: the roster and the state know better.
+            read.append((entry, events, talk if notices >= FEED_NOTICES else events))
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events))
     return read[::-1]
 
 
@@ -2529,10 +2528,10 @@ class Feed:
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
         self.memory = Memory(self.room)
-        for entry, events in read:
+        for entry, events, _ in read:
             self.memory.add(entry, events)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
-        history = [event for _, events in read for event in events]
+        history = [event for *_, events in read for event in events]
         epoch = state.pop("epoch", "") or str(newest.id[0])
         self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
