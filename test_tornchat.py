@@ -1576,7 +1576,9 @@ class TestFeed(Transcripts):
         await until(written)
 
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start."""
+        """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start;
+        and that entry is still known when the store forgets what came after it.
+        """
         monkeypatch.setattr(tornchat, "FEED_NOTICES", 4)
         feed = await feeds.start()
         bob = member("Bob")
@@ -1588,6 +1590,15 @@ class TestFeed(Transcripts):
             await feed.outbox.enter(f"sid-{n}", f"Carl{n}")
         later = await feeds.start()
         assert set(later.room.roster) == set(feed.room.roster)
+        before = await feeds.redis.xrange(feeds.key)
+        (said,) = [at for at, (_, fields) in enumerate(before) if b'"hi"' in fields[b"events"]]
+        await tornchat.end_tasks(feed.tasks)
+        await feeds.roll_back(len(before) - 1 - said)
+
+        async def put_back() -> bool:
+            return bool(await feeds.redis.xrange(feeds.key) == before)
+
+        await until(put_back)
 
     async def test_a_late_joining(self, feeds: Feeds) -> None:
         """A daemon freezes before it has put Eve on the roster, and meanwhile she is removed, and the feed trimmed."""

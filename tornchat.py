@@ -1277,14 +1277,17 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def forget(self, ids: set[Id], before: Id | None) -> None:
-        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
+    async def forget(self, ids: set[Id], pictures: set[str], cleared: Event | None) -> None:
+        """Deletes these entries and pictures, all from before the room was cleared, and then the wishes: one may hold a
+        copy of that.
+        """
         async with self.redis.pipeline() as pipe:
             if ids:
                 pipe.xdel(self.feed, *map(id_text, ids))
-            if before:
-                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            if cleared:
+                pipe.xtrim(self.feed, minid=id_text(cleared.entry), approximate=False).xtrim(self.wishes, maxlen=0)
             await pipe.execute()
+        await self.drop_pictures(pictures, cleared.ts if cleared else 0)
 
     # --- beginning, and putting back what was forgotten ---
 
@@ -2200,11 +2203,10 @@ class Memory:
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
-        id = cleared.place[:2]
         for entries in (self.kept, self.extent):
-            while entries and entries[0].id < id:
+            while entries and entries[0].id < cleared.entry:
                 entries.popleft()
-        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
+        self.notices = collections.deque(notice for notice in self.notices if notice >= cleared.entry)
         self.cleared, self.to_trim = cleared, True
 
     def drop_notices(self) -> bool:
@@ -2224,31 +2226,28 @@ class Memory:
     async def have_forgotten(self, store: Store) -> None:
         """Has the store forget what it is to. Raises STORE_ERRORS."""
         cleared = self.cleared if self.to_trim else None
-        if self.to_erase or cleared:
-            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
-            self.to_erase.clear()
-        if self.pictures or cleared:
-            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
-            self.pictures.clear()
+        if self.to_erase or self.pictures or cleared:
+            await store.forget(self.to_erase, self.pictures, cleared)
+        self.to_erase.clear()
+        self.pictures.clear()
         self.to_trim = False
 
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
-    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
-    index is needed. Raises STORE_ERRORS.
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], list[Event]]]:
+    """All that the store holds, oldest first: entries, their events, and those of them that count. Of what is older
+    than so many messages only the index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event]]] = []
+    read: list[tuple[Entry, list[Event], list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
             events = decode_events(entry.raw, entry.id)
-            talk = [event for event in events if event.type == "message"]
-            if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
-                events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
+            talk = [event for event in events if event.type == "message"]
+            # Of the older notices some have been deleted: the roster and the state know better.
+            read.append((entry, events, talk if notices >= FEED_NOTICES else events))
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events))
     return read[::-1]
 
 
@@ -2529,10 +2528,10 @@ class Feed:
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
         self.memory = Memory(self.room)
-        for entry, events in read:
+        for entry, events, _ in read:
             self.memory.add(entry, events)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
-        history = [event for _, events in read for event in events]
+        history = [event for *_, events in read for event in events]
         epoch = state.pop("epoch", "") or str(newest.id[0])
         self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
