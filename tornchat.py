@@ -3002,8 +3002,7 @@ def choose_language(header: str) -> str:
     for wish in header[:LANGUAGES_CHARS].lower().split(","):
         if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
-    ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
-    return max(ours, key=lambda tag: qualities[tag], default="en")
+    return max((tag for tag in qualities if tag in WORDS and qualities[tag]), key=qualities.__getitem__, default="en")
 
 
 def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
@@ -3880,11 +3879,8 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
         events, cursor = room.greeting(member, seen, gap), newest
     told, available = cursor
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
-    notices = [
-        (event.seq, event.place, encoded)
-        for event, encoded in room.notices
-        if event.place > told and room.concerns(event, member)
-    ]
+    recent = [notice for notice in room.notices if notice[0].place > told and room.concerns(notice[0], member)]
+    notices = [(event.seq, event.place, encoded) for event, encoded in recent]
     size = 0
     for seq, place, encoded in sorted([*messages, *notices], key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
