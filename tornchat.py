@@ -140,7 +140,8 @@ def version_numbers(text: str) -> list[int]:
 
 try:
     installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
-    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
+    unmet = [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -999,10 +1000,10 @@ class State:
 
     def forget_notes(self, last: int) -> None:
         """Forgets the reactions to what nobody is sent any more, and the deletions of what the feed doesn't hold."""
-        ages = ((seq, NOTED_MESSAGES if note.deleted else RING_MESSAGES) for seq, note in self.notes.items())
-        for seq in [seq for seq, age in ages if seq <= last - age]:
-            del self.notes[seq]
-            self.changed.add(str(seq))
+        for seq, note in [*self.notes.items()]:
+            if seq <= last - (NOTED_MESSAGES if note.deleted else RING_MESSAGES):
+                del self.notes[seq]
+                self.changed.add(str(seq))
 
     def pin(self, message: Event | None) -> None:
         self.pinned = encode_message(message).fields() if message else None
@@ -1114,10 +1115,11 @@ OVERTAKEN = "equal or smaller"  # in the words of Redis, for an id that isn't ab
 
 
 class Entry(NamedTuple):
-    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it."""
+    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it, or nobody needs it."""
 
     id: Id
     raw: bytes
+    size: int = 0  # of `raw`, as it was stored
 
 
 def parse_id(id: bytes) -> Id:
@@ -1130,7 +1132,7 @@ def id_text(id: Id) -> str:
 
 
 def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
-    return [Entry(parse_id(id), fields.get(b"events", b"")) for id, fields in found]
+    return [Entry(parse_id(id), raw := fields.get(b"events", b""), size=len(raw)) for id, fields in found]
 
 
 def connect(config: Config) -> Callable[..., Any]:
@@ -1161,7 +1163,7 @@ def bounded(
 
     @functools.wraps(method)
     async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        async with asyncio.timeout(self.config.silence_seconds):
+        async with asyncio.timeout(self.silence_seconds):
             return await method(self, *args, **kwargs)
 
     return call
@@ -1184,6 +1186,7 @@ class Store:
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
         self.config = config
         self.shared = bool(config.redis_url)  # others may write as well
+        self.silence_seconds = config.silence_seconds if self.shared else None  # this process is never silent
         self.redis = client()
         self.reading = client(single_connection_client=True)  # blocks most of the time
         self.line = self.redis.connection_pool.make_connection()  # for `append` alone
@@ -1234,11 +1237,6 @@ class Store:
             return Entry(newest, fields.get(b"events", b""))
         return Entry(newest, b"")
 
-    @bounded
-    async def read(self, since: Id) -> list[Entry]:
-        """Some of the entries from `since` on, that one included if it is still there."""
-        return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
-
     async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
         """The feed, newest first, or from one id on to another, in pages that come in time over a slow line, too."""
         at, count = since or "+", 8
@@ -1254,11 +1252,12 @@ class Store:
                 return
             yield page
             at = "(" + id_text(page[-1].id)
-            size = sum(len(entry.raw) for entry in page)
+            size = sum(entry.size for entry in page)
             count = max(1, min(count * PAGE_BYTES // (size + 1), 4 * count, READ_ENTRIES))
 
     @bounded
     async def page(self, at: str, until: str, count: int) -> list[Entry]:
+        """So many entries from that id on, it included, to another; without one those before it, newest first."""
         if until:
             return parse_entries(await self.redis.xrange(self.feed, min=at, max=until, count=count))
         return parse_entries(await self.redis.xrevrange(self.feed, max=at, count=count))
@@ -1267,11 +1266,10 @@ class Store:
     async def follow(self, last: Id, wish: bytes) -> tuple[list[Entry], list[tuple[bytes, bytes]]]:
         """Waits a moment for entries after `last` and for wishes after the one with the id `wish`: (id, events)."""
         streams = {self.feed: id_text(last), self.wishes: wish}
-        found = dict(
-            await self.reading.xread(streams, count=READ_ENTRIES, block=int(self.config.block_seconds * 1000)) or []
-        )
-        wishes = found.get(self.wishes.encode(), [])
-        return parse_entries(found.get(self.feed.encode(), [])), [(id, raw.get(b"events", b"")) for id, raw in wishes]
+        block = int(self.config.block_seconds * 1000)
+        found = dict(await self.reading.xread(streams, count=READ_ENTRIES, block=block) or [])
+        wishes = [(id, fields.get(b"events", b"")) for id, fields in found.get(self.wishes.encode(), [])]
+        return parse_entries(found.get(self.feed.encode(), [])), wishes
 
     @bounded
     async def wish(self, raw: bytes) -> None:
@@ -1279,28 +1277,27 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def delete(self, ids: Iterable[Id]) -> None:
-        await self.redis.xdel(self.feed, *map(id_text, ids))
-
-    @bounded
-    async def trim(self, id: Id) -> None:
-        """Forgets the entries before that one, and all wishes: one may hold a copy of what is to be forgotten."""
+    async def forget(self, ids: set[Id], before: Id | None) -> None:
+        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
         async with self.redis.pipeline() as pipe:
-            await pipe.xtrim(self.feed, minid=id_text(id), approximate=False).xtrim(self.wishes, maxlen=0).execute()
+            if ids:
+                pipe.xdel(self.feed, *map(id_text, ids))
+            if before:
+                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            await pipe.execute()
 
     # --- beginning, and putting back what was forgotten ---
 
     @bounded
-    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
-        """The epoch, "" if there is none, the roster: key -> ("sid@origin", name), and the fields of the State."""
+    async def read_state(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The roster, and the fields of the State with the epoch, as they were given to `write_names`."""
         async with self.redis.pipeline() as pipe:
-            found = await pipe.hgetall(self.state).hgetall(self.names).execute()
-        state, names = (
+            found = await pipe.hgetall(self.names).hgetall(self.state).execute()
+        names, state = (
             {key.decode(errors="replace"): value.decode(errors="replace") for key, value in table.items()}
             for table in found
         )
-        roster = {key: value.partition(" ") for key, value in names.items()}
-        return state.pop("epoch", ""), {key: (sid, name) for key, (sid, _, name) in roster.items()}, state
+        return names, state
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -1328,25 +1325,11 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(self, epoch: str, names: Mapping[str, str], state: Mapping[str, str]) -> None:
-        """Epoch, secrets, roster, and the fields of the State; a name without a lease gets one."""
-        async with self.redis.pipeline() as pipe:
-            pipe.delete(self.names, self.state).hset(self.state, mapping={**state, "epoch": epoch})
-            for name in self.made_up():
-                pipe.set(self.prefix + name, getattr(self, name), nx=True)
-            if names:
-                pipe.hset(self.names, mapping=dict(names))
-                pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
-            await pipe.execute()
-
-    def made_up(self) -> list[str]:
-        """The secrets that the operator didn't give, which all daemons then take from the store."""
-        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
-
-    @bounded
     async def keep_secrets(self) -> None:
-        """Takes the secrets that the store holds, or gives it ours."""
-        for name in self.made_up():
+        """Takes the secrets that the store holds, or gives it ours, but for those that the operator chose."""
+        for name in ("secret", "host_key"):
+            if getattr(self.config, name):
+                continue
             key = self.prefix + name
             while (kept := await self.redis.get(key)) is None:
                 await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
@@ -1381,56 +1364,48 @@ class Store:
     # --- names and leases ---
 
     @bounded
-    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str]) -> None:
-        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and fields of the
-        State.
+    async def write_names(self, names: Mapping[str, str], state: Mapping[str, str], *, anew: bool = False) -> None:
+        """Puts names on the roster, with a lease, and fields into the State, after the feed has them; "" takes one off.
+        `anew`: they are all that there is.
         """
         async with self.redis.pipeline() as pipe:
-            for name, text in state.items():
-                if text:
-                    pipe.hset(self.state, name, text)
-                else:
-                    pipe.hdel(self.state, name)
-            for key, value in names.items():
-                if value is None:
-                    pipe.hdel(self.names, key).zrem(self.leases, key)
-                else:
-                    pipe.hset(self.names, key, value)
-                    pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
+            if anew:
+                pipe.delete(self.names, self.state)
+            for key, fields in ((self.state, state), (self.names, names)):
+                if kept := {name: value for name, value in fields.items() if value}:
+                    pipe.hset(key, mapping=kept)
+                if gone := [name for name, value in fields.items() if not value]:
+                    pipe.hdel(key, *gone)
+            if kept:
+                pipe.zadd(self.leases, dict.fromkeys(kept, self.lapses_in(self.config.lease_seconds)))
+            if gone:
+                pipe.zrem(self.leases, *gone)
             await pipe.execute()
 
     @bounded
-    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
-        """Sets these leases, or those of them that are missing."""
-        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
-            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
-            await self.redis.zadd(self.leases, scores, nx=missing)
+    async def renew(self, seconds: Mapping[str, float], *, missing: bool = False) -> None:
+        """Sets the leases of these keys, for so long, or those of them that are missing."""
+        leases = [(key, self.lapses_in(wish)) for key, wish in seconds.items()]
+        for at in range(0, len(leases), 500):  # about 2 ms of fakeredis each
+            await self.redis.zadd(self.leases, dict(leases[at : at + 500]), nx=missing)
 
     @bounded
     async def lapsed(self) -> set[str]:
         return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
 
-    @bounded
-    async def drop_leases(self, keys: Iterable[str]) -> None:
-        await self.redis.zrem(self.leases, *keys)
-
     # --- pictures ---
 
+    @bounded
     async def add_picture(self, id: str, data: bytes) -> None:
         """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
-        if beyond := await self.put_picture(id, data):
-            await self.drop_pictures(beyond)
-
-    @bounded
-    async def put_picture(self, id: str, data: bytes) -> list[str]:
-        """Stores it; the ids of those that have to go."""
         async with self.transfers, self.redis.pipeline() as pipe:
             counted = max(len(data), PICTURE_LEAST_BYTES)
             pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
             *_, index = await pipe.hgetall(self.pictures).execute()
         pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
         sizes = itertools.accumulate(size for _, size, _ in pictures)
-        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+        most = self.config.pictures * 2**20
+        await self.drop_pictures([id for (*_, id), size in zip(pictures, sizes, strict=True) if size > most])
 
     @bounded
     async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
@@ -1509,6 +1484,7 @@ class Member:
     origin: str = ""  # tells whether two members come from one address, without telling the address
     listeners: list[Listener] = dataclasses.field(default_factory=list)
     renewed: float = 0  # when this daemon last renewed the lease, in s
+    grace: float = 0  # for how many s the name is to outlive the last connection here, till its lease says so
     refusals: int = 0  # in a row
     rejoining: bool = False
     told: str = ""  # where its last poll here ended, a Cursor
@@ -1566,7 +1542,6 @@ class ResumePoint(NamedTuple):
 
 
 NEWCOMER = ResumePoint()
-Roster = Mapping[str, tuple[str, str]]  # as it is stored: key -> "sid@origin", name
 
 
 class Room:
@@ -1684,14 +1659,16 @@ class Room:
 
     # --- what the feed brings ---
 
-    def adopt(self, epoch: str, last: Id, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster and the fields of the State, both
-        as they were before `events` or later, and these, oldest first. Who listens already is told as if just back:
-        recovered or reset.
+    def adopt(
+        self, epoch: str, last: Id, names: Mapping[str, str], events: Sequence[Event], state: Mapping[str, str]
+    ) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> str of the Member) and
+        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
+        already is told as if just back: recovered or reset.
         """
         seen, known = ResumePoint(self.seq, self.epoch), self.ring.find(self.seq)
         listeners, self.listeners = self.listeners, set()
-        self.restore(roster, events, state)
+        self.restore(names, events, state)
         self.listeners = listeners
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
@@ -1700,16 +1677,17 @@ class Room:
         for listener in tuple(listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+    def restore(self, names: Mapping[str, str], events: Sequence[Event], state: Mapping[str, str]) -> None:
         """Begins anew with these, told to nobody."""
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
         for table in (self.ring.kept, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in roster.values():
-            sid, _, origin = sid.partition("@")
-            self.enter(sid, name, origin)
+        for who, name in (value.split(" ", 1) for value in names.values() if " " in value):
+            sid, _, origin = who.partition("@")
+            if not self.state.waits(self.state.barred, marks_of(sid, name), events[-1].ts if events else 0):
+                self.enter(sid, name, origin)  # else a daemon has written it late, when that one had been removed
         pinned = self.state.pinned
         self.apply(self.state.restored(events))
         self.notices.clear()
@@ -1779,11 +1757,11 @@ class Room:
             if event.type == "note":
                 self.show_note(event.details["to"])
             told = self.keep_notice(event, self.state.encode(event))
-            if event.type != "muted":
+            if event.type == "muted":
+                for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                    listener.send(Batch(told))
+            else:
                 encoded.append(told)
-                continue
-            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
-                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
@@ -1802,7 +1780,7 @@ class Room:
         """The ring has a message with what was done to it."""
         note, message = self.state.notes.get(seq), self.ring.find(seq)
         if note and message:
-            message = note.deleted or message
+            message = note.deleted._replace(place=message.place) if note.deleted else message
             self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
@@ -1869,33 +1847,20 @@ Done = Callable[[Outcome], None]
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Proposal:
-    """An event that waits in the outbox to be committed; the `done` callbacks get the stored Event, or the Refused."""
+    """An event that waits in the outbox to be committed: without seq, ts and place, and with what the client asks for
+    as its details, of which `Outbox.details` makes those that are stored.
+    """
 
-    type: str
-    sid: str
-    name: str
-    cid: str
-    text: str
+    event: Event
     expires: float  # in s of the loop's clock
-    details: Mapping[str, Any]  # what the client asks; `Outbox.details` makes of it those of the event
     member: Member | None = None  # None: another daemon's, see `wishes`
-    done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    done: list[Done] = dataclasses.field(default_factory=list)  # they get the stored Event, or the Refused
     wished: bool = False  # others have been asked to commit it
 
     @property
     def id(self) -> tuple[str, str]:
         """Under which the feed knows it: this is stored once, however often and by whomever it is tried."""
-        return self.sid, self.cid
-
-    @property
-    def event(self) -> Event:
-        """As other daemons are asked for it."""
-        return Event(self.type, 0, 0, *self.id, self.name, self.text, details=self.details)
-
-    @property
-    def cid_of_client(self) -> str:
-        """The cid that its author knows; "" for one that the daemon made."""
-        return "" if self.cid.startswith("~") else self.cid
+        return self.event.sid, self.event.cid
 
 
 class Outbox:
@@ -1918,21 +1883,18 @@ class Outbox:
         Raises Refused.
         """
         if (seq := self.stored.get((member.sid, act.cid))) is not None:
-            done(self.as_stored(seq, member, act))
-            return
-        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+            found = self.room.ring.find(seq) if act.type == "message" else None  # else as it is asked for now
+            done(found or act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name))
+        elif len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
-        if act.details.get("kind") == "react":
-            self.react(proposal, done)
         else:
-            self.put(proposal, done)
+            self.propose(act.type, member, done, act.cid, text=act.text, details=act.details)
 
-    def react(self, proposal: Proposal, done: Done) -> None:
+    def react(self, proposal: Proposal) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
-        about = proposal.sid[:BROWSER_CHARS], proposal.details["to"]
-        before = self.reactions.pop(about, None)
-        proposal.done = [*(before.done if before else ()), done]
+        about = proposal.event.sid[:BROWSER_CHARS], proposal.event.details["to"]
+        if before := self.reactions.pop(about, None):
+            proposal.done[:0] = before.done
         loop = asyncio.get_running_loop()
         if not self.reactions:
             loop.call_at(max(loop.time(), self.reacted + REACT_SECONDS), self.release_reactions)
@@ -1942,15 +1904,8 @@ class Outbox:
         """All that have come since the last ones."""
         self.reacted = asyncio.get_running_loop().time()
         for proposal in self.reactions.values():
-            for done in proposal.done:
-                self.put(proposal, done)
+            self.put(proposal)
         self.reactions.clear()
-
-    def as_stored(self, seq: int, member: Member, act: Event) -> Event:
-        """Where that has been forgotten, as it is asked for now."""
-        if act.type == "message" and (found := self.room.ring.find(seq)):
-            return found
-        return act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -1974,41 +1929,33 @@ class Outbox:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
         if self.room.owner(name_key(name)) == sid:
             member = self.room.sessions.get(sid) or Member(sid, name, name_key(name))
-            written = asyncio.Event()
-            self.propose(
-                "left", member, lambda _: written.set(), cid=f"~logout-{self.room.ts}", text=LOGOUT, patience=math.inf
-            )
+            written, cid = asyncio.Event(), f"~logout-{self.room.ts}"
+            self.propose("left", member, lambda _: written.set(), cid, math.inf, text=LOGOUT)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    def propose(self, type: str, member: Member, done: Done | None = None, **fields: Any) -> None:
-        self.put(self.proposal(type, member, **fields), done)
-
-    def proposal(
-        self,
-        type: str,
-        member: Member,
-        cid: str = "",
-        text: str = "",
-        details: Mapping[str, Any] = NO_DETAILS,
-        patience: float = 0,
-    ) -> Proposal:
-        """One that waits for so many seconds."""
+    def propose(
+        self, type: str, member: Member, done: Done | None = None, cid: str = "", patience: float = 0, **fields: Any
+    ) -> None:
+        """Has an event of this member, with these fields, committed within so many seconds, or refused."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
-        cid = cid or f"{self.cids}{next(self.counter)}"
-        return Proposal(type, member.sid, member.name, cid, text, expires, details, member)
+        event = Event(type, 0, 0, member.sid, cid or f"{self.cids}{next(self.counter)}", member.name, **fields)
+        proposal = Proposal(event, expires, member, [done] if done else [])
+        (self.react if event.details.get("kind") == "react" else self.put)(proposal)
 
-    def put(self, proposal: Proposal, done: Done | None = None) -> None:
+    def put(self, proposal: Proposal) -> None:
         """Lets it wait, and wakes the Feed. The same proposal once more only adds to who is told."""
         self.empty.clear()
         self.bell.set()
         waiting = self.waiting.setdefault(proposal.id, proposal)
-        if done and done not in waiting.done:
-            waiting.done.append(done)
+        if waiting is not proposal:
+            waiting.done += [done for done in proposal.done if done not in waiting.done]
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
         if proposal := self.waiting.pop(id, None):
+            if isinstance(outcome, Refused) and not id[1].startswith("~"):  # a cid that its author knows
+                outcome.cid = id[1]
             for done in proposal.done:
                 done(outcome)
             if not self.waiting:
@@ -2016,16 +1963,14 @@ class Outbox:
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
-        for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
-            refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
-            self.settle(proposal.id, refused)
+        for id in [id for id, proposal in self.waiting.items() if proposal.expires <= now]:
+            self.settle(id, Refused("unavailable", retry_after=self.config.retry_seconds))
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
         self.release_reactions()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_seconds):
-                await self.empty.wait()
+            await asyncio.wait_for(self.empty.wait(), self.config.drain_seconds)
         self.expire(math.inf)
 
     # --- for the Feed ---
@@ -2040,47 +1985,43 @@ class Outbox:
         owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
         together = ("joined", "left", "note", "message")[: 3 if self.room.state.mode["every"] else 4]
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
-            key = name_key(proposal.name)
+            asked = proposal.event
+            key = name_key(asked.name)
             owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
             if verdict := self.verdict(proposal, owner, present, ts):
-                if isinstance(verdict, Refused):
-                    verdict.cid = proposal.cid_of_client
                 self.settle(proposal.id, verdict)
                 continue
-            alone = proposal.type not in together  # on it depend the verdicts on what comes behind it
+            alone = asked.type not in together  # on it depend the verdicts on what comes behind it
             if alone and events:
                 break
-            if not present and proposal.type not in ("joined", "left"):  # who acts, and was lost, is back
+            if not present and asked.type not in ("joined", "left"):  # who acts, and was lost, is back
                 details = proposal.member.joining if proposal.member else NO_DETAILS
-                events.append(
-                    Event("joined", seq, ts, proposal.sid, "", proposal.name, "", (*id, len(events)), details)
-                )
-            seq += proposal.type == "message"
-            details = self.details(proposal, ts)
-            place = *id, len(events)
-            events.append(Event(proposal.type, seq, ts, *proposal.id, proposal.name, proposal.text, place, details))
-            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
-            size += len(proposal.text)
+                place = *id, len(events)
+                events.append(Event("joined", seq, ts, asked.sid, "", asked.name, place=place, details=details))
+            seq += asked.type == "message"
+            place, details = (*id, len(events)), self.details(asked, ts)
+            events.append(Event(asked.type, seq, ts, *proposal.id, asked.name, asked.text, place, details))
+            owners[key] = ("", False) if asked.type == "left" else (asked.sid, True)
+            size += len(asked.text)
             if alone or size > ENTRY_CHARS:
                 break
         return events
 
-    def details(self, proposal: Proposal, now: int) -> Mapping[str, Any]:
-        """Those of the event, which say all that is needed to apply it."""
-        room, details = self.room, proposal.details
-        if proposal.type == "message":
+    def details(self, asked: Event, now: int) -> Mapping[str, Any]:
+        """Those that are stored, which say all that is needed to apply the event."""
+        room, details = self.room, asked.details
+        if asked.type == "message":
             if details and (answered := room.ring.find(details.get("re", 0))):
                 details = {**details, "answered": answered.name}
-            host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
+            host = room.state.hosts and room.state.is_host(asked.sid, name_key(asked.name))
             return {"host": True, **details} if host else details
-        if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
-            sid, name = target.sid, target.name
+        if asked.type in ("muted", "removed") and (target := self.target(details["name"])):
             until = now + 1000 * details["seconds"] if details["seconds"] else 0
             alone = target.origin and [other.origin for other in room.roster.values()].count(target.origin) == 1
-            bars = {"origin": target.origin} if alone and proposal.type == "removed" else {}
-            return {"name": name, "seconds": details["seconds"], "sid": sid, "until": until, **bars}
+            bars = {"origin": target.origin} if alone and asked.type == "removed" else {}
+            return {**details, "name": target.name, "sid": target.sid, "until": until, **bars}
         if details.get("kind") == "delete":
-            return {**details, "by": "author" if self.is_author(proposal) else "host"}
+            return {**details, "by": "author" if self.is_author(asked) else "host"}
         return details
 
     def target(self, name: str) -> Member | None:
@@ -2090,70 +2031,60 @@ class Outbox:
             return self.room.roster.get(key) or Member(sid, name, key)
         return None
 
-    def is_author(self, proposal: Proposal) -> bool:
-        found = self.room.ring.find(proposal.details["to"])
-        return found is not None and found.sid[:BROWSER_CHARS] == proposal.sid[:BROWSER_CHARS]
+    def is_author(self, asked: Event) -> bool:
+        found = self.room.ring.find(asked.details["to"])
+        return found is not None and found.sid[:BROWSER_CHARS] == asked.sid[:BROWSER_CHARS]
 
     def verdict(self, proposal: Proposal, owner: str, present: bool, now: int) -> Outcome | None:
         """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
-        sid, type, key, state = proposal.sid, proposal.type, name_key(proposal.name), self.room.state
-        if type == "left":
-            leaves = owner == sid and (present or proposal.text == LOGOUT)
-            return None if leaves else self.unchanged(proposal)
-        if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
+        asked, state = proposal.event, self.room.state
+        ours = owner == asked.sid
+        if asked.type == "left":
+            return None if ours and (present or asked.text == LOGOUT) else self.unchanged(asked)
+        if state.barred and (wait := state.waits(state.barred, marks_of(asked.sid, asked.name), now)):
             return Refused("removed", retry_after=wait)
-        if type == "joined":
-            becomes_host = "host" in proposal.details and not state.is_host(sid, key)
-            inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
-            if owner not in ("", sid) and not inherits:
-                return Taken(proposal.name)
-            return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
-        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
-        if not (owner == sid and present) and not here:
-            return Refused("name-lost", name=proposal.name)
-        return self.verdict_on_message(proposal, now) if type == "message" else self.verdict_on_act(proposal)
+        if asked.type == "joined":
+            return self.verdict_on_joined(asked, owner, present)
+        if not (ours and present) and not (owner in ("", asked.sid) and proposal.member and proposal.member.listeners):
+            return Refused("name-lost", name=asked.name)
+        return self.verdict_on_message(asked, now) if asked.type == "message" else self.verdict_on_act(asked)
 
-    def unchanged(self, proposal: Proposal) -> Event:
+    def unchanged(self, asked: Event) -> Event:
         """It is so already."""
-        return Event(proposal.type, self.room.seq, self.room.ts, *proposal.id, proposal.name, details=proposal.details)
+        return asked._replace(seq=self.room.seq, ts=self.room.ts)
 
-    def verdict_on_message(self, proposal: Proposal, now: int) -> Outcome | None:
+    def verdict_on_joined(self, asked: Event, owner: str, present: bool) -> Outcome | None:
+        key, state = name_key(asked.name), self.room.state
+        becomes_host = "host" in asked.details and not state.is_host(asked.sid, key)
+        inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
+        if owner not in ("", asked.sid) and not inherits:
+            return Taken(asked.name)
+        return self.unchanged(asked) if owner == asked.sid and present and not becomes_host else None
+
+    def verdict_on_message(self, asked: Event, now: int) -> Refused | None:
         state = self.room.state
-        if proposal.details and proposal.details.get("re", 0) > self.room.seq:
+        if asked.details.get("re", 0) > self.room.seq:
             return Refused("no-message")
-        if not state.muted and state.mode == OPEN_MODE:
+        if (not state.muted and state.mode == OPEN_MODE) or state.is_host(asked.sid, name_key(asked.name)):
             return None
-        return (
-            None
-            if state.is_host(proposal.sid, name_key(proposal.name))
-            else state.silenced(proposal.sid, proposal.name, now)
-        )
+        return state.silenced(asked.sid, asked.name, now)
 
-    def verdict_on_act(self, proposal: Proposal) -> Outcome | None:
+    def verdict_on_act(self, asked: Event) -> Outcome | None:
         """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
-        state, details = self.room.state, proposal.details
-        kind = details.get("kind")
-        owns = kind == "react" or (kind == "delete" and self.is_author(proposal))
-        if not (owns or state.is_host(proposal.sid, name_key(proposal.name))):
+        state, details = self.room.state, asked.details
+        kind, to = details.get("kind"), details.get("to", 0)
+        owns = kind == "react" or (kind == "delete" and self.is_author(asked))
+        if not (owns or state.is_host(asked.sid, name_key(asked.name))):
             return Refused("not-host")
-        if proposal.type == "note":
-            return self.verdict_on_note(proposal)
-        if proposal.type in ("muted", "removed"):
-            target = self.target(details["name"])
-            if target is None:
+        if asked.type in ("muted", "removed"):
+            if (target := self.target(details["name"])) is None:
                 return Refused("no-member", name=shown(details["name"]))
-            if state.is_host(target.sid, target.key):
-                return Refused("is-host", name=target.name)
-        return None
-
-    def verdict_on_note(self, proposal: Proposal) -> Outcome | None:
-        details, state = proposal.details, self.room.state
-        if details["kind"] == "pin" and not details["value"]:
+            return Refused("is-host", name=target.name) if state.is_host(target.sid, target.key) else None
+        if asked.type != "note" or (kind == "pin" and not details["value"]):
             return None
-        deleted = state.is_deleted(details["to"])
-        if deleted and details["kind"] == "delete" and details["to"] > state.cleared:
-            return self.unchanged(proposal)
-        return Refused("no-message") if deleted or not self.room.ring.find(details["to"]) else None
+        if kind == "delete" and to > state.cleared and state.is_deleted(to):
+            return self.unchanged(asked)
+        return Refused("no-message") if state.is_deleted(to) or not self.room.ring.find(to) else None
 
     def absorbed(self, events: Iterable[Event]) -> None:
         """The feed has these: whoever waits for one is told, and remembers it against doubles."""
@@ -2167,171 +2098,157 @@ class Outbox:
     def wishes(self) -> list[Proposal]:
         """What other daemons have not been asked yet to commit for us, as much as one entry takes."""
         ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
-        sizes = itertools.accumulate((len(each.text) for each in ours), initial=0)
+        sizes = itertools.accumulate((len(each.event.text) for each in ours), initial=0)
         return [each for each, before in zip(ours, sizes, strict=False) if before <= ENTRY_CHARS]
 
     def take_wishes(self, events: Iterable[Event]) -> None:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         for event in events:
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires, event.details)
-            if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
-                self.put(proposal)
+            if (event.sid, event.cid) not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
+                self.put(Proposal(event, expires))
 
 
 # === Memory ===========================================================================================================
-# What a daemon remembers of the feed, which is more than the room: entries as they are stored, so that they can be
-# given back, and how much the store holds.
+# What a daemon remembers of the feed, which is more than the room: what is in which entry, so that entries can be given
+# back, and how much the store holds.
 
 
-class Window:
-    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+class Held(NamedTuple):
+    """What is in an entry, and how many messages and bytes there were up to its end."""
 
-    def __init__(self, messages: int, size: int) -> None:
-        self.limits = messages, size
-        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
-        self.messages = self.size = 0
+    id: Id
+    events: Sequence[Event]
+    said: int
+    size: int
 
-    def add(self, entry: Entry, messages: int, size: int) -> None:
-        self.entries.append((entry, messages, size))
-        self.messages += messages
-        self.size += size
 
-    def shrink(self, slack: float = 0) -> bool:
-        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
-            return False
-        while self.messages > self.limits[0] or self.size > self.limits[1]:
-            _, messages, size = self.entries.popleft()
-            self.messages -= messages
-            self.size -= size
-        return True
-
-    def keep(self, wanted: Callable[[Id], bool]) -> None:
-        """Drops the entries with other ids."""
-        self.entries = collections.deque(each for each in self.entries if wanted(each[0].id))
-        self.messages = sum(messages for _, messages, _ in self.entries)
-        self.size = sum(size for _, _, size in self.entries)
+def exceed(held: Sequence[Held], messages: float, size: float) -> bool:
+    """Whether there are more after the first of these."""
+    return held[-1].said - held[0].said > messages or held[-1].size - held[0].size > size
 
 
 class Memory:
-    """What a daemon remembers of the feed: the newest entries as they are stored, to put back what the store forgets,
-    but without deleted texts; and of all with messages how much they hold, to have the store forget the oldest.
+    """The newest entries, without deleted texts, to put back what the store forgets; and of all that have messages how
+    much they hold, to have the store forget the oldest.
     """
 
-    def __init__(self, is_deleted: Callable[[int], bool]) -> None:
-        self.is_deleted = is_deleted  # the message of that seq
+    def __init__(self, room: Room) -> None:
+        self.room = room
         self.last = NO_ENTRY  # the newest
-        self.kept = Window(RING_MESSAGES, RING_BYTES)
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)
+        self.said = self.size = 0  # messages and bytes in all that were added
+        self.kept: collections.deque[Held] = collections.deque()  # the newest
+        self.extent: collections.deque[Held] = collections.deque()  # those with messages, without what they hold
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
         self.cleared: Event | None = None  # the last time
-        self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
         # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
         self.to_erase: set[Id] = set()
         self.pictures: set[str] = set()
         self.to_trim = False
 
-    def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
-        """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
+    def add(self, entry: Entry, events: Sequence[Event]) -> None:
+        """The next entry, with the events in it."""
         self.last = entry.id
-        messages = sum(event.type == "message" for event in events)
-        if messages:
-            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        if messages := len([event for event in events if event.type == "message"]):
+            self.said += messages
+            self.size += entry.size
+            self.extent.append(Held(entry.id, (), self.said, self.size))
         else:
             self.notices.append(entry.id)
         if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
-            self.kept.shrink()
+            self.kept.append(Held(entry.id, events, self.said, self.size))
+            while exceed(self.kept, RING_MESSAGES, RING_BYTES):
+                self.kept.popleft()
 
     def keep_from(self) -> Id | None:
         """The oldest entry that the store is to keep, where it holds too much."""
-        return self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
+        slack = 1 + FEED_SLACK
+        if not self.extent or not exceed(self.extent, slack * FEED_MESSAGES, slack * FEED_BYTES):
+            return None
+        while exceed(self.extent, FEED_MESSAGES, FEED_BYTES):
+            self.extent.popleft()
+        return self.extent[0].id
 
     def since(self, id: Id) -> list[Entry]:
-        return [entry for entry, *_ in self.kept.entries if entry.id > id]
+        return [Entry(held.id, encode_events(held.events)) for held in self.kept if held.id > id]
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry)
+        events = decode_events(entry.raw, entry.id)
+        ours = next((held.events for held in reversed(self.kept) if held.id == entry.id), events)
+        return entry.raw != b"" and [*ours] not in (events, [*map(self.blank, events)])
 
-    def blank(self, entry: Entry) -> bytes:
-        """What is stored in an entry, without what is deleted."""
-        return encode_events(
-            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
-            if self.holds_deleted(event)
-            else event
-            for event in decode_events(entry.raw)
-        )
+    def blank(self, event: Event) -> Event:
+        """What may be kept of an event."""
+        if not self.is_deleted(event):
+            return event
+        details = {name: value for name, value in event.details.items() if name != "picture"}
+        return event._replace(text="", details=details)
 
-    def holds_deleted(self, event: Event) -> bool:
-        return event.type == "message" and self.is_deleted(event.seq)
+    def is_deleted(self, event: Event) -> bool:
+        return event.type == "message" and self.room.state.is_deleted(event.seq)
 
     def erase(self, ids: set[Id]) -> None:
-        """Forgets what is deleted in these entries."""
-        for at, (entry, messages, size) in enumerate(self.kept.entries):
-            if entry.id in ids:
-                self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
-                events = decode_events(entry.raw)
-                deleted = [event for event in events if self.holds_deleted(event)]
+        """Forgets what is deleted in these entries; those that hold nothing else go."""
+        for at, held in enumerate(self.kept):
+            deleted = [*filter(self.is_deleted, held.events)] if held.id in ids else []
+            if deleted:
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
-                if len(deleted) == len(events):
-                    self.erased.append(entry.id)
-        self.to_erase |= ids & set(self.erased)
-        self.kept.keep(lambda kept: kept not in self.to_erase)
+                if len(deleted) == len(held.events):
+                    self.to_erase.add(held.id)
+                self.kept[at] = held._replace(events=[*map(self.blank, held.events)])
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
         id = cleared.place[:2]
-        for window in (self.kept, self.extent):
-            window.keep(lambda kept: kept >= id)
-        self.notices = collections.deque(kept for kept in self.notices if kept >= id)
+        for entries in (self.kept, self.extent):
+            while entries and entries[0].id < id:
+                entries.popleft()
+        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
         self.cleared, self.to_trim = cleared, True
+
+    def drop_notices(self) -> bool:
+        """Forgets the oldest entries without a message, once they are too many; whether there were any."""
+        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
+            return False
+        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
+        self.kept = collections.deque(held for held in self.kept if held.id not in surplus)
+        self.to_erase |= surplus
+        return True
 
     def erase_again(self) -> None:
         """The store is in an older state, and may hold what was deleted since."""
-        self.to_erase |= set(self.erased)
+        self.erase({held.id for held in self.kept})
         self.to_trim = self.cleared is not None
 
     async def have_forgotten(self, store: Store) -> None:
-        """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
-        if ids := self.surplus() | self.to_erase:
-            await store.delete(ids)
+        """Has the store forget what it is to. Raises STORE_ERRORS."""
+        cleared = self.cleared if self.to_trim else None
+        if self.to_erase or cleared:
+            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
             self.to_erase.clear()
-        if self.to_trim and self.cleared:
-            await store.trim(self.cleared.place[:2])
-            await store.drop_pictures((), self.cleared.ts)
-            self.to_trim = False
-        if self.pictures:
-            await store.drop_pictures(self.pictures)
+        if self.pictures or cleared:
+            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
             self.pictures.clear()
-
-    def surplus(self) -> set[Id]:
-        """Forgets the oldest entries without a message, once they are too many; which ones."""
-        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
-            return set()
-        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
-        self.kept.keep(lambda kept: kept not in surplus)
-        return surplus
+        self.to_trim = False
 
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], int]]:
-    """All that the store holds, oldest first: entry, events, size. Of what is older than so many messages only the
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
+    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
     index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event], int]] = []
+    read: list[tuple[Entry, list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
-            size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+            events = decode_events(entry.raw, entry.id)
             talk = [event for event in events if event.type == "message"]
             if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
                 events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events, size))
+            read.append((entry, events))
     return read[::-1]
 
 
@@ -2352,8 +2269,8 @@ class Feed:
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
         self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))  # what was absorbed
-        self.names: dict[str, str | None] = {}  # to be written beside the feed
+        self.memory = Memory(self.room)  # what was absorbed
+        self.names: dict[str, str] = {}  # to be written beside the feed; "": is not on the roster any more
         self.state: dict[str, str] = {}  # ... and these fields of the State
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
@@ -2376,9 +2293,7 @@ class Feed:
                 await self.step()
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("writing", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("writing", error, pause)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2391,6 +2306,8 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
+        if self.memory.drop_notices() or self.memory.to_trim:  # as in `erase`
+            self.state |= self.room.state.fields()
         if self.names or self.state:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
@@ -2405,10 +2322,11 @@ class Feed:
         if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
-        id = self.memory.last[0], self.memory.last[1] + 1
-        events = self.outbox.group(id, self.store.now())
+        ms, n = self.memory.last
+        events = self.outbox.group((ms, n + 1), self.store.now())
         if events or not self.answers["writing"]:  # an empty entry tries a store that took nothing
-            await self.append(Entry(id, encode_events(events)), events)
+            raw = encode_events(events)
+            await self.append(Entry((ms, n + 1), raw, size=len(raw)), events)
         if self.outbox.waiting:
             self.bell.set()
 
@@ -2424,7 +2342,7 @@ class Feed:
         for event in events:
             if event.type in ("joined", "left", "removed"):
                 key = name_key(event.details.get("name", event.name))
-                self.names[key] = str(self.room.roster[key]) if key in self.room.roster else None
+                self.names[key] = str(self.room.roster.get(key, ""))
         self.state |= self.room.state.take_changes()
 
     async def gather(self) -> None:
@@ -2465,9 +2383,7 @@ class Feed:
                 self.mark("reading")
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("reading", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("reading", error, pause)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2479,7 +2395,7 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        while entries := await self.store.read(self.memory.last):
+        while entries := await self.store.page(id_text(self.memory.last), "+", READ_ENTRIES):
             if self.memory.differs(entries[0]):
                 raise Gap
             self.absorb(entries)
@@ -2490,46 +2406,68 @@ class Feed:
     def absorb(self, entries: Iterable[Entry]) -> None:
         """Takes entries in their order, each once. Raises Gap where one isn't the next."""
         absorbed: list[Event] = []
+        seq = self.room.seq
         try:
             for entry in entries:
-                last = self.memory.last
-                if entry.id <= last:
+                ms, n = self.memory.last
+                if entry.id <= (ms, n):
                     continue
                 events = decode_events(entry.raw, entry.id)
                 seqs = [event.seq for event in events if event.type == "message"]
-                first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
-                if entry.id != (last[0], last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                if entry.id != (ms, n + 1) or seqs != [*range(seq + 1, seq + 1 + len(seqs))]:
                     raise Gap
+                seq += len(seqs)
                 self.memory.add(entry, events)
                 absorbed += events
         finally:
             self.tell(absorbed)
-            self.room.state.take_changes()  # who has committed them has stored that
+            self.room.state.take_changes()  # who has committed them stores that
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
         self.outbox.absorbed(events)
-        for event in [event for event in events if event.type != "message"]:
-            if event.type == "left" and (member := self.room.sessions.get(event.sid)):
-                if event.text == LOGOUT:
-                    for listener in tuple(member.listeners):
-                        listener.shut(4401, LOGOUT)
-                else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
-                    self.stranded.set()
-            elif event.type == "removed" and (member := self.room.sessions.get(event.details.get("sid", ""))):
-                for listener in tuple(member.listeners):
-                    listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
-            elif event.type == "cleared":
+        for event in events:
+            if event.type != "message":
+                self.heed(event)
+
+    def heed(self, event: Event) -> None:
+        """Does what a notice asks for outside of the room."""
+        details = event.details
+        member = self.room.sessions.get(details.get("sid", "") if event.type == "removed" else event.sid)
+        listeners = tuple(member.listeners) if member else ()
+        match event.type:
+            case "left" if event.text == LOGOUT:
+                for listener in listeners:
+                    listener.shut(4401, LOGOUT)
+            case "left" if member:  # it lapsed, but somebody is here: the lease was lost, or a clock jumped
+                self.stranded.set()
+            case "removed":
+                for listener in listeners:
+                    listener.turn_away(Refused("removed", retry_after=details["seconds"]))
+            case "cleared":
                 self.memory.clear(event)
-            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
-                self.memory.erase({found.entry})
+            case "note" if details["kind"] == "delete":
+                self.erase([details["to"]])
+
+    def erase(self, seqs: Iterable[int]) -> None:
+        """Has the store forget the texts of these messages, of those that are deleted. First their fields of the State
+        are stored, by every daemon: who has committed that may have been killed before it could.
+        """
+        found = {str(seq): kept.entry for seq in seqs if (kept := self.room.ring.find(seq))}
+        self.state |= {name: self.room.state.field(name) for name in found}
+        self.memory.erase({*found.values()})
 
     # --- where the store holds something else ---
 
     def ring_for_look(self) -> None:
         self.unsure = True
         self.bell.set()
+
+    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+        self.mark(what, error)
+        self.ring_for_look()
+        await pause()
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2571,8 +2509,9 @@ class Feed:
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
+        await self.store.keep_secrets()
         names = {member.key: str(member) for member in self.room.roster.values()}
-        await self.store.put_back_state(self.room.epoch, names, self.room.state.fields())
+        await self.store.write_names(names, {"epoch": self.room.epoch, **self.room.state.fields()}, anew=True)
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
@@ -2585,20 +2524,21 @@ class Feed:
         newest = await self.store.newest()
         if newest is None:
             return  # the next look deals with that
-        epoch, roster, state = await self.store.read_state()
         read = await read_feed(self.store, self.room.ring.size)
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
-        for entry, events, size in read:
-            self.memory.add(entry, events, size)
-        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        names, state = await self.store.read_state()  # after the feed: it tells what has been erased there
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        history = [event for _, events, _ in read for event in events]
-        self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
+        self.memory = Memory(self.room)
+        for entry, events in read:
+            self.memory.add(entry, events)
+        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        history = [event for _, events in read for event in events]
+        epoch = state.pop("epoch", "") or str(newest.id[0])
+        self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
             if event.type == "cleared":
                 self.memory.clear(event)
-        self.memory.erase({found.entry for seq in self.room.state.notes if (found := self.room.ring.find(seq))})
+        self.erase(self.room.state.notes)
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -2680,7 +2620,6 @@ class Presence:
     def __init__(self, feed: Feed, keep_few: Callable[[], Awaitable[None]]) -> None:
         self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
         self.keep_few = keep_few
-        self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
         self.tasks: list[asyncio.Task[NoReturn]] = []
@@ -2690,7 +2629,7 @@ class Presence:
         nobody's does.
         """
         if not self.feed.stopping:
-            self.released[member.key] = member, seconds
+            member.grace = seconds
 
     async def heartbeat(self) -> NoReturn:
         """Sends everybody pings and the time."""
@@ -2742,32 +2681,18 @@ class Presence:
         self.feed.outbox.propose("joined", member, done, details=member.joining)
 
     async def renew(self) -> None:
-        """The leases that are due. A name without a connection keeps its own for the grace."""
-        now = time.monotonic()
-        await self.shorten()
-        here = [member for member in self.room.sessions.values() if member.listeners]
-        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
-        if due:
-            await self.store.renew([member.key for member in due], self.config.lease_seconds)
-        for member in due:
+        """The leases that are due, and of who has gone: a name without a connection keeps its own for the grace."""
+        now, lease, sessions = time.monotonic(), self.config.lease_seconds, list(self.room.sessions.values())
+        gone = [member for member in sessions if member.grace and not member.listeners]
+        here = [member for member in sessions if member.listeners and now - member.renewed >= self.config.renew_seconds]
+        await self.store.renew({member.key: member.grace for member in gone} | {member.key: lease for member in here})
+        for member in gone:
+            member.renewed = member.grace = 0  # whoever comes back gets a long lease at once
+        for member in here:
             member.renewed = now
-        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
-            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
+        if now - self.all_leased >= lease:  # a name without a lease would never leave
+            await self.store.renew(dict.fromkeys(self.room.roster, lease), missing=True)
             self.all_leased = now
-
-    async def shorten(self) -> None:
-        """The leases of who has gone since the last time."""
-        released, self.released = self.released, {}
-        gone: dict[float, list[str]] = {}
-        for member, seconds in released.values():
-            if not member.listeners and self.room.roster.get(member.key) is member:
-                gone.setdefault(seconds, []).append(member.key)
-        try:
-            for seconds, keys in gone.items():
-                await self.store.renew(keys, seconds)
-        except STORE_ERRORS:
-            self.released = released | self.released
-            raise
 
     async def sweep(self) -> None:
         """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
@@ -2780,7 +2705,7 @@ class Presence:
             if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
         if strays := lapsed - self.room.roster.keys():
-            await self.store.drop_leases(strays)
+            await self.store.write_names(dict.fromkeys(strays, ""), {})
 
     def start(self) -> None:
         self.tasks = [asyncio.create_task(task()) for task in (self.heartbeat, self.keep_leases)]
@@ -4494,8 +4419,9 @@ class Door(socket.socket):
             self.visitors.crowded = False
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
+        full = len(self.visitors.open) >= file_limit() - SPARE_FILES
         try:
-            if (full := self.full()) and not self.visitors.quiet:
+            if full and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             newcomer = super().accept()  # nobody has to leave before somebody is there
             if full:
@@ -4509,9 +4435,6 @@ class Door(socket.socket):
                 self.logged = time.monotonic()
                 log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
-
-    def full(self) -> bool:
-        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4900,8 +4823,7 @@ class Client:
         self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
-        self.replay_end = 0  # up to this seq it is history
-        self.skipped = 0  # and up to this one, older than what the user wants
+        self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
@@ -5074,6 +4996,7 @@ class Client:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, quoted(self.text_of(frame))
+        if seq > self.skipped:
             self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
@@ -5198,8 +5121,8 @@ def obey(client: Client, typed: str) -> bool:
         case "/who":
             client.view.notice(client.people(client.count))
         case "/help":
-            is_host = client.name in client.hosts
-            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+            more = f"\n{client.words['term_help_host']}" if client.name in client.hosts else ""
+            client.view.notice(client.words["term_help"] + more)
         case "/time":
             client.view.notice(room_time(client, rest.strip()))
         case _ if re.match("/(?!/)", command):
@@ -5335,7 +5258,7 @@ class Lines:
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.typed or self.config.verbose or not minor:
+        if not minor or self.config.verbose or (self.typed and not self.config.quiet):
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
@@ -5634,7 +5557,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
-    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    """The parser; and for each setting its variables in the environment, the best first, and what its value must be."""
     parser = argparse.ArgumentParser(
         prog="tornchat",
         usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
@@ -6690,27 +6613,30 @@ const CLOSE_CODES = {401: 4401, 403: 4403, 409: 4409, 429: 4504, 503: 1013};  //
 const PASSING_REFUSALS = ['too-fast', 'unavailable', 'name-lost', 'slow'];
 const REMOVE_SECONDS = 600;
 const ADDRESS = /(?:https?:\/\/|\bwww\.(?=\w))[^\s<>"'`，。；：！？（）【】《》“”、\p{Bidi_C}]+/u;
-const MARKUP = RegExp(/```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source, 'giu');
+const MARKUP = /```(?:[\w+-]*\n)?([^]+?)```|`([^`\n]+)`|/.source + ADDRESS.source;
 const LINK_TAIL = '.,;:!?)]}*';
 const EMOJI = /^(?:[\p{Extended_Pictographic}\p{Emoji_Modifier}\p{RI}\u200d\ufe0f\s]){1,24}$/u;
 const words = Object.fromEntries(document.body.dataset.words.split('\n').map((line) => line.split('\t')));
 const lang = document.documentElement.lang;
-const region = navigator.languages.find((tag) => tag.slice(0, 2) === lang.slice(0, 2)) || lang;
+const region = navigator.languages.find((tag) => tag.startsWith(lang.slice(0, 2))) || lang;
 const projector = document.body.dataset.view === 'projector';
 const pollingOnly = new URLSearchParams(location.search).get('transport') === 'polling';
 
 // === Pure formatting ===
-const clockFormat = new Intl.DateTimeFormat(region, {hour: 'numeric', minute: '2-digit'});
+const clockFormat = new Intl.DateTimeFormat(region, {timeStyle: 'short'});
 const dateFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full'});
 const fullFormat = new Intl.DateTimeFormat(region, {dateStyle: 'full', timeStyle: 'medium'});
 const daysFormat = new Intl.RelativeTimeFormat(region, {numeric: 'auto'});
 const listFormat = new Intl.ListFormat(lang);
 const collator = new Intl.Collator(lang);
+const now = () => performance.now();
 const between = (low, high) => low + Math.random() * (high - low);
 const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, key) => values[key]);
+const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
 const isolate = (name) => `\u2068${name}\u2069`;  // keeps a right-to-left name from turning its sentence around
-const newCid = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(36)).join('-');
+const newCid = () => crypto.getRandomValues(new Uint32Array(4)).join('-');
 const folded = (text) => text.normalize('NFKC').toLowerCase();
+const camelCase = (id) => id.replace(/-./g, ([, letter]) => letter.toUpperCase());
 
 function hueOf(name) {  // those who are numbered get colours far apart
   let hash = 2166136261;
@@ -6724,50 +6650,32 @@ function initials(name) {  // of those who are numbered the number too
 }
 
 function dayText(ts) {  // by the server's clock: a wrong one here must not make yesterday of today
-  const midnight = (time) => new Date(time).setHours(0, 0, 0, 0);
   const days = Math.round((midnight(ts) - midnight(serverTime())) / 86400000);
   if (days !== 0 && days !== -1) return dateFormat.format(ts);
   const text = daysFormat.format(days, 'day');
   return text[0].toLocaleUpperCase(lang) + text.slice(1);
 }
 
-function presenceText(sentence, names) {
-  if (!names.size) return [];
-  const few = names.size <= NAMES_IN_LINE;
-  const who = few ? listFormat.format([...names].map(isolate)) : fill(words.people, {n: names.size});
-  return [fill(sentence, {names: who})];
-}
-
-function mentions(text, name) {  // where @name stands and the name does not go on: [from, to] of each
-  const spots = [];
-  const [hay, needle] = [text.toLowerCase(), `@${name.toLowerCase()}`];
-  for (let at = hay.indexOf(needle); at >= 0; at = hay.indexOf(needle, at + 1)) {
-    if (!/^[\p{L}\p{N}\p{M}]/u.test(hay.slice(at + needle.length))) spots.push([at, at + needle.length]);
-  }
-  return hay.length === text.length ? spots : [];  // a letter that grows when it is small would shift them
+function listed(names) {
+  return names.size > NAMES_IN_LINE ? fill(words.people, {n: names.size}) : listFormat.format([...names].map(isolate));
 }
 
 // === DOM: the only place that makes elements, and text only ever as text ===
-const {
-  icon, title, 'state-text': stateText, 'state-wait': stateWait, 'login-again': loginAgain, join, people, scroller,
-  sorting, sort, 'sort-sign': sortSign, sorted, reply: replyLine, menu,
-  content, log, outbox: outboxList, composer, newer, matches: matchList, 'left-over': leftOver, box, break:
-  lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
-  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, 'pin-line': pinLine,
-  'pin-fold': pinFold, 'pin-text': pinText, unpin, earlier, 'hold-text': holdText, 'hold-wait': holdWait, manage, room,
-  lock, every, door, clear, person, 'person-name': personName, 'person-muted': personMuted, mute, unmute, remove,
-  question, asked, yes,
-} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
+const {  // every element with an id
+  icon, title, stateText, stateWait, loginAgain, join, people, scroller, sorting, sort, sortSign, sorted,
+  reply: replyLine, menu, content, log, outbox: outboxList, composer, newer, matches: matchList, leftOver, box,
+  break: lineBreak, send, roster, members: memberList, theme: themeChoice, sound, notify, logout, invite, code, address,
+  addresses, copy, pick, file: fileChoice, attached: attachedList, viewer, large, pinned: pinBar, pinLine, pinFold,
+  pinText, unpin, earlier, holdText, holdWait, manage, room, lock, every, door, clear, person, personName, personMuted,
+  mute, unmute, remove, question, asked, yes,
+} = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [camelCase(element.id), element]));
 const shown = new Map();          // seq -> row, of this epoch
-const toDraw = [];                // what changes the log, in its order, until a frame has time for it
+const toDraw = [];                // what changes the page, in its order, until there is time for it
 let sliceTimer = 0;
-let sliceFrame = 0;
 let restUntil = 0;
 let members = new Set();
 let memberCount = 0;
-let rosterDue = false;
 let passing = null;               // who came and went in the newest line of the log
-let drawnDay = '';
 let newLine = null;               // "new since you left"
 let following = true;             // the reader is at the bottom
 let steeredAt = -STEER_MS;        // by a wheel, a touch or a key
@@ -6781,8 +6689,12 @@ function make(tag, className, ...children) {
   return element;
 }
 
-function makeButton(text, onclick, attributes = {}) {
-  return Object.assign(make('button', '', text), {type: 'button', onclick, ...attributes});
+function makeButton(content, onclick, attributes = {}) {
+  return Object.assign(make('button', '', content), {type: 'button', onclick, ...attributes});
+}
+
+function topOf(element) {
+  return element.getBoundingClientRect().top;
 }
 
 function setText(element, text) {  // an unchanged text is not announced again
@@ -6793,36 +6705,30 @@ function draw(task) {
   if (toDraw.push(task) === 1) nextSlice();
 }
 
-function nextSlice() {  // a page out of sight gets no frames, nor the one that it was promised
+function nextSlice() {
   clearTimeout(sliceTimer);
-  cancelAnimationFrame(sliceFrame);
-  const rest = restUntil - performance.now();
-  if (document.hidden) sliceTimer = setTimeout(drawSlice);
-  else if (rest > 0) sliceTimer = setTimeout(nextSlice, rest);
-  else sliceFrame = requestAnimationFrame(drawSlice);
+  sliceTimer = setTimeout(drawSlice, restUntil - now());
 }
 
 function drawSlice() {
-  const began = performance.now();
+  const began = now();
   try {
-    while (toDraw.length && performance.now() < began + SLICE_MS) toDraw.shift()();
+    while (toDraw.length && now() < began + SLICE_MS) toDraw.shift()();
   } finally {
     if (toDraw.length) nextSlice();
   }
   earlier.hidden = !(log.querySelector('[data-seq]')?.dataset.seq > clearedTo + 1);
   if (following) toBottom();  // as many rows may have come as have gone, which no observer of sizes is told
   else showNewer();
-  drawnAt = performance.now();
+  drawnAt = now();
   if (toDraw.length) return;
   restUntil = drawnAt + Math.min(REST[0] * (drawnAt - began), REST[1]);
   if (!document.hidden) markRead();
 }
 
 function withFace(name, row) {
-  const face = make('span', 'face', initials(name));
-  face.setAttribute('aria-hidden', 'true');
   row.style.setProperty('--hue', hueOf(name));
-  row.prepend(face);
+  row.prepend(Object.assign(make('span', 'face', initials(name)), {ariaHidden: true}));
   return row;
 }
 
@@ -6834,63 +6740,35 @@ function linkTo(match) {  // what ends a sentence ends no address
   return [Object.assign(make('a', '', text), {href, target: '_blank', rel: 'noopener noreferrer'}), match.slice(end)];
 }
 
-function withMentions(text, most) {
+function richText(text) {  // code, links and one's own name; nothing else is anything but text
   const nodes = [];
-  let end = 0;
-  for (const [from, to] of mentions(text, me).slice(0, Math.max(0, most))) {
-    nodes.push(text.slice(end, from), make('mark', '', text.slice(from, to)));
-    end = to;
+  let [end, left] = [0, MAX_ELEMENTS];
+  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(markup)) {
+    left -= block ? 2 : 1;
+    if (left < 0) break;
+    nodes.push(text.slice(end, index));
+    end = index + match.length;
+    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
+    else if (inline) nodes.push(make('code', '', inline));
+    else if (match.startsWith('@')) nodes.push(make('mark', '', match));
+    else nodes.push(...linkTo(match));
+    if (block && text[end] === '\n') end += 1;
   }
   return [...nodes, text.slice(end)];
 }
 
-function richText(text) {  // code, links and one's own name; nothing else is anything but text
-  const nodes = [];
-  let [end, left] = [0, MAX_ELEMENTS];
-  const addPlain = (to) => {
-    const plain = withMentions(text.slice(end, to), left);
-    left -= (plain.length - 1) / 2;
-    nodes.push(...plain);
-    end = to;
-  };
-  for (const {0: match, 1: block, 2: inline, index} of text.matchAll(MARKUP)) {
-    addPlain(index);
-    left -= block ? 2 : 1;
-    if (left < 0) break;
-    if (block) nodes.push(make('pre', '', make('code', '', block.replace(/\n$/, ''))));
-    else if (inline) nodes.push(make('code', '', inline));
-    else nodes.push(...linkTo(match));
-    end = index + match.length;
-    if (block && text[end] === '\n') end += 1;
-  }
-  addPlain();
-  return nodes;
-}
-
-function foldButton(body) {
+function foldButton(body) {  // the top of the text stays, or comes into view
   const button = makeButton(words.show_all, () => {
-    const top = body.getBoundingClientRect().top;
+    const top = Math.max(topOf(body), topOf(scroller) + BOTTOM_PX);
     const open = !body.classList.toggle('folded');
     button.textContent = open ? words.show_less : words.show_all;
-    button.setAttribute('aria-expanded', open);
-    keepPlace(body, top);
-  });
-  button.className = 'plain fold';
-  button.setAttribute('aria-expanded', false);
+    button.ariaExpanded = open;
+    scroller.scrollTop += topOf(body) - top;
+    steer();
+    onScroll();
+  }, {className: 'plain fold', ariaExpanded: false});
   body.classList.add('folded');
   return button;
-}
-
-function keepPlace(body, top) {  // its top stays, or comes into view
-  const wanted = Math.max(top, scroller.getBoundingClientRect().top + BOTTOM_PX);
-  scroller.scrollTop += body.getBoundingClientRect().top - wanted;
-  steer();
-  onScroll();
-}
-
-function whoLine(name, host) {  // the badge is the frame's word: no name and no text can bring it along
-  if (!host) return make('bdi', 'who', name);
-  return make('div', 'who', make('bdi', '', name), ' ', make('small', 'badge', words.host));
 }
 
 function messageRow({name, text, picture, host, re}, ...foot) {
@@ -6898,7 +6776,9 @@ function messageRow({name, text, picture, host, re}, ...foot) {
   body.classList.toggle('emoji', EMOJI.test(text));
   if (text.length > FOLD[0] || text.split('\n').length > FOLD[1]) foot.unshift(foldButton(body));
   const line = Object.assign(make('div', 'line', body, ...foot), {dir: 'auto'});
-  const bubble = make('div', 'bubble', whoLine(name, host), line);
+  const badge = host && make('small', 'badge', words.host);  // the frame's word: no name can bring it along
+  const who = host ? make('div', 'who', make('bdi', '', name), ' ', badge) : make('bdi', 'who', name);
+  const bubble = make('div', 'bubble', who, line);
   if (re) line.before(quoteOf(re));
   if (picture) line.before(pictureOf(picture, name));
   const mine = name === me && !projector;  // a wall is nobody's
@@ -6911,7 +6791,7 @@ function messageRow({name, text, picture, host, re}, ...foot) {
 
 function showMessage(frame, away) {
   const {seq, ts, name, deleted, counts} = frame;
-  if (shown.has(seq)) return;
+  if (seq <= lastDrawn) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
   const row = messageRow(frame, time);
@@ -6919,17 +6799,14 @@ function showMessage(frame, away) {
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
   else addChoices(row, counts);
-  const later = seq > lastDrawn ? [] : [...shown.keys()].filter((other) => other > seq);
-  const next = shown.get(Math.min(...later)) || null;
   const missed = !following && name !== me;
+  const absent = name !== me && seq > readTo && (away || seq <= firstReplayEnd);
   if (missed && !unseen) removeNewLine();
-  if (missed || (name !== me && seq > readTo && (away || seq <= firstReplayEnd))) drawNewLine();
-  if (next) next.before(row);
-  else addRow(row);
-  lastDrawn = Math.max(lastDrawn, seq);
+  if ((missed || absent) && !projector) newLine ||= notice('new', words.new_line);
+  addRow(row);
+  lastDrawn = seq;
   shown.set(seq, row);
   settle(row);
-  settle(next);
   dropOldest();
   if (missed) unseen += 1;
 }
@@ -6953,19 +6830,12 @@ function settle(row) {  // what a message shows of its day and its author depend
   let above = rowAbove(row);
   const next = above?.dataset.name === name && above.dataset.host === row.dataset.host;
   while (above && !above.dataset.ts) above = rowAbove(above);
-  const sameDay = above && new Date(+above.dataset.ts).toDateString() === new Date(+ts).toDateString();
+  const sameDay = above && midnight(+above.dataset.ts) === midnight(+ts);
   const run = Boolean(sameDay && next && ts - above.dataset.ts < RUN_MS);
   row.classList.toggle('run', run);
   above?.classList.toggle('goes-on', run);
   if (sameDay) delete row.dataset.day;
   else row.dataset.day = dayText(+ts);
-}
-
-function renewDays() {  // when today has become yesterday
-  const today = new Date(serverTime()).toDateString();
-  if (today === drawnDay) return;
-  drawnDay = today;
-  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);
 }
 
 function dropOldest() {  // not from above a reader who has scrolled back, unless there is no end to it
@@ -6980,12 +6850,7 @@ function notice(kind, text) {
   if (row?.dataset.kind !== kind) addRow(row = make('p', 'notice'));
   row.dataset.kind = kind;
   row.textContent = text;
-}
-
-function drawNewLine() {
-  if (newLine || projector) return;
-  notice('new', words.new_line);
-  newLine = lastRow();
+  return row;
 }
 
 function removeNewLine() {
@@ -6997,8 +6862,8 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
   if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
-  const parts = [...presenceText(words.joined, passing.joined), ...presenceText(words.left, passing.left)];
-  notice('presence', parts.join(' · '));
+  const kinds = Object.keys(passing).filter((kind) => passing[kind].size);
+  notice('presence', kinds.map((kind) => fill(words[kind], {names: listed(passing[kind])})).join(' · '));
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
@@ -7011,13 +6876,11 @@ function forgetHistory() {  // what was read stays readable, greyed, but it is n
   notice('reset', words.reset);
 }
 
-function showRoster() {  // at most once a frame: a whole class may come in at once
-  if (!rosterDue) requestAnimationFrame(drawRoster);
-  rosterDue = true;
+function showRoster() {  // once for all that wait: a whole class may come in at once
+  if (!toDraw.includes(drawRoster)) draw(drawRoster);
 }
 
 function drawRoster() {
-  rosterDue = false;
   const others = [...members].filter((name) => name !== me).sort(collator.compare);
   const rows = [me, ...others].map(memberRow);
   const more = memberCount - rows.length;
@@ -7039,9 +6902,8 @@ function memberRow(name) {
 }
 
 function manageButton(name) {
-  const button = Object.assign(makeButton('⋯', () => openPerson(name)), {className: 'plain'});
-  button.setAttribute('aria-label', fill(words.manage, {name}));
-  button.setAttribute('aria-haspopup', 'dialog');
+  const attributes = {className: 'plain', ariaLabel: fill(words.manage, {name}), ariaHasPopup: 'dialog'};
+  const button = makeButton('⋯', () => openPerson(name), attributes);
   button.dataset.name = name;
   return button;
 }
@@ -7049,7 +6911,7 @@ function manageButton(name) {
 function openRoster(open) {
   if (open === roster.classList.contains('open')) return;
   roster.classList.toggle('open', open);
-  people.setAttribute('aria-expanded', open);
+  people.ariaExpanded = open;
   (open ? memberList : people).focus();
 }
 
@@ -7061,7 +6923,7 @@ function showNewer() {
 }
 
 function toNewer() {  // first to the line above what is unseen, then past it
-  if (!(newLine?.getBoundingClientRect().top > scroller.getBoundingClientRect().bottom)) return toBottom();
+  if (!(newLine && topOf(newLine) > topOf(composer))) return toBottom();
   newLine.scrollIntoView();
   steer();
 }
@@ -7077,32 +6939,34 @@ function below() {
 }
 
 function steer() {
-  steeredAt = performance.now();
+  steeredAt = now();
 }
 
 function onScroll() {  // rows that come and go make a browser scroll too: then one still follows
-  const [steered, quiet] = [performance.now() - steeredAt < STEER_MS, performance.now() - drawnAt > STEER_MS];
+  const [steered, quiet] = [now() - steeredAt < STEER_MS, now() - drawnAt > STEER_MS];
   following = projector || below() < BOTTOM_PX || (following && !steered && !quiet);
   showNewer();
 }
 
+function failing() {
+  return phase === 'waiting' || (phase === 'connecting' && failures > 0);
+}
+
 function stateName() {
-  const failing = phase === 'waiting' || (phase === 'connecting' && failures > 0);
-  if (failing) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
+  if (failing()) return !navigator.onLine ? 'offline' : restarting ? 'restarting' : 'waiting';
   return phase === 'connected' && storeAway ? 'away' : phase;
 }
 
 function stateSentence(state) {
-  if (phase === 'closed') return closeReason || fill(words[`closed_${closeCode}`], {name: me});
-  return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
+  return phase === 'closed' ? closing : words[state === 'connected' && polling ? 'state_polling' : `state_${state}`];
 }
 
 function showState() {
   const state = document.body.dataset.state = stateName();
-  const seconds = Math.ceil((retryAt - performance.now()) / 1000);
+  const seconds = Math.ceil((retryAt - now()) / 1000);
   const wait = phase === 'waiting' && seconds > 0 ? fill(words.retry_in, {n: seconds}) : words.retry_now;
   setText(stateText, stateSentence(state));
-  setText(stateWait, ['offline', 'restarting', 'waiting'].includes(state) ? wait : '');
+  setText(stateWait, failing() ? wait : '');
   loginAgain.hidden = phase !== 'closed';
   showHold();
   drawOutbox();
@@ -7128,25 +6992,26 @@ function fitScreen() {  // some phones draw their keyboard over the page; a read
 // === Memory: the session's belongs to this tab, the browser's to all of its tabs; both may be forbidden or full ===
 const shelf = `tornchat:${location.pathname}:`;
 
-function keep(key, text, storage = 'sessionStorage') {
+const SHARED = 'localStorage';
+
+function keep(key, value, storage = 'sessionStorage') {
   try {
-    if (text) window[storage].setItem(shelf + key, text);
+    if (value) window[storage].setItem(shelf + key, JSON.stringify(value));
     else window[storage].removeItem(shelf + key);
   } catch { /* only a reload will tell */ }
 }
 
 function kept(key, storage = 'sessionStorage') {
-  try { return window[storage].getItem(shelf + key) || ''; } catch { return ''; }
+  try { return JSON.parse(window[storage].getItem(shelf + key)); } catch { return null; }
 }
 
 function clearShelf() {
-  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, '');
+  for (const key of ['outbox', 'draft', 'said', 'reply', ...outbox.map(({cid}) => `picture-${cid}`)]) keep(key, null);
 }
 
 // === Attention: what is unread, and what may tell of it ===
 let unread = 0;                   // since the page was last in front
 let readTo = 0;                   // the newest seq that was in front of a reader, in whichever tab
-let readMark = '';                // the same, as the other tabs were told it
 let audio = null;
 
 function showUnread(count) {
@@ -7158,22 +7023,21 @@ function showUnread(count) {
 
 function markRead() {
   if (after === null) return;
-  const mark = JSON.stringify({epoch, seq: after});
-  if (mark !== readMark) keep('read', mark, 'localStorage');
-  [readMark, readTo] = [mark, after];
+  readTo = after;
+  keep('read', {epoch, seq: readTo}, SHARED);
   if (unread) showUnread(0);
 }
 
 function readElsewhere() {  // another tab has shown it, or had shown it before this one was opened
-  const mark = JSON.parse(kept('read', 'localStorage') || '{}');
-  if (mark.epoch === epoch) readTo = mark.seq;
+  const mark = kept('read', SHARED);
+  if (mark?.epoch === epoch) readTo = mark.seq;
   if (readTo >= after) showUnread(0);
 }
 
 function attract({seq, name, text}, away) {
   if (away && seq > readTo) showUnread(unread + 1);
   if (seq <= Math.max(replayEnd, readTo)) return;  // it is old news, here or in another tab
-  if (sound.checked && (away || mentions(text, me).length)) chime();
+  if (sound.checked && (away || mention.test(text))) chime();
   if (notify.checked && away) popUp(name, text || words.picture);
 }
 
@@ -7194,27 +7058,16 @@ function chime() {
 
 function popUp(name, body) {
   try {
-    const popup = new Notification(name, {body, tag: shelf, icon: iconUrl});
-    popup.onclick = () => window.focus();
+    new Notification(name, {body, tag: shelf, icon: iconUrl}).onclick = () => window.focus();
   } catch { notify.checked = false; }  // a phone's browser wants a service worker for it
-}
-
-async function wantPopUps() {
-  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
-  keep('notify', notify.checked ? '1' : '', 'localStorage');
-}
-
-function wantSound() {
-  keep('sound', sound.checked ? '1' : '', 'localStorage');
-  if (sound.checked) chime();
 }
 
 function restoreChoices() {
   const allowed = window.isSecureContext && 'Notification' in window;
   themeChoice.value = theme;
-  sound.checked = kept('sound', 'localStorage') === '1';
+  sound.checked = kept('sound', SHARED);
   notify.parentElement.hidden = !allowed;
-  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', 'localStorage') === '1';
+  notify.checked = allowed && Notification.permission === 'granted' && kept('notify', SHARED);
 }
 
 // === Joining others in: the addresses of the room, one of them large, with its code ===
@@ -7225,23 +7078,17 @@ async function loadAddresses() {  // what leads here is the best, unless it lead
   const answer = await fetch('join.json').then((response) => response.json()).catch(() => ({}));
   const others = (answer.addresses || []).filter((url) => url !== here);
   const urls = loopback && others.length ? others : [here, ...others];
-  const picked = kept('address', 'localStorage');
+  const picked = kept('address', SHARED);
   addresses.replaceChildren(...urls.map((url) => new Option(url, url, false, url === picked)));
   addresses.hidden = urls.length === 1 || projector;
-  code.dataset.drawn = answer.qr ? 'yes' : '';
+  code.hidden = !answer.qr;
   showAddress();
 }
 
 function showAddress() {
   const [, ...parts] = addresses.value.match(/^(\w+:\/\/)(.*?)(:\d+)?\/?$/);
   address.replaceChildren(...parts.flatMap((part) => [part || '', make('wbr', '')]));  // where it may be broken
-  code.hidden = !code.dataset.drawn;
-  if (code.dataset.drawn) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
-}
-
-function pickAddress() {
-  keep('address', addresses.value, 'localStorage');
-  showAddress();
+  if (!code.hidden) code.src = `qr.svg?${new URLSearchParams({url: addresses.value})}`;
 }
 
 async function openInvite() {
@@ -7258,7 +7105,7 @@ async function copyAddress() {  // without a secure context there is only the ol
 }
 
 // === Writing: what the keys do in the box ===
-let said = JSON.parse(kept('said') || '[]');
+let said = kept('said') || [];
 let recalled = said.length;       // which of them stands in the box
 let offer = null;                 // {start, names, turn}: a name that is being completed
 
@@ -7279,7 +7126,7 @@ function submit(event) {
 function remember(text) {
   said = [...said.filter((other) => other !== text), text].slice(-SAID_KEPT);
   recalled = said.length;
-  keep('said', JSON.stringify(said));
+  keep('said', said);
 }
 
 function recall(step) {  // only over an empty box or what was recalled, unchanged: nothing written is lost
@@ -7322,9 +7169,7 @@ function showOffer(next) {
 }
 
 function offerButton(name) {  // Tab takes one without leaving the box
-  const button = Object.assign(makeButton('', () => complete(name)), {className: 'plain', tabIndex: -1});
-  button.append(make('bdi', '', name));
-  return button;
+  return makeButton(make('bdi', '', name), () => complete(name), {className: 'plain', tabIndex: -1});
 }
 
 function complete(name) {
@@ -7333,12 +7178,6 @@ function complete(name) {
   box.setRangeText(`${name} `, start, box.selectionEnd, 'end');
   onDraft();
   showOffer(turn + 1 < names.length ? {start, names, turn: turn + 1} : null);  // then Tab leads out of the box again
-  box.focus();
-}
-
-function breakLine() {
-  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
-  onDraft();
   box.focus();
 }
 
@@ -7369,16 +7208,15 @@ let saidAt = 0;
 let holdUntil = 0;
 
 function restoreOutbox() {
-  outbox = JSON.parse(kept('outbox') || '[]');
+  outbox = kept('outbox') || [];
   for (const item of outbox) {
+    if (item.picture) item.failed = restorePicture(item) || item.failed;
     if (item.name !== me) item.failed = fill(words.other_name, {name: isolate(item.name)});
-    const lost = item.picture && restorePicture(item);
-    item.failed ||= lost || '';
   }
 }
 
 function outboxChanged() {
-  keep('outbox', JSON.stringify(outbox));
+  keep('outbox', outbox);
   drawOutbox();
   pump();
 }
@@ -7390,7 +7228,7 @@ function nextUp() {
 function pump() {
   const item = nextUp();
   if (!item || inFlight || phase !== 'connected' || storeAway || pause() > 0) return;
-  [inFlight, saidAt] = [item.cid, performance.now()];
+  [inFlight, saidAt] = [item.cid, now()];
   if (item.picture && !item.picture.id) upload(item);
   else {
     const re = item.epoch === epoch ? item.re : undefined;  // the number is of another message in another history
@@ -7403,13 +7241,13 @@ function takeOut(cid) {
   if (inFlight === cid) inFlight = '';
   outbox = outbox.filter((item) => item.cid !== cid);
   outboxRows.delete(cid);
-  keep(`picture-${cid}`, '');
+  keep(`picture-${cid}`, null);
   outboxChanged();
   return row;
 }
 
 function pause() {  // milliseconds until the next message may be said
-  return Math.max(holdUntil - performance.now(), slowUntil() - serverTime());
+  return Math.max(holdUntil - now(), slowUntil() - serverTime());
 }
 
 function refused({cid, code, text, retry_after: seconds}) {
@@ -7423,7 +7261,7 @@ function refused({cid, code, text, retry_after: seconds}) {
   inFlight = '';
   if (PASSING_REFUSALS.includes(code)) {
     const wait = seconds * 1000 || HOLD_MS;
-    holdUntil = performance.now() + wait;
+    holdUntil = now() + wait;
     setTimeout(pump, wait + 20);
   } else item.failed = text;
   outboxChanged();
@@ -7468,7 +7306,7 @@ function drawOutbox() {
     const status = row.querySelector('.status');
     row.classList.toggle('failed', item.failed !== '');
     row.querySelector('.choices button').disabled = silence() !== null;
-    status.setAttribute('role', item.failed ? 'alert' : 'none');
+    status.role = item.failed ? 'alert' : 'none';
     setText(status, statusOf(item));
   }
 }
@@ -7566,7 +7404,7 @@ function shelve(item) {  // for a reload
 }
 
 function restorePicture({cid, picture}) {
-  const [, data] = kept(`picture-${cid}`).split(',');
+  const [, data] = (kept(`picture-${cid}`) || '').split(',');
   picture.blob = data && new Blob([Uint8Array.from(atob(data), (char) => char.charCodeAt(0))]);
   return picture.blob || picture.id ? '' : words.picture_lost;
 }
@@ -7990,7 +7828,7 @@ function replyTo(re) {
 
 function setReply(next) {
   reply = next;
-  keep('reply', reply ? JSON.stringify(reply) : '');
+  keep('reply', reply);
   replyLine.hidden = !reply;
   const cancel = makeButton('×', () => {
     setReply(null);
@@ -8065,7 +7903,9 @@ function copyOf(row) {  // to be read
 }
 
 // === Frames: everything that the server says comes through here ===
-let me = document.body.dataset.name;
+let me = '';
+let mention = null;               // @me, where the name does not go on
+let markup = null;                // what in a text is more than text
 let epoch = '';
 let after = null;                 // the newest seq that came, null before the first
 let at = 0;                       // its ts, where it is known
@@ -8074,46 +7914,43 @@ let replayEnd = 0;                // up to this seq it is history and is not rea
 let firstReplayEnd = 0;           // and up to this one it was there before the page
 let maxText = Infinity;           // until the welcome tells it
 let storeAway = false;
-let serverStart = Number(document.body.dataset.now) - performance.now();  // its time at 0 of ours
+let serverStart = Number(document.body.dataset.now) - now();  // its time at 0 of ours
+
+function setName(name) {
+  me = name;
+  mention = RegExp(`@${name.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&')}(?![\\p{L}\\p{N}\\p{M}])`, 'iu');
+  markup = RegExp(`${MARKUP}|${mention.source}`, 'giu');
+}
 
 function serverTime() {
-  return serverStart + performance.now();
+  return serverStart + now();
 }
 
 function setClock(ts) {
-  if (ts) serverStart = ts - performance.now();
+  if (ts) serverStart = ts - now();
 }
 
-function receive(frame) {
-  switch (frame.type) {
-    case 'welcome': return welcomed(frame);
-    case 'message': return arrived(frame);
-    case 'stored': return stored(frame);
-    case 'note': return noted(frame);
-    case 'joined': return passed(frame, 'add');
-    case 'left': return passed(frame, 'delete');
-    case 'refused': return refused(frame);
-    case 'note': return noted(frame);
-    case 'hosts': return hostsChanged(frame.names);
-    case 'mode': return modeChanged(frame);
-    case 'muted': return mutedBy(frame);
-    case 'cleared': return cleared(frame);
-    case 'store': return storeChanged(frame.available);
-    case 'time': return setClock(frame.ts);
-  }
+const receivers = {
+  welcome: welcomed, message: arrived, stored, note: noted, joined: passed, left: passed, refused, hosts: hostsChanged,
+  mode: modeChanged, muted: mutedBy, cleared, store: storeChanged, time: ({ts}) => setClock(ts),
+};
+
+function receive(frame) {  // of a kind that a newer server has, nothing is known
+  receivers[frame.type]?.(frame);
 }
 
 function welcomed(frame) {
   continueHistory(frame);
-  ({name: me, count: memberCount, limits: {text: maxText}} = frame);
+  setName(frame.name);
+  ({count: memberCount, limits: {text: maxText}} = frame);
   [phase, failures, misses, restarting, loggedIn] = ['connected', 0, 0, false, false];
   members = new Set(frame.members);
   setText(title, frame.title);
   showUnread(unread);
   welcomedBy(frame);
   welcomeNotes(frame);
-  storeChanged(true);
-  if (polling) probeLater();
+  storeChanged({available: true});
+  probeLater();
   if (projector) loadAddresses();
 }
 
@@ -8121,12 +7958,12 @@ function welcomedBy(frame) {  // what hosts have made of the room by now
   ({host: isHost, mode, muted_until: mutedUntil} = frame);
   muted = new Map(Object.entries(frame.muted || {}));
   clearedTo = frame.cleared;
-  hostsChanged(frame.hosts);
+  hostsChanged({names: frame.hosts});
   showPinned(frame.pinned);
   showMode();
 }
 
-function hostsChanged(names) {
+function hostsChanged({names}) {
   hosts = new Set(names);
   showRoster();
 }
@@ -8140,7 +7977,7 @@ function continueHistory({epoch: room, seq, reset, missed, limits}) {  // where 
   if (missed) draw(() => notice('missed', fill(words.missed, {n: missed})));
   if (!seq || !limits.history) after ??= seq;  // there is no message that would tell it
   [epoch, replayEnd] = [room, seq];
-  log.setAttribute('aria-live', replayEnd > after ? 'off' : 'polite');
+  log.ariaLive = replayEnd > after ? 'off' : 'polite';
   if (firstReplayEnd) return;
   [firstReplayEnd, readTo] = [seq || -1, seq];
   readElsewhere();
@@ -8157,23 +7994,27 @@ function arrived(frame) {
   });
   if (fresh && !frame.deleted && frame.name !== me && frame.seq > firstReplayEnd) attract(frame, away);
   if (frame.seq !== replayEnd) return;
-  draw(() => fillQuotes(''));
-  draw(() => setTimeout(() => log.setAttribute('aria-live', 'polite'), 500));
+  draw(() => {
+    fillQuotes('');
+    setTimeout(() => { log.ariaLive = 'polite'; }, 500);
+  });
 }
 
 function stored(frame) {  // the answer to a post: the message comes in its turn by a poll, unless it came before
-  if (frame.seq <= after) arrived({...frame, type: 'message'});
+  if (frame.seq <= after) arrived(frame);
 }
 
-function passed({type, names, count}, change) {
-  for (const name of names) members[change](name);
-  if (type === 'left') for (const name of names) hosts.delete(name);
+function passed({type, names, count}) {
+  for (const name of names) {
+    members[type === 'joined' ? 'add' : 'delete'](name);
+    if (type === 'left') hosts.delete(name);
+  }
   memberCount = count;
   draw(() => showPresence(type, names));
   showRoster();
 }
 
-function storeChanged(available) {
+function storeChanged({available}) {
   [storeAway, holdUntil] = [!available, 0];
   showState();
   pump();
@@ -8206,17 +8047,17 @@ function openPolls(hear, ended) {
 
   async function ask(path, options) {
     const answer = await fetch(path, {...options, signal});
-    heard = performance.now();  // the rest may take its time
+    heard = now();  // the rest may take its time
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
     throw {code: CLOSE_CODES[answer.status] || 1006, reason: answer.status === 401 ? body.code : body.text};
   }
 
-  function failed(reason) {  // without a code it is the network, or an answer that is not the room's
+  function failed({code, reason}) {  // without a code it is the network, or an answer that is not the room's
     if (signal.aborted) return;
     hangUp.abort();
-    ended({code: 1006, reason: '', ...(reason.code > 1000 ? reason : {})});
+    ended(code > 1000 ? {code, reason} : {code: 1006});
   }
 
   async function poll() {  // the first one asks for the welcome, and does not wait
@@ -8234,8 +8075,8 @@ function openPolls(hear, ended) {
     const headers = {'Content-Type': 'application/json'};
     const path = frame.type === 'say' ? 'messages' : 'acts';
     const event = await ask(path, {method: 'POST', headers, body: JSON.stringify(frame)});
-    if (signal.aborted || !['message', 'refused'].includes(event.type)) return;  // an act is told by a poll
-    hear([event.type === 'message' ? {...event, type: 'stored'} : event]);
+    if (event.type === 'message') event.type = 'stored';
+    if (!signal.aborted && ['stored', 'refused'].includes(event.type)) hear([event]);  // an act is told by a poll
   }
 
   poll().catch(failed);
@@ -8244,7 +8085,6 @@ function openPolls(hear, ended) {
 
 // === Connection: one way at a time, replaced when it is lost, silent or doubtful ===
 let link = null;
-let trial = null;                 // a socket that is tried while we poll
 let polling = pollingOnly;
 let phase = 'connecting';         // connected: the welcome is here; waiting: for retryAt; closed: for good
 let heard = 0;
@@ -8254,24 +8094,22 @@ let retryAt = 0;
 let retryTimer = 0;
 let probeTimer = 0;
 let probePause = PROBE_MS[0];
-let wallStart = Date.now() - performance.now();  // a sleep makes it grow, where only the first goes on
+let wallStart = Date.now() - now();  // a sleep makes it grow, where only the first goes on
 let restarting = false;
 let loggedIn = false;             // by itself, since the last welcome
-let closeCode = 0;
-let closeReason = '';             // where the server gives one
+let closing = '';                 // why it is closed for good, in words
 
 function connect() {
   clearTimeout(retryTimer);
   clearTimeout(probeTimer);
   link?.close();
-  trial?.close();
-  [phase, heard, inFlight, trial] = ['connecting', performance.now(), '', null];
+  [phase, heard, inFlight] = ['connecting', now(), ''];
   link = (polling ? openPolls : openSocket)(hear, disconnected);
   showState();
 }
 
 function hear(events) {
-  heard = performance.now();
+  heard = now();
   events.forEach(receive);
 }
 
@@ -8295,34 +8133,30 @@ function countMiss() {  // after two sockets a poll, and after a poll that fails
 
 function probeLater() {
   clearTimeout(probeTimer);
-  if (pollingOnly) return;
+  if (!polling || pollingOnly) return;
   probeTimer = setTimeout(probe, probePause);
   probePause = Math.min(2 * probePause, PROBE_MS[1]);
 }
 
-function probe() {  // goes on beside the polls until it has proven itself by an event
-  trial?.close();
-  const socket = trial = openSocket((events) => {
-    if (link !== socket) adopt(socket);
-    hear(events);
-  }, (end) => link === socket ? disconnected(end) : probeLater());
-}
-
-function adopt(socket) {
-  link.close();
-  [link, trial, polling, inFlight] = [socket, null, false, ''];
+function probe() {  // beside the polls, which go on until a socket has proven itself by an event
+  const socket = openSocket(() => {
+    socket.close();
+    if (!polling) return;
+    polling = false;
+    connect();
+  }, probeLater);
 }
 
 function retryIn(milliseconds) {
   phase = 'waiting';
   failures += 1;
-  retryAt = performance.now() + milliseconds;
+  retryAt = now() + milliseconds;
   retryTimer = setTimeout(connect, milliseconds);
   showState();
 }
 
 function stayAway(code, reason) {
-  [phase, closeCode, closeReason] = ['closed', code, code === 4403 ? reason : ''];
+  [phase, closing] = ['closed', (code === 4403 && reason) || fill(words[`closed_${code}`], {name: me})];
   if (code === 4504) Object.assign(loginAgain, {href: '', textContent: words.try_again});
   else loginAgain.href = loginUrl('');
   showState();
@@ -8334,7 +8168,7 @@ function loginUrl(why) {  // the login page says why one finds oneself there
 
 async function logInAgain() {  // the server no longer knows this session: it was restarted without a lasting store
   if (loggedIn) return location.assign(loginUrl('cookie'));  // once already, in vain: it does not hold
-  [phase, heard] = ['connecting', performance.now()];
+  [phase, heard] = ['connecting', now()];
   showState();
   const body = new URLSearchParams({nickname: me});
   const answer = await fetch('login', {method: 'POST', headers: {Accept: 'application/json'}, body}).catch(() => null);
@@ -8349,17 +8183,16 @@ async function logInAgain() {  // the server no longer knows this session: it wa
 }
 
 function wake(patience) {  // a sleep, a drop of the network or the bfcache may have ended the link without a word
-  if (phase === 'closed') return;
-  if (phase !== 'connected' || performance.now() - heard > patience) connect();
+  if (phase !== 'closed' && (phase !== 'connected' || now() - heard > patience)) connect();
 }
 
 function tick() {
-  const [now, wall] = [performance.now(), Date.now() - performance.now()];
+  const wall = Date.now() - now();
   const woken = wall - wallStart > STALE_MS;
-  const silent = woken || now - heard > SILENCE_MS || (inFlight && now - saidAt > ANSWER_MS);
-  const stuck = phase === 'connecting' && now - heard > ANSWER_MS;
+  const silent = woken || now() - heard > SILENCE_MS || (inFlight && now() - saidAt > ANSWER_MS);
+  const stuck = phase === 'connecting' && now() - heard > ANSWER_MS;
   wallStart = wall;
-  renewDays();
+  for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);  // midnight passes
   endMutes();
   pump();
   if (!stuck && !(phase === 'connected' && silent)) return showState();
@@ -8372,38 +8205,20 @@ function tick() {
 const iconUrl = icon.getAttribute('href');
 const copyText = copy.textContent;
 
-function comeBack() {
-  nextSlice();
-  if (document.hidden) return unseen ? null : removeNewLine();  // what comes from now on is new
-  wake(STALE_MS);
-}
-
-function onStorage({key}) {  // another tab of this browser
-  if (key === `${shelf}read`) readElsewhere();
-  if (key === `${shelf}address`) loadAddresses();
-  restoreChoices();
-}
-
-function watchNetwork() {  // from one network to another there is not always a moment without any
-  const {connection} = navigator;
-  let type = connection?.type;
-  connection?.addEventListener('change', () => {
-    if (connection.type !== type) wake(0);
-    ({type} = connection);
-  });
-}
-
 composer.onsubmit = submit;
 box.oninput = onDraft;
 box.onkeydown = onKey;
-lineBreak.onclick = breakLine;
+lineBreak.onclick = () => {
+  box.setRangeText('\n', box.selectionStart, box.selectionEnd, 'end');
+  onDraft();
+  box.focus();
+};
 for (const button of [send, lineBreak, pick, matchList]) {  // a phone would close its keyboard
   button.onmousedown = (event) => event.preventDefault();
 }
 newer.onclick = toNewer;
 scroller.onscroll = onScroll;
-for (const type of ['wheel', 'touchmove']) scroller.addEventListener(type, steer, {passive: true});
-scroller.onpointerdown = steer;
+for (const type of ['wheel', 'touchmove', 'pointerdown']) scroller.addEventListener(type, steer, {passive: true});
 scroller.onclick = () => openRoster(false);
 people.onclick = () => openRoster(!roster.classList.contains('open'));
 logout.onsubmit = () => {
@@ -8411,13 +8226,22 @@ logout.onsubmit = () => {
   link.close();  // or its end would be taken for a logout in another tab
 };
 themeChoice.onchange = () => chooseTheme(themeChoice.value);
-sound.onchange = wantSound;
-notify.onchange = wantPopUps;
+sound.onchange = () => {
+  keep('sound', sound.checked, SHARED);
+  if (sound.checked) chime();
+};
+notify.onchange = async () => {
+  if (notify.checked) notify.checked = await Notification.requestPermission() === 'granted';
+  keep('notify', notify.checked, SHARED);
+};
 join.onclick = openInvite;
-addresses.onchange = pickAddress;
+addresses.onchange = () => {
+  keep('address', addresses.value, SHARED);
+  showAddress();
+};
 copy.onclick = copyAddress;
 code.onerror = () => { code.hidden = true; };
-for (const dialog of [invite, room, person, question]) {  // by its button, or by a click beside it
+for (const dialog of document.querySelectorAll('dialog')) {  // by its button, or by a click beside it
   dialog.onclick = ({target}) => { if (target.matches('dialog, .close')) dialog.close(); };
 }
 manage.onclick = () => room.showModal();
@@ -8432,7 +8256,6 @@ pinFold.onclick = () => unfoldPin(!pinBar.classList.contains('open'));
 unpin.onclick = () => act({type: 'note', to: pinned.seq, kind: 'pin', value: false});
 pick.onclick = () => fileChoice.click();
 fileChoice.onchange = onChoice;
-menu.onclick = ({target}) => { if (target === menu) menu.close(); };
 menu.onclose = () => { menuRow = null; };
 log.addEventListener('focusin', ({target}) => { if (target.matches('.more')) stopAt(target); });
 log.onkeydown = onLogKey;
@@ -8449,17 +8272,30 @@ window.onkeydown = onAnyKey;
 window.ononline = () => wake(0);
 window.onoffline = showState;
 window.onpageshow = ({persisted}) => { if (persisted) wake(0); };
-window.addEventListener('storage', onStorage);
-document.onvisibilitychange = comeBack;
+window.addEventListener('storage', ({key}) => {  // another tab of this browser
+  if (key === `${shelf}read`) readElsewhere();
+  if (key === `${shelf}address`) loadAddresses();
+  restoreChoices();
+});
+document.onvisibilitychange = () => {
+  nextSlice();  // out of sight a timer may have to wait for a minute
+  if (!document.hidden) wake(STALE_MS);
+  else if (!unseen) removeNewLine();  // what comes from now on is new
+};
+let network = navigator.connection?.type;
+navigator.connection?.addEventListener('change', () => {  // there is not always a moment without any
+  if (navigator.connection.type !== network) wake(0);
+  network = navigator.connection.type;
+});
 visualViewport.onresize = fitScreen;
 const sizes = new ResizeObserver(() => { if (following) toBottom(); });
 for (const element of [scroller, content]) sizes.observe(element);
 
 document.body.classList.add('live');
+setName(document.body.dataset.name);
 restoreChoices();
-watchNetwork();
-setBox(kept('draft'));
-setReply(JSON.parse(kept('reply') || 'null'));
+setBox(kept('draft') || '');
+setReply(kept('reply'));
 restoreOutbox();
 connect();
 setInterval(tick, 1000);
