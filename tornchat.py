@@ -4137,8 +4137,9 @@ class PicturesHandler(ActsHandler):
         coming = [upload for upload in self.daemon.uploads.values() if upload.received is not None]
         counts = collections.Counter(upload.address for upload in coming)
         oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
-        fair = oldest and counts[oldest.address] > counts[self.address] + 1
-        if oldest and (fair or oldest.request.request_time() >= UPLOAD_SECONDS):
+        if oldest and counts[oldest.address] > counts[self.address] + 1:
+            return oldest
+        if oldest and oldest.request.request_time() >= UPLOAD_SECONDS:
             return oldest
         raise Refused("too-fast", retry_after=1)
 
