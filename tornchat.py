@@ -158,7 +158,6 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, ResponseError, WatchError
-    from tornado.util import _websocket_mask
 except ImportError as missing:
     packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
     sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
@@ -2926,8 +2925,7 @@ def choose_language(header: str) -> str:
     for wish in header[:LANGUAGES_CHARS].lower().split(","):
         if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
-    ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
-    return max(ours, key=lambda tag: qualities[tag], default="en")
+    return max((tag for tag in qualities if tag in WORDS and qualities[tag]), key=qualities.__getitem__, default="en")
 
 
 def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
@@ -3468,14 +3466,13 @@ CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed":
 
 
 class FrameReader(tornado.websocket.WebSocketProtocol13):
-    """Tornado's protocol, but it reads all that has come at once, and without the coroutines that would keep 4 KB a
-    connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
+    """Tornado's protocol, but it reads all that has come at once, and no coroutine waits for more: that would keep 4 KB
+    a connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
     """
 
     handler: ChatSocket
     unread = b""
-    opcode = 0  # of a message that has begun
-    message = b""
+    at = 0  # how many bytes of that belong to the frame which is being read
 
     async def _receive_frame_loop(self) -> None:
         """Called by Tornado after the handshake."""
@@ -3502,52 +3499,31 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
     def work(self) -> None:
         """Handles what is complete, but in one turn of the loop no more than others don't notice."""
         for _ in range(FRAMES_A_TURN):
-            before = len(self.unread)
-            frame = self.next_frame()
-            if frame is None:
+            self.at = 0
+            try:
+                self._receive_frame().send(None)  # all of it in one go
+            except StopIteration:
+                self.unread = self.unread[self.at :]
+            except UnicodeDecodeError:  # in the reason of a close
+                self._abort()
+            except BlockingIOError:
                 self.read()
                 return
-            self.handle(*frame)
-            if self.handler.count(before - len(self.unread)):
+            if self.handler.count(self.at):
                 return  # the client has been told, and no more of it is read
         asyncio.get_running_loop().call_soon(self.work)
 
-    def next_frame(self) -> tuple[int, bytes] | None:
-        """The first byte of a frame and its payload; None if it isn't complete, or the connection is closed."""
-        data = self.unread
-        if len(data) < 2 or self.client_terminated:
-            return None
-        size = data[1] & 0x7F
-        start = {126: 4, 127: 10}.get(size, 2)
-        if not data[1] & 0x80:
-            self.fail(1002, "unmasked")
-        elif data[0] & 0x70 or (data[0] & 0x8 and (size > 125 or not data[0] & 0x80)):  # no control frame is in parts
+    async def _read_bytes(self, n: int) -> bytes:
+        """Called by Tornado for each part of a frame. Raises BlockingIOError where that hasn't come yet."""
+        data = self.unread[self.at : self.at + n]
+        if len(data) < n:
+            raise BlockingIOError
+        if not self.at and not data[1] & 0x80:
+            self.close(1002, "unmasked")
             self._abort()
-        elif len(data) >= start + 4:
-            size = size if start == 2 else int.from_bytes(data[2:start], "big")
-            if size + len(self.message) > FRAME_BYTES:
-                self.fail(1009, "message too big")
-            elif len(data) >= (end := start + 4 + size):
-                self.unread = data[end:]
-                return data[0], _websocket_mask(data[start : start + 4], data[start + 4 : end])
-        return None
-
-    def handle(self, first: int, payload: bytes) -> None:
-        """A control frame, which may come within a message, or a part of a message."""
-        opcode = first & 0xF
-        if not opcode & 0x8:
-            if (opcode == 0) != bool(self.opcode):  # nothing to continue, or a message within another
-                self._abort()
-                return
-            self.opcode, self.message = self.opcode or opcode, self.message + payload
-            if not first & 0x80:
-                return
-            opcode, payload = self.opcode, self.message
-            self.opcode, self.message = 0, b""
-        try:
-            self._handle_message(opcode, payload)
-        except UnicodeDecodeError:  # in the reason of a close
-            self._abort()
+            raise BlockingIOError
+        self.at += n
+        return data
 
     def _write_frame(self, *frame: Any, **flags: Any) -> asyncio.Future[None]:
         """Called by Tornado for pongs and the close. What the socket doesn't take of them holds up all that follows."""
@@ -3555,11 +3531,6 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         if self.stream.writing():
             self.handler.wait([])
         return written
-
-    def fail(self, code: int, reason: str) -> None:
-        """The client has broken a rule: the end."""
-        self.close(code, reason)
-        self._abort()
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -3804,11 +3775,8 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
         events, cursor = room.greeting(member, seen, gap), newest
     told, available = cursor
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
-    notices = [
-        (event.seq, event.place, encoded)
-        for event, encoded in room.notices
-        if event.place > told and room.concerns(event, member)
-    ]
+    recent = [notice for notice in room.notices if notice[0].place > told and room.concerns(notice[0], member)]
+    notices = [(event.seq, event.place, encoded) for event, encoded in recent]
     size = 0
     for seq, place, encoded in sorted([*messages, *notices], key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
@@ -4168,8 +4136,9 @@ class PicturesHandler(ActsHandler):
         coming = [upload for upload in self.daemon.uploads.values() if upload.received is not None]
         counts = collections.Counter(upload.address for upload in coming)
         oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
-        fair = oldest and counts[oldest.address] > counts[self.address] + 1
-        if oldest and (fair or oldest.request.request_time() >= UPLOAD_SECONDS):
+        if oldest and counts[oldest.address] > counts[self.address] + 1:
+            return oldest
+        if oldest and oldest.request.request_time() >= UPLOAD_SECONDS:
             return oldest
         raise Refused("too-fast", retry_after=1)
 
