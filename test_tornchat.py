@@ -8960,7 +8960,7 @@ class TestTerminal(Transcripts):
         address = await daemon.address()
         piped = await Joined.run(redis_lan, "--name", "Ann", at=address)
         person = await Terminal.run(redis_lan, "--name", "Bob", at=address)
-        await person.shows("Bob>")
+        await person.shows("here: Bob")
         for killed in range(2):
             first = 100 * killed
             piped.feed(*range(first, first + 100))

@@ -2283,15 +2283,16 @@ class Feed:
 
     async def run(self) -> NoReturn:
         """Absorbs what the reader brings and commits what waits in the outbox, for ever."""
-        pause = Backoff(self.config.retry_seconds)
+        failures = 0
         while True:
             await self.bell.wait()
             self.bell.clear()
             try:
                 await self.step()
-                pause.reset()
+                failures = 0
             except STORE_ERRORS as error:
-                await self.wait_for_store("writing", error, pause)
+                failures += 1
+                await self.wait_for_store("writing", error, failures)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2373,15 +2374,16 @@ class Feed:
 
     async def follow(self) -> NoReturn:
         """The reader: hands over what other daemons commit, for ever, and notices when the store is gone."""
-        pause, wish = Backoff(self.config.retry_seconds), b"%d-0" % self.store.now()
+        failures, wish = 0, b"%d-0" % self.store.now()
         while True:
             try:
                 self.read_to = max(self.read_to, self.memory.last)
                 entries, wishes = await self.store.follow(self.read_to, wish)
                 self.mark("reading")
-                pause.reset()
+                failures = 0
             except STORE_ERRORS as error:
-                await self.wait_for_store("reading", error, pause)
+                failures += 1
+                await self.wait_for_store("reading", error, failures)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2462,10 +2464,10 @@ class Feed:
         self.unsure = True
         self.bell.set()
 
-    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+    async def wait_for_store(self, what: str, error: Exception, failures: int) -> None:
         self.mark(what, error)
         self.ring_for_look()
-        await pause()
+        await asyncio.sleep(backoff(failures, self.config.retry_seconds))
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2593,18 +2595,11 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=0.02)
 
 
-class Backoff:
-    """Pauses that grow from 50 ms up to `longest` seconds, each shortened at random, so that daemons spread out."""
-
-    def __init__(self, longest: float) -> None:
-        self.longest, self.pause = longest, 0.0
-
-    def reset(self) -> None:
-        self.pause = 0.0
-
-    async def __call__(self) -> None:
-        self.pause = min(self.longest, self.pause * 2 or 0.05)
-        await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+def backoff(failures: int, longest: float) -> float:
+    """The pause in s after so many failures in a row: from 50 ms up to `longest`, shortened at random, so that daemons
+    and clients spread out.
+    """
+    return min(longest, 0.025 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
 # === Presence =========================================================================================================
@@ -4365,10 +4360,15 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
 
 def log_request(handler: tornado.web.RequestHandler) -> None:
     """The access log: paths without their query, which may hold a password."""
-    request = handler.request
-    status = handler.get_status()
-    level = logging.ERROR if status == 500 else logging.DEBUG
-    web_log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
+    request, status = handler.request, handler.get_status()
+    web_log.log(
+        logging.ERROR if status == 500 else logging.DEBUG,
+        "%d %s %s %s",
+        status,
+        request.method,
+        shown(request.path),
+        request.remote_ip,
+    )
 
 
 class Door(socket.socket):
@@ -4486,8 +4486,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 class Daemon:
     """A running room: what `python tornchat.py` starts, and what tests start in their own loop."""
 
-    def __init__(self, config: Config, ports: list[Door], tls: ssl.SSLContext | None) -> None:
-        self.config, self.ports, self.tls = config, ports, tls
+    def __init__(self, config: Config, ports: list[Door]) -> None:
+        self.config, self.ports, self.tls = config, ports, tls_context(config)
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
         self.hostnames = frozenset(
@@ -4512,7 +4512,7 @@ class Daemon:
             ports = bind(config)
             for port in ports:
                 undo.callback(port.close)
-            daemon = cls(config, ports, tls_context(config))
+            daemon = cls(config, ports)
             undo.push_async_callback(daemon.store.close)
             await wait_for_redis(config, daemon.feed.open)
             daemon.listen()
@@ -4793,7 +4793,7 @@ class Client:
         self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
         self.state = "js_state_connecting"  # of the connection: its word
-        self.backoff = Backoff(RETRY_SECONDS)
+        self.failures = 0  # in a row, to connect
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
@@ -4864,7 +4864,8 @@ class Client:
             else:
                 await self.receive_all()
             self.update()
-            await self.backoff()
+            self.failures += 1
+            await asyncio.sleep(backoff(self.failures, RETRY_SECONDS))
 
     async def connect(self) -> None:
         """A new socket, which goes on after the newest message heard. Raises UNREACHED."""
@@ -4933,8 +4934,7 @@ class Client:
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
         self.on_act({"type": "hosts", "names": frame.get("hosts")})
-        self.state, self.let_in, self.hold_until = "js_state_connected", True, 0
-        self.backoff.reset()
+        self.state, self.let_in, self.failures, self.hold_until = "js_state_connected", True, 0, 0
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
         if isinstance(cleared := frame.get("cleared"), int) and cleared > self.after:
