@@ -1551,30 +1551,6 @@ class TestFeed(Transcripts):
         await feeds.redis.delete(feeds.place.key("leases"))
         await until(lambda: carl.key not in feed.room.roster)
 
-    async def test_G7_a_late_goodbye(self, feeds: Feeds) -> None:
-        """Who has left already can't take the name from its next owner by leaving again, nor talk under it."""
-        feed = await feeds.start()
-        ann = await feeds.enter(feed, "Ann")
-        old = ann.member
-        feed.room.leave(ann)  # or it would come back by itself
-        await feed.outbox.exit(old.sid, old.name)
-        new = await feed.outbox.enter("sid-new", "Ann")
-        left: list[object] = []
-        feed.outbox.propose("left", old, left.append, text="logout")
-        said: list[object] = []
-        feed.outbox.propose("message", old, said.append, cid="c1", text="I am Ann")
-        await feeds.settled(0)
-        await feed.outbox.enter("sid-Bob", "Bob")  # the two before are decided by now
-        assert len(left) == len(said) == 1
-        assert isinstance(said[0], tornchat.Refused)
-        assert said[0].code == "name-lost"
-        assert feed.room.roster[new.key] is new
-
-        async def written() -> bool:
-            return (await feed.store.read_state())[0].get(new.key) == "sid-new Ann"
-
-        await until(written)
-
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start."""
         monkeypatch.setattr(tornchat, "FEED_NOTICES", 4)
