@@ -4812,8 +4812,11 @@ class TestAttacks(Transcripts):
             assert tornchat.network(address) == whose
 
     @pytest.mark.parametrize(("char", "least", "most"), [("x", 40, 70), ("\U0001f600", 80, 105)])  # 17 tokens, or 65
-    async def test_G5_a_pace_of_an_address(self, char: str, least: int, most: int, memory_lan: Lan) -> None:
+    async def test_G5_a_pace_of_an_address(
+        self, char: str, least: int, most: int, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Many long messages of many names from one address are slowed down together; elsewhere nobody is."""
+        monkeypatch.setattr(tornchat, "CROWD", 0.01)  # so that a slow machine gives no more tokens than a quick one
         await memory_lan.serve(rate=2, trust_proxy=True)
         refused: list[Frame] = []
         for number in range(12):
@@ -4827,7 +4830,7 @@ class TestAttacks(Transcripts):
             refused += crowd.seen("refused")
         assert least <= len(refused) <= most  # of 120, where there are 1,000 tokens
         assert {frame["code"] for frame in refused} == {"too-fast"}
-        assert 0 < refused[0]["retry_after"] < 1
+        assert refused[0]["retry_after"] > 0
         bob = await memory_lan.join("Bob")
         assert (await bob.post("hi"))[0] == 201
 
@@ -6468,7 +6471,7 @@ class TestTruth(Transcripts):
             assert bob.names_in("left") == ["Eve"]
 
     async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
-        async with window(memory_lan) as ann:
+        async with window(memory_lan, restarts=True) as ann:
             other = await ann.tab("?transport=polling")
             await other.shows("#state-text", "by polling")
             await ann.page.click("summary")
