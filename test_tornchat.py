@@ -1632,25 +1632,6 @@ class TestFeed(Transcripts):
         await asyncio.Event().wait()
         raise AssertionError
 
-    async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
-        feed = await feeds.start(lease_seconds=60.0)
-        bob = await feed.outbox.enter("sid-Bob", "Bob")
-        write_names, dropped = feed.store.write_names, asyncio.Event()
-
-        async def drop_late(names: Mapping[str, str], state: Mapping[str, str]) -> None:
-            if "nobody" in names:
-                await feed.outbox.exit(bob.sid, bob.name)
-            await write_names(names, state)
-            if "nobody" in names:
-                dropped.set()
-
-        monkeypatch.setattr(feed.store, "write_names", drop_late)
-        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
-        await asyncio.wait_for(dropped.wait(), RETURN)
-        assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None
-        await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
-
     async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A group in which all are refused isn't the end of the work: the next in the outbox is committed at once."""
         monkeypatch.setattr(tornchat, "GROUP_EVENTS", 3)
@@ -4589,32 +4570,21 @@ def masked(head: int, payload: bytes = b"", size: int | None = None) -> bytes:
     return bytes((head,)) + length + (size.to_bytes(width, "big") if width else b"") + bytes(4) + payload
 
 
-PROTOCOL = {
-    "pings": masked(0x89) + masked(0x89, b"hi") + masked(0x89, b"\x00\xff" * 62) + masked(0x8A, b"unasked"),
-    "a ping of 126 bytes": masked(0x89, b"x" * 126),
-    "a ping in fragments": masked(0x09, b"x") + masked(0x80, b"y"),
-    "pings between fragments": masked(0x01, b"a") + masked(0x89, b"1") + masked(0x00, b"b") + masked(0x80, b"c"),
-    "a stray continuation": masked(0x80, b"x"),
-    "a stray continuation that goes on": masked(0x00, b"x"),
-    "a text within a text": masked(0x01, b"a") + masked(0x81, b"b"),
-    "fragments too many": masked(0x01, b"x" * 30_000) + masked(0x80, b"x" * 30_000),
-    "too long": masked(0x81, b"x" * 50_000),
-    "2 to the 62nd bytes": masked(0x81, b"x", 2**62),
-    "2 to the 64th bytes": masked(0x81, b"x", 2**64 - 1),
-    "not UTF-8": masked(0x81, b"\xff"),
-    "a surrogate": masked(0x81, b"\xed\xa0\x80"),
-    "UTF-8 cut by a fragment": masked(0x01, b"\xe5\xa5") + masked(0x80, b"\xbd"),
-    "UTF-8 that ends early": masked(0x01, b"\xe5") + masked(0x80, b"x"),
-    "a close in the midst of a text": masked(0x01, b"a") + masked(0x88, b"\x03\xe8"),
-    "frames behind a close": masked(0x88, b"\x03\xe8") + masked(0x81, b"x") + masked(0x89, b"x"),
-    **{f"bit {bit:#x}": masked(0x81 | bit, b"x") for bit in (0x10, 0x20, 0x40, 0x70)},
-    **{f"opcode {code:#x}": masked(0x80 | code, b"x") for code in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
-    **{f"close {code}": masked(0x88, code.to_bytes(2, "big") + b"why") for code in CLOSES},
-    "close without a code": masked(0x88),
-    "close with half a code": masked(0x88, b"\x03"),
-    "close with a reason that is no text": masked(0x88, b"\x03\xe8\xff\xfe"),
-    "close of 126 bytes": masked(0x88, b"\x03\xe8" + b"x" * 124),
-}
+HALF = masked(0x01, b"a")  # the first fragment of a text
+# Pings, of any size and between fragments; texts that never began, begin twice, or are too long; what is no UTF-8, whole
+# and in fragments; a close within a text, before other frames, with and without a code and a reason.
+PROTOCOL = [masked(0x89) + masked(0x89, b"hi") + masked(0x89, b"\x00\xff" * 62) + masked(0x8A, b"unasked")]
+PROTOCOL += [masked(0x89, b"x" * 126), masked(0x09, b"x") + masked(0x80, b"y")]
+PROTOCOL += [HALF + masked(0x89, b"1") + masked(0x00, b"b") + masked(0x80, b"c"), HALF + masked(0x81, b"b")]
+PROTOCOL += [masked(0x80, b"x"), masked(0x00, b"x"), masked(0x01, b"x" * 30_000) + masked(0x80, b"x" * 30_000)]
+PROTOCOL += [masked(0x81, b"x" * 50_000), masked(0x81, b"x", 2**62), masked(0x81, b"x", 2**64 - 1)]
+PROTOCOL += [masked(0x81, b"\xff"), masked(0x81, b"\xed\xa0\x80"), masked(0x01, b"\xe5") + masked(0x80, b"x")]
+PROTOCOL += [masked(0x01, b"\xe5\xa5") + masked(0x80, b"\xbd"), HALF + masked(0x88, b"\x03\xe8")]
+PROTOCOL += [masked(0x88, b"\x03\xe8") + masked(0x81, b"x") + masked(0x89, b"x")]
+PROTOCOL += [masked(0x81 | bit, b"x") for bit in (0x10, 0x20, 0x40, 0x70)]
+PROTOCOL += [masked(0x80 | code, b"x") for code in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)]
+PROTOCOL += [masked(0x88, code.to_bytes(2, "big") + b"why") for code in CLOSES]
+PROTOCOL += [masked(0x88, told) for told in (b"", b"\x03", b"\x03\xe8\xff\xfe", b"\x03\xe8" + b"x" * 124)]
 
 
 class Mute(tornado.websocket.WebSocketHandler):
@@ -4712,9 +4682,9 @@ class TestAttacks(Transcripts):
         (port,) = tornado.netutil.bind_sockets(0, "127.0.0.1")
         server.add_socket(port)
         plain = f"http://127.0.0.1:{port.getsockname()[1]}"
-        for what, frames in PROTOCOL.items():
+        for frames in PROTOCOL:
             ours, theirs = [await self.answers(url, ann.headers()["Cookie"], frames) for url in (ann.url, plain)]
-            assert ours == theirs, what
+            assert ours == theirs, frames[:60]
         server.stop()
 
     async def answers(self, url: str, cookie: str, frames: bytes) -> list[tuple[int, bytes]]:
@@ -5323,11 +5293,7 @@ class TestOperator(Transcripts):
             ("1.2.3.4", "eth0 1.2.3.4, eth1 10.0.0.2", "10.0.0.2 1.2.3.4"),
             ("192.168.1.7", "docker0 172.17.0.1, br0 192.168.1.7", "192.168.1.7 172.17.0.1"),
             ("", "eth0 169.254.7.7, tailscale0 100.64.0.7, docker0 172.17.0.1", "172.17.0.1 100.64.0.7 169.254.7.7"),
-            (
-                "",
-                ", ".join([f"br-{n} 172.{n}.0.1" for n in range(18, 25)] + ["wlan0 192.168.1.7"]),
-                "192.168.1.7 172.18",
-            ),
+            ("", "br-18 172.18.0.1, br-19 172.19.0.1, wlan0 192.168.1.7", "192.168.1.7 172.18.0.1 172.19.0.1"),
             ("192.168.1.7", "", "192.168.1.7"),
         ],
     )
