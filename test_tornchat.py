@@ -4571,7 +4571,7 @@ def masked(head: int, payload: bytes = b"", size: int | None = None) -> bytes:
 
 
 HALF = masked(0x01, b"a")  # the first fragment of a text
-# Pings, of any size and between fragments; texts that never began, begin twice, or are too long; what is no UTF-8, whole
+# Pings, of any size and between fragments; texts that never began, begin twice, or are too long; no UTF-8, whole
 # and in fragments; a close within a text, before other frames, with and without a code and a reason.
 PROTOCOL = [masked(0x89) + masked(0x89, b"hi") + masked(0x89, b"\x00\xff" * 62) + masked(0x8A, b"unasked")]
 PROTOCOL += [masked(0x89, b"x" * 126), masked(0x09, b"x") + masked(0x80, b"y")]
