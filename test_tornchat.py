@@ -2614,7 +2614,7 @@ class TestSocket(Transcripts):
 
     async def test_time(self, memory_lan: Lan) -> None:
         """The room's clock is told every time_seconds."""
-        await memory_lan.serve(time_seconds=0.4, ping_seconds=0.4)
+        await memory_lan.serve(time_seconds=0.6, ping_seconds=0.6)
         ann = await memory_lan.join("Ann")
         first, second = await ann.expect("time"), await ann.expect("time")
         assert set(first) == {"type", "ts"}
@@ -3155,12 +3155,12 @@ class TestMessages(Transcripts):
 
     async def test_G6_a_poller_is_present(self, lan: Lan) -> None:
         """While a request waits the name stays, whatever the grace; when it is cut off, it leaves."""
-        daemon = await lan.serve(lease_seconds=0.3, ping_seconds=0.35, time_seconds=0.35)
+        daemon = await lan.serve(lease_seconds=0.3, ping_seconds=0.6, time_seconds=0.6)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await ann.poll()
         connection = await hanging_poll(ann, daemon)
         await waits(daemon, 2)
-        for _ in range(3):  # more than three leases
+        for _ in range(2):  # more than three leases
             await bob.expect("time")
         assert bob.names_in("left") == []
         connection.transport.abort()
