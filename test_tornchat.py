@@ -2622,7 +2622,7 @@ class TestSocket(Transcripts):
         assert abs(second["ts"] - time.time() * 1000) < 1000 * RETURN
 
     async def test_G6_a_dead_client(self, lan: Lan) -> None:
-        await lan.serve(ping_seconds=0.2)
+        await lan.serve(ping_seconds=0.5)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await bob.expect("joined", names=["Ann"])
         reader, writer = await handshake(ann.url, ann.headers()["Cookie"])
