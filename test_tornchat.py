@@ -6948,6 +6948,21 @@ class TestLongRoom(Transcripts):
             assert (sum(slices), len(slices) > 1) == (1000, True)
             assert await ann.page.locator("#log .message").count() == 1000
 
+    async def test_a_slow_phone_rests(self, memory_lan: Lan) -> None:
+        """Where it takes long to draw, what comes then is drawn together after a while, which is for the keys."""
+        async with windows(memory_lan, "Ann") as (ann,):
+            rest = await ann.page.evaluate("""async () => {
+                const drawn = (work) => new Promise((done) => draw(() => setTimeout(done, work())));
+                await drawn(() => { for (const began = now(); now() - began < 50;) { /* a slow phone */ } });
+                const drawnBefore = drawnAt;
+                receive({type: 'message', seq: 1, ts: Date.now(), name: 'Bob', text: 'one', cid: ''});
+                receive({type: 'message', seq: 2, ts: Date.now(), name: 'Bob', text: 'two', cid: ''});
+                await drawn(() => {});
+                return drawnAt - drawnBefore;
+            }""")
+            assert rest > 500
+            await ann.shows_messages("one", "two")
+
 
 GIVE = """async ([way, name, type, content, width, height]) => {
     const canvas = new OffscreenCanvas(width, height);
@@ -9697,6 +9712,37 @@ async def bench_page(rounds: int = 5) -> None:
     print(f"{statistics.median(shown):.0f} ms to show 1,000 messages that come at once, a slice of a frame at a time")
 
 
+PHONE = """window.tasks = []; window.keys = [];
+new PerformanceObserver((list) => tasks.push(...list.getEntries())).observe({type: 'longtask'});
+addEventListener('keydown', ({timeStamp}) => {
+    requestAnimationFrame(() => setTimeout(() => keys.push(performance.now() - timeStamp)));
+});"""
+
+
+async def bench_phone(seconds: int = 20, rate: int = 20) -> None:
+    """Prints how busy a phone with a sixth of this CPU is with messages, and when its keys are answered."""
+    lan = Lan(Store(""))
+    address = await (await lan.run("-p", "0", "--rate", "0")).address()
+    async with windows(lan, "", at=address, viewport={"width": 390, "height": 844}, device_scale_factor=3) as (ann,):
+        await ann.page.add_init_script(PHONE)
+        await ann.login("Ann")
+        bob = await lan.join("Bob", at=address.rstrip("/"))
+        devtools = await ann.page.context.new_cdp_session(ann.page)
+        await devtools.send("Emulation.setCPUThrottlingRate", {"rate": 6})
+        for number in range(seconds * rate):
+            await bob.say(f"message {number} of a class that is wide awake: see https://example.org/{number}")
+            if number % 5 == 0:
+                await devtools.send("Input.dispatchKeyEvent", {"type": "keyDown", "key": "a", "text": "a"})
+            await asyncio.sleep(1 / rate)
+        tasks, keys = await ann.page.evaluate("[tasks.map(({duration}) => duration), keys]")
+    await lan.close()
+    print(
+        f"phone: {len(tasks)} tasks of more than 50 ms in {seconds} s, the longest {max(tasks, default=0):.0f} ms;",
+        end=" ",
+    )
+    print(f"keys answered after {statistics.median(keys):.0f} ms (median)")
+
+
 def main(*arguments: str) -> int:
     """The tests, or what else this file can do."""
     match arguments:
@@ -9707,8 +9753,8 @@ def main(*arguments: str) -> int:
                 for daemons in (1, 4):
                     bench_store(url, daemons)
             asyncio.run(bench_page())
-        case ["bench", "page" | "transports" as what]:
-            asyncio.run(bench_page() if what == "page" else bench_transports())
+        case ["bench", "page" | "phone" | "transports" as what]:
+            asyncio.run({"page": bench_page, "phone": bench_phone, "transports": bench_transports}[what]())
         case ["bench", "floods", *kinds]:
             if not kinds:
                 bench_stalled()
