@@ -7012,8 +7012,10 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
   if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
-  const kinds = Object.keys(passing).filter((kind) => passing[kind].size);
-  notice('presence', kinds.map((kind) => fill(words[kind], {names: listed(passing[kind])})).join(' · '));
+  const {joined, left} = passing;
+  const came = joined.size ? fill(words.joined, {names: listed(joined)}) : '';
+  const went = left.size ? fill(words.left, {names: listed(left)}) : '';
+  notice('presence', came && went ? `${came} · ${went}` : came || went);
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
@@ -7108,7 +7110,8 @@ function stateName() {
 }
 
 function stateSentence(state) {
-  return phase === 'closed' ? closing : words[state === 'connected' && polling ? 'state_polling' : `state_${state}`];
+  if (phase === 'closed') return closing;
+  return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
 }
 
 function showState() {
