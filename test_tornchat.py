@@ -49,7 +49,6 @@ import gc
 import gzip
 import html
 import html.parser
-import importlib
 import inspect
 import itertools
 import json
@@ -96,6 +95,8 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 import tornado.websocket
+import websockets
+from confusable_homoglyphs.confusables import confusables_data  # type: ignore[import-untyped,unused-ignore]
 from playwright.async_api import Page as WebPage
 from playwright.async_api import async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
@@ -933,12 +934,8 @@ def key_of_name(raw: str) -> str | None:
 
 def confusable_characters() -> list[set[str]]:
     """Sets of single characters that UTS 39 has for one."""
-    try:
-        table = importlib.import_module("confusable_homoglyphs.confusables").confusables_data
-    except ModuleNotFoundError:
-        missing("the package confusable-homoglyphs")
     sets: dict[str, set[str]] = {}
-    for char, twins in table.items():
+    for char, twins in confusables_data.items():
         alike = {one.replace("\u200e", "") for one in (char, *(twin["c"] for twin in twins))}
         alike = alike.union(*(sets.get(one, ()) for one in alike))
         sets |= dict.fromkeys(alike, alike)
@@ -1014,18 +1011,11 @@ class TestMessagesAndNames:
         assert refusal(lambda: tornchat.clean_name(name)) == "invalid"
         assert tornchat.name_key(name) == tornchat.name_key(name[:500])
 
-    @pytest.mark.parametrize(
-        ("address", "name"),
-        [
-            ("192.168.1.7", "guest-7"),
-            ("fe80::1:2ab", "guest-2ab"),
-            ("fe80::1%e\u200bth.0\u202e", "guest-1"),
-            ("", "guest-"),
-        ],
-    )
-    def test_guest_name(self, address: str, name: str) -> None:
+    def test_guest_name(self) -> None:
         """A guest is called after the end of the address; the zone of one may hold anything."""
-        assert tornchat.guest_name(address) == name
+        ends = {"192.168.1.7": "7", "fe80::1:2ab": "2ab", "fe80::1%e\u200bth.0\u202e": "1", "": ""}
+        for address, end in ends.items():
+            assert tornchat.guest_name(address) == f"guest-{end}"
 
     @hypothesis.given(st.text(max_size=70))
     def test_any_name(self, raw: str) -> None:
@@ -1070,24 +1060,13 @@ class TestMessagesAndNames:
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
         assert cid == "" or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", cid)
 
-    @pytest.mark.parametrize(
-        ("raw", "text"),
-        [
-            ("hi", "hi"),
-            ("a\r\nb\rc", "a\nb\nc"),
-            ("\n\n  indented\n\n", "  indented"),
-            ("a\x00\x1b[31mb", "a[31mb"),
-            ("a\tb", "a\tb"),
-            ("x" * 4000, "x" * 4000),
-            ("\U0001fae9", "\U0001fae9"),
-            ("👩\u200d🚀", "👩\u200d🚀"),
-            ("\u202eabc", "\u202eabc"),
-            ("?", "?"),
-        ],
-    )
-    def test_text(self, raw: str, text: str) -> None:
+    def test_text(self) -> None:
         """A text keeps its lines and its signs, an emoji newer than this Python too, and loses control characters."""
-        assert tornchat.clean_text(raw) == text
+        for text in ("hi", "a\tb", "x" * 4000, "\U0001fae9", "👩\u200d🚀", "\u202eabc", "?"):
+            assert tornchat.clean_text(text) == text
+        changed = {"a\r\nb\rc": "a\nb\nc", "\n\n  indented\n\n": "  indented", "a\x00\x1b[31mb": "a[31mb"}
+        for raw, text in changed.items():
+            assert tornchat.clean_text(raw) == text
 
     @pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536])
     def test_websocket_frame(self, size: int) -> None:
@@ -1417,18 +1396,6 @@ class TestFeed(Transcripts):
         bob = await feeds.enter(later, "Bob")
         assert bob.seqs == [*range(201, 301)]
 
-    async def test_trimmed_by_hand(self, feeds: Feeds) -> None:
-        """A feed that somebody trimmed to its newest entries is the same feed: nobody is told anything."""
-        feed = await feeds.start()
-        ann = await feeds.enter(feed, "Ann")
-        for n in range(5):
-            say(feed, ann, f"{n}")
-        await feeds.settled(5)
-        await feeds.redis.xtrim(feeds.key, maxlen=1, approximate=False)
-        say(feed, ann, "on")
-        await feeds.settled(6)
-        assert len(ann.of("welcome")) == 1
-
     async def test_G8_the_feed_is_something_else(self, redis_feeds: Feeds) -> None:
         """A feed that is no stream makes the store unavailable; when it is gone the room goes on, after a reset."""
         feeds = redis_feeds
@@ -1464,13 +1431,13 @@ class TestFeed(Transcripts):
         await feeds.settled(501)
         assert await feeds.redis.xlen(feeds.key) < 210 + 21 + 100  # Redis trims by whole nodes of 100 entries
         assert len(feed.outbox.stored) == 100
-        assert 200 <= feed.memory.extent.messages <= 210
+        assert 200 <= feed.memory.said - feed.memory.extent[0].said <= 210
         assert 20 <= len(feed.memory.notices) <= 21
         for _ in range(200):  # of which each is off and on again, and nobody talks
             await feed.outbox.exit("sid-Eve", "Eve")
             await feed.outbox.enter("sid-Eve", "Eve")
-        assert len(feed.memory.extent.entries) <= 210
-        assert len(feed.memory.kept.entries) <= 501 + 21 + 100
+        assert len(feed.memory.extent) <= 211
+        assert len(feed.memory.kept) <= 501 + 21 + 100
         carl = await feeds.enter(await feeds.start(), "Carl")
         assert carl.seqs == list(range(402, 502))
 
@@ -1484,7 +1451,7 @@ class TestFeed(Transcripts):
         for n in range(400):
             say(feed, ann, f"{n}" + "x" * 3000)
         await feeds.settled(400)
-        assert feed.memory.kept.size <= 50_000
+        assert feed.memory.size - feed.memory.kept[0].size <= 50_000
         assert await feeds.redis.xlen(feeds.key) < 220 + 100
         bob = await feeds.enter(await feeds.start(), "Bob")
         assert bob.seqs == list(range(301, 401))
@@ -1525,7 +1492,7 @@ class TestFeed(Transcripts):
         ann = await feeds.enter(feed, "Ann")
         read_state, failures = feed.store.read_state, iter([redis.ConnectionError("away"), OSError("away")])
 
-        async def failing() -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
+        async def failing() -> tuple[dict[str, str], dict[str, str]]:
             for failure in failures:
                 raise failure
             return await read_state()
@@ -1604,7 +1571,7 @@ class TestFeed(Transcripts):
         assert feed.room.roster[new.key] is new
 
         async def written() -> bool:
-            return (await feed.store.read_state())[1].get(new.key) == ("sid-new", "Ann")
+            return (await feed.store.read_state())[0].get(new.key) == "sid-new Ann"
 
         await until(written)
 
@@ -1621,6 +1588,92 @@ class TestFeed(Transcripts):
             await feed.outbox.enter(f"sid-{n}", f"Carl{n}")
         later = await feeds.start()
         assert set(later.room.roster) == set(feed.room.roster)
+
+    async def test_a_late_joining(self, feeds: Feeds) -> None:
+        """A daemon freezes before it has put Eve on the roster, and meanwhile she is removed, and the feed trimmed."""
+        first, second = await feeds.start(), await feeds.start()
+        tess = await first.outbox.enter("sid-Tess", "Tess", host=True)
+        eve = await feeds.enter(second, "Eve")
+        await tornchat.end_tasks(second.tasks)
+        await self.remove_and_clear(first, tess)
+        await second.store.write_names({eve.member.key: str(eve.member)}, {})
+        second.start()
+        await until(lambda: eve.closed == [4403])
+        assert [feed.room.roster.keys() for feed in (second, await feeds.start())] == [first.room.roster.keys()] * 2
+
+    async def test_removed_while_it_reads(self, feeds: Feeds) -> None:
+        """While a daemon starts and reads what the store holds, somebody is removed, and the feed trimmed."""
+        first = await feeds.start()
+        tess, eve = await first.outbox.enter("sid-Tess", "Tess", host=True), await first.outbox.enter("sid-Eve", "Eve")
+
+        class Slow(tornchat.Store):
+            async def page(self, *args: Any) -> list[tornchat.Entry]:
+                if eve.key in first.room.roster:
+                    await TestFeed.remove_and_clear(first, tess)
+                return await super().page(*args)
+
+        later = await feeds.start(Slow)
+        assert [*later.room.roster] == [*first.room.roster] == [tess.key]
+
+    @staticmethod
+    async def remove_and_clear(feed: tornchat.Feed, host: tornchat.Member) -> None:
+        feed.outbox.propose("removed", host, details={"name": "Eve", "seconds": 600})
+        feed.outbox.propose("cleared", host)
+        await until(lambda: feed.memory.cleared and not feed.memory.to_trim)
+
+    async def test_G3_killed_after_a_deletion(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The daemon where a message is deleted is killed at once: who starts later still has its place in the log."""
+        first, _ = await feeds.start(), await feeds.start()
+        ann = await feeds.enter(first, "Ann")
+        for text in ("one", "oops", "three"):
+            say(first, ann, text)
+            await feeds.settled(first.room.seq + 1)
+
+        monkeypatch.setattr(first.store, "write_names", self.killed)
+        first.outbox.propose("note", ann.member, details={"to": 2, "kind": "delete", "value": True})
+
+        async def erased() -> bool:
+            return "oops" not in str(await feeds.redis.xrange(feeds.key))
+
+        await until(erased)
+        bob = await feeds.enter(await feeds.start(), "Bob")
+        assert [frame["text"] for frame in bob.of("message")] == ["one", "", "three"]
+
+    async def test_killed_after_an_act(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The daemon where the room is locked is killed at once, and the room cleared at another: it stays locked."""
+        first, second = await feeds.start(), await feeds.start()
+        tess = await first.outbox.enter("sid-Tess", "Tess", host=True)
+        monkeypatch.setattr(first.store, "write_names", self.killed)
+        first.outbox.propose("mode", tess, details={"talk": "hosts"})
+        await until(lambda: second.room.state.mode["talk"] == "hosts")
+        second.outbox.propose("cleared", tess)
+        await until(lambda: second.memory.cleared and not second.memory.to_trim)
+        assert (await feeds.start()).room.state.mode["talk"] == "hosts"
+
+    @staticmethod
+    async def killed(*_: object) -> NoReturn:
+        """What is left of a daemon that was killed before it could write that."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def test_a_sweep_beside_a_logout(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody whose lease is over logs out while a stray lease is dropped: the leases are kept on."""
+        feed = await feeds.start(lease_seconds=60.0)
+        bob = await feed.outbox.enter("sid-Bob", "Bob")
+        write_names, dropped = feed.store.write_names, asyncio.Event()
+
+        async def drop_late(names: Mapping[str, str], state: Mapping[str, str]) -> None:
+            if "nobody" in names:
+                await feed.outbox.exit(bob.sid, bob.name)
+            await write_names(names, state)
+            if "nobody" in names:
+                dropped.set()
+
+        monkeypatch.setattr(feed.store, "write_names", drop_late)
+        await feeds.redis.zadd(feeds.place.key("leases"), {"nobody": 1, bob.key: 1})
+        await asyncio.wait_for(dropped.wait(), RETURN)
+        assert await feeds.redis.zscore(feeds.place.key("leases"), "nobody") is None
+        await feed.outbox.enter("sid-Carl", "Carl")  # that the task goes on is checked when the feeds are closed
 
     async def test_many_refusals(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A group in which all are refused isn't the end of the work: the next in the outbox is committed at once."""
@@ -1737,6 +1790,16 @@ class TestRoom:
         welcome = last.frames[0]
         assert (len(welcome["members"]), welcome["members"][0], welcome["count"]) == (1000, "P1499", 1500)
         assert len(set(welcome["members"])) == 1000
+
+    def test_deleted_long_ago(self) -> None:
+        """A room that is read anew has no deleted text, and knows which entry still holds it, or that none does."""
+        room, later = filled_room(5), filled_room(0)
+        for seq in (2, 4):
+            details = {"to": seq, "kind": "delete", "value": True, "by": "author"}
+            room.apply([tornchat.Event("note", 5, 5000, "s", "d", "Ann", place=(1, 6, seq), details=details)])
+        later.adopt("e", (1, 6), {}, [event for event in messages(1, 5) if event.seq != 4], room.state.fields())
+        assert [(event.text, event.entry) for event, _ in later.ring.kept] == [
+            ("1", (1, 1)), ("", (1, 2)), ("3", (1, 3)), ("", (0, 0)), ("5", (1, 5))]  # fmt: skip
 
     def test_G5_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who spoke is known for as long as slow mode needs it, and of hosts who have logged out the newest."""
@@ -1918,25 +1981,26 @@ class TestCommandLine(Transcripts):
             ("--certfile /nowhere/cert.pem --keyfile /nowhere/key.pem", "/nowhere/key.pem: No such file"),
             ("--certfile {folder}/none.pem --keyfile {folder}/none.pem", "none.pem"),
             ("--certfile {folder}/cert.pem --keyfile {folder}/locked.pem", "passphrase"),
-            ("--host 192.0.2.1", "192.0.2.1 port 0: Cannot assign requested address$"),
-            ("--host no-such-host", "no-such-host port 0: [^:.]+$"),  # another port is no cure
+            ("--host 192.0.2.1", r"192.0.2.1 port \d+: Cannot assign requested address$"),
+            ("--host no-such-host", r"no-such-host port \d+: [^:.]+$"),  # another port is no cure
         ],
     )
     async def test_why_it_cannot_start(
         self, options: str, why: str, tmp_path: Path, request: pytest.FixtureRequest
     ) -> None:
-        """What a start needs and doesn't find is named in one line, without a password; nobody is asked for one."""
+        """What a start needs and doesn't find is named in one line, without a password; the port is given back."""
         (tmp_path / "none.pem").write_text("nonsense")
         if "locked" in options:
             _, key = certificate(tmp_path)
             lock = ["openssl", "pkey", "-in", key, "-aes128", "-passout", "pass:hunter2"]
             assert await (await asyncio.create_subprocess_exec(*lock, "-out", tmp_path / "locked.pem")).wait() == 0
         server = request.getfixturevalue("redis_server").port if "{redis}" in options else 0
-        given = ["-p", "0", "--wait", "0", *options.format(folder=tmp_path, redis=server).split()]
+        given = ["-p", str(port := free_port()), "--wait", "0", *options.format(folder=tmp_path, redis=server).split()]
         config = tornchat.parse_config([*given, *([] if "--host" in given else ["--host", "127.0.0.1"])], {})
         with pytest.raises(tornchat.FatalError, match=why) as refused:
             await tornchat.Daemon.start(dataclasses.replace(config, silence_seconds=1.0))
         assert not re.search("hunter2|\n", str(refused.value))
+        assert not listens(port)
 
     @slow
     async def test_a_redis_that_is_not_up_yet(self, own_redis: RedisServer, own_lan: Lan) -> None:
@@ -2203,7 +2267,7 @@ class TestLogin(Transcripts):
 
     async def test_guessing_a_password(self, memory_lan: Lan) -> None:
         """Wrong ones are refused after a while, or at once while five wait; the right one is always let in at once."""
-        await memory_lan.serve(password="lighthouse", guess_seconds=0.5)
+        await memory_lan.serve(password="lighthouse", guess_seconds=1.5)
         eve, ann = memory_lan.browser(), memory_lan.browser()
         guesses = [asyncio.create_task(eve.ask("Eve", f"guess {number}")) for number in range(10)]
         refused = asyncio.as_completed(guesses)
@@ -2247,23 +2311,16 @@ class TestLogin(Transcripts):
         for told in (chinese, refused, (await bob.expect("refused", code="bad-frame"))["text"]):
             assert re.search(r"[\u4e00-\u9fff]{2}", told)
 
-    @pytest.mark.parametrize(
-        ("header", "language"),
-        [
-            ("zh; q=0.9, en; q=0.1", "zh"),
-            ("en ;q=0.1 , ZH-Hant-TW ; q=0.9", "zh"),
-            ("zh;q=0", "en"),
-            ("fr, zh;q=0.2, en;q=0.1", "zh"),
-            ("en, zh", "en"),
-            ("zh-CN;q=0.3, en;q=0.5, zh;q=0.8", "zh"),
-            ("zh;q=high, en;q=0.1", "en"),
-            ("*", "en"),
-            ("zh-CN.UTF-8", "zh"),  # as the terminal client's LANG says it
-            ("de-DE,de;q=0.9," + "fr," * 4000 + "zh", "en"),  # of 12 KB only the beginning is looked at
-        ],
-    )
-    def test_languages(self, header: str, language: str) -> None:
-        assert tornchat.choose_language(header) == language
+    def test_languages(self) -> None:
+        """The one that is liked most of those that there are; English where nothing else is asked for."""
+        for header in (
+            *("zh; q=0.9, en; q=0.1", "en ;q=0.1 , ZH-Hant-TW ; q=0.9", "fr, zh;q=0.2, en;q=0.1"),
+            *("zh-CN;q=0.3, en;q=0.5, zh;q=0.8", "zh-CN.UTF-8"),  # as the terminal client's LANG says it
+        ):
+            assert tornchat.choose_language(header) == "zh"
+        long = "de-DE,de;q=0.9," + "fr," * 4000 + "zh"  # of 12 KB only the beginning is looked at
+        for header in ("zh;q=0", "en, zh", "zh;q=high, en;q=0.1", "*", long):
+            assert tornchat.choose_language(header) == "en"
 
     async def test_one_secret_for_two_rooms(self, redis_lan: Lan) -> None:
         """The operator gave both the same --secret: they know nobody of each other, and log nobody out."""
@@ -2313,8 +2370,8 @@ class TestLogin(Transcripts):
         await ann.login("Ann")
         await eve.login("Eve")
         ours, hers, bad = ann.headers()["Cookie"], eve.headers()["Cookie"], f"{daemon.cookie}=bad"
-        among = f"{bad}; a=b; {hers}; {bad}", "Eve"
-        for cookies, name in [*((f"{one}; {ours}", "Ann") for one in (bad, hers)), (f"{ours}; {bad}", "Ann"), among]:
+        owners = {f"{bad}; {ours}": "Ann", f"{ours}; {bad}": "Ann", f"{hers}; {ours}": "Ann", f"{bad}; {hers}": "Eve"}
+        for cookies, name in owners.items():
             page = text_of(await memory_lan.browser().fetch("/", Cookie=cookies))
             assert f'data-name="{name}"' in page
         for odd in ("; ".join(f"c{n}={n}" for n in range(500)), 'a="\\', "=;;;=; ,", "a=\xff", "$Version=1", "\xa0=x"):
@@ -2488,6 +2545,9 @@ class TestSocket(Transcripts):
         false = {"name": "Bob", "nickname": "Bob", "sid": "x", "session": "x", "seq": "99", "ts": "1", "epoch": "x"}
         false |= {"id": "9-9", "names": "Bob", "member": "Bob", "from": "Bob", "text": "hi"}
         path = "/messages?" + urllib.parse.urlencode(false | {"type": "left"})
+        await (await ann.tab().connect(nickname="Bob")).closed(4409)
+        await ann.connect(name="Bob", sid="x", session="x", seq="9")
+        await ann.expect("welcome", name="Ann")
         await ann.send(json.dumps({"type": "say", "cid": "c1"} | false))
         heard = [await bob.expect("message", cid="c1")]
         await ann.fetch(path, form=false | {"cid": "c2", "type": "left"})
@@ -2575,8 +2635,8 @@ class TestSocket(Transcripts):
         """?nickname= lets a script in without a cookie, or refuses it like the form: 4409 taken, 4403 for the rest."""
         await lan.serve(password="open")
         await lan.login("Ann", "open")
-        odd = "x" * 30, "open", 4403
-        for nickname, password, code in [("Bob", "", 4403), ("Bob", "wrong", 4403), ("ann", "open", 4409), odd]:
+        refusals = [("Bob", "", 4403), ("Bob", "wrong", 4403), ("ann", "open", 4409), ("x" * 30, "open", 4403)]
+        for nickname, password, code in refusals:
             refused = await lan.browser().connect(nickname=nickname, password=password)
             assert (await refused.ended(), refused.seen("welcome")) == (code, [])
         bob = await lan.browser().connect(nickname="Bob", password="open")
@@ -2700,8 +2760,8 @@ class TestSocket(Transcripts):
         daemon = await memory_lan.serve()
         bob = await memory_lan.join("Bob")
         (listener,) = daemon.room.listeners
-        assert isinstance(listener, tornchat.SocketListener)
-        monkeypatch.setattr(listener.stream, "writing", lambda: True)
+        assert isinstance(listener, tornchat.ChatSocket)
+        listener.wait([])
         event = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Ann", "text": text})
         for _ in range(enough - 1):
             daemon.room.send(tornchat.Batch(event))
@@ -2716,17 +2776,43 @@ class TestSocket(Transcripts):
         daemon = await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         (listener,) = daemon.room.listeners
-        assert isinstance(listener, tornchat.SocketListener)
-        write, refusals = listener.put, iter([BlockingIOError()] * 2)
+        assert isinstance(listener, tornchat.ChatSocket)
+        write, refusals = listener.transmit, iter([BlockingIOError()] * 2)
 
         def full(data: memoryview) -> int | None:
             for refusal in refusals:
                 raise refusal
             return write(data)
 
-        monkeypatch.setattr(listener, "put", full)
+        monkeypatch.setattr(listener, "transmit", full)
         await ann.say_many(5)
         assert next(refusals, None) is None
+
+    async def test_no_message_within_a_pong(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a socket has taken only the beginning of a pong, a message waits for the rest of it."""
+        daemon = await memory_lan.serve()
+        ann = await memory_lan.login("Ann")
+        reader, writer = await handshake(ann.url, ann.headers()["Cookie"])
+        await until(lambda: daemon.room.listeners)
+        (listener,) = daemon.room.listeners
+        assert isinstance(listener, tornchat.ChatSocket)
+        await until(lambda: not listener.stream.writing())
+        write, room = listener.stream.write_to_fd, [1, 0]
+
+        def full(data: memoryview) -> int:
+            if not room[0]:
+                raise BlockingIOError
+            return write(data[: room.pop(0)])
+
+        monkeypatch.setattr(listener.stream, "write_to_fd", full)
+        writer.write(masked(0x89, b"are you there?"))
+        await until(listener.stream.writing)
+        message = tornchat.encode({"type": "message", "seq": 1, "ts": 1, "name": "Bob", "text": "yes"})
+        daemon.room.send(tornchat.Batch(message))
+        room[:] = [10**6] * 9
+        pong = tornchat.ws_frame(b"are you there?", 0xA)
+        assert (await asyncio.wait_for(reader.readuntil(message.frame), RETURN)).endswith(pong + message.frame)
+        writer.close()
 
 
 async def opens(browser: Browser) -> bool:
@@ -3112,7 +3198,7 @@ class TestMessages(Transcripts):
 
     async def test_G6_a_poller_is_present(self, lan: Lan) -> None:
         """While a request waits the name stays, whatever the grace; when it is cut off, it leaves."""
-        daemon = await lan.serve(lease_seconds=0.2, ping_seconds=0.25, time_seconds=0.25)
+        daemon = await lan.serve(lease_seconds=0.3, ping_seconds=0.35, time_seconds=0.35)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await ann.poll()
         connection = await hanging_poll(ann, daemon)
@@ -3267,9 +3353,11 @@ LIES += [JPEG[: FRAME + 19] + JPEG[FRAME:], b"GIF89a/*" + bytes(40) + b"*/=1;ale
 LIES += [webp(LOSSY).replace(b"WEBP", b"WAVE")]
 
 
-async def upload(browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png") -> tuple[int, Frame]:
+async def upload(
+    browser: Browser, data: bytes = PICTURES["png"][1], kind: str = "image/png", **headers: Any
+) -> tuple[int, Frame]:
     """Send a picture; the status and what the JSON says."""
-    answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind)
+    answer = await browser.fetch("/pictures", "POST", body=data, Content_Type=kind, **headers)
     return answer.code, json.loads(answer.body)
 
 
@@ -3386,6 +3474,30 @@ class TestPictureStore(Transcripts):
         writer.close()
         await until(lambda: not daemon.uploads)
         assert (await upload(bob))[0] == 201
+
+    async def test_G5_stalled_uploads(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Eve stalls as many uploads as there may be: the oldest gives way to another address, or once it is old."""
+        monkeypatch.setattr(tornchat, "UPLOADS_AT_ONCE", 3)
+        daemon = await memory_lan.serve(trust_proxy=True)
+        stalled = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
+        for number in range(3):
+            eve = await memory_lan.login(f"Eve {number}")
+            reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            head = f"POST /pictures HTTP/1.1\r\nHost: localhost\r\nCookie: {eve.headers()['Cookie']}\r\n"
+            more = f"X-Forwarded-For: 192.0.2.66\r\nContent-Length: {len(JPEG)}\r\n\r\n"
+            writer.write((head + more).encode() + JPEG[:99])
+            await until(lambda: len(daemon.uploads) == len(stalled) + 1)
+            stalled.append((reader, writer))
+        ann, bob = await memory_lan.login("Ann"), await memory_lan.login("Bob")
+        assert (await upload(ann, X_Forwarded_For="192.0.2.7"))[0] == 201
+        monkeypatch.setattr(tornchat, "UPLOADS_AT_ONCE", 2)
+        assert (await upload(bob, X_Forwarded_For="192.0.2.66"))[0] == 429
+        monkeypatch.setattr(tornchat, "UPLOAD_SECONDS", 0)
+        assert (await upload(bob, X_Forwarded_For="192.0.2.66"))[0] == 201
+        for (reader, writer), status in zip(stalled, (b"429", b"429", b"201"), strict=True):
+            writer.write(JPEG[99:])
+            assert status in await asyncio.wait_for(reader.readline(), RETURN)
+            writer.close()
 
     async def test_none(self, memory_lan: Lan) -> None:
         """With --pictures 0 the room takes none, and says so; its page has no button for it."""
@@ -3601,10 +3713,13 @@ class TestPresence(Transcripts):
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
         ann.drop()
         await bob.expect("left", names=["Ann"])
-        await lan.browser().login("Ann")
+        other = await lan.join("Ann")
         await ann.connect()
         await ann.expect("refused", code="name-lost")
         await ann.closed(4409)
+        await ann.fetch("/logout", form={})  # which takes nothing from the other one
+        await other.quiet()
+        assert "Ann" in (await bob.resume())["members"]
 
 
 # === Being the host ===================================================================================================
@@ -4001,7 +4116,7 @@ class TestNotes(Transcripts):
         monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         await lan.serve()
         ann, bob = await lan.join("Ann"), await lan.join("Bob")
-        await ann.say("who agrees?")
+        await ann.expect("message", cid=await ann.say("who agrees?"))
         sign: object
         for who, sign in ((ann, "👍"), (bob, "❓"), (bob, "👍"), (bob.tab(), "👍"), (ann, ""), (ann, "✋")):
             assert (await post_act(who, note(1, "react", value=sign)))[0] == 201
@@ -4016,26 +4131,23 @@ class TestNotes(Transcripts):
         again = await bob.tab(at=lan.daemons[-1]).connect()
         assert (await again.expect("welcome"))["mine"] == {"1": "👍"}
 
-    async def test_hands(self, lan: Lan) -> None:
+    async def test_hands(self, lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who raises a hand is named in the order they came, to newcomers and after a restart, too."""
+        monkeypatch.setattr(tornchat, "REACT_SECONDS", 0.01)
         await lan.serve()
         ann, bob, carl = [await lan.join(name) for name in ("Ann", "Bob", "Carl")]
-        await ann.say("who is next?")
-        steps = ((bob, "✋", ["Bob"]), (ann, "✋", ["Bob", "Ann"]), (carl, "👍", ["Bob", "Ann"]))
-        again = (
-            (bob, "✋", ["Bob", "Ann"]),
-            (bob, "", ["Ann"]),
-            (bob, "✋", ["Ann", "Bob"]),
-            (carl, "", ["Ann", "Bob"]),
-        )
-        for who, sign, hands in (*steps, *again):
+        await ann.expect("message", cid=await ann.say("who is next?"))
+        both, turned = ["Bob", "Ann"], ["Ann", "Bob"]
+        steps: list[tuple[Browser, str, list[str]]] = [(bob, "✋", ["Bob"]), (ann, "✋", both), (carl, "👍", both)]
+        steps += [(bob, "✋", both), (bob, "", ["Ann"]), (bob, "✋", turned), (carl, "", turned)]
+        for who, sign, hands in steps:
             status, told = await post_act(who, note(1, "react", value=sign))
             assert (status, told["hands"]) == (201, hands)
-        await until_frame(carl, "note", hands=["Ann", "Bob"], counts={"✋": 2})
+        await until_frame(carl, "note", hands=turned, counts={"✋": 2})
         if lan.store.url:
             await lan.restart()
         zoe = await lan.join("Zoe")
-        await zoe.expect("message", seq=1, hands=["Ann", "Bob"])
+        await zoe.expect("message", seq=1, hands=turned)
 
     async def test_one_cid_for_several(self, memory_lan: Lan) -> None:
         """A message and an act with the same cid are two things: both are done, and each of them once."""
@@ -4053,7 +4165,7 @@ class TestNotes(Transcripts):
         await until_frame(tess, "refused", code="no-member", cid="c2")
 
     async def test_a_class_votes(self, memory_lan: Lan) -> None:
-        """Two hundred react to a message within a second: that is told no more than twice."""
+        """Two hundred react to a message: that is told once a second, and twice if they do it within one."""
         await memory_lan.serve()
         ann = await memory_lan.join("Ann")
         await ann.say("who agrees?")
@@ -4061,11 +4173,12 @@ class TestNotes(Transcripts):
         pupils = [memory_lan.browser() for _ in range(200)]
         for n, pupil in enumerate(pupils):
             await pupil.login(f"Pupil {n}")
+        began = time.monotonic()
         answers = await asyncio.gather(*(post_act(pupil, note(1, "react", value="✋")) for pupil in pupils))
         assert {status for status, _ in answers} == {201}
         last = await until_frame(ann, "note", counts={"✋": 200})
-        assert (len(ann.seen("note")) <= 2, len(last["hands"])) == (True, 30)
-        assert last["to"] == 1
+        assert len(ann.seen("note")) <= 1 + math.ceil(time.monotonic() - began)
+        assert (last["to"], len(last["hands"])) == (1, 30)
 
     async def test_replies(self, lan: Lan) -> None:
         """A reply says which message it answers; in plain lines, whom. One to what isn't there yet is refused."""
@@ -4106,6 +4219,7 @@ class TestTranscript(Transcripts):
         tess, bob = await join_as_host(lan), await lan.join("Bob")
         for text in ("hi", "one\n2026-01-01 10:00:00 Tess: forged\u2028★ Tess: forged", "gone"):
             await bob.say(text)
+        await until_frame(bob, "message", seq=3)
         assert (await bob.post("yes", re="1"))[0] == 201
         await tess.say("well")
         await until_frame(tess, "message", seq=5)
@@ -4196,7 +4310,8 @@ class TestSecurity(Transcripts):
         """Any other Host is refused on every route with 421 and the flag to use: DNS rebinding finds no door."""
         await memory_lan.serve(allow_host=("chat.example.org",))
         malformed = set(host) & set("@ ")
-        origin = {"Origin": f"http://{host}", "Cookie": "tornchat=x"}  # as the page of an attacker's name sends them
+        # As the page of an attacker's name sends them.
+        origin = {"Origin": f"http://{host or '['}", "Cookie": "tornchat=x"}
         for method, path in ROUTES:
             answer = await memory_lan.ask_raw(method, path, {"Host": host, "Connection": "close"} | origin)
             assert answer.startswith(f"HTTP/1.1 {400 if malformed else 421} "), (method, path, answer)
@@ -4205,14 +4320,6 @@ class TestSecurity(Transcripts):
         answer = await memory_lan.ask_raw("GET", "/chat?nickname=Eve", {"Host": host} | UPGRADE | origin)
         assert re.match(r"HTTP/1.1 4(21|00) ", answer), answer
         assert (await memory_lan.browser().ask("Eve"))[0] == 200  # nobody has taken the name
-
-    @pytest.mark.parametrize("origin", ["http://[", "http://[::1].evil.example", "http://other.example", "null"])
-    async def test_G10_the_host_is_checked_first(self, origin: str, memory_lan: Lan) -> None:
-        """Whatever Origin comes with a foreign Host, the answer is that this isn't the room's address."""
-        await memory_lan.serve()
-        for path in ("/login", "/messages"):
-            assert (await memory_lan.browser().fetch(path, form={}, Host="evil.example", Origin=origin)).code == 421
-        assert await memory_lan.browser().knock(Host="evil.example", Origin=origin) == 421
 
     @pytest.mark.parametrize(
         ("version", "hosts", "status"),
@@ -4292,7 +4399,8 @@ class TestSecurity(Transcripts):
         daemon = await memory_lan.serve()
         ours = place(daemon)
         origin = {"same": ours, "same in capitals": ours.upper()}.get(origin, origin.format(port=daemon.port))
-        for site in ("", "same-origin", "none", "same-site", "cross-site", "odd")[: 6 if origin in ("", ours) else 2]:
+        sites = ("", "cross-site", "same-origin", "none", "same-site", "odd")
+        for site in sites if origin in ("", ours) else sites[:2]:
             told: dict[str, Any] = {"Origin": origin, "Sec_Fetch_Site": site}
             told = {name: value for name, value in told.items() if value}
             # What the browser says of the site can't be forged by a page; where it says nothing, the Origin decides.
@@ -4657,23 +4765,13 @@ class TestAttacks(Transcripts):
         writer.close()
         assert daemon.room.seq == 0
 
-    async def test_G7_a_query_changes_nobody(self, lan: Lan) -> None:
-        """With a session, the query of a socket can't make somebody else of its owner."""
-        bob, ann = await lan.join("Bob"), await lan.login("Ann")
-        await ann.connect(name="Bob", sid="x", session="x", seq="9")
-        await ann.expect("welcome", name="Ann")
-        taken = await ann.tab().connect(nickname="Bob")
-        await taken.closed(4409)
-        await ann.say("hi")
-        await bob.expect("message", name="Ann")
-
     async def test_G5_slow_requests(self, memory_lan: Lan, caplog: pytest.LogCaptureFixture) -> None:
         """Headers that stop half-way, bodies that drip, connections that say nothing: all are cut; others log in."""
         daemon = await memory_lan.serve(header_seconds=0.4, body_seconds=0.4)
         caplog.set_level(logging.INFO)
         head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         slow = [b"", b"G", head[:60], head, head + b"X: ", head + b"Content-Length: 99\r\n\r\nnick", b"\x16\x03\x01"]
-        slow += [head + b"Transfer-Encoding: chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nni"]
+        slow += [head + b"Transfer-Encoding: chunked\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n500\r\nni"]
 
         async def drip(opening: bytes) -> None:
             """Go on with a byte now and then until one is cut off."""
@@ -4729,21 +4827,13 @@ class TestAttacks(Transcripts):
         assert 50_000 < len(page.body) < 70_000
         assert sent < 3 * len(page.body)  # of ten answers
 
-    @pytest.mark.parametrize(
-        ("address", "whose"),
-        [
-            ("192.0.2.7", "192.0.2.7"),
-            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-            ("2001:db8:1:2::", "2001:db8:1:2::/64"),
-            ("fe80::1%eth0", "fe80::/64"),
-            ("::ffff:192.0.2.7", "192.0.2.7"),
-            ("::1", "::1"),
-            ("nonsense", "nonsense"),
-        ],
-    )
-    def test_whose_limits(self, address: str, whose: str) -> None:
+    def test_whose_limits(self) -> None:
         """An IPv4 address has its own limits, an IPv6 address shares those of its /64."""
-        assert tornchat.network(address) == whose
+        for address in ("192.0.2.7", "::1", "nonsense"):
+            assert tornchat.network(address) == address
+        shared = {"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64", "fe80::1%eth0": "fe80::/64"}
+        for address, whose in (shared | {"::ffff:192.0.2.7": "192.0.2.7"}).items():
+            assert tornchat.network(address) == whose
 
     @pytest.mark.parametrize(("char", "least", "most"), [("x", 40, 70), ("\U0001f600", 80, 105)])  # 17 tokens, or 65
     async def test_G5_a_pace_of_an_address(self, char: str, least: int, most: int, memory_lan: Lan) -> None:
@@ -5052,20 +5142,6 @@ class TestHealth(Transcripts):
         assert state_lines(caplog) == ["away", "back"]
 
     @slow
-    async def test_gone_before_the_welcome(self, own_redis: RedisServer, own_lan: Lan) -> None:
-        """Who goes while the store is still being asked is not kept as a listener."""
-        daemon = await own_lan.serve()
-        ann = await own_lan.join("Ann")
-        own_redis.send_signal(signal.SIGSTOP)
-        eve = await own_lan.browser().connect(nickname="Eve")
-        eve.drop()
-        await asyncio.sleep(0)
-        own_redis.send_signal(signal.SIGCONT)
-        await ann.expect("joined", names=["Eve"])
-        await ann.quiet()
-        assert len(daemon.room.listeners) == 1
-
-    @slow
     async def test_G1_killed_with_fifty_in_flight(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """Redis is killed with 50 sends in flight and started again after 1 s: all 50 are confirmed, once."""
         ann = await own_lan.join("Ann")
@@ -5182,16 +5258,6 @@ class TestStopping(Transcripts):
         with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.wait_for(tornchat.serve(tornchat.Config(port=0, host="127.0.0.1", quiet=True)), RETURN)
 
-    async def test_a_start_that_fails_leaves_nothing(self) -> None:
-        """A daemon that cannot start says why in one line and gives its port back."""
-        port, url = free_port(), "redis://:hunter2@127.0.0.1:1/0"
-        with pytest.raises(tornchat.FatalError) as why:
-            await tornchat.Daemon.start(tornchat.Config(port=port, host="127.0.0.1", redis_url=url, wait=0))
-        assert "hunter2" not in str(why.value)
-        assert "\n" not in str(why.value)
-        with socket.create_server(("127.0.0.1", port)):
-            pass
-
 
 # === What the operator sees ===========================================================================================
 
@@ -5223,10 +5289,11 @@ class TestOperator(Transcripts):
         elsewhere = tornchat.Config(redis_url="redis://user:hunter2@example.org:7000/3")
         assert tornchat.store_name(elsewhere) == "redis://example.org:7000/3"
 
-    async def test_banner_with_a_certificate(self, tmp_path: Path, memory_lan: Lan) -> None:
+    def test_banner_with_a_certificate(self) -> None:
         """A certificate is for a name: that address stands first, and no port where it is the one of https."""
-        certfile, keyfile = certificate(tmp_path)
-        config = tornchat.Config(certfile=certfile, keyfile=keyfile, allow_host=("chat.example.org",), host="127.0.0.1")
+        config = tornchat.Config(
+            certfile="cert.pem", keyfile="key.pem", allow_host=("chat.example.org",), host="127.0.0.1"
+        )
         assert tornchat.lan_urls(config, 443) == ["https://chat.example.org/"]
         assert tornchat.lan_urls(config, 8888) == ["https://chat.example.org:8888/"]
         assert tornchat.local_url(config, 443) == "https://127.0.0.1/"
@@ -5604,14 +5671,8 @@ class TestProcess(Transcripts):
     async def test_quiet(self, memory_lan: Lan) -> None:
         port = free_port()
         program = await memory_lan.run("-p", str(port), "-q")
-        browser = memory_lan.browser(f"http://127.0.0.1:{port}")
-
-        async def answers() -> bool:
-            with contextlib.suppress(OSError):
-                return (await browser.fetch("/healthz")).code == 200
-            return False
-
-        await until(answers)
+        await until(lambda: listens(port))
+        await memory_lan.join("Ann", at=f"http://127.0.0.1:{port}")
         assert await program.stop() == ("", "")
 
     @slow
@@ -5624,15 +5685,17 @@ class TestProcess(Transcripts):
         port = urllib.parse.urlsplit(address).port
         crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
         eve = await memory_lan.join("Eve", at=address)
+        full = asyncio.create_task(program.logs("full: newcomers wait"))
         for number in range(120):
             crowd.append(await asyncio.open_connection("127.0.0.1", port))
             wish = f"GET /chat?nickname=v{number} HTTP/1.1\r\nHost: localhost\r\n{UPGRADE_LINES}\r\n"
             crowd[-1][1].write(wish.encode())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(crowd[-1][0].readuntil(b'"welcome"'), 1)
-                continue
-            break  # it has to wait
-        assert await program.logs("full: newcomers wait")
+            welcome = asyncio.create_task(crowd[-1][0].readuntil(b'"welcome"'))
+            await asyncio.wait([welcome, full], return_when=asyncio.FIRST_COMPLETED, timeout=RETURN)
+            if full.done():
+                break
+        welcome.cancel()
+        await full
         zoe = asyncio.create_task(memory_lan.join("Zoe", at=address))
         for number in range(8):
             await eve.say(str(number))
@@ -5642,17 +5705,6 @@ class TestProcess(Transcripts):
             writer.close()
         await zoe
         assert complaints((await program.stop())[1]) == []
-
-    async def test_as_many_files_as_allowed(self, memory_lan: Lan) -> None:
-        """A shell's low limit of open files is raised to what the system allows; more is not asked for."""
-        resource = pytest.importorskip("resource")
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
-        try:
-            tornchat.raise_file_limit()
-            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, tornchat.FILES), hard)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     def test_a_system_that_promises_more_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """macOS says that there is no limit and refuses more than 10,240: less is asked for."""
@@ -5707,7 +5759,7 @@ class Window:
     """A real browser window on the room, and the person before it. Every check waits for what should be there."""
 
     def __init__(self, page: WebPage, url: str) -> None:
-        self.page, self.url = page, url
+        self.page, self.url, self.tabs = page, url, list[Window]()
         self.problems: list[str] = []
         page.set_default_timeout(1000 * RETURN)
         page.on("console", lambda message: self.problems.append(message.text) if message.type == "error" else None)
@@ -5736,6 +5788,7 @@ class Window:
 
     async def tab(self, query: str = "") -> Window:
         other = Window(await self.page.context.new_page(), self.url)
+        self.tabs.append(other)
         await other.page.goto(self.url + query)
         await other.state("connected")
         return other
@@ -5806,6 +5859,8 @@ class Window:
         assert [problem for problem in self.problems if not re.search(expected, problem)] == []
         ours = (self.url, "ws" + self.url[4:], "data:", "blob:")
         assert [url for url in self.requests if not url.startswith(ours)] == []
+        for tab in self.tabs:
+            tab.well_behaved(restarts=restarts)
 
 
 @contextlib.asynccontextmanager
@@ -6195,7 +6250,6 @@ class TestReading(Transcripts):
             assert (await ann.messages())[1] == heavy[1].strip()
             await wall.holds("shown.size === 4")
             assert await wall.number("lastRow().clientHeight") < 800
-            wall.well_behaved()
 
     async def test_addresses_in_a_message(self, memory_lan: Lan) -> None:
         """What begins with www. is an address as well; no mark of direction turns one round, within it or before."""
@@ -6308,7 +6362,6 @@ class TestAttention(Transcripts):
             await other.holds("themeChoice.value === 'light'")
             await other.page.reload()
             await other.page.wait_for_selector("html[data-theme=light]")
-            other.well_behaved()
 
     async def test_plain_http(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """On an address of the network, where browsers trust nothing, all works; what they forbid is not offered."""
@@ -6477,7 +6530,6 @@ class TestJoiningIn(Transcripts):
             assert corner
             assert corner["x"] + corner["width"] > 1200
             assert corner["y"] + corner["height"] > 700
-            wall.well_behaved()
 
     async def test_addresses(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Members are told the addresses; a code is drawn of these and of the one that is in use, and of no other."""
@@ -6499,13 +6551,11 @@ class TestJoiningIn(Transcripts):
         if told["qr"]:
             made_up = [ann.url + f"/{number}" for number in range(2 * tornchat.DRAWINGS_AT_ONCE)]
             codes = [(await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))).code for url in made_up]
-            assert codes[0] == 200
-            assert codes[-1] == 429
+            assert (codes[0], codes[-1]) == (200, 429)
             for url in ours:
                 assert (await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": url}))).code == 200
         long = "x" * 8000
-        answer = await ann.fetch("/qr.svg?" + urllib.parse.urlencode({"url": f"http://{long}/"}), Host=long)
-        assert answer.code == 421
+        assert (await ann.fetch(f"/qr.svg?url=http://{long}/", Host=long)).code == 421
 
     async def test_without_segno(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "segno", None)
@@ -7232,7 +7282,6 @@ class TestNotesOnThePage(Transcripts):
                 await page.shows(".notice", "All that was said before is deleted.")
                 await page.shows_messages()
             await ann.shows("#reply", "to a message that is not here any more")
-            wall.well_behaved()
 
     async def test_hosts(self, memory_lan: Lan) -> None:
         """Hosts wear a badge that only the room gives; they pin, and their page and the wall sort by a sign."""
@@ -7261,7 +7310,6 @@ class TestNotesOnThePage(Transcripts):
                 await page.holds("sorted.textContent.match(/question \\d/g).join() === 'question 2,question 1'")
                 await page.page.select_option("#sort", "")
                 assert await page.page.locator("#sorted").is_hidden()
-            wall.well_behaved()
 
     async def test_fingers(self, memory_lan: Lan) -> None:
         """A message that a finger holds opens its menu, one pushed aside is replied to; all is 44 px high."""
@@ -7565,10 +7613,6 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
-
-
-async def ends(*pids: int) -> None:
-    await until(lambda: not any(map(is_running, pids)))
 
 
 @pytest.fixture
@@ -7991,7 +8035,7 @@ class TestManyDaemons(Transcripts):
         await program.kill()
         await ann.closed(1001)
         try:
-            await ends(*workers)
+            await until(lambda: not any(map(is_running, workers)))
         finally:
             for worker in filter(is_running, workers):
                 os.kill(worker, signal.SIGKILL)
@@ -8003,7 +8047,7 @@ class TestManyDaemons(Transcripts):
         self, harm: str, own_redis: RedisServer, own_lan: Lan, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Redis is killed, full, or a replica: what is said is refused, reading goes on, and writing when it can."""
-        await own_lan.serve(confirm_seconds=0.5)
+        await own_lan.serve(confirm_seconds=1.0)
         ann, bob, dan = await own_lan.join("Ann"), await own_lan.join("Bob"), await own_lan.join("Dan")
         await ann.say_many(3)
         await bob.expect_texts(1, 2, 3)
@@ -8245,7 +8289,8 @@ class Terminal(Program):
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         modes = termios.tcgetattr(slave)
         environ = {"TERM": "xterm-256color"} | environ
-        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave)
+        own: dict[str, Any] = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        program = await cls.spawn(command, environ, stdin=slave, stdout=slave, stderr=slave, **own)
         program.master, program.slave, program.modes = master, slave, modes
         program.screen = pyte.HistoryScreen(columns, 24, history=5000)
         program.screen.write_process_input = program.keys  # where the cursor is, when it is asked
@@ -8605,7 +8650,7 @@ class TestTerminal(Transcripts):
             client.receive(json.dumps(frame))
             assert told in capsys.readouterr().out
         client.say("x" * 4001)
-        assert "longer than 4000" in capsys.readouterr().out
+        assert re.search("longer than 4000.* x+…", capsys.readouterr().out)
         assert client.outbox == {}
 
     def test_what_hosts_do_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -8635,11 +8680,12 @@ class TestTerminal(Transcripts):
             (WELCOME | {"seq": 1007, "cleared": 1006}, "~ All that was said before is deleted."),
             (WELCOME | {"seq": 1007, "cleared": 1006}, ""),
             (note | {"kind": "delete"}, ""),
+            (message | {"seq": 1, "counts": {"✋": 3}}, ""),
         ]:  # fmt: skip
             client.receive(json.dumps(frame))
             shown = re.sub(r"\x1b\[\?7[lh]", "", capsys.readouterr().out).replace("\n", "~")
             assert all(words in shown for words in told.split("|")), (frame, shown)
-        assert shown == ""
+            assert (shown == "") == (told == "")
         client.receive(json.dumps({"type": "hosts", "names": ["Bob"]}))
         assert client.people(9) == "here: Ann"
 
@@ -9102,10 +9148,6 @@ class Websockets(Voice):
     name = "Sigrid"
 
     async def come(self) -> None:
-        try:
-            import websockets
-        except ModuleNotFoundError:
-            missing("the package websockets")
         self.chat = await websockets.connect(f"ws://{self.url}/chat?nickname={self.name}")
         self.reading = asyncio.create_task(self.read())
 

@@ -97,7 +97,6 @@ import errno
 import functools
 import gzip
 import hashlib
-import heapq
 import hmac
 import importlib.metadata
 import io
@@ -141,7 +140,8 @@ def version_numbers(text: str) -> list[int]:
 
 try:
     installed = {name: importlib.metadata.version(name.partition(">=")[0]) for name in REQUIREMENTS}
-    if unmet := [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]:
+    unmet = [name for name in REQUIREMENTS if version_numbers(installed[name]) < version_numbers(name)]
+    if unmet:
         raise ImportError(", ".join(unmet))
     import fakeredis
     import redis.asyncio
@@ -158,6 +158,7 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, ResponseError, WatchError
+    from tornado.util import _websocket_mask
 except ImportError as missing:
     packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
     sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
@@ -233,7 +234,8 @@ PICTURE_PARTS = 10_000  # blocks, chunks or segments of one file; the most have 
 PICTURE_LEAST_BYTES = 16 * 1024  # that a smaller one counts as, so that there are at most some 2,000 in 32 MB
 PICTURE_COST = 9  # messages, for sending a picture; the message that shows it is the tenth
 PICTURE_DAYS = 365  # a browser keeps a picture, which never changes
-UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another session, which are in memory till they are complete
+UPLOADS_AT_ONCE = 32  # pictures on their way in, each of another browser, which are in memory till they are complete
+UPLOAD_SECONDS = 5  # from then on one gives way, where there are more: 1 MB over 2 Mbit/s
 TRANSFERS_AT_ONCE = 8  # pictures, or pieces of them, on their way from and to the store, which has 100 connections
 COOKIE_DAYS = 30  # a browser keeps its session, and a host the name
 COOKIE_CHARS = 700  # of a signed session with the longest name
@@ -998,10 +1000,10 @@ class State:
 
     def forget_notes(self, last: int) -> None:
         """Forgets the reactions to what nobody is sent any more, and the deletions of what the feed doesn't hold."""
-        ages = ((seq, NOTED_MESSAGES if note.deleted else RING_MESSAGES) for seq, note in self.notes.items())
-        for seq in [seq for seq, age in ages if seq <= last - age]:
-            del self.notes[seq]
-            self.changed.add(str(seq))
+        for seq, note in [*self.notes.items()]:
+            if seq <= last - (NOTED_MESSAGES if note.deleted else RING_MESSAGES):
+                del self.notes[seq]
+                self.changed.add(str(seq))
 
     def pin(self, message: Event | None) -> None:
         self.pinned = encode_message(message).fields() if message else None
@@ -1113,10 +1115,11 @@ OVERTAKEN = "equal or smaller"  # in the words of Redis, for an id that isn't ab
 
 
 class Entry(NamedTuple):
-    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it."""
+    """One commit. `raw` is its field `events`, a JSON array; b"" where no tornchat wrote it, or nobody needs it."""
 
     id: Id
     raw: bytes
+    size: int = 0  # of `raw`, as it was stored
 
 
 def parse_id(id: bytes) -> Id:
@@ -1129,7 +1132,7 @@ def id_text(id: Id) -> str:
 
 
 def parse_entries(found: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[Entry]:
-    return [Entry(parse_id(id), fields.get(b"events", b"")) for id, fields in found]
+    return [Entry(parse_id(id), raw := fields.get(b"events", b""), size=len(raw)) for id, fields in found]
 
 
 def connect(config: Config) -> Callable[..., Any]:
@@ -1160,7 +1163,7 @@ def bounded(
 
     @functools.wraps(method)
     async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        async with asyncio.timeout(self.config.silence_seconds):
+        async with asyncio.timeout(self.silence_seconds):
             return await method(self, *args, **kwargs)
 
     return call
@@ -1183,6 +1186,7 @@ class Store:
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
         self.config = config
         self.shared = bool(config.redis_url)  # others may write as well
+        self.silence_seconds = config.silence_seconds if self.shared else None  # this process is never silent
         self.redis = client()
         self.reading = client(single_connection_client=True)  # blocks most of the time
         self.line = self.redis.connection_pool.make_connection()  # for `append` alone
@@ -1233,11 +1237,6 @@ class Store:
             return Entry(newest, fields.get(b"events", b""))
         return Entry(newest, b"")
 
-    @bounded
-    async def read(self, since: Id) -> list[Entry]:
-        """Some of the entries from `since` on, that one included if it is still there."""
-        return parse_entries(await self.redis.xrange(self.feed, min=id_text(since), count=READ_ENTRIES))
-
     async def pages(self, since: str = "", until: str = "") -> AsyncIterator[list[Entry]]:
         """The feed, newest first, or from one id on to another, in pages that come in time over a slow line, too."""
         at, count = since or "+", 8
@@ -1253,11 +1252,12 @@ class Store:
                 return
             yield page
             at = "(" + id_text(page[-1].id)
-            size = sum(len(entry.raw) for entry in page)
+            size = sum(entry.size for entry in page)
             count = max(1, min(count * PAGE_BYTES // (size + 1), 4 * count, READ_ENTRIES))
 
     @bounded
     async def page(self, at: str, until: str, count: int) -> list[Entry]:
+        """So many entries from that id on, it included, to another; without one those before it, newest first."""
         if until:
             return parse_entries(await self.redis.xrange(self.feed, min=at, max=until, count=count))
         return parse_entries(await self.redis.xrevrange(self.feed, max=at, count=count))
@@ -1266,11 +1266,10 @@ class Store:
     async def follow(self, last: Id, wish: bytes) -> tuple[list[Entry], list[tuple[bytes, bytes]]]:
         """Waits a moment for entries after `last` and for wishes after the one with the id `wish`: (id, events)."""
         streams = {self.feed: id_text(last), self.wishes: wish}
-        found = dict(
-            await self.reading.xread(streams, count=READ_ENTRIES, block=int(self.config.block_seconds * 1000)) or []
-        )
-        wishes = found.get(self.wishes.encode(), [])
-        return parse_entries(found.get(self.feed.encode(), [])), [(id, raw.get(b"events", b"")) for id, raw in wishes]
+        block = int(self.config.block_seconds * 1000)
+        found = dict(await self.reading.xread(streams, count=READ_ENTRIES, block=block) or [])
+        wishes = [(id, fields.get(b"events", b"")) for id, fields in found.get(self.wishes.encode(), [])]
+        return parse_entries(found.get(self.feed.encode(), [])), wishes
 
     @bounded
     async def wish(self, raw: bytes) -> None:
@@ -1278,28 +1277,27 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def delete(self, ids: Iterable[Id]) -> None:
-        await self.redis.xdel(self.feed, *map(id_text, ids))
-
-    @bounded
-    async def trim(self, id: Id) -> None:
-        """Forgets the entries before that one, and all wishes: one may hold a copy of what is to be forgotten."""
+    async def forget(self, ids: set[Id], before: Id | None) -> None:
+        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
         async with self.redis.pipeline() as pipe:
-            await pipe.xtrim(self.feed, minid=id_text(id), approximate=False).xtrim(self.wishes, maxlen=0).execute()
+            if ids:
+                pipe.xdel(self.feed, *map(id_text, ids))
+            if before:
+                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            await pipe.execute()
 
     # --- beginning, and putting back what was forgotten ---
 
     @bounded
-    async def read_state(self) -> tuple[str, dict[str, tuple[str, str]], dict[str, str]]:
-        """The epoch, "" if there is none, the roster: key -> ("sid@origin", name), and the fields of the State."""
+    async def read_state(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The roster, and the fields of the State with the epoch, as they were given to `write_names`."""
         async with self.redis.pipeline() as pipe:
-            found = await pipe.hgetall(self.state).hgetall(self.names).execute()
-        state, names = (
+            found = await pipe.hgetall(self.names).hgetall(self.state).execute()
+        names, state = (
             {key.decode(errors="replace"): value.decode(errors="replace") for key, value in table.items()}
             for table in found
         )
-        roster = {key: value.partition(" ") for key, value in names.items()}
-        return state.pop("epoch", ""), {key: (sid, name) for key, (sid, _, name) in roster.items()}, state
+        return names, state
 
     @bounded
     async def open_epoch(self, began: int) -> None:
@@ -1327,25 +1325,11 @@ class Store:
                 raise error
 
     @bounded
-    async def put_back_state(self, epoch: str, names: Mapping[str, str], state: Mapping[str, str]) -> None:
-        """Epoch, secrets, roster, and the fields of the State; a name without a lease gets one."""
-        async with self.redis.pipeline() as pipe:
-            pipe.delete(self.names, self.state).hset(self.state, mapping={**state, "epoch": epoch})
-            for name in self.made_up():
-                pipe.set(self.prefix + name, getattr(self, name), nx=True)
-            if names:
-                pipe.hset(self.names, mapping=dict(names))
-                pipe.zadd(self.leases, dict.fromkeys(names, self.lapses_in(self.config.lease_seconds)), nx=True)
-            await pipe.execute()
-
-    def made_up(self) -> list[str]:
-        """The secrets that the operator didn't give, which all daemons then take from the store."""
-        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
-
-    @bounded
     async def keep_secrets(self) -> None:
-        """Takes the secrets that the store holds, or gives it ours."""
-        for name in self.made_up():
+        """Takes the secrets that the store holds, or gives it ours, but for those that the operator chose."""
+        for name in ("secret", "host_key"):
+            if getattr(self.config, name):
+                continue
             key = self.prefix + name
             while (kept := await self.redis.get(key)) is None:
                 await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
@@ -1380,56 +1364,48 @@ class Store:
     # --- names and leases ---
 
     @bounded
-    async def write_names(self, names: Mapping[str, str | None], state: Mapping[str, str]) -> None:
-        """Puts names on the roster, with a lease, or takes them off (None), after the feed has it; and fields of the
-        State.
+    async def write_names(self, names: Mapping[str, str], state: Mapping[str, str], *, anew: bool = False) -> None:
+        """Puts names on the roster, with a lease, and fields into the State, after the feed has them; "" takes one off.
+        `anew`: they are all that there is.
         """
         async with self.redis.pipeline() as pipe:
-            for name, text in state.items():
-                if text:
-                    pipe.hset(self.state, name, text)
-                else:
-                    pipe.hdel(self.state, name)
-            for key, value in names.items():
-                if value is None:
-                    pipe.hdel(self.names, key).zrem(self.leases, key)
-                else:
-                    pipe.hset(self.names, key, value)
-                    pipe.zadd(self.leases, {key: self.lapses_in(self.config.lease_seconds)})
+            if anew:
+                pipe.delete(self.names, self.state)
+            for key, fields in ((self.state, state), (self.names, names)):
+                if kept := {name: value for name, value in fields.items() if value}:
+                    pipe.hset(key, mapping=kept)
+                if gone := [name for name, value in fields.items() if not value]:
+                    pipe.hdel(key, *gone)
+            if kept:
+                pipe.zadd(self.leases, dict.fromkeys(kept, self.lapses_in(self.config.lease_seconds)))
+            if gone:
+                pipe.zrem(self.leases, *gone)
             await pipe.execute()
 
     @bounded
-    async def renew(self, keys: Sequence[str], seconds: float, *, missing: bool = False) -> None:
-        """Sets these leases, or those of them that are missing."""
-        for at in range(0, len(keys), 500):  # about 2 ms of fakeredis each
-            scores = dict.fromkeys(keys[at : at + 500], self.lapses_in(seconds))
-            await self.redis.zadd(self.leases, scores, nx=missing)
+    async def renew(self, seconds: Mapping[str, float], *, missing: bool = False) -> None:
+        """Sets the leases of these keys, for so long, or those of them that are missing."""
+        leases = [(key, self.lapses_in(wish)) for key, wish in seconds.items()]
+        for at in range(0, len(leases), 500):  # about 2 ms of fakeredis each
+            await self.redis.zadd(self.leases, dict(leases[at : at + 500]), nx=missing)
 
     @bounded
     async def lapsed(self) -> set[str]:
         return {key.decode(errors="replace") for key in await self.redis.zrangebyscore(self.leases, "-inf", self.now())}
 
-    @bounded
-    async def drop_leases(self, keys: Iterable[str]) -> None:
-        await self.redis.zrem(self.leases, *keys)
-
     # --- pictures ---
 
+    @bounded
     async def add_picture(self, id: str, data: bytes) -> None:
         """Keeps a picture. All together stay within `--pictures`: the oldest go for it, whichever daemon took them."""
-        if beyond := await self.put_picture(id, data):
-            await self.drop_pictures(beyond)
-
-    @bounded
-    async def put_picture(self, id: str, data: bytes) -> list[str]:
-        """Stores it; the ids of those that have to go."""
         async with self.transfers, self.redis.pipeline() as pipe:
             counted = max(len(data), PICTURE_LEAST_BYTES)
             pipe.set(self.picture + id, data).hset(self.pictures, id, f"{self.now()} {counted}")
             *_, index = await pipe.hgetall(self.pictures).execute()
         pictures = sorted((*map(int, about.split()), id.decode()) for id, about in index.items())[::-1]  # newest first
         sizes = itertools.accumulate(size for _, size, _ in pictures)
-        return [id for (*_, id), size in zip(pictures, sizes, strict=True) if size > self.config.pictures * 2**20]
+        most = self.config.pictures * 2**20
+        await self.drop_pictures([id for (*_, id), size in zip(pictures, sizes, strict=True) if size > most])
 
     @bounded
     async def read_picture(self, id: str, start: int = 0) -> tuple[bytes, int]:
@@ -1494,7 +1470,6 @@ class Listener(Protocol):
     def send(self, batch: Batch) -> None: ...  # live events
     def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
     def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
-    def refuse(self, refused: Refused) -> None: ...  # for this one only: why its request was rejected
     def turn_away(self, refused: Refused) -> None: ...  # the end, for that reason
     def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
@@ -1509,6 +1484,7 @@ class Member:
     origin: str = ""  # tells whether two members come from one address, without telling the address
     listeners: list[Listener] = dataclasses.field(default_factory=list)
     renewed: float = 0  # when this daemon last renewed the lease, in s
+    grace: float = 0  # for how many s the name is to outlive the last connection here, till its lease says so
     refusals: int = 0  # in a row
     rejoining: bool = False
     told: str = ""  # where its last poll here ended, a Cursor
@@ -1566,7 +1542,6 @@ class ResumePoint(NamedTuple):
 
 
 NEWCOMER = ResumePoint()
-Roster = Mapping[str, tuple[str, str]]  # as it is stored: key -> "sid@origin", name
 
 
 class Room:
@@ -1684,14 +1659,16 @@ class Room:
 
     # --- what the feed brings ---
 
-    def adopt(self, epoch: str, last: Id, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
-        """Takes what the store holds for the truth: its newest entry's id, the roster and the fields of the State, both
-        as they were before `events` or later, and these, oldest first. Who listens already is told as if just back:
-        recovered or reset.
+    def adopt(
+        self, epoch: str, last: Id, names: Mapping[str, str], events: Sequence[Event], state: Mapping[str, str]
+    ) -> None:
+        """Takes what the store holds for the truth: its newest entry's id, the roster (key -> str of the Member) and
+        the fields of the State, both as they were before `events` or later, and these, oldest first. Who listens
+        already is told as if just back: recovered or reset.
         """
         seen, known = ResumePoint(self.seq, self.epoch), self.ring.find(self.seq)
         listeners, self.listeners = self.listeners, set()
-        self.restore(roster, events, state)
+        self.restore(names, events, state)
         self.listeners = listeners
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
@@ -1700,16 +1677,17 @@ class Room:
         for listener in tuple(listeners):
             self.replay(listener, seen)
 
-    def restore(self, roster: Roster, events: Sequence[Event], state: Mapping[str, str]) -> None:
+    def restore(self, names: Mapping[str, str], events: Sequence[Event], state: Mapping[str, str]) -> None:
         """Begins anew with these, told to nobody."""
         self.state = State()
         self.state.load(state, events[-1].seq if events else 0)
         for table in (self.ring.kept, self.roster, self.kept_names):
             table.clear()
         self.sessions = {member.sid: member for member in self.sessions.values() if member.listeners}
-        for sid, name in roster.values():
-            sid, _, origin = sid.partition("@")
-            self.enter(sid, name, origin)
+        for who, name in (value.split(" ", 1) for value in names.values() if " " in value):
+            sid, _, origin = who.partition("@")
+            if not self.state.waits(self.state.barred, marks_of(sid, name), events[-1].ts if events else 0):
+                self.enter(sid, name, origin)  # else a daemon has written it late, when that one had been removed
         pinned = self.state.pinned
         self.apply(self.state.restored(events))
         self.notices.clear()
@@ -1779,11 +1757,11 @@ class Room:
             if event.type == "note":
                 self.show_note(event.details["to"])
             told = self.keep_notice(event, self.state.encode(event))
-            if event.type != "muted":
+            if event.type == "muted":
+                for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
+                    listener.send(Batch(told))
+            else:
                 encoded.append(told)
-                continue
-            for listener in [listener for listener in self.listeners if self.concerns(event, listener.member)]:
-                listener.send(Batch(told))
         return encoded
 
     def act(self, event: Event) -> bool:
@@ -1802,7 +1780,7 @@ class Room:
         """The ring has a message with what was done to it."""
         note, message = self.state.notes.get(seq), self.ring.find(seq)
         if note and message:
-            message = note.deleted or message
+            message = note.deleted._replace(place=message.place) if note.deleted else message
             self.ring.replace(message, encode_message(message, note.reactions()))
 
     def forget_pins(self) -> None:
@@ -1869,33 +1847,20 @@ Done = Callable[[Outcome], None]
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Proposal:
-    """An event that waits in the outbox to be committed; the `done` callbacks get the stored Event, or the Refused."""
+    """An event that waits in the outbox to be committed: without seq, ts and place, and with what the client asks for
+    as its details, of which `Outbox.details` makes those that are stored.
+    """
 
-    type: str
-    sid: str
-    name: str
-    cid: str
-    text: str
+    event: Event
     expires: float  # in s of the loop's clock
-    details: Mapping[str, Any]  # what the client asks; `Outbox.details` makes of it those of the event
     member: Member | None = None  # None: another daemon's, see `wishes`
-    done: list[Done] = dataclasses.field(default_factory=list)  # more where it is proposed again
+    done: list[Done] = dataclasses.field(default_factory=list)  # they get the stored Event, or the Refused
     wished: bool = False  # others have been asked to commit it
 
     @property
     def id(self) -> tuple[str, str]:
         """Under which the feed knows it: this is stored once, however often and by whomever it is tried."""
-        return self.sid, self.cid
-
-    @property
-    def event(self) -> Event:
-        """As other daemons are asked for it."""
-        return Event(self.type, 0, 0, *self.id, self.name, self.text, details=self.details)
-
-    @property
-    def cid_of_client(self) -> str:
-        """The cid that its author knows; "" for one that the daemon made."""
-        return "" if self.cid.startswith("~") else self.cid
+        return self.event.sid, self.event.cid
 
 
 class Outbox:
@@ -1918,21 +1883,18 @@ class Outbox:
         Raises Refused.
         """
         if (seq := self.stored.get((member.sid, act.cid))) is not None:
-            done(self.as_stored(seq, member, act))
-            return
-        if len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
+            found = self.room.ring.find(seq) if act.type == "message" else None  # else as it is asked for now
+            done(found or act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name))
+        elif len(self.waiting) + len(self.reactions) >= OUTBOX_PROPOSALS:
             raise Refused("unavailable", cid=act.cid, retry_after=self.config.retry_seconds)
-        proposal = self.proposal(act.type, member, act.cid, act.text, act.details)
-        if act.details.get("kind") == "react":
-            self.react(proposal, done)
         else:
-            self.put(proposal, done)
+            self.propose(act.type, member, done, act.cid, text=act.text, details=act.details)
 
-    def react(self, proposal: Proposal, done: Done) -> None:
+    def react(self, proposal: Proposal) -> None:
         """Reactions share entries; of one person's to a message only the last one counts."""
-        about = proposal.sid[:BROWSER_CHARS], proposal.details["to"]
-        before = self.reactions.pop(about, None)
-        proposal.done = [*(before.done if before else ()), done]
+        about = proposal.event.sid[:BROWSER_CHARS], proposal.event.details["to"]
+        if before := self.reactions.pop(about, None):
+            proposal.done[:0] = before.done
         loop = asyncio.get_running_loop()
         if not self.reactions:
             loop.call_at(max(loop.time(), self.reacted + REACT_SECONDS), self.release_reactions)
@@ -1942,15 +1904,8 @@ class Outbox:
         """All that have come since the last ones."""
         self.reacted = asyncio.get_running_loop().time()
         for proposal in self.reactions.values():
-            for done in proposal.done:
-                self.put(proposal, done)
+            self.put(proposal)
         self.reactions.clear()
-
-    def as_stored(self, seq: int, member: Member, act: Event) -> Event:
-        """Where that has been forgotten, as it is asked for now."""
-        if act.type == "message" and (found := self.room.ring.find(seq)):
-            return found
-        return act._replace(seq=seq, ts=self.room.ts, sid=member.sid, name=member.name)
 
     async def enter(self, sid: str, name: str, origin: str = "", *, host: bool = False) -> Member:
         """Puts a session on the roster under a clean name, or finds it there; `host`: as a host. Raises Refused (taken,
@@ -1974,41 +1929,33 @@ class Outbox:
         """Gives a name back, and closes the session everywhere; if the store is away, as soon as it is back."""
         if self.room.owner(name_key(name)) == sid:
             member = self.room.sessions.get(sid) or Member(sid, name, name_key(name))
-            written = asyncio.Event()
-            self.propose(
-                "left", member, lambda _: written.set(), cid=f"~logout-{self.room.ts}", text=LOGOUT, patience=math.inf
-            )
+            written, cid = asyncio.Event(), f"~logout-{self.room.ts}"
+            self.propose("left", member, lambda _: written.set(), cid, math.inf, text=LOGOUT)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written.wait(), self.config.confirm_seconds)
 
-    def propose(self, type: str, member: Member, done: Done | None = None, **fields: Any) -> None:
-        self.put(self.proposal(type, member, **fields), done)
-
-    def proposal(
-        self,
-        type: str,
-        member: Member,
-        cid: str = "",
-        text: str = "",
-        details: Mapping[str, Any] = NO_DETAILS,
-        patience: float = 0,
-    ) -> Proposal:
-        """One that waits for so many seconds."""
+    def propose(
+        self, type: str, member: Member, done: Done | None = None, cid: str = "", patience: float = 0, **fields: Any
+    ) -> None:
+        """Has an event of this member, with these fields, committed within so many seconds, or refused."""
         expires = asyncio.get_running_loop().time() + (patience or self.config.confirm_seconds)
-        cid = cid or f"{self.cids}{next(self.counter)}"
-        return Proposal(type, member.sid, member.name, cid, text, expires, details, member)
+        event = Event(type, 0, 0, member.sid, cid or f"{self.cids}{next(self.counter)}", member.name, **fields)
+        proposal = Proposal(event, expires, member, [done] if done else [])
+        (self.react if event.details.get("kind") == "react" else self.put)(proposal)
 
-    def put(self, proposal: Proposal, done: Done | None = None) -> None:
+    def put(self, proposal: Proposal) -> None:
         """Lets it wait, and wakes the Feed. The same proposal once more only adds to who is told."""
         self.empty.clear()
         self.bell.set()
         waiting = self.waiting.setdefault(proposal.id, proposal)
-        if done and done not in waiting.done:
-            waiting.done.append(done)
+        if waiting is not proposal:
+            waiting.done += [done for done in proposal.done if done not in waiting.done]
 
     def settle(self, id: tuple[str, str], outcome: Outcome) -> None:
         """Takes a proposal out of the outbox and tells whoever waits for it."""
         if proposal := self.waiting.pop(id, None):
+            if isinstance(outcome, Refused) and not id[1].startswith("~"):  # a cid that its author knows
+                outcome.cid = id[1]
             for done in proposal.done:
                 done(outcome)
             if not self.waiting:
@@ -2016,16 +1963,14 @@ class Outbox:
 
     def expire(self, now: float) -> None:
         """Refuses what has waited too long (G1). Should it be stored after all, its cid prevents a double."""
-        for proposal in [proposal for proposal in self.waiting.values() if proposal.expires <= now]:
-            refused = Refused("unavailable", cid=proposal.cid_of_client, retry_after=self.config.retry_seconds)
-            self.settle(proposal.id, refused)
+        for id in [id for id, proposal in self.waiting.items() if proposal.expires <= now]:
+            self.settle(id, Refused("unavailable", retry_after=self.config.retry_seconds))
 
     async def drain(self) -> None:
         """Waits until all that was said is stored or refused, for a while; then refuses the rest."""
         self.release_reactions()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_seconds):
-                await self.empty.wait()
+            await asyncio.wait_for(self.empty.wait(), self.config.drain_seconds)
         self.expire(math.inf)
 
     # --- for the Feed ---
@@ -2040,47 +1985,43 @@ class Outbox:
         owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
         together = ("joined", "left", "note", "message")[: 3 if self.room.state.mode["every"] else 4]
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
-            key = name_key(proposal.name)
+            asked = proposal.event
+            key = name_key(asked.name)
             owner, present = owners.get(key) or (self.room.owner(key), key in self.room.roster)
             if verdict := self.verdict(proposal, owner, present, ts):
-                if isinstance(verdict, Refused):
-                    verdict.cid = proposal.cid_of_client
                 self.settle(proposal.id, verdict)
                 continue
-            alone = proposal.type not in together  # on it depend the verdicts on what comes behind it
+            alone = asked.type not in together  # on it depend the verdicts on what comes behind it
             if alone and events:
                 break
-            if not present and proposal.type not in ("joined", "left"):  # who acts, and was lost, is back
+            if not present and asked.type not in ("joined", "left"):  # who acts, and was lost, is back
                 details = proposal.member.joining if proposal.member else NO_DETAILS
-                events.append(
-                    Event("joined", seq, ts, proposal.sid, "", proposal.name, "", (*id, len(events)), details)
-                )
-            seq += proposal.type == "message"
-            details = self.details(proposal, ts)
-            place = *id, len(events)
-            events.append(Event(proposal.type, seq, ts, *proposal.id, proposal.name, proposal.text, place, details))
-            owners[key] = ("", False) if proposal.type == "left" else (proposal.sid, True)
-            size += len(proposal.text)
+                place = *id, len(events)
+                events.append(Event("joined", seq, ts, asked.sid, "", asked.name, place=place, details=details))
+            seq += asked.type == "message"
+            place, details = (*id, len(events)), self.details(asked, ts)
+            events.append(Event(asked.type, seq, ts, *proposal.id, asked.name, asked.text, place, details))
+            owners[key] = ("", False) if asked.type == "left" else (asked.sid, True)
+            size += len(asked.text)
             if alone or size > ENTRY_CHARS:
                 break
         return events
 
-    def details(self, proposal: Proposal, now: int) -> Mapping[str, Any]:
-        """Those of the event, which say all that is needed to apply it."""
-        room, details = self.room, proposal.details
-        if proposal.type == "message":
+    def details(self, asked: Event, now: int) -> Mapping[str, Any]:
+        """Those that are stored, which say all that is needed to apply the event."""
+        room, details = self.room, asked.details
+        if asked.type == "message":
             if details and (answered := room.ring.find(details.get("re", 0))):
                 details = {**details, "answered": answered.name}
-            host = room.state.hosts and room.state.is_host(proposal.sid, name_key(proposal.name))
+            host = room.state.hosts and room.state.is_host(asked.sid, name_key(asked.name))
             return {"host": True, **details} if host else details
-        if proposal.type in ("muted", "removed") and (target := self.target(details["name"])):
-            sid, name = target.sid, target.name
+        if asked.type in ("muted", "removed") and (target := self.target(details["name"])):
             until = now + 1000 * details["seconds"] if details["seconds"] else 0
             alone = target.origin and [other.origin for other in room.roster.values()].count(target.origin) == 1
-            bars = {"origin": target.origin} if alone and proposal.type == "removed" else {}
-            return {"name": name, "seconds": details["seconds"], "sid": sid, "until": until, **bars}
+            bars = {"origin": target.origin} if alone and asked.type == "removed" else {}
+            return {**details, "name": target.name, "sid": target.sid, "until": until, **bars}
         if details.get("kind") == "delete":
-            return {**details, "by": "author" if self.is_author(proposal) else "host"}
+            return {**details, "by": "author" if self.is_author(asked) else "host"}
         return details
 
     def target(self, name: str) -> Member | None:
@@ -2090,70 +2031,60 @@ class Outbox:
             return self.room.roster.get(key) or Member(sid, name, key)
         return None
 
-    def is_author(self, proposal: Proposal) -> bool:
-        found = self.room.ring.find(proposal.details["to"])
-        return found is not None and found.sid[:BROWSER_CHARS] == proposal.sid[:BROWSER_CHARS]
+    def is_author(self, asked: Event) -> bool:
+        found = self.room.ring.find(asked.details["to"])
+        return found is not None and found.sid[:BROWSER_CHARS] == asked.sid[:BROWSER_CHARS]
 
     def verdict(self, proposal: Proposal, owner: str, present: bool, now: int) -> Outcome | None:
         """What a proposal gets that is not to be committed, else None. `owner` has its name, or has it kept."""
-        sid, type, key, state = proposal.sid, proposal.type, name_key(proposal.name), self.room.state
-        if type == "left":
-            leaves = owner == sid and (present or proposal.text == LOGOUT)
-            return None if leaves else self.unchanged(proposal)
-        if state.barred and (wait := state.waits(state.barred, marks_of(sid, proposal.name), now)):
+        asked, state = proposal.event, self.room.state
+        ours = owner == asked.sid
+        if asked.type == "left":
+            return None if ours and (present or asked.text == LOGOUT) else self.unchanged(asked)
+        if state.barred and (wait := state.waits(state.barred, marks_of(asked.sid, asked.name), now)):
             return Refused("removed", retry_after=wait)
-        if type == "joined":
-            becomes_host = "host" in proposal.details and not state.is_host(sid, key)
-            inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
-            if owner not in ("", sid) and not inherits:
-                return Taken(proposal.name)
-            return self.unchanged(proposal) if owner == sid and present and not becomes_host else None
-        here = owner in ("", sid) and proposal.member is not None and proposal.member.listeners
-        if not (owner == sid and present) and not here:
-            return Refused("name-lost", name=proposal.name)
-        return self.verdict_on_message(proposal, now) if type == "message" else self.verdict_on_act(proposal)
+        if asked.type == "joined":
+            return self.verdict_on_joined(asked, owner, present)
+        if not (ours and present) and not (owner in ("", asked.sid) and proposal.member and proposal.member.listeners):
+            return Refused("name-lost", name=asked.name)
+        return self.verdict_on_message(asked, now) if asked.type == "message" else self.verdict_on_act(asked)
 
-    def unchanged(self, proposal: Proposal) -> Event:
+    def unchanged(self, asked: Event) -> Event:
         """It is so already."""
-        return Event(proposal.type, self.room.seq, self.room.ts, *proposal.id, proposal.name, details=proposal.details)
+        return asked._replace(seq=self.room.seq, ts=self.room.ts)
 
-    def verdict_on_message(self, proposal: Proposal, now: int) -> Outcome | None:
+    def verdict_on_joined(self, asked: Event, owner: str, present: bool) -> Outcome | None:
+        key, state = name_key(asked.name), self.room.state
+        becomes_host = "host" in asked.details and not state.is_host(asked.sid, key)
+        inherits = becomes_host and not present and key in state.hosts  # a host's, from elsewhere
+        if owner not in ("", asked.sid) and not inherits:
+            return Taken(asked.name)
+        return self.unchanged(asked) if owner == asked.sid and present and not becomes_host else None
+
+    def verdict_on_message(self, asked: Event, now: int) -> Refused | None:
         state = self.room.state
-        if proposal.details and proposal.details.get("re", 0) > self.room.seq:
+        if asked.details.get("re", 0) > self.room.seq:
             return Refused("no-message")
-        if not state.muted and state.mode == OPEN_MODE:
+        if (not state.muted and state.mode == OPEN_MODE) or state.is_host(asked.sid, name_key(asked.name)):
             return None
-        return (
-            None
-            if state.is_host(proposal.sid, name_key(proposal.name))
-            else state.silenced(proposal.sid, proposal.name, now)
-        )
+        return state.silenced(asked.sid, asked.name, now)
 
-    def verdict_on_act(self, proposal: Proposal) -> Outcome | None:
+    def verdict_on_act(self, asked: Event) -> Outcome | None:
         """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
-        state, details = self.room.state, proposal.details
-        kind = details.get("kind")
-        owns = kind == "react" or (kind == "delete" and self.is_author(proposal))
-        if not (owns or state.is_host(proposal.sid, name_key(proposal.name))):
+        state, details = self.room.state, asked.details
+        kind, to = details.get("kind"), details.get("to", 0)
+        owns = kind == "react" or (kind == "delete" and self.is_author(asked))
+        if not (owns or state.is_host(asked.sid, name_key(asked.name))):
             return Refused("not-host")
-        if proposal.type == "note":
-            return self.verdict_on_note(proposal)
-        if proposal.type in ("muted", "removed"):
-            target = self.target(details["name"])
-            if target is None:
+        if asked.type in ("muted", "removed"):
+            if (target := self.target(details["name"])) is None:
                 return Refused("no-member", name=shown(details["name"]))
-            if state.is_host(target.sid, target.key):
-                return Refused("is-host", name=target.name)
-        return None
-
-    def verdict_on_note(self, proposal: Proposal) -> Outcome | None:
-        details, state = proposal.details, self.room.state
-        if details["kind"] == "pin" and not details["value"]:
+            return Refused("is-host", name=target.name) if state.is_host(target.sid, target.key) else None
+        if asked.type != "note" or (kind == "pin" and not details["value"]):
             return None
-        deleted = state.is_deleted(details["to"])
-        if deleted and details["kind"] == "delete" and details["to"] > state.cleared:
-            return self.unchanged(proposal)
-        return Refused("no-message") if deleted or not self.room.ring.find(details["to"]) else None
+        if kind == "delete" and to > state.cleared and state.is_deleted(to):
+            return self.unchanged(asked)
+        return Refused("no-message") if state.is_deleted(to) or not self.room.ring.find(to) else None
 
     def absorbed(self, events: Iterable[Event]) -> None:
         """The feed has these: whoever waits for one is told, and remembers it against doubles."""
@@ -2167,171 +2098,157 @@ class Outbox:
     def wishes(self) -> list[Proposal]:
         """What other daemons have not been asked yet to commit for us, as much as one entry takes."""
         ours = [each for each in self.waiting.values() if each.member and not each.wished][:GROUP_EVENTS]
-        sizes = itertools.accumulate((len(each.text) for each in ours), initial=0)
+        sizes = itertools.accumulate((len(each.event.text) for each in ours), initial=0)
         return [each for each, before in zip(ours, sizes, strict=False) if before <= ENTRY_CHARS]
 
     def take_wishes(self, events: Iterable[Event]) -> None:
         """Another daemon asks us to commit these. It judges by itself what it then finds in the feed."""
         expires = asyncio.get_running_loop().time() + self.config.confirm_seconds
         for event in events:
-            proposal = Proposal(event.type, event.sid, event.name, event.cid, event.text, expires, event.details)
-            if proposal.id not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
-                self.put(proposal)
+            if (event.sid, event.cid) not in self.stored and len(self.waiting) < OUTBOX_PROPOSALS:
+                self.put(Proposal(event, expires))
 
 
 # === Memory ===========================================================================================================
-# What a daemon remembers of the feed, which is more than the room: entries as they are stored, so that they can be
-# given back, and how much the store holds.
+# What a daemon remembers of the feed, which is more than the room: what is in which entry, so that entries can be given
+# back, and how much the store holds.
 
 
-class Window:
-    """The newest entries of a feed, within so many messages and bytes, and how much they are."""
+class Held(NamedTuple):
+    """What is in an entry, and how many messages and bytes there were up to its end."""
 
-    def __init__(self, messages: int, size: int) -> None:
-        self.limits = messages, size
-        self.entries: collections.deque[tuple[Entry, int, int]] = collections.deque()
-        self.messages = self.size = 0
+    id: Id
+    events: Sequence[Event]
+    said: int
+    size: int
 
-    def add(self, entry: Entry, messages: int, size: int) -> None:
-        self.entries.append((entry, messages, size))
-        self.messages += messages
-        self.size += size
 
-    def shrink(self, slack: float = 0) -> bool:
-        """Drops the oldest, once a limit is exceeded by that share; whether there were any."""
-        if self.messages <= (1 + slack) * self.limits[0] and self.size <= (1 + slack) * self.limits[1]:
-            return False
-        while self.messages > self.limits[0] or self.size > self.limits[1]:
-            _, messages, size = self.entries.popleft()
-            self.messages -= messages
-            self.size -= size
-        return True
-
-    def keep(self, wanted: Callable[[Id], bool]) -> None:
-        """Drops the entries with other ids."""
-        self.entries = collections.deque(each for each in self.entries if wanted(each[0].id))
-        self.messages = sum(messages for _, messages, _ in self.entries)
-        self.size = sum(size for _, _, size in self.entries)
+def exceed(held: Sequence[Held], messages: float, size: float) -> bool:
+    """Whether there are more after the first of these."""
+    return held[-1].said - held[0].said > messages or held[-1].size - held[0].size > size
 
 
 class Memory:
-    """What a daemon remembers of the feed: the newest entries as they are stored, to put back what the store forgets,
-    but without deleted texts; and of all with messages how much they hold, to have the store forget the oldest.
+    """The newest entries, without deleted texts, to put back what the store forgets; and of all that have messages how
+    much they hold, to have the store forget the oldest.
     """
 
-    def __init__(self, is_deleted: Callable[[int], bool]) -> None:
-        self.is_deleted = is_deleted  # the message of that seq
+    def __init__(self, room: Room) -> None:
+        self.room = room
         self.last = NO_ENTRY  # the newest
-        self.kept = Window(RING_MESSAGES, RING_BYTES)
-        self.extent = Window(FEED_MESSAGES, FEED_BYTES)
+        self.said = self.size = 0  # messages and bytes in all that were added
+        self.kept: collections.deque[Held] = collections.deque()  # the newest
+        self.extent: collections.deque[Held] = collections.deque()  # those with messages, without what they hold
         self.notices: collections.deque[Id] = collections.deque()  # those without a message
         self.cleared: Event | None = None  # the last time
-        self.erased: collections.deque[Id] = collections.deque(maxlen=RING_MESSAGES)  # of deleted messages alone
         # What the store is still to forget: these entries and pictures, and all from before the room was cleared.
         self.to_erase: set[Id] = set()
         self.pictures: set[str] = set()
         self.to_trim = False
 
-    def add(self, entry: Entry, events: Sequence[Event], size: int = 0) -> None:
-        """The next entry. Where only its index is needed it comes without its bytes, but with their number."""
+    def add(self, entry: Entry, events: Sequence[Event]) -> None:
+        """The next entry, with the events in it."""
         self.last = entry.id
-        messages = sum(event.type == "message" for event in events)
-        if messages:
-            self.extent.add(entry._replace(raw=b""), messages, size or len(entry.raw))
+        if messages := len([event for event in events if event.type == "message"]):
+            self.said += messages
+            self.size += entry.size
+            self.extent.append(Held(entry.id, (), self.said, self.size))
         else:
             self.notices.append(entry.id)
         if entry.raw:
-            self.kept.add(entry, messages, len(entry.raw) if messages else 0)
-            self.kept.shrink()
+            self.kept.append(Held(entry.id, events, self.said, self.size))
+            while exceed(self.kept, RING_MESSAGES, RING_BYTES):
+                self.kept.popleft()
 
     def keep_from(self) -> Id | None:
         """The oldest entry that the store is to keep, where it holds too much."""
-        return self.extent.entries[0][0].id if self.extent.shrink(FEED_SLACK) else None
+        slack = 1 + FEED_SLACK
+        if not self.extent or not exceed(self.extent, slack * FEED_MESSAGES, slack * FEED_BYTES):
+            return None
+        while exceed(self.extent, FEED_MESSAGES, FEED_BYTES):
+            self.extent.popleft()
+        return self.extent[0].id
 
     def since(self, id: Id) -> list[Entry]:
-        return [entry for entry, *_ in self.kept.entries if entry.id > id]
+        return [Entry(held.id, encode_events(held.events)) for held in self.kept if held.id > id]
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
-        ours = next((kept for kept, *_ in reversed(self.kept.entries) if kept.id <= entry.id), entry)
-        return ours.id == entry.id and ours.raw != entry.raw != b"" and ours.raw != self.blank(entry)
+        events = decode_events(entry.raw, entry.id)
+        ours = next((held.events for held in reversed(self.kept) if held.id == entry.id), events)
+        return entry.raw != b"" and [*ours] not in (events, [*map(self.blank, events)])
 
-    def blank(self, entry: Entry) -> bytes:
-        """What is stored in an entry, without what is deleted."""
-        return encode_events(
-            event._replace(text="", details={name: value for name, value in event.details.items() if name != "picture"})
-            if self.holds_deleted(event)
-            else event
-            for event in decode_events(entry.raw)
-        )
+    def blank(self, event: Event) -> Event:
+        """What may be kept of an event."""
+        if not self.is_deleted(event):
+            return event
+        details = {name: value for name, value in event.details.items() if name != "picture"}
+        return event._replace(text="", details=details)
 
-    def holds_deleted(self, event: Event) -> bool:
-        return event.type == "message" and self.is_deleted(event.seq)
+    def is_deleted(self, event: Event) -> bool:
+        return event.type == "message" and self.room.state.is_deleted(event.seq)
 
     def erase(self, ids: set[Id]) -> None:
-        """Forgets what is deleted in these entries."""
-        for at, (entry, messages, size) in enumerate(self.kept.entries):
-            if entry.id in ids:
-                self.kept.entries[at] = entry._replace(raw=self.blank(entry)), messages, size
-                events = decode_events(entry.raw)
-                deleted = [event for event in events if self.holds_deleted(event)]
+        """Forgets what is deleted in these entries; those that hold nothing else go."""
+        for at, held in enumerate(self.kept):
+            deleted = [*filter(self.is_deleted, held.events)] if held.id in ids else []
+            if deleted:
                 self.pictures |= {event.details["picture"] for event in deleted if "picture" in event.details}
-                if len(deleted) == len(events):
-                    self.erased.append(entry.id)
-        self.to_erase |= ids & set(self.erased)
-        self.kept.keep(lambda kept: kept not in self.to_erase)
+                if len(deleted) == len(held.events):
+                    self.to_erase.add(held.id)
+                self.kept[at] = held._replace(events=[*map(self.blank, held.events)])
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
         id = cleared.place[:2]
-        for window in (self.kept, self.extent):
-            window.keep(lambda kept: kept >= id)
-        self.notices = collections.deque(kept for kept in self.notices if kept >= id)
+        for entries in (self.kept, self.extent):
+            while entries and entries[0].id < id:
+                entries.popleft()
+        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
         self.cleared, self.to_trim = cleared, True
+
+    def drop_notices(self) -> bool:
+        """Forgets the oldest entries without a message, once they are too many; whether there were any."""
+        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
+            return False
+        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
+        self.kept = collections.deque(held for held in self.kept if held.id not in surplus)
+        self.to_erase |= surplus
+        return True
 
     def erase_again(self) -> None:
         """The store is in an older state, and may hold what was deleted since."""
-        self.to_erase |= set(self.erased)
+        self.erase({held.id for held in self.kept})
         self.to_trim = self.cleared is not None
 
     async def have_forgotten(self, store: Store) -> None:
-        """Has the store forget what is deleted, and the oldest notices. Raises STORE_ERRORS."""
-        if ids := self.surplus() | self.to_erase:
-            await store.delete(ids)
+        """Has the store forget what it is to. Raises STORE_ERRORS."""
+        cleared = self.cleared if self.to_trim else None
+        if self.to_erase or cleared:
+            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
             self.to_erase.clear()
-        if self.to_trim and self.cleared:
-            await store.trim(self.cleared.place[:2])
-            await store.drop_pictures((), self.cleared.ts)
-            self.to_trim = False
-        if self.pictures:
-            await store.drop_pictures(self.pictures)
+        if self.pictures or cleared:
+            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
             self.pictures.clear()
-
-    def surplus(self) -> set[Id]:
-        """Forgets the oldest entries without a message, once they are too many; which ones."""
-        if len(self.notices) <= (1 + FEED_SLACK) * FEED_NOTICES:
-            return set()
-        surplus = {self.notices.popleft() for _ in range(len(self.notices) - FEED_NOTICES)}
-        self.kept.keep(lambda kept: kept not in surplus)
-        return surplus
+        self.to_trim = False
 
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], int]]:
-    """All that the store holds, oldest first: entry, events, size. Of what is older than so many messages only the
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
+    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
     index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event], int]] = []
+    read: list[tuple[Entry, list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
-            size, events = len(entry.raw), decode_events(entry.raw, entry.id)
+            events = decode_events(entry.raw, entry.id)
             talk = [event for event in events if event.type == "message"]
             if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
                 events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events, size))
+            read.append((entry, events))
     return read[::-1]
 
 
@@ -2352,8 +2269,8 @@ class Feed:
         self.bell = outbox.bell
         self.arrived: asyncio.Queue[list[Entry]] = asyncio.Queue(1)  # from the reader
         self.read_to = NO_ENTRY  # id of the newest entry that the reader brought
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))  # what was absorbed
-        self.names: dict[str, str | None] = {}  # to be written beside the feed
+        self.memory = Memory(self.room)  # what was absorbed
+        self.names: dict[str, str] = {}  # to be written beside the feed; "": is not on the roster any more
         self.state: dict[str, str] = {}  # ... and these fields of the State
         self.unsure = True  # the store may hold something else than was absorbed: look
         self.confirmed = False  # it was seen to hold that, since the last tick
@@ -2376,9 +2293,7 @@ class Feed:
                 await self.step()
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("writing", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("writing", error, pause)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2391,6 +2306,8 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
+        if self.memory.drop_notices() or self.memory.to_trim:  # as in `erase`
+            self.state |= self.room.state.fields()
         if self.names or self.state:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
@@ -2405,10 +2322,11 @@ class Feed:
         if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
         await self.gather()
-        id = self.memory.last[0], self.memory.last[1] + 1
-        events = self.outbox.group(id, self.store.now())
+        ms, n = self.memory.last
+        events = self.outbox.group((ms, n + 1), self.store.now())
         if events or not self.answers["writing"]:  # an empty entry tries a store that took nothing
-            await self.append(Entry(id, encode_events(events)), events)
+            raw = encode_events(events)
+            await self.append(Entry((ms, n + 1), raw, size=len(raw)), events)
         if self.outbox.waiting:
             self.bell.set()
 
@@ -2424,7 +2342,7 @@ class Feed:
         for event in events:
             if event.type in ("joined", "left", "removed"):
                 key = name_key(event.details.get("name", event.name))
-                self.names[key] = str(self.room.roster[key]) if key in self.room.roster else None
+                self.names[key] = str(self.room.roster.get(key, ""))
         self.state |= self.room.state.take_changes()
 
     async def gather(self) -> None:
@@ -2465,9 +2383,7 @@ class Feed:
                 self.mark("reading")
                 pause.reset()
             except STORE_ERRORS as error:
-                self.mark("reading", error)
-                self.ring_for_look()
-                await pause()
+                await self.wait_for_store("reading", error, pause)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2479,7 +2395,7 @@ class Feed:
 
     async def read_on(self) -> None:
         """Absorbs what the store holds beyond us. Raises Gap and STORE_ERRORS."""
-        while entries := await self.store.read(self.memory.last):
+        while entries := await self.store.page(id_text(self.memory.last), "+", READ_ENTRIES):
             if self.memory.differs(entries[0]):
                 raise Gap
             self.absorb(entries)
@@ -2490,46 +2406,68 @@ class Feed:
     def absorb(self, entries: Iterable[Entry]) -> None:
         """Takes entries in their order, each once. Raises Gap where one isn't the next."""
         absorbed: list[Event] = []
+        seq = self.room.seq
         try:
             for entry in entries:
-                last = self.memory.last
-                if entry.id <= last:
+                ms, n = self.memory.last
+                if entry.id <= (ms, n):
                     continue
                 events = decode_events(entry.raw, entry.id)
                 seqs = [event.seq for event in events if event.type == "message"]
-                first = self.room.seq + 1 + sum(event.type == "message" for event in absorbed)
-                if entry.id != (last[0], last[1] + 1) or seqs != [*range(first, first + len(seqs))]:
+                if entry.id != (ms, n + 1) or seqs != [*range(seq + 1, seq + 1 + len(seqs))]:
                     raise Gap
+                seq += len(seqs)
                 self.memory.add(entry, events)
                 absorbed += events
         finally:
             self.tell(absorbed)
-            self.room.state.take_changes()  # who has committed them has stored that
+            self.room.state.take_changes()  # who has committed them stores that
 
     def tell(self, events: Sequence[Event]) -> None:
         """Lets the room and whoever waits know what was absorbed."""
         self.room.apply(events)
         self.outbox.absorbed(events)
-        for event in [event for event in events if event.type != "message"]:
-            if event.type == "left" and (member := self.room.sessions.get(event.sid)):
-                if event.text == LOGOUT:
-                    for listener in tuple(member.listeners):
-                        listener.shut(4401, LOGOUT)
-                else:  # it lapsed, but somebody is here: the lease was lost with the store, or a clock jumped
-                    self.stranded.set()
-            elif event.type == "removed" and (member := self.room.sessions.get(event.details.get("sid", ""))):
-                for listener in tuple(member.listeners):
-                    listener.turn_away(Refused("removed", retry_after=event.details["seconds"]))
-            elif event.type == "cleared":
+        for event in events:
+            if event.type != "message":
+                self.heed(event)
+
+    def heed(self, event: Event) -> None:
+        """Does what a notice asks for outside of the room."""
+        details = event.details
+        member = self.room.sessions.get(details.get("sid", "") if event.type == "removed" else event.sid)
+        listeners = tuple(member.listeners) if member else ()
+        match event.type:
+            case "left" if event.text == LOGOUT:
+                for listener in listeners:
+                    listener.shut(4401, LOGOUT)
+            case "left" if member:  # it lapsed, but somebody is here: the lease was lost, or a clock jumped
+                self.stranded.set()
+            case "removed":
+                for listener in listeners:
+                    listener.turn_away(Refused("removed", retry_after=details["seconds"]))
+            case "cleared":
                 self.memory.clear(event)
-            elif event.details.get("kind") == "delete" and (found := self.room.ring.find(event.details["to"])):
-                self.memory.erase({found.entry})
+            case "note" if details["kind"] == "delete":
+                self.erase([details["to"]])
+
+    def erase(self, seqs: Iterable[int]) -> None:
+        """Has the store forget the texts of these messages, of those that are deleted. First their fields of the State
+        are stored, by every daemon: who has committed that may have been killed before it could.
+        """
+        found = {str(seq): kept.entry for seq in seqs if (kept := self.room.ring.find(seq))}
+        self.state |= {name: self.room.state.field(name) for name in found}
+        self.memory.erase({*found.values()})
 
     # --- where the store holds something else ---
 
     def ring_for_look(self) -> None:
         self.unsure = True
         self.bell.set()
+
+    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+        self.mark(what, error)
+        self.ring_for_look()
+        await pause()
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2571,8 +2509,9 @@ class Feed:
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
+        await self.store.keep_secrets()
         names = {member.key: str(member) for member in self.room.roster.values()}
-        await self.store.put_back_state(self.room.epoch, names, self.room.state.fields())
+        await self.store.write_names(names, {"epoch": self.room.epoch, **self.room.state.fields()}, anew=True)
         forgotten = self.memory.since(since)
         for at in range(0, len(forgotten), READ_ENTRIES):
             await self.store.put_back(forgotten[at : at + READ_ENTRIES])
@@ -2585,20 +2524,21 @@ class Feed:
         newest = await self.store.newest()
         if newest is None:
             return  # the next look deals with that
-        epoch, roster, state = await self.store.read_state()
         read = await read_feed(self.store, self.room.ring.size)
-        self.memory = Memory(lambda seq: self.room.state.is_deleted(seq))
-        for entry, events, size in read:
-            self.memory.add(entry, events, size)
-        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        names, state = await self.store.read_state()  # after the feed: it tells what has been erased there
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
-        history = [event for _, events, _ in read for event in events]
-        self.room.adopt(epoch or str(newest.id[0]), self.memory.last, roster, history, state)
+        self.memory = Memory(self.room)
+        for entry, events in read:
+            self.memory.add(entry, events)
+        self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
+        history = [event for _, events in read for event in events]
+        epoch = state.pop("epoch", "") or str(newest.id[0])
+        self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
             if event.type == "cleared":
                 self.memory.clear(event)
-        self.memory.erase({found.entry for seq in self.room.state.notes if (found := self.room.ring.find(seq))})
+        self.erase(self.room.state.notes)
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
@@ -2680,7 +2620,6 @@ class Presence:
     def __init__(self, feed: Feed, keep_few: Callable[[], Awaitable[None]]) -> None:
         self.feed, self.store, self.room, self.config = feed, feed.store, feed.room, feed.config
         self.keep_few = keep_few
-        self.released: dict[str, tuple[Member, float]] = {}  # by key, since the last tick: who has gone, for how long
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
         self.tasks: list[asyncio.Task[NoReturn]] = []
@@ -2690,7 +2629,7 @@ class Presence:
         nobody's does.
         """
         if not self.feed.stopping:
-            self.released[member.key] = member, seconds
+            member.grace = seconds
 
     async def heartbeat(self) -> NoReturn:
         """Sends everybody pings and the time."""
@@ -2742,32 +2681,18 @@ class Presence:
         self.feed.outbox.propose("joined", member, done, details=member.joining)
 
     async def renew(self) -> None:
-        """The leases that are due. A name without a connection keeps its own for the grace."""
-        now = time.monotonic()
-        await self.shorten()
-        here = [member for member in self.room.sessions.values() if member.listeners]
-        due = [member for member in here if now - member.renewed >= self.config.renew_seconds]
-        if due:
-            await self.store.renew([member.key for member in due], self.config.lease_seconds)
-        for member in due:
+        """The leases that are due, and of who has gone: a name without a connection keeps its own for the grace."""
+        now, lease, sessions = time.monotonic(), self.config.lease_seconds, list(self.room.sessions.values())
+        gone = [member for member in sessions if member.grace and not member.listeners]
+        here = [member for member in sessions if member.listeners and now - member.renewed >= self.config.renew_seconds]
+        await self.store.renew({member.key: member.grace for member in gone} | {member.key: lease for member in here})
+        for member in gone:
+            member.renewed = member.grace = 0  # whoever comes back gets a long lease at once
+        for member in here:
             member.renewed = now
-        if now - self.all_leased >= self.config.lease_seconds:  # a name without a lease would never leave
-            await self.store.renew(list(self.room.roster), self.config.lease_seconds, missing=True)
+        if now - self.all_leased >= lease:  # a name without a lease would never leave
+            await self.store.renew(dict.fromkeys(self.room.roster, lease), missing=True)
             self.all_leased = now
-
-    async def shorten(self) -> None:
-        """The leases of who has gone since the last time."""
-        released, self.released = self.released, {}
-        gone: dict[float, list[str]] = {}
-        for member, seconds in released.values():
-            if not member.listeners and self.room.roster.get(member.key) is member:
-                gone.setdefault(seconds, []).append(member.key)
-        try:
-            for seconds, keys in gone.items():
-                await self.store.renew(keys, seconds)
-        except STORE_ERRORS:
-            self.released = released | self.released
-            raise
 
     async def sweep(self) -> None:
         """Whose lease is over leaves; a name that nobody has been back for is free after a while."""
@@ -2780,7 +2705,7 @@ class Presence:
             if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
         if strays := lapsed - self.room.roster.keys():
-            await self.store.drop_leases(strays)
+            await self.store.write_names(dict.fromkeys(strays, ""), {})
 
     def start(self) -> None:
         self.tasks = [asyncio.create_task(task()) for task in (self.heartbeat, self.keep_leases)]
@@ -2809,13 +2734,15 @@ def network(address: str) -> str:
 def is_this_machine(address: str) -> bool:
     """Whether proxies and tests come from there: a crowd of people may stand behind it."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
+        return ipaddress.ip_address(network(address)).is_loopback
     return False
 
 
 @contextlib.contextmanager
-def counted(counter: collections.Counter[str], name: str) -> Iterator[None]:
-    """One more of that name, for a while."""
+def at_most(most: float, counter: collections.Counter[str], name: str, refused: Refused) -> Iterator[None]:
+    """One more of that name, for a while. Raises `refused` where there are so many already."""
+    if counter[name] >= most:
+        raise refused
     counter[name] += 1
     try:
         yield
@@ -2841,6 +2768,11 @@ class TokenBuckets:
             self.buckets.popitem(last=False)  # the one that was used longest ago is full again, or nearly
         return 0 if tokens >= 1 else (1 - tokens) / self.rate
 
+    def pace(self, name: str, cid: str = "", cost: float = 1) -> None:
+        """Takes tokens now. Raises Refused if there is none."""
+        if wait := self.take(name, asyncio.get_running_loop().time(), cost):
+            raise Refused("too-fast", cid=cid, retry_after=wait)
+
 
 class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
@@ -2855,7 +2787,7 @@ class Limits:
         self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.rest = 0 if free else TURN_SECONDS
-        self.wrong_passwords = collections.Counter[str]()  # those that wait for their refusal
+        self.guesses = collections.Counter[str]()  # wrong passwords that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
         self.drawn = collections.deque[str](maxlen=50)  # addresses of the room that aren't announced
@@ -2872,31 +2804,6 @@ class Limits:
                 self.requests.take(address, loop.time(), cost)
         finally:
             loop.call_later(self.rest if cost else 0, turn.release)
-
-    @staticmethod
-    def pace(paces: TokenBuckets, name: str, cid: str = "", cost: float = 1) -> None:
-        """Takes from a bucket. Raises Refused if it is empty."""
-        if wait := paces.take(name, asyncio.get_running_loop().time(), cost):
-            raise Refused("too-fast", cid=cid, retry_after=wait)
-
-    def log_in(self, address: str) -> None:
-        """Somebody new. Raises Refused if too many come from there."""
-        if not is_this_machine(address):
-            self.pace(self.logins, address)
-
-    def rejoin(self, sid: str, address: str) -> None:
-        """Somebody whose name had left the list. Raises Refused, as above."""
-        self.pace(self.rejoins, sid)
-        if not is_this_machine(address):
-            self.pace(self.returns, address)
-
-    @contextlib.contextmanager
-    def poll(self, address: str) -> Iterator[None]:
-        """While a poll waits. Raises Refused if too many do."""
-        if self.polls[address] >= POLLS_AN_ADDRESS and not is_this_machine(address):
-            raise Refused("too-fast", retry_after=1)
-        with counted(self.polls, address):
-            yield
 
     def warn_of_proxy(self, address: str) -> None:
         """Tells the operator, once, of a proxy on this machine that isn't trusted."""
@@ -2929,8 +2836,9 @@ class Visitors:
     def wait(self, stream: tornado.iostream.IOStream) -> None:
         """A request has come, or a poll has ended."""
         if address := self.open.get(stream):
-            self.quiet.setdefault(address, collections.OrderedDict())[stream] = None
-            self.quiet[address].move_to_end(stream)
+            quiet = self.quiet.setdefault(address, collections.OrderedDict())
+            quiet[stream] = None
+            quiet.move_to_end(stream)
 
     def join(self, stream: tornado.iostream.IOStream) -> None:
         """From now on it is a member's."""
@@ -2945,9 +2853,9 @@ class Visitors:
         self.open.pop(stream, None)
 
     def make_room(self, address: str = "") -> None:
-        """Closes the connection that has been quiet for longest: of that address, or of the one with most of them."""
-        address = address or max(self.quiet, key=lambda address: len(self.quiet[address]))
-        stream = next(iter(self.quiet[address]))
+        """Closes the connection that has been quiet for longest: of that address, or of that with most of them."""
+        quiet = self.quiet[address] if address else max(self.quiet.values(), key=len)
+        stream = next(iter(quiet))
         self.leave(stream)
         stream.close()
         self.crowded = True
@@ -3075,13 +2983,11 @@ class BaseHandler(tornado.web.RequestHandler):
         self.check_host()
 
     def check_host(self) -> None:
-        """Refuses a Host that isn't ours."""
         name = host_name(self.request.headers.get("Host", ""))
         if not is_our_host(name, self.daemon.hostnames):
+            host, option = name[:100] or "(none)", f"--allow-host {name[:100] or 'NAME'}"
             web_log.warning(
-                "a request for the host %s was refused: if that is a name of this room, --allow-host %s lets it in",
-                name[:100] or "(none)",
-                name[:100] or "NAME",
+                "a request for the host %s was refused: if that is a name of this room, %s lets it in", host, option
             )
             raise tornado.web.HTTPError(421, reason="Misdirected Request")
 
@@ -3097,7 +3003,6 @@ class BaseHandler(tornado.web.RequestHandler):
         return False
 
     def get_current_user(self) -> Session | None:
-        """The session of the cookie; None if there is none that we signed, or nobody has logged in."""
         session = self.browser()
         return session if session and session.name else None
 
@@ -3110,8 +3015,7 @@ class BaseHandler(tornado.web.RequestHandler):
         name, key = self.daemon.cookie, self.daemon.cookie_key
         cookie = rf'(?:^|;)\s*{name}="?([\w|:=+/-]{{1,{COOKIE_CHARS}}})"?\s*(?=;|$)'
         for value in re.findall(cookie, self.request.headers.get("Cookie", ""), re.ASCII)[: -1 - COOKIES_READ : -1]:
-            signed = tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2)
-            if signed:
+            if signed := tornado.web.decode_signed_value(key, name, value, max_age_days=COOKIE_DAYS, min_version=2):
                 session = Session.parse(signed.decode(errors="replace"))
                 return session._replace(host=session.host and session.sid not in self.daemon.room.state.ended)
         return None
@@ -3124,15 +3028,9 @@ class BaseHandler(tornado.web.RequestHandler):
         """The cookie. Lax and not Strict, so that a link to the room from elsewhere finds its member logged in;
         what a foreign page could do with it is stopped by the checks of Origin.
         """
-        name, value = self.daemon.cookie, str(session)
-        self.set_cookie(
-            name,
-            tornado.web.create_signed_value(self.daemon.cookie_key, name, value),
-            expires_days=COOKIE_DAYS,
-            httponly=True,
-            samesite="Lax",
-            secure=self.request.protocol == "https",
-        )
+        name, secure = self.daemon.cookie, self.request.protocol == "https"
+        value = tornado.web.create_signed_value(self.daemon.cookie_key, name, str(session))
+        self.set_cookie(name, value, expires_days=COOKIE_DAYS, httponly=True, samesite="Lax", secure=secure)
 
     def page_path(self) -> str:
         """Leads to the chat page in the view that was asked for: that of a projector is read-only, in huge type."""
@@ -3157,11 +3055,11 @@ class BaseHandler(tornado.web.RequestHandler):
         if picture and picture != self.picture_id(member, picture.rpartition("-")[0]):
             raise Refused("no-picture", cid=act.cid)
         if paced:
-            limits.pace(limits.messages, self.address, act.cid, cost=0)
-            limits.pace(limits.says, member.sid[:BROWSER_CHARS], act.cid)
+            limits.messages.pace(self.address, act.cid, cost=0)
+            limits.says.pace(member.sid[:BROWSER_CHARS], act.cid)
         self.daemon.outbox.act(member, act, done)  # only what that takes counts
         if paced:
-            limits.pace(limits.messages, self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
+            limits.messages.pace(self.address, act.cid, cost=1 + len(act.text.encode()) // MESSAGE_BYTES)
 
     def picture_id(self, member: Member, name: str) -> str:
         """The one under which this browser alone can say that picture, which goes with its own message then."""
@@ -3197,21 +3095,20 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
-        _, error, _ = kwargs.get("exc_info", (None, None, None))
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         if isinstance(error, Refused):
             self.set_status(STATUSES.get(error.code, 400))
             self.refuse(error)
-            return
-        words = WORDS[self.language]
-        text = words.get(f"error_{status_code}", words["error"]).format(
-            status=status_code, reason=self._reason, host=host_name(self.request.headers.get("Host", ""))[:100] or "?"
-        )
-        self.explain(status_code, text)
+        else:
+            words, host = WORDS[self.language], host_name(self.request.headers.get("Host", ""))[:100] or "?"
+            text = words.get(f"error_{status_code}", words["error"])
+            self.explain(status_code, text.format(status=status_code, reason=self._reason, host=host))
 
     def refuse(self, refused: Refused) -> None:
         self.explain(refused.code, refused.sentence(self.language))
 
     def explain(self, code: int | str, text: str) -> None:
+        """Answers with a sentence: JSON, or a page."""
         if self.wants_json():
             self.finish({"code": code, "text": text})
         else:
@@ -3239,12 +3136,20 @@ class BaseHandler(tornado.web.RequestHandler):
             text = compress(text)
         self.finish(text)
 
+    async def deliver_pieces(self, pieces: AsyncIterator[bytes]) -> None:
+        """Answers with each piece when the one before has been taken. Half an answer must not look like a whole one:
+        where a piece can't be had, or nobody takes it, the connection is closed.
+        """
+        try:
+            async for piece in pieces:
+                self.write(piece)
+                async with asyncio.timeout(self.daemon.config.answer_seconds):
+                    await self.flush()
+        except STORE_ERRORS:
+            self.stream.close()
 
-def compress(text: bytes) -> bytes:
-    """With gzip; the same text always gives the same bytes."""
-    return gzip.compress(text, mtime=0)
 
-
+compress = functools.partial(gzip.compress, mtime=0)  # the same text always gives the same bytes
 compress_once = functools.cache(compress)  # for what is made once
 
 
@@ -3341,7 +3246,7 @@ class JoinHandler(BaseHandler):
             return True
         if len(url) > URL_CHARS or not re.fullmatch(rf"https?://{here}/[\w./~-]*", url):
             return False
-        limits.pace(limits.drawings, "")
+        limits.drawings.pace("")
         limits.drawn.append(url)
         return True
 
@@ -3352,7 +3257,7 @@ class AssetHandler(BaseHandler):
     def get(self, name: str) -> None:
         type, text = ASSETS[name]
         self.set_header("Content-Type", type)
-        fresh = self.get_query_argument("v", "") == asset_hash(name)
+        fresh = f"{name}?{self.request.query}" == asset_url(name)
         self.set_header("Cache-Control", "public, max-age=31536000, immutable" if fresh else "no-cache")
         self.deliver(text.encode(), compress_once)
 
@@ -3360,13 +3265,9 @@ class AssetHandler(BaseHandler):
 
 
 @functools.cache
-def asset_hash(name: str) -> str:
-    return hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]
-
-
 def asset_url(name: str) -> str:
-    """Relative, so that a proxy may serve the room under a path of its own."""
-    return f"{name}?v={asset_hash(name)}"
+    """Relative, so that a proxy may serve the room under a path of its own; and another one for each version."""
+    return f"{name}?v={hashlib.sha256(ASSETS[name][1].encode()).hexdigest()[:12]}"
 
 
 # === Login ============================================================================================================
@@ -3378,7 +3279,8 @@ class Admission:
     """Gives sessions to those who may come in: checks the room's password and the pace of an address, takes names."""
 
     def __init__(self, feed: Feed, limits: Limits) -> None:
-        self.feed, self.outbox, self.room, self.config, self.limits = feed, feed.outbox, feed.room, feed.config, limits
+        self.store, self.outbox, self.room, self.config = feed.store, feed.outbox, feed.room, feed.config
+        self.limits = limits
         self.origins: dict[str, tuple[Session, str]] = {}  # sid -> session and address, in the order of last use
 
     async def log_in(
@@ -3398,21 +3300,21 @@ class Admission:
             await self.rejoin(same, address)
             return same
         self.check_door(before, name, address)
-        self.limits.log_in(network(address))
+        if not is_this_machine(address):
+            self.limits.logins.pace(network(address))
         if same:  # given back and taken in one entry, so that nobody else can take it between the two
             _, new = await asyncio.gather(self.give_back(same), self.enter_as(name, address, before))
         else:
-            new = await (self.enter_as(name, address, before) if name else self.enter_as_guest(address, before))
-        if session and not same:
-            await self.give_back(session)
-        self.note_origin(new, address)
+            new = await self.enter_as(name, address, before)
+            if session:
+                await self.give_back(session)
         return new
 
     def check_door(self, before: Session | None, name: str, address: str) -> None:
         """Raises Refused for somebody new while the door is closed, and for who was removed a while ago."""
         if before and before.host:
             return
-        state, now = self.room.state, self.feed.store.now()
+        state, now = self.room.state, self.store.now()
         browser, key = marks_of(before.sid if before else "", name)
         if wait := state.waits(state.barred, (browser, "from " + self.origin(address)), now):
             raise Refused("removed", retry_after=wait)
@@ -3423,14 +3325,7 @@ class Admission:
 
     def origin(self, address: str) -> str:
         """The same for all who come from an address; nobody who reads it learns the address."""
-        return hmac.new(self.feed.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
-
-    def note_origin(self, session: Session, address: str) -> None:
-        """Remembers from which address a session was last used."""
-        self.origins.pop(session.sid, None)
-        self.origins[session.sid] = session, network(address)
-        if len(self.origins) > PACES:
-            del self.origins[next(iter(self.origins))]
+        return hmac.new(self.store.secret.encode(), network(address).encode(), "sha256").hexdigest()[:12]
 
     async def give_back(self, session: Session) -> None:
         """Frees a session's name at once, and closes its connections."""
@@ -3451,37 +3346,46 @@ class Admission:
 
     async def check_guess(self, guess: str, right: str, code: str, address: str) -> None:
         """Raises Refused for a wrong password or key, but not at once. The right one never waits, whoever guesses."""
-        wait, wrong, origin = self.config.guess_seconds, self.limits.wrong_passwords, network(address)
         if not right or hmac.compare_digest(guess.encode(), right.encode()):
             return
-        if wrong[origin] >= GUESSES_AT_ONCE:
-            raise Refused(code, "guesses", retry_after=wait)
-        with counted(wrong, origin):
-            await asyncio.sleep(wait)
+        too_many = Refused(code, "guesses", retry_after=self.config.guess_seconds)
+        with at_most(GUESSES_AT_ONCE, self.limits.guesses, network(address), too_many):
+            await asyncio.sleep(self.config.guess_seconds)
         raise Refused(code)
 
     async def rejoin(self, session: Session, address: str) -> Member:
         """The member of that session; where its name had left the list, that has its pace. Raises Refused."""
         if session.sid not in self.room.sessions:
-            self.limits.rejoin(session.sid, network(address))
+            self.limits.rejoins.pace(session.sid)
+            if not is_this_machine(address):
+                self.limits.returns.pace(network(address))
+        return await self.enter(session, address)
+
+    async def enter(self, session: Session, address: str) -> Member:
+        """Takes the session's name, if it has it not. Raises Refused."""
         member = await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
-        self.note_origin(session, address)
+        self.origins.pop(session.sid, None)
+        self.origins[session.sid] = session, network(address)
+        if len(self.origins) > PACES:
+            del self.origins[next(iter(self.origins))]
         return member
 
     async def enter_as(self, name: str, address: str, before: Session | None) -> Session:
-        session = Session.make(name, before)
-        await self.outbox.enter(session.sid, session.name, self.origin(address), host=session.host)
-        return session
-
-    async def enter_as_guest(self, address: str, before: Session | None) -> Session:
-        """A new session under a free name that is made from the address. Raises Refused."""
-        for _ in range(5):  # others may take the same one meanwhile
-            name = guest_name(address)
-            if self.room.owner(name_key(name)):
-                name = self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}"
-            with contextlib.suppress(Taken):
-                return await self.enter_as(name, address, before)
+        """A new session under that name; "" = a guest's, another one where that is taken meanwhile. Raises Refused."""
+        for _ in range(5):
+            session = Session.make(name or self.free_guest_name(address), before)
+            try:
+                await self.enter(session, address)
+                return session
+            except Taken:
+                if name:
+                    raise
         raise Refused("unavailable", retry_after=1)
+
+    def free_guest_name(self, address: str) -> str:
+        name = guest_name(address)
+        taken = self.room.owner(name_key(name))
+        return (self.room.free_variant(name) or f"guest-{secrets.token_hex(4)}") if taken else name
 
 
 class LoginHandler(BaseHandler):
@@ -3489,18 +3393,17 @@ class LoginHandler(BaseHandler):
 
     def get(self) -> None:
         """The form, filled in with ?nickname=; the chat page adds ?why= when it sends somebody here."""
-        why = WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), "")
-        self.form(nickname=self.get_query_argument("nickname", "")[:NAME_CODEPOINTS], error=why)
+        self.form(WORDS[self.language].get("login_why_" + self.get_query_argument("why", ""), ""))
 
     head = get
 
     async def post(self) -> None:
-        nickname, password = self.field("nickname") or "", self.field("password") or ""
-        address, known = self.request.remote_ip or "", self.browser()
+        nickname, password = (self.field(name) or "" for name in ("nickname", "password"))
         # The cookie may have been planted by somebody who has it too: who logs in by hand gets another one. A page that
         # comes back by itself keeps it, for it may do so in several tabs at once.
         renew = not self.wants_json()
-        session = await self.daemon.admission.log_in(nickname, password, address, known, renew=renew)
+        address, log_in = self.request.remote_ip or "", self.daemon.admission.log_in
+        session = await log_in(nickname, password, address, self.browser(), renew=renew)
         self.set_session(session)
         if self.wants_json():
             self.finish({"name": session.name})
@@ -3509,26 +3412,25 @@ class LoginHandler(BaseHandler):
 
     def refuse(self, refused: Refused) -> None:
         """The reason, and with a name that is taken a free one that is like it."""
-        nickname, text = self.field("nickname") or "", refused.sentence(self.language)
-        suggestion = self.daemon.room.free_variant(nickname) if isinstance(refused, Taken) else ""
+        text, taken = refused.sentence(self.language), isinstance(refused, Taken)
+        suggestion = self.daemon.room.free_variant(self.field("nickname") or "") if taken else ""
         if self.wants_json():
             self.finish({"code": refused.code, "text": text} | ({"suggestion": suggestion} if suggestion else {}))
         else:
-            wrong = refused.code == "password"
-            self.form(nickname=nickname[:NAME_CODEPOINTS], error=text, suggestion=suggestion, wrong_password=wrong)
+            self.form(text, suggestion, wrong_password=refused.code == "password")
 
-    def form(self, nickname: str, error: str = "", suggestion: str = "", *, wrong_password: bool = False) -> None:
-        config, words = self.daemon.config, WORDS[self.language]
-        kept = words["kept_redis" if config.redis_url else "kept_memory"].format(history=config.history)
+    def form(self, error: str, suggestion: str = "", *, wrong_password: bool = False) -> None:
+        config, nickname = self.daemon.config, self.field("nickname") or self.get_query_argument("nickname", "")
+        kept = WORDS[self.language]["kept_redis" if config.redis_url else "kept_memory"]
         self.page(
             "login.html",
-            nickname=nickname,
+            nickname=nickname[:NAME_CODEPOINTS],
             error=error,
             suggestion=suggestion,
             password_needed=bool(config.password),
             wrong_password=wrong_password,
             path=self.page_path(),
-            kept=kept,
+            kept=kept.format(history=config.history),
         )
 
 
@@ -3559,8 +3461,8 @@ class HostHandler(BaseHandler):
 
 
 # === Sockets ==========================================================================================================
-# GET /chat. A ChatSocket is a member's way in, frame by frame; its SocketListener is the way out: bytes that were made
-# once for everybody go straight to the socket, and what a slow client can't take waits in a bounded backlog.
+# GET /chat. A member's way in, frame by frame; and the way out: bytes that were made once for everybody go straight to
+# the socket, and what a slow client can't take waits in a bounded backlog.
 
 CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed": 4403, "door": 4403, "taken": 4409,
                "name-lost": 4409, "too-many-tabs": 4504, "unavailable": 1013, "too-fast": 1013}  # fmt: skip
@@ -3595,6 +3497,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         """More has come, unless the connection is gone."""
         if not read.exception():
             self.unread += read.result()
+            self.handler.heard = asyncio.get_running_loop().time()
             self.work()
 
     def work(self) -> None:
@@ -3619,7 +3522,7 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         start = {126: 4, 127: 10}.get(size, 2)
         if not data[1] & 0x80:
             self.fail(1002, "unmasked")
-        elif data[0] & 0x70 or (data[0] & 0x8 and size > 125):
+        elif data[0] & 0x70 or (data[0] & 0x8 and (size > 125 or not data[0] & 0x80)):  # no control frame is in parts
             self._abort()
         elif len(data) >= start + 4:
             size = size if start == 2 else int.from_bytes(data[2:start], "big")
@@ -3627,25 +3530,32 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
                 self.fail(1009, "message too big")
             elif len(data) >= (end := start + 4 + size):
                 self.unread = data[end:]
-                return data[0], unmask(data[start : start + 4], data[start + 4 : end])
+                return data[0], _websocket_mask(data[start : start + 4], data[start + 4 : end])
         return None
 
     def handle(self, first: int, payload: bytes) -> None:
-        """A control frame, or a part of a message."""
-        opcode, is_final = first & 0xF, first & 0x80
-        is_control, is_continued = bool(opcode & 0x8), opcode == 0
-        if is_control and is_final:
-            try:
-                self._handle_message(opcode, payload)
-            except UnicodeDecodeError:  # in the reason of a close
+        """A control frame, which may come within a message, or a part of a message."""
+        opcode = first & 0xF
+        if not opcode & 0x8:
+            if (opcode == 0) != bool(self.opcode):  # nothing to continue, or a message within another
                 self._abort()
-        elif is_control or is_continued != bool(self.opcode):  # nothing to continue, or a message within another
+                return
+            self.opcode, self.message = self.opcode or opcode, self.message + payload
+            if not first & 0x80:
+                return
+            opcode, payload = self.opcode, self.message
+            self.opcode, self.message = 0, b""
+        try:
+            self._handle_message(opcode, payload)
+        except UnicodeDecodeError:  # in the reason of a close
             self._abort()
-        else:
-            opcode, message = self.opcode or opcode, self.message + payload
-            self.opcode, self.message = (0, b"") if is_final else (opcode, message)
-            if is_final:
-                self._handle_message(opcode, message)
+
+    def _write_frame(self, *frame: Any, **flags: Any) -> asyncio.Future[None]:
+        """Called by Tornado for pongs and the close. What the socket doesn't take of them holds up all that follows."""
+        written = super()._write_frame(*frame, **flags)
+        if self.stream.writing():
+            self.handler.wait([])
+        return written
 
     def fail(self, code: int, reason: str) -> None:
         """The client has broken a rule: the end."""
@@ -3653,18 +3563,21 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         self._abort()
 
 
-def unmask(mask: bytes, data: bytes) -> bytes:
-    """A client's bytes as it meant them (RFC 6455, 5.3)."""
-    key = (mask * (len(data) // 4 + 1))[: len(data)]
-    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(len(data), "big")
-
-
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
-    """GET /chat: a member's WebSocket. This is its way in; its way out is the listener, once it has joined."""
+    """GET /chat: a member's WebSocket, and the reason why tornchat is fast.
 
-    listener: SocketListener | None = None
+    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
+    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
+    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
+    """
+
+    __slots__ = ("backlog", "plain", "transmit")  # which `send` needs; in the object itself they are found sooner
+
+    member: Member  # once it has joined
+    base = 0
     frames = 0  # since the last heartbeat, that weren't messages, each KB counted as one
     taken = False  # the last frame was a message
+    draining: asyncio.Task[None] | None = None  # while there is a backlog
 
     async def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
@@ -3686,8 +3599,15 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         """From the handshake to the first event, or to the close code that says why not."""
         self.set_nodelay(True)
         self.daemon.sockets.add(self)
+        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+        self.plain = self.selected_subprotocol == "text"
+        # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
+        tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
+        self.transmit: Callable[[memoryview], int | None] = self.stream.write_to_fd if tls else self.stream.socket.send
+        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
+        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
         try:
-            await self.enter(await self.session(), self.resume_point)
+            await self.enter(await self.session())
         except Refused as refused:
             if refused.code == "name-lost":
                 with contextlib.suppress(tornado.websocket.WebSocketClosedError):
@@ -3706,97 +3626,81 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             return known
         return await self.daemon.admission.log_in(nickname, password, self.request.remote_ip or "")
 
-    async def enter(self, session: Session | None, seen: ResumePoint) -> None:
-        member = await self.admit(session)
+    async def enter(self, session: Session | None) -> None:
+        member, seen = await self.admit(session), self.resume_point
         await self.daemon.feed.catch_up(seen)
         if len(member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         if self.ws_connection is not None and not self.stream.closed():  # it may have gone while we waited
-            self.listener = SocketListener(self, member)
+            self.member = member
             self.daemon.visitors.join(self.stream)
-            self.daemon.room.join(self.listener, seen)
+            self.daemon.room.join(self, seen)
+
+    def is_member(self) -> bool:
+        """Whether it has joined, and hasn't been turned away."""
+        return self in self.daemon.room.listeners
+
+    # --- the way in ---
 
     def on_message(self, message: str | bytes) -> None:
-        listener = self.listener
-        if listener is None:
-            return  # it has been turned away
-        listener.heard = asyncio.get_running_loop().time()
+        if not self.is_member():
+            return
         try:
-            act = parse_act({"type": "say", "text": message}) if listener.plain else parse_frame(message)
-            self.take(listener.member, act, listener.settled)
-            listener.member.refusals = 0
+            act = parse_act({"type": "say", "text": message}) if self.plain else parse_frame(message)
+            self.take(self.member, act, self.settled)
+            self.member.refusals = 0
             self.taken = True
         except Refused as refused:
-            listener.refuse(refused)
-            listener.member.refusals += 1
-            if listener.member.refusals > IGNORED_REFUSALS:
+            self.tell_refused(refused)
+            self.member.refusals += 1
+            if self.member.refusals > IGNORED_REFUSALS:
                 self.shut(4429, "too fast")
 
     def count(self, size: int) -> bool:
         """Counts a frame that has been read; whether there were too many, and the socket is closed."""
         self.frames += 0 if self.taken else 1 + size // 1024
         self.taken = False
-        if self.frames > FRAMES_A_TICK and self.listener:
+        if self.frames > FRAMES_A_TICK and self.is_member():
             self.shut(4429, "too many frames")
         return self.frames > FRAMES_A_TICK
 
-    def on_pong(self, data: bytes) -> None:
-        if self.listener:
-            self.listener.heard = asyncio.get_running_loop().time()
+    def settled(self, outcome: Outcome) -> None:
+        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        if isinstance(outcome, Refused):
+            self.tell_refused(outcome)
+        elif outcome.type == "message" and outcome.seq <= self.base:
+            self.tell(encode_message(outcome))
 
-    def shut(self, code: int, reason: str) -> None:
-        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
-        self.leave()
-        self.close(code, reason)
-        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+    def tell_refused(self, refused: Refused) -> None:
+        self.tell(encode(refused.event(self.language)))
 
-    def on_close(self) -> None:
-        self.daemon.sockets.discard(self)
-        self.daemon.visitors.leave(self.stream)
-        self.leave()
+    def tell(self, event: Encoded) -> None:
+        """Something for this client alone, if it is still there."""
+        if self.is_member():
+            self.send(Batch(event))
 
-    def leave(self) -> None:
-        """From now on nothing that comes in is heard, and nothing goes out."""
-        listener, self.listener = self.listener, None
-        if listener:
-            self.daemon.room.leave(listener)
-            self.daemon.presence.release(listener.member, self.daemon.config.grace_seconds)
-
-
-class SocketListener:
-    """The way out to one socket, and the reason why tornchat is fast.
-
-    A batch of events is bytes that were made once for everybody. While nothing waits here, `send` hands them straight
-    to the socket: no task, no future, none of the stream's bookkeeping. Only a client that can't take them at once
-    gets a backlog. It is bounded, and goes through the stream in chunks, each when the one before is out.
-    """
-
-    __slots__ = ("backlog", "base", "draining", "handler", "heard", "lagging", "member", "pinged", "plain", "put",
-                 "stream", "timed", "waiting_bytes", "waiting_events")  # fmt: skip
-
-    def __init__(self, handler: ChatSocket, member: Member) -> None:
-        self.handler, self.member, self.stream = handler, member, handler.stream
-        # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
-        tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
-        self.put: Callable[[memoryview], int | None] = self.stream.write_to_fd if tls else self.stream.socket.send
-        self.plain = handler.selected_subprotocol == "text"
-        self.base = 0
-        self.backlog: collections.deque[tuple[memoryview, int]] | None = None  # data, and how many live events in it
-        self.waiting_bytes = self.waiting_events = 0  # live ones in the backlog
-        self.draining: asyncio.Task[None] | None = None  # while there is a backlog
-        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+    # --- the way out ---
 
     def send(self, batch: Batch) -> None:
         """Live events. Too many of them in the backlog are the end: the client comes back when it can."""
         data = batch.lines if self.plain else batch.frames
-        if self.backlog is None and not self.stream.writing():
-            self.transmit(data)
+        if self.backlog is not None:
+            self.wait([(data, len(batch.events))])
+            self.waiting_bytes += len(data)
+            self.waiting_events += len(batch.events)
+            if self.too_slow():
+                self.shut(4008, "too slow")
             return
-        self.wait([(data, len(batch.events))])
-        self.waiting_bytes += len(data)
-        self.waiting_events += len(batch.events)
-        if self.too_slow():
-            self.shut(4008, "too slow")
+        try:
+            sent = self.transmit(data) or 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.stream.close()  # if it isn't, and on_close is on its way
+            return
+        if sent < len(data):
+            self.stream.write(data[sent:])
+            self.wait([])
 
     def too_slow(self) -> bool:
         """Whether too much waits, and for too long: who reads takes a large batch, and may need a moment for it."""
@@ -3805,24 +3709,12 @@ class SocketListener:
         lag = asyncio.get_running_loop().time() - self.lagging
         return lag > LAG_SECONDS or self.waiting_bytes > BACKLOG_MOST_BYTES
 
-    def transmit(self, data: memoryview) -> None:
-        """Straight to the socket; what that doesn't take goes through the stream."""
-        try:
-            sent = self.put(data) or 0
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.stream.close()  # if it isn't, and on_close is on its way
-            return
-        if sent < len(data):
-            self.stream.write(data[sent:])
-
     def replay(self, events: list[Encoded]) -> None:
         """History: shared with the ring and with everybody, so that it doesn't count as waiting, whatever its size."""
         self.wait([(memoryview(event.line if self.plain else event.frame), 0) for event in events])
 
     def wait(self, pieces: list[tuple[memoryview, int]]) -> None:
-        """Into the backlog, and out again as soon as the stream can take it."""
+        """Into the backlog, and out again as soon as the stream can take it: without a backlog the stream is empty."""
         if self.backlog is None:  # most connections never need one, and an empty one has 600 bytes
             self.backlog = collections.deque()
             self.lagging = asyncio.get_running_loop().time()
@@ -3832,41 +3724,26 @@ class SocketListener:
     async def drain(self) -> None:
         """Hands over the backlog, a chunk at a time."""
         with contextlib.suppress(tornado.iostream.StreamClosedError):
-            while self.backlog:
-                await self.stream.write(self.next_chunk(self.backlog))
+            while self.backlog or self.stream.writing():
+                await self.stream.write(self.next_chunk())
         self.backlog = self.draining = None
 
-    def next_chunk(self, backlog: collections.deque[tuple[memoryview, int]]) -> bytes:
+    def next_chunk(self) -> bytes:
         """The oldest of the backlog, as much as goes out well in one piece."""
         chunk: list[memoryview] = []
         size = 0
-        while backlog and size < CHUNK_BYTES:
-            data, events = backlog.popleft()
+        while self.backlog and size < CHUNK_BYTES:
+            data, events = self.backlog.popleft()
             chunk.append(data)
             size += len(data)
             self.waiting_bytes -= len(data) if events else 0
             self.waiting_events -= events
         return b"".join(chunk)
 
-    def settled(self, outcome: Outcome) -> None:
-        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
-        if isinstance(outcome, Refused):
-            self.refuse(outcome)
-        elif outcome.type == "message" and outcome.seq <= self.base:
-            self.tell(encode_message(outcome))
-
-    def refuse(self, refused: Refused) -> None:
-        self.tell(encode(refused.event(self.handler.language)))
-
-    def tell(self, event: Encoded) -> None:
-        """Something for this client alone, if it is still there."""
-        if self.handler.listener is self:
-            self.send(Batch(event))
-
     def heartbeat(self, now: float, time: Encoded) -> None:
         """Pings; a client that has been silent for two pings is dead, and waiting for its goodbye is no use."""
-        config = self.handler.daemon.config
-        self.handler.frames = 0
+        config = self.daemon.config
+        self.frames = 0
         if now - self.heard > 2 * config.ping_seconds:
             self.stream.close()
         elif now - self.pinged >= config.ping_seconds:
@@ -3877,99 +3754,98 @@ class SocketListener:
                 events.append(time)
             self.send(Batch(*events))
 
+    # --- the end ---
+
     def turn_away(self, refused: Refused) -> None:
-        """The end, and why."""
-        self.refuse(refused)
-        self.shut(CLOSE_CODES[refused.code], self.handler.reason(refused))
+        self.tell_refused(refused)
+        self.shut(CLOSE_CODES[refused.code], self.reason(refused))
 
     def shut(self, code: int, reason: str) -> None:
+        """The end in both directions; the client is told why. Tornado would listen to it for 5 s more."""
+        self.leave()
         self.backlog = None
-        self.handler.shut(code, reason)
+        self.close(code, reason)
+        asyncio.get_running_loop().call_later(self.daemon.config.goodbye_seconds, self.stream.close)
+
+    def on_close(self) -> None:
+        self.daemon.sockets.discard(self)
+        self.daemon.visitors.leave(self.stream)
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on nothing that comes in is heard, and nothing goes out."""
+        if self.is_member():
+            self.daemon.room.leave(self)
+            self.daemon.presence.release(self.member, self.daemon.config.grace_seconds)
 
 
 # === Polling ==========================================================================================================
-# GET and POST /messages: the room for whatever speaks HTTP. A request that waits is a listener like a socket; whatever
-# comes ends the waiting, and the answer is what the room says then.
+# GET and POST /messages, POST /acts: the room for whatever speaks HTTP. A request that waits is a listener like a
+# socket; whatever comes ends the waiting, and the answer is what the room says then.
+
+CURSOR = re.compile(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)")  # as clients give it back, "!": the store is away
+Cursor = tuple[Place, bool]  # how far a poller knows what has no seq, to any daemon; and whether the store was there
+News = tuple[list[Encoded], int, Cursor]  # what a poller is told, and from which seq and cursor it goes on
 
 
-class Cursor(NamedTuple):
-    """Up to where a poller has been told of what has no seq: the joined, the left, and the store's being away."""
-
-    place: Place  # of an event in the feed: any daemon understands it
-    available: bool
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self.place)) + ("" if self.available else "!")
-
-    @classmethod
-    def parse(cls, text: str) -> Cursor | None:
-        """What a client gives back; None if it is none of ours."""
-        match = re.fullmatch(r"([0-9]{1,15})-([0-9]{1,15})-([0-9]{1,15})(!?)", text)
-        return cls((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
-
-
-class News(NamedTuple):
-    """What a poller is told, and from where it goes on."""
-
-    events: list[Encoded]
-    seq: int
-    cursor: Cursor
+def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
+    """From where a poller goes on: as it says, or else where its last poll here ended; None if it says nonsense."""
+    match = CURSOR.fullmatch(member.told if given is None else given)
+    cursor = ((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
+    if given is None and (cursor is None or cursor[0] < room.notices_after):
+        return room.place, room.available
+    return cursor
 
 
 def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | None) -> News:
-    """What a poller is told, in the feed's order; a greeting first where it can't be told the rest alone."""
-    owed, gap = room.owed(seen)
+    """In the feed's order; a greeting first where somebody can't be told the rest alone."""
+    (owed, gap), newest = room.owed(seen), (room.place, room.available)
     events: list[Encoded] = []
-    if not gap["recovered"] or cursor is None or cursor.place < room.notices_after:
-        events, cursor = room.greeting(member, seen, gap), newest_cursor(room)
+    if not gap["recovered"] or cursor is None or cursor[0] < room.notices_after:
+        events, cursor = room.greeting(member, seen, gap), newest
+    told, available = cursor
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
     notices = [
         (event.seq, event.place, encoded)
         for event, encoded in room.notices
-        if event.place > cursor.place and room.concerns(event, member)
+        if event.place > told and room.concerns(event, member)
     ]
     size = 0
-    for seq, place, encoded in heapq.merge(messages, notices, key=lambda item: item[0]):
+    for seq, place, encoded in sorted([*messages, *notices], key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
-            return News(events, seq - (place == NOWHERE), cursor)
+            return events, seq - (place == NOWHERE), (told, available)
         size += len(encoded.frame)
         events.append(encoded)
-        cursor = cursor._replace(place=max(place, cursor.place))
-    if cursor.available != room.available:
+        told = max(place, told)
+    if available != room.available:
         events.append(encode_store(room.available))
-    return News(events, room.seq, newest_cursor(room))
+    return events, room.seq, newest
 
 
-def newest_cursor(room: Room) -> Cursor:
-    return Cursor(room.place, room.available)
-
-
-def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
-    """From where a poller goes on: as it says, or else where its last poll here ended."""
-    if given is not None:
-        return Cursor.parse(given)
-    told = Cursor.parse(member.told)
-    return told if told and told.place >= room.notices_after else newest_cursor(room)
-
-
-class EventHandler(BaseHandler):
-    """What a member asks for without a socket."""
+class ActsHandler(BaseHandler):
+    """POST /acts: whatever a socket takes. What else a member asks for without a socket is made of this."""
 
     only_json = True
-    gone = False
 
-    def compute_etag(self) -> None:
-        """None: hashing answers that are never the same costs more than the rest of them."""
+    async def post(self) -> None:
+        """201 when the store has it."""
+        member = await self.admit(self.current_user)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.take(member, self.asked(), outcome.set_result)
+        stored = await outcome
+        if isinstance(stored, Refused):
+            raise stored
+        self.release(member)
+        self.set_status(201)
+        self.finish(self.daemon.room.state.encode(stored).json)
 
-    def on_connection_close(self) -> None:
-        """The client has hung up: nothing is kept for it."""
-        super().on_connection_close()
-        self.gone = True
+    def asked(self) -> Event:
+        return parse_act(parse_object(self.request.body))
 
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
         config = self.daemon.config
-        rest = 0 if self.gone else config.poll_seconds - self.request.request_time()
+        rest = 0 if self.stream.closed() else config.poll_seconds - self.request.request_time()
         self.daemon.presence.release(member, max(config.grace_seconds, rest))
 
     def refuse(self, refused: Refused) -> None:
@@ -3979,84 +3855,70 @@ class EventHandler(BaseHandler):
         self.finish(refused.event(self.language))
 
 
-class MessagesHandler(EventHandler):
-    """GET and POST /messages."""
+class MessagesHandler(ActsHandler):
+    """GET and POST /messages; while a GET waits it is the member's listener."""
 
-    listener: PollListener | None = None
+    member: Member
+    base = 0
+    refused: Refused | None = None  # why it waits no more
+
+    def initialize(self, daemon: Daemon) -> None:
+        super().initialize(daemon)
+        self.woken = asyncio.Event()  # there is a reason to answer
 
     async def get(self) -> None:
         """The events after `after`; if there are none, those that come within `wait` seconds."""
-        wait = self.wait()
-        member = await self.admit(self.current_user)
+        wait = self.patience()
+        self.member = await self.admit(self.current_user)
         try:
-            self.tell(member, await self.news(member, wait))
+            news = await self.news(wait)
         finally:
-            self.release(member)
+            self.release(self.member)
+        if not self.stream.closed():
+            self.tell(*news)
 
-    def wait(self) -> float:
+    def patience(self) -> float:
         """How long the client is ready to wait, in s. Raises Refused."""
-        try:
-            wait = float(self.get_query_argument("wait", "0"))
-        except ValueError:
-            wait = math.nan
-        if not wait >= 0:
+        wait = self.get_query_argument("wait", "0")
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", wait):
             raise Refused("bad-frame", "bad-wait", limit=POLL_SECONDS)
-        return min(wait, POLL_SECONDS)
+        return min(float(wait), POLL_SECONDS)
 
-    async def news(self, member: Member, wait: float) -> News:
-        """What this poll is told. Raises Refused."""
+    async def news(self, wait: float) -> News:
+        """As `news_since`, after a wait where that is nothing. Raises Refused."""
         room, seen = self.daemon.room, self.seen()
         await self.daemon.feed.catch_up(seen)
-        cursor = cursor_of(room, member, self.get_query_argument("last", None))
-        if wait and not (self.gone or news_since(room, member, seen, cursor).events):
-            await self.listen(member, wait)
-        return news_since(room, member, seen, cursor)
+        cursor = cursor_of(room, self.member, self.get_query_argument("last", None))
+        if wait and not (self.stream.closed() or news_since(room, self.member, seen, cursor)[0]):
+            await self.listen(wait)
+        return news_since(room, self.member, seen, cursor)
 
-    async def listen(self, member: Member, wait: float) -> None:
+    async def listen(self, wait: float) -> None:
         """Until there is news, or time is over, or nobody waits any more. Raises Refused."""
-        if len(member.listeners) >= SOCKETS_A_SESSION:
+        daemon = self.daemon
+        if len(self.member.listeners) >= SOCKETS_A_SESSION:
             raise Refused("too-many-tabs", limit=SOCKETS_A_SESSION)
         self.request.body, self.request.body_arguments = b"", {}  # nothing that a GET may have brought is kept
-        self.listener = PollListener(member)
-        daemon = self.daemon
-        with daemon.limits.poll(self.address):
-            daemon.room.register(self.listener)
+        most = math.inf if is_this_machine(self.address) else POLLS_AN_ADDRESS
+        with at_most(most, daemon.limits.polls, self.address, Refused("too-fast", retry_after=1)):
+            daemon.room.register(self)
             daemon.visitors.join(self.stream)
             try:
-                async with asyncio.timeout(wait):
-                    await self.listener.news.wait()
-            except TimeoutError:
-                pass
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self.woken.wait()
             finally:
-                daemon.room.leave(self.listener)
+                daemon.room.leave(self)
                 daemon.visitors.wait(self.stream)
-        if self.listener.refused:
-            raise self.listener.refused
+        if self.refused:
+            raise self.refused
         await daemon.limits.turn(self.address, self.stream, cost=0)
 
-    def on_connection_close(self) -> None:
-        super().on_connection_close()
-        if self.listener:
-            self.listener.news.set()
-
-    def tell(self, member: Member, news: News) -> None:
-        if self.gone:
-            return
-        member.told = str(news.cursor)
-        place = to_json({"seq": news.seq, "epoch": self.daemon.room.epoch, "last": member.told}).encode()
-        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in news.events]), place[1:]))
-
-    async def post(self) -> None:
-        """Says something: 201 when the store has it."""
-        member = await self.admit(self.current_user)
-        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.take(member, self.asked(), outcome.set_result)
-        stored = await outcome
-        if isinstance(stored, Refused):
-            raise stored
-        self.set_status(201)
-        self.finish(self.daemon.room.state.encode(stored).json)
-        self.release(member)
+    def tell(self, events: Sequence[Encoded], seq: int, cursor: Cursor) -> None:
+        place, available = cursor
+        self.member.told = "-".join(map(str, place)) + "!" * (not available)
+        end = to_json({"seq": seq, "epoch": self.daemon.room.epoch, "last": self.member.told}).encode()
+        self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in events]), end[1:]))
 
     def asked(self) -> Event:
         return parse_act({**self.fields(), "type": "say"})
@@ -4065,19 +3927,35 @@ class MessagesHandler(EventHandler):
         """Those of the body, JSON or form. Raises Refused."""
         if self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json":
             return parse_object(self.request.body)
-        values = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
-        number = whole_number(values.pop("re") or "")
-        return {name: value for name, value in (*values.items(), ("re", number)) if value is not None}
+        values: dict[str, Any] = {name: self.field(name) for name in ("text", "cid", "re", "picture")}
+        values["re"] = whole_number(values["re"] or "")
+        return {name: value for name, value in values.items() if value is not None}
 
+    # --- as a listener ---
 
-class ActsHandler(MessagesHandler):
-    """POST /acts: whatever a socket takes."""
+    def wake(self, refused: Refused | None = None) -> None:
+        self.refused = self.refused or refused
+        self.woken.set()
 
-    async def get(self) -> None:
-        raise tornado.web.HTTPError(405)
+    def send(self, batch: Batch) -> None:
+        self.wake()
 
-    def asked(self) -> Event:
-        return parse_act(parse_object(self.request.body))
+    def replay(self, events: list[Encoded]) -> None:
+        """There is another history."""
+        self.wake()
+
+    def heartbeat(self, now: float, time: Encoded) -> None:
+        """A request needs no sign of life: its end is near."""
+
+    turn_away = wake
+
+    def shut(self, code: int, reason: str) -> None:
+        """The end of the session, or of the daemon."""
+        self.wake(Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1))
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        self.wake()
 
 
 class TranscriptHandler(BaseHandler):
@@ -4097,20 +3975,15 @@ class TranscriptHandler(BaseHandler):
         name = f"{daemon.config.title}-{datetime.date.today()}.{'json' if as_json else 'txt'}"
         self.set_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=UTF-8")
         self.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}")
-        try:
-            await self.send_all(as_json)
-        except STORE_ERRORS:  # gone, as the client may be, or too slow: half a file must not look like a whole one
-            self.stream.close()
+        await self.deliver_pieces(self.pieces(as_json))
 
-    async def send_all(self, as_json: bool) -> None:
-        """Piece by piece, as the client takes them. Raises STORE_ERRORS."""
-        daemon = self.daemon
-        async for page in daemon.store.pages("-", id_text(daemon.feed.memory.last)):
-            for event in itertools.chain.from_iterable(decode_events(entry.raw) for entry in page):
-                if event.type == "message" and not daemon.room.state.is_deleted(event.seq):
-                    self.write(transcript_line(event, as_json))
-            async with asyncio.timeout(daemon.config.answer_seconds):
-                await self.flush()
+    async def pieces(self, as_json: bool) -> AsyncIterator[bytes]:
+        """A page of the feed each. Raises STORE_ERRORS."""
+        is_deleted = self.daemon.room.state.is_deleted
+        async for page in self.daemon.store.pages("-", id_text(self.daemon.feed.memory.last)):
+            events = itertools.chain.from_iterable(decode_events(entry.raw) for entry in page)
+            said = [event for event in events if event.type == "message" and not is_deleted(event.seq)]
+            yield b"".join([transcript_line(event, as_json) for event in said])
 
 
 def transcript_line(event: Event, as_json: bool) -> bytes:
@@ -4122,50 +3995,24 @@ def transcript_line(event: Event, as_json: bool) -> bytes:
     return f"{datetime.datetime.fromtimestamp(event.ts / 1000).astimezone():%Y-%m-%d %H:%M:%S} {line}\n".encode()
 
 
-class PollListener:
-    """A request that waits: whatever comes ends the waiting, and the answer is what the room says then."""
-
-    __slots__ = ("base", "member", "news", "refused")
-
-    def __init__(self, member: Member) -> None:
-        self.member, self.base = member, 0
-        self.news = asyncio.Event()
-        self.refused: Refused | None = None
-
-    def send(self, batch: Batch) -> None:
-        self.news.set()
-
-    def replay(self, events: list[Encoded]) -> None:
-        """There is another history."""
-        self.news.set()
-
-    def heartbeat(self, now: float, time: Encoded) -> None:
-        """A request needs no sign of life: its end is near."""
-
-    def refuse(self, refused: Refused) -> None:
-        self.refused = refused
-        self.news.set()
-
-    turn_away = refuse
-
-    def shut(self, code: int, reason: str) -> None:
-        """The end of the session, or of the daemon."""
-        self.refuse(self.refused or (Refused("logout") if code == 4401 else Refused("unavailable", retry_after=1)))
-
-
 # === Pictures =========================================================================================================
 # POST /pictures and GET /pictures/ID. What a file is is read from its bytes, and it must be that from the first to the
 # last one. It comes whole, bounded in size and number; it goes piece by piece, so that a slow reader costs one piece.
 
 
+MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
+SVG = re.compile(rb"<svg\s+\w")  # as this would
+SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
+AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
+
+
 def measure_picture(data: bytes) -> tuple[int, int]:
     """Width and height in pixels. Raises Refused where it is no whole picture of the types that all browsers show."""
-    measure = {"image/png": png_size, "image/jpeg": jpeg_size, "image/webp": webp_size, "image/gif": gif_size}
     kind = picture_type(data)
     if kind is None:
         raise Refused("bad-picture", "picture-type")
     try:
-        width, height = measure[kind](data)
+        width, height = PICTURE_TYPES[kind][1](data)
     except (ValueError, IndexError, StopIteration, struct.error):
         raise Refused("bad-picture", "picture-broken") from None
     text = data.lower()
@@ -4176,32 +4023,24 @@ def measure_picture(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-MARKUP = (b"<!doctype", b"<html", b"<script", b"<iframe")  # of a page that would also be a picture,
-SVG = re.compile(rb"<svg\s+\w")  # as this would
-SEGMENT = re.compile(rb"\xff+([^\x00\xff])")  # of JPEG: how one begins, ...
-AFTER_PIXELS = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # ... and where the pixels end
-
-
 def picture_type(data: bytes) -> str | None:
     """As the first bytes tell it, for Content-Type."""
-    if data[:4] == b"RIFF":
-        return "image/webp" if data[8:12] == b"WEBP" else None
-    signatures = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF87a": "gif", b"GIF89a": "gif"}
-    return next((f"image/{kind}" for start, kind in signatures.items() if data.startswith(start)), None)
+    return next((kind for kind, (beginning, _) in PICTURE_TYPES.items() if re.match(beginning, data)), None)
 
 
 def png_size(data: bytes) -> tuple[int, int]:
     """Of its header (PNG 11.2.2), where all chunks are whole and the last one ends the file. Raises ValueError."""
-    at, kinds, parts = 8, list[bytes](), iter(range(PICTURE_PARTS))
-    while at < len(data):
-        next(parts)
+    at, kinds = 8, list[bytes]()
+    while at < len(data) and len(kinds) < PICTURE_PARTS:
         length, kind = struct.unpack_from(">I4s", data, at)
         (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
         if checksum != zlib.crc32(data[at + 4 : at + 8 + length]):
             raise ValueError
         at += 12 + length
         kinds.append(kind)
-    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds or kinds.index(b"IEND") < len(kinds) - 1:
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or b"IDAT" not in kinds:
+        raise ValueError
+    if at != len(data) or kinds.index(b"IEND") < len(kinds) - 1:
         raise ValueError
     width, height = struct.unpack_from(">II", data, 16)
     return width, height
@@ -4227,11 +4066,10 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
 
 def webp_size(data: bytes) -> tuple[int, int]:
     """Of its canvas (RFC 9649), which its picture fills, where all chunks fill the file. Raises ValueError."""
-    at, sizes, filled, parts = 12, set[tuple[int, int]](), False, iter(range(PICTURE_PARTS))
+    at, kinds, sizes = 12, list[bytes](), set[tuple[int, int]]()
     if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
         raise ValueError
-    while at < len(data):
-        next(parts)
+    while at < len(data) and len(kinds) < PICTURE_PARTS:
         kind, length = struct.unpack_from("<4sI", data, at)
         head = int.from_bytes(data[at + 8 : at + 18], "little")
         if kind == b"VP8X":
@@ -4240,9 +4078,9 @@ def webp_size(data: bytes) -> tuple[int, int]:
             sizes.add(((head >> 8 & 0x3FFF) + 1, (head >> 22 & 0x3FFF) + 1))
         elif kind == b"VP8 ":
             sizes.add((head >> 48 & 0x3FFF, head >> 64 & 0x3FFF))
-        filled |= kind in (b"VP8L", b"VP8 ", b"ANMF")
         at += 8 + length + length % 2
-    if at != len(data) or not filled or len(sizes) != 1:
+        kinds.append(kind)
+    if at != len(data) or len(sizes) != 1 or not {b"VP8L", b"VP8 ", b"ANMF"}.intersection(kinds):
         raise ValueError
     return sizes.pop()
 
@@ -4276,11 +4114,20 @@ def gif_colors(flags: int) -> int:
     return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
 
 
+PICTURE_TYPES = {  # how a file of that type begins, and what measures it
+    "image/png": (rb"\x89PNG\r\n\x1a\n", png_size),
+    "image/jpeg": (rb"\xff\xd8\xff", jpeg_size),
+    "image/webp": (rb"(?s:RIFF....WEBP)", webp_size),
+    "image/gif": (rb"GIF8[79]a", gif_size),
+}
+
+
 @tornado.web.stream_request_body
-class PicturesHandler(EventHandler):
+class PicturesHandler(ActsHandler):
     """POST /pictures: takes one, and tells the id to say it with."""
 
     sender: Member | None = None
+    received: bytearray | None = None  # of what is on its way in, and isn't refused
     refused: Refused | None = None
 
     async def prepare(self) -> None:
@@ -4288,7 +4135,6 @@ class PicturesHandler(EventHandler):
         await super().prepare()
         if (whole_number(self.request.headers.get("Content-Length", "")) or 0) > 2 * PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)  # that is too much to wait for
-        self.received = bytearray()
         connection: Any = self.request.connection
         connection.set_max_body_size(2 * PICTURE_BYTES)
         connection.set_body_timeout(self.daemon.config.picture_seconds)
@@ -4302,50 +4148,66 @@ class PicturesHandler(EventHandler):
         limits, uploads, browser = self.daemon.limits, self.daemon.uploads, member.sid[:BROWSER_CHARS]
         if not self.daemon.config.pictures:
             raise Refused("no-picture", "pictures-off")
-        if browser in uploads or len(uploads) >= UPLOADS_AT_ONCE:
+        if browser in uploads:
             raise Refused("too-fast", retry_after=1)
+        surplus = self.surplus() if len(uploads) >= UPLOADS_AT_ONCE else None
         if not self.daemon.room.is_host(member):
             if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
                 raise silenced
-            limits.pace(limits.messages, self.address, cost=0)
-            limits.pace(limits.says, browser, cost=PICTURE_COST)
-            limits.pace(limits.messages, self.address, cost=PICTURE_COST)
-        self.sender = member
-        uploads.add(browser)
+            limits.messages.pace(self.address, cost=0)
+            limits.says.pace(browser, cost=PICTURE_COST)
+            limits.messages.pace(self.address, cost=PICTURE_COST)
+        if surplus:
+            surplus.end(Refused("too-fast", retry_after=1))
+        self.sender, self.received = member, bytearray()
+        uploads[browser] = self
+
+    def surplus(self) -> PicturesHandler:
+        """Which upload ends for this one: the oldest from the address with most of them. Raises Refused where that
+        would not be fair: it has just begun, and as many come from this address.
+        """
+        coming = [upload for upload in self.daemon.uploads.values() if upload.received is not None]
+        counts = collections.Counter(upload.address for upload in coming)
+        oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
+        fair = oldest and counts[oldest.address] > counts[self.address] + 1
+        if oldest and (fair or oldest.request.request_time() >= UPLOAD_SECONDS):
+            return oldest
+        raise Refused("too-fast", retry_after=1)
 
     def data_received(self, chunk: bytes) -> None:
         """Of what is refused or too large nothing is kept."""
-        if self.sender and len(self.received) <= PICTURE_BYTES:
+        if self.received is not None and len(self.received) <= PICTURE_BYTES:
             self.received += chunk
 
     async def post(self) -> None:
         """201 when the store has it."""
-        if self.sender is None:
+        if not (sender := self.sender) or self.received is None:
             raise self.refused or Refused("unavailable")
-        if len(self.received) > PICTURE_BYTES:
+        data, self.received = bytes(self.received), None
+        if len(data) > PICTURE_BYTES:
             raise Refused("too-long", "picture-large", limit=PICTURE_BYTES // 1024)
-        width, height = await asyncio.to_thread(measure_picture, data := bytes(self.received))  # it may take 100 ms
-        id = self.picture_id(self.sender, f"{secrets.token_hex(8)}-{width}x{height}")
+        width, height = await asyncio.to_thread(measure_picture, data)  # it may take 100 ms
+        id = self.picture_id(sender, f"{secrets.token_hex(8)}-{width}x{height}")
         try:
             await self.daemon.store.add_picture(id, data)
         except STORE_ERRORS:
             raise Refused("unavailable", retry_after=self.daemon.config.retry_seconds) from None
+        self.release(sender)
         self.set_status(201)
         self.finish(picture_fields(id))
-        self.release(self.sender)
 
     def on_finish(self) -> None:
-        """Called by Tornado when the answer is out."""
         self.end()
 
     def on_connection_close(self) -> None:
-        """The client has hung up."""
         super().on_connection_close()
         self.end()
 
-    def end(self) -> None:
+    def end(self, refused: Refused | None = None) -> None:
+        """Nothing of it is kept any more."""
         if self.sender:
-            self.daemon.uploads.discard(self.sender.sid[:BROWSER_CHARS])
+            del self.daemon.uploads[self.sender.sid[:BROWSER_CHARS]]
+            self.sender, self.received, self.refused = None, None, refused
 
 
 class PictureHandler(BaseHandler):
@@ -4365,24 +4227,18 @@ class PictureHandler(BaseHandler):
         self.set_header("Content-Length", size)
         self.set_header("Content-Security-Policy", "default-src 'none'; sandbox")
         self.set_header("Cache-Control", f"private, max-age={PICTURE_DAYS * 86400}, immutable")
-        try:
-            await self.send(id, piece, size)
-        except STORE_ERRORS:  # gone, as the client, the picture or the store may be: the answer stays incomplete
-            self.stream.close()
+        await self.deliver_pieces(self.pieces(id, piece, size))
 
-    async def send(self, id: str, piece: bytes, size: int) -> None:
-        """Each piece when the one before has been taken. Raises STORE_ERRORS."""
-        sent = 0
-        while True:
-            self.write(piece)
-            async with asyncio.timeout(self.daemon.config.answer_seconds):
-                await self.flush()
-            sent += len(piece)
-            if sent >= size:
-                return
+    async def pieces(self, id: str, piece: bytes, size: int) -> AsyncIterator[bytes]:
+        """The rest is read as it is needed. Raises STORE_ERRORS."""
+        yield piece
+        sent = len(piece)
+        while sent < size:
             piece, _ = await self.daemon.store.read_picture(id, sent)
             if not piece:
                 raise ConnectionError("the picture is gone")
+            yield piece
+            sent += len(piece)
 
 
 # === Addresses and banner =============================================================================================
@@ -4567,8 +4423,9 @@ class Door(socket.socket):
             self.visitors.crowded = False
             self.pause(CROWD_SECONDS)
             raise BlockingIOError
+        full = len(self.visitors.open) >= file_limit() - SPARE_FILES
         try:
-            if (full := self.full()) and not self.visitors.quiet:
+            if full and not self.visitors.quiet:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             newcomer = super().accept()  # nobody has to leave before somebody is there
             if full:
@@ -4582,9 +4439,6 @@ class Door(socket.socket):
                 self.logged = time.monotonic()
                 log.warning("full: newcomers wait until somebody leaves (%s; `ulimit -n` allows more)", error.strerror)
         raise BlockingIOError
-
-    def full(self) -> bool:
-        return len(self.visitors.open) >= file_limit() - SPARE_FILES
 
     def pause(self, seconds: float) -> None:
         """Accepts nobody for a while."""
@@ -4672,7 +4526,7 @@ class Daemon:
             host.lower().removesuffix(".") for host in (socket.gethostname(), *config.allow_host)
         )
         self.sockets: set[ChatSocket] = set()  # all that are open, joined or not
-        self.uploads: set[str] = set()  # browsers that are sending a picture
+        self.uploads: dict[str, PicturesHandler] = {}  # of browsers that are sending a picture, the oldest first
         self.limits, self.visitors = Limits(config.rate), Visitors()
         for bound in ports:
             bound.visitors = self.visitors
@@ -4973,8 +4827,7 @@ class Client:
         self.state = "js_state_connecting"  # of the connection: its word
         self.backoff = Backoff(RETRY_SECONDS)
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
-        self.replay_end = 0  # up to this seq it is history
-        self.skipped = 0  # and up to this one, older than what the user wants
+        self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
         self.count = 0
         self.outbox: dict[str, str] = {}  # cid -> text of what isn't confirmed, in order
@@ -5147,6 +5000,7 @@ class Client:
             self.resolve(frame.get("cid"))
         if not deleted:
             self.recent[seq] = name, quoted(self.text_of(frame))
+        if seq > self.skipped:
             self.on_act({"kind": "react", "to": seq, "counts": frame.get("counts")})
         if len(self.recent) > RECENT_MESSAGES:
             del self.recent[next(iter(self.recent))]
@@ -5271,8 +5125,8 @@ def obey(client: Client, typed: str) -> bool:
         case "/who":
             client.view.notice(client.people(client.count))
         case "/help":
-            is_host = client.name in client.hosts
-            client.view.notice("\n".join(client.words[key] for key in ["term_help", "term_help_host"][: 1 + is_host]))
+            more = f"\n{client.words['term_help_host']}" if client.name in client.hosts else ""
+            client.view.notice(client.words["term_help"] + more)
         case "/time":
             client.view.notice(room_time(client, rest.strip()))
         case _ if re.match("/(?!/)", command):
@@ -5408,7 +5262,7 @@ class Lines:
             raise FatalError("" if isinstance(error, BrokenPipeError) else error.strerror) from None
 
     def notice(self, text: str, *, minor: bool = False) -> None:
-        if self.typed or self.config.verbose or not minor:
+        if not minor or self.config.verbose or (self.typed and not self.config.quiet):
             with contextlib.suppress(BrokenPipeError):
                 print(lines_for(sys.stderr, f"tornchat: {text}"), file=sys.stderr, flush=True)
 
@@ -5707,7 +5561,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[list[str], Callable[[str], Any]]]]:
-    """And for each setting, its variables in the environment, the first of which counts, and what its value must be."""
+    """The parser; and for each setting its variables in the environment, the best first, and what its value must be."""
     parser = argparse.ArgumentParser(
         prog="tornchat",
         usage=argparse.SUPPRESS,  # the manual begins with it, and a mistake is one line
