@@ -6025,7 +6025,11 @@ class TestWriting(Transcripts):
             for text in ("first", "second"):
                 await ann.say(text)
             await ann.shows_messages("first", "second")
-            for key, text in (("Up", "second"), ("Up", "first"), ("Up", "first"), ("Down", "second"), ("Down", "")):
+            for key, text in zip(
+                ("Up", "Left", "Up", "Up", "Down", "Down"),
+                ("second", "second", "first", "first", "second", ""),
+                strict=True,
+            ):
                 await ann.keys(f"Arrow{key}")
                 await ann.written(text)
             await ann.page.reload()

@@ -7189,13 +7189,15 @@ function complete(name) {
 }
 
 function onKey(event) {
+  const {key, shiftKey, ctrlKey, altKey, metaKey} = event;
+  const plain = !(shiftKey || ctrlKey || altKey || metaKey);
+  const step = {ArrowUp: -1, ArrowDown: 1}[key];
   if (event.isComposing || event.keyCode === 229) return;  // 229: Safari ends a composition before its Enter
-  const plain = !event.shiftKey && !event.ctrlKey && !event.altKey && !event.metaKey;
-  if (event.key === 'Enter' && !event.shiftKey) return submit(event);
-  if (event.key === 'Escape' && !offer) setReply(null);
-  if (event.key === 'Escape') showOffer(null);
-  if (event.key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
-  else if (!(plain && event.key.startsWith('Arrow') && recall({ArrowUp: -1, ArrowDown: 1}[event.key]))) return;
+  if (key === 'Enter' && !shiftKey) return submit(event);
+  if (key === 'Escape' && !offer) setReply(null);
+  if (key === 'Escape') showOffer(null);
+  if (key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
+  else if (!(plain && step && recall(step))) return;
   event.preventDefault();
 }
 
