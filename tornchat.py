@@ -6834,8 +6834,10 @@ function showPresence(type, names) {  // lines are folded, and who is back at on
   if (lastRow()?.dataset.kind !== 'presence') passing = {joined: new Set(), left: new Set()};
   const undone = passing[type === 'joined' ? 'left' : 'joined'];
   for (const name of names) if (name !== me && !undone.delete(name)) passing[type].add(name);
-  const kinds = Object.keys(passing).filter((kind) => passing[kind].size);
-  notice('presence', kinds.map((kind) => fill(words[kind], {names: listed(passing[kind])})).join(' · '));
+  const {joined, left} = passing;
+  const came = joined.size ? fill(words.joined, {names: listed(joined)}) : '';
+  const went = left.size ? fill(words.left, {names: listed(left)}) : '';
+  notice('presence', came && went ? `${came} · ${went}` : came || went);
 }
 
 function forgetHistory() {  // what was read stays readable, greyed, but it is no longer the room's
@@ -6930,7 +6932,8 @@ function stateName() {
 }
 
 function stateSentence(state) {
-  return phase === 'closed' ? closing : words[state === 'connected' && polling ? 'state_polling' : `state_${state}`];
+  if (phase === 'closed') return closing;
+  return state === 'connected' && polling ? words.state_polling : words[`state_${state}`];
 }
 
 function showState() {
@@ -7154,13 +7157,15 @@ function complete(name) {
 }
 
 function onKey(event) {
+  const {key, shiftKey, ctrlKey, altKey, metaKey} = event;
+  const plain = !(shiftKey || ctrlKey || altKey || metaKey);
+  const step = {ArrowUp: -1, ArrowDown: 1}[key];
   if (event.isComposing || event.keyCode === 229) return;  // 229: Safari ends a composition before its Enter
-  const plain = !event.shiftKey && !event.ctrlKey && !event.altKey && !event.metaKey;
-  if (event.key === 'Enter' && !event.shiftKey) return submit(event);
-  if (event.key === 'Escape' && !offer) setReply(null);
-  if (event.key === 'Escape') showOffer(null);
-  if (event.key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
-  else if (!(plain && event.key.startsWith('Arrow') && recall({ArrowUp: -1, ArrowDown: 1}[event.key]))) return;
+  if (key === 'Enter' && !shiftKey) return submit(event);
+  if (key === 'Escape' && !offer) setReply(null);
+  if (key === 'Escape') showOffer(null);
+  if (key === 'Tab' && plain && offer) complete(offer.names[offer.turn]);
+  else if (!(plain && step && recall(step))) return;
   event.preventDefault();
 }
 
