@@ -9762,8 +9762,12 @@ def main(*arguments: str) -> int:
                 for daemons in (1, 4):
                     bench_store(url, daemons)
             asyncio.run(bench_page())
-        case ["bench", "page" | "phone" | "transports" as what]:
-            asyncio.run({"page": bench_page, "phone": bench_phone, "transports": bench_transports}[what]())
+        case ["bench", "page"]:
+            asyncio.run(bench_page())
+        case ["bench", "phone"]:
+            asyncio.run(bench_phone())
+        case ["bench", "transports"]:
+            asyncio.run(bench_transports())
         case ["bench", "floods", *kinds]:
             if not kinds:
                 bench_stalled()
