@@ -1551,6 +1551,25 @@ class TestFeed(Transcripts):
         await feeds.redis.delete(feeds.place.key("leases"))
         await until(lambda: carl.key not in feed.room.roster)
 
+    async def test_two_daemons_begin(self, feeds: Feeds) -> None:
+        """Of two daemons that find no feed, only the first begins one."""
+        feed = await feeds.start()
+        before = await feeds.redis.xrange(feeds.key)
+        await feed.store.open_epoch(feed.store.now() + 1)
+        assert await feeds.redis.xrange(feeds.key) == before
+
+    async def test_trimmed_by_hand(self, feeds: Feeds) -> None:
+        """A feed that somebody trimmed to its newest entries is the same feed: nobody is told anything."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        for n in range(5):
+            say(feed, ann, f"{n}")
+        await feeds.settled(5)
+        await feeds.redis.xtrim(feeds.key, maxlen=1, approximate=False)
+        say(feed, ann, "on")
+        await feeds.settled(6)
+        assert len(ann.of("welcome")) == 1
+
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start;
         and that entry is still known when the store forgets what came after it.
