@@ -9752,6 +9752,13 @@ async def bench_phone(seconds: int = 20, rate: int = 20) -> None:
     print(f"keys answered after {statistics.median(keys):.0f} ms (median)")
 
 
+PAGE_BENCHES: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+    "page": bench_page,
+    "phone": bench_phone,
+    "transports": bench_transports,
+}
+
+
 def main(*arguments: str) -> int:
     """The tests, or what else this file can do."""
     match arguments:
@@ -9762,12 +9769,8 @@ def main(*arguments: str) -> int:
                 for daemons in (1, 4):
                     bench_store(url, daemons)
             asyncio.run(bench_page())
-        case ["bench", "page"]:
-            asyncio.run(bench_page())
-        case ["bench", "phone"]:
-            asyncio.run(bench_phone())
-        case ["bench", "transports"]:
-            asyncio.run(bench_transports())
+        case ["bench", "page" | "phone" | "transports" as what]:
+            asyncio.run(PAGE_BENCHES[what]())
         case ["bench", "floods", *kinds]:
             if not kinds:
                 bench_stalled()
