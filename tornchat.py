@@ -2746,10 +2746,10 @@ def at_most(most: float, counter: collections.Counter[str], name: str, refused: 
 
 
 class TokenBuckets:
-    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
+    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second; 0 = no limit."""
 
     def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
+        self.rate, self.burst = rate, burst if rate else math.inf
         self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
 
     def take(self, name: str, now: float, cost: float = 1) -> float:
@@ -2771,15 +2771,14 @@ class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
 
     def __init__(self, rate: float) -> None:
-        free = 0 if rate else math.inf
         self.logins = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)
         self.rejoins = TokenBuckets(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
         self.returns = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # of those, by address: an outage ends for all
-        self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by browser: a new tab or a logout fills no bucket
-        self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
-        self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
+        self.says = TokenBuckets(rate, max(1, rate * 5))  # by browser: a new tab or a logout fills no bucket
+        self.messages = TokenBuckets(CROWD * rate, RING_MESSAGES)
+        self.requests = TokenBuckets(REQUESTS_A_SECOND if rate else 0, REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
-        self.rest = 0 if free else TURN_SECONDS
+        self.rest = TURN_SECONDS if rate else 0
         self.guesses = collections.Counter[str]()  # wrong passwords that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
