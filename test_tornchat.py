@@ -6496,7 +6496,7 @@ class TestTruth(Transcripts):
             assert bob.names_in("left") == ["Eve"]
 
     async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
-        async with window(memory_lan) as ann:
+        async with window(memory_lan, restarts=True) as ann:  # a poll that ends with 401 stands in the console
             other = await ann.tab("?transport=polling")
             await other.shows("#state-text", "by polling")
             await ann.page.click("summary")

@@ -7030,7 +7030,7 @@ function showUnread(count) {
 
 function markRead() {
   if (after === null) return;
-  readTo = after;
+  readTo = Math.max(readTo, after);
   keep('read', {epoch, seq: readTo}, SHARED);
   if (unread) showUnread(0);
 }
