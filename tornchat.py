@@ -158,7 +158,6 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError, ResponseError, WatchError
-    from tornado.util import _websocket_mask
 except ImportError as missing:
     packages = " ".join(f'"{requirement}"' for requirement in REQUIREMENTS)
     sys.exit(f"tornchat lacks what it needs ({missing}): python -m pip install {packages}")
@@ -1277,14 +1276,17 @@ class Store:
         await self.redis.xadd(self.wishes, {"events": raw}, maxlen=WISHES, approximate=True)
 
     @bounded
-    async def forget(self, ids: set[Id], before: Id | None) -> None:
-        """Deletes these entries, and those before that one with all wishes: one may hold a copy of them."""
+    async def forget(self, ids: set[Id], pictures: set[str], cleared: Event | None) -> None:
+        """Deletes these entries and pictures, all from before the room was cleared, and then the wishes: one may hold a
+        copy of that.
+        """
         async with self.redis.pipeline() as pipe:
             if ids:
                 pipe.xdel(self.feed, *map(id_text, ids))
-            if before:
-                pipe.xtrim(self.feed, minid=id_text(before), approximate=False).xtrim(self.wishes, maxlen=0)
+            if cleared:
+                pipe.xtrim(self.feed, minid=id_text(cleared.entry), approximate=False).xtrim(self.wishes, maxlen=0)
             await pipe.execute()
+        await self.drop_pictures(pictures, cleared.ts if cleared else 0)
 
     # --- beginning, and putting back what was forgotten ---
 
@@ -2200,11 +2202,10 @@ class Memory:
 
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
-        id = cleared.place[:2]
         for entries in (self.kept, self.extent):
-            while entries and entries[0].id < id:
+            while entries and entries[0].id < cleared.entry:
                 entries.popleft()
-        self.notices = collections.deque(notice for notice in self.notices if notice >= id)
+        self.notices = collections.deque(notice for notice in self.notices if notice >= cleared.entry)
         self.cleared, self.to_trim = cleared, True
 
     def drop_notices(self) -> bool:
@@ -2224,31 +2225,28 @@ class Memory:
     async def have_forgotten(self, store: Store) -> None:
         """Has the store forget what it is to. Raises STORE_ERRORS."""
         cleared = self.cleared if self.to_trim else None
-        if self.to_erase or cleared:
-            await store.forget(self.to_erase, cleared.place[:2] if cleared else None)
-            self.to_erase.clear()
-        if self.pictures or cleared:
-            await store.drop_pictures(self.pictures, cleared.ts if cleared else 0)
-            self.pictures.clear()
+        if self.to_erase or self.pictures or cleared:
+            await store.forget(self.to_erase, self.pictures, cleared)
+        self.to_erase.clear()
+        self.pictures.clear()
         self.to_trim = False
 
 
-async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event]]]:
-    """All that the store holds, oldest first: entries and their events. Of what is older than so many messages only the
-    index is needed. Raises STORE_ERRORS.
+async def read_feed(store: Store, messages: int) -> list[tuple[Entry, list[Event], list[Event]]]:
+    """All that the store holds, oldest first: entries, their events, and those of them that count. Of what is older
+    than so many messages only the index is needed. Raises STORE_ERRORS.
     """
-    read: list[tuple[Entry, list[Event]]] = []
+    read: list[tuple[Entry, list[Event], list[Event]]] = []
     said = notices = 0
     async for page in store.pages():
         for entry in page:
             events = decode_events(entry.raw, entry.id)
-            talk = [event for event in events if event.type == "message"]
-            if notices >= FEED_NOTICES:  # some have been deleted since: the roster and the state know better
-                events = talk
             if said > messages:
                 entry, events = entry._replace(raw=b""), [event._replace(text="") for event in events]
+            talk = [event for event in events if event.type == "message"]
+            # Of the older notices some have been deleted: the roster and the state know better.
+            read.append((entry, events, talk if notices >= FEED_NOTICES else events))
             said, notices = said + len(talk), notices + (not talk)
-            read.append((entry, events))
     return read[::-1]
 
 
@@ -2285,15 +2283,16 @@ class Feed:
 
     async def run(self) -> NoReturn:
         """Absorbs what the reader brings and commits what waits in the outbox, for ever."""
-        pause = Backoff(self.config.retry_seconds)
+        failures = 0
         while True:
             await self.bell.wait()
             self.bell.clear()
             try:
                 await self.step()
-                pause.reset()
+                failures = 0
             except STORE_ERRORS as error:
-                await self.wait_for_store("writing", error, pause)
+                failures += 1
+                await self.wait_for_store("writing", error, failures)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2375,15 +2374,16 @@ class Feed:
 
     async def follow(self) -> NoReturn:
         """The reader: hands over what other daemons commit, for ever, and notices when the store is gone."""
-        pause, wish = Backoff(self.config.retry_seconds), b"%d-0" % self.store.now()
+        failures, wish = 0, b"%d-0" % self.store.now()
         while True:
             try:
                 self.read_to = max(self.read_to, self.memory.last)
                 entries, wishes = await self.store.follow(self.read_to, wish)
                 self.mark("reading")
-                pause.reset()
+                failures = 0
             except STORE_ERRORS as error:
-                await self.wait_for_store("reading", error, pause)
+                failures += 1
+                await self.wait_for_store("reading", error, failures)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2464,10 +2464,10 @@ class Feed:
         self.unsure = True
         self.bell.set()
 
-    async def wait_for_store(self, what: str, error: Exception, pause: Backoff) -> None:
+    async def wait_for_store(self, what: str, error: Exception, failures: int) -> None:
         self.mark(what, error)
         self.ring_for_look()
-        await pause()
+        await asyncio.sleep(backoff(failures, self.config.retry_seconds))
 
     async def catch_up(self, seen: ResumePoint) -> None:
         """Looks into the store where a client has seen more than this daemon. Raises Refused: that isn't known now."""
@@ -2529,10 +2529,10 @@ class Feed:
         if self.room.epoch:
             log.warning("the history in the store was replaced or damaged: it is read anew")
         self.memory = Memory(self.room)
-        for entry, events in read:
+        for entry, events, _ in read:
             self.memory.add(entry, events)
         self.read_to = self.memory.last = max(self.memory.last, newest.id)  # the newest entries may have been deleted
-        history = [event for _, events in read for event in events]
+        history = [event for *_, events in read for event in events]
         epoch = state.pop("epoch", "") or str(newest.id[0])
         self.room.adopt(epoch, self.memory.last, names, history, state)
         for event in history:
@@ -2595,18 +2595,11 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=0.02)
 
 
-class Backoff:
-    """Pauses that grow from 50 ms up to `longest` seconds, each shortened at random, so that daemons spread out."""
-
-    def __init__(self, longest: float) -> None:
-        self.longest, self.pause = longest, 0.0
-
-    def reset(self) -> None:
-        self.pause = 0.0
-
-    async def __call__(self) -> None:
-        self.pause = min(self.longest, self.pause * 2 or 0.05)
-        await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+def backoff(failures: int, longest: float) -> float:
+    """The pause in s after so many failures in a row: from 50 ms up to `longest`, shortened at random, so that daemons
+    and clients spread out.
+    """
+    return min(longest, 0.025 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
 # === Presence =========================================================================================================
@@ -2927,8 +2920,7 @@ def choose_language(header: str) -> str:
     for wish in header[:LANGUAGES_CHARS].lower().split(","):
         if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
-    ours = [tag for tag, quality in qualities.items() if tag in WORDS and quality]
-    return max(ours, key=lambda tag: qualities[tag], default="en")
+    return max((tag for tag in qualities if tag in WORDS and qualities[tag]), key=qualities.__getitem__, default="en")
 
 
 def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
@@ -3469,14 +3461,13 @@ CLOSE_CODES = {"no-session": 4401, "password": 4403, "invalid": 4403, "removed":
 
 
 class FrameReader(tornado.websocket.WebSocketProtocol13):
-    """Tornado's protocol, but it reads all that has come at once, and without the coroutines that would keep 4 KB a
-    connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
+    """Tornado's protocol, but it reads all that has come at once, and no coroutine waits for more: that would keep 4 KB
+    a connection. Each frame is counted; one that isn't masked closes the connection (RFC 6455, 5.1).
     """
 
     handler: ChatSocket
     unread = b""
-    opcode = 0  # of a message that has begun
-    message = b""
+    at = 0  # how many bytes of that belong to the frame which is being read
 
     async def _receive_frame_loop(self) -> None:
         """Called by Tornado after the handshake."""
@@ -3503,52 +3494,31 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
     def work(self) -> None:
         """Handles what is complete, but in one turn of the loop no more than others don't notice."""
         for _ in range(FRAMES_A_TURN):
-            before = len(self.unread)
-            frame = self.next_frame()
-            if frame is None:
+            self.at = 0
+            try:
+                self._receive_frame().send(None)  # all of it in one go
+            except StopIteration:
+                self.unread = self.unread[self.at :]
+            except UnicodeDecodeError:  # in the reason of a close
+                self._abort()
+            except BlockingIOError:
                 self.read()
                 return
-            self.handle(*frame)
-            if self.handler.count(before - len(self.unread)):
+            if self.handler.count(self.at):
                 return  # the client has been told, and no more of it is read
         asyncio.get_running_loop().call_soon(self.work)
 
-    def next_frame(self) -> tuple[int, bytes] | None:
-        """The first byte of a frame and its payload; None if it isn't complete, or the connection is closed."""
-        data = self.unread
-        if len(data) < 2 or self.client_terminated:
-            return None
-        size = data[1] & 0x7F
-        start = {126: 4, 127: 10}.get(size, 2)
-        if not data[1] & 0x80:
-            self.fail(1002, "unmasked")
-        elif data[0] & 0x70 or (data[0] & 0x8 and (size > 125 or not data[0] & 0x80)):  # no control frame is in parts
+    async def _read_bytes(self, n: int) -> bytes:
+        """Called by Tornado for each part of a frame. Raises BlockingIOError where that hasn't come yet."""
+        data = self.unread[self.at : self.at + n]
+        if len(data) < n:
+            raise BlockingIOError
+        if not self.at and not data[1] & 0x80:
+            self.close(1002, "unmasked")
             self._abort()
-        elif len(data) >= start + 4:
-            size = size if start == 2 else int.from_bytes(data[2:start], "big")
-            if size + len(self.message) > FRAME_BYTES:
-                self.fail(1009, "message too big")
-            elif len(data) >= (end := start + 4 + size):
-                self.unread = data[end:]
-                return data[0], _websocket_mask(data[start : start + 4], data[start + 4 : end])
-        return None
-
-    def handle(self, first: int, payload: bytes) -> None:
-        """A control frame, which may come within a message, or a part of a message."""
-        opcode = first & 0xF
-        if not opcode & 0x8:
-            if (opcode == 0) != bool(self.opcode):  # nothing to continue, or a message within another
-                self._abort()
-                return
-            self.opcode, self.message = self.opcode or opcode, self.message + payload
-            if not first & 0x80:
-                return
-            opcode, payload = self.opcode, self.message
-            self.opcode, self.message = 0, b""
-        try:
-            self._handle_message(opcode, payload)
-        except UnicodeDecodeError:  # in the reason of a close
-            self._abort()
+            raise BlockingIOError
+        self.at += n
+        return data
 
     def _write_frame(self, *frame: Any, **flags: Any) -> asyncio.Future[None]:
         """Called by Tornado for pongs and the close. What the socket doesn't take of them holds up all that follows."""
@@ -3556,11 +3526,6 @@ class FrameReader(tornado.websocket.WebSocketProtocol13):
         if self.stream.writing():
             self.handler.wait([])
         return written
-
-    def fail(self, code: int, reason: str) -> None:
-        """The client has broken a rule: the end."""
-        self.close(code, reason)
-        self._abort()
 
 
 class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
@@ -3805,11 +3770,8 @@ def news_since(room: Room, member: Member, seen: ResumePoint, cursor: Cursor | N
         events, cursor = room.greeting(member, seen, gap), newest
     told, available = cursor
     messages = [(seq, NOWHERE, encoded) for seq, encoded in enumerate(owed, room.seq - len(owed) + 1)]
-    notices = [
-        (event.seq, event.place, encoded)
-        for event, encoded in room.notices
-        if event.place > told and room.concerns(event, member)
-    ]
+    recent = [notice for notice in room.notices if notice[0].place > told and room.concerns(notice[0], member)]
+    notices = [(event.seq, event.place, encoded) for event, encoded in recent]
     size = 0
     for seq, place, encoded in sorted([*messages, *notices], key=lambda item: item[0]):
         if size and size + len(encoded.frame) > POLL_BYTES:
@@ -4169,8 +4131,9 @@ class PicturesHandler(ActsHandler):
         coming = [upload for upload in self.daemon.uploads.values() if upload.received is not None]
         counts = collections.Counter(upload.address for upload in coming)
         oldest = max(coming, key=lambda upload: counts[upload.address], default=None)
-        fair = oldest and counts[oldest.address] > counts[self.address] + 1
-        if oldest and (fair or oldest.request.request_time() >= UPLOAD_SECONDS):
+        if oldest and counts[oldest.address] > counts[self.address] + 1:
+            return oldest
+        if oldest and oldest.request.request_time() >= UPLOAD_SECONDS:
             return oldest
         raise Refused("too-fast", retry_after=1)
 
@@ -4397,8 +4360,7 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
 
 def log_request(handler: tornado.web.RequestHandler) -> None:
     """The access log: paths without their query, which may hold a password."""
-    request = handler.request
-    status = handler.get_status()
+    request, status = handler.request, handler.get_status()
     level = logging.ERROR if status == 500 else logging.DEBUG
     web_log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
 
@@ -4518,8 +4480,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 class Daemon:
     """A running room: what `python tornchat.py` starts, and what tests start in their own loop."""
 
-    def __init__(self, config: Config, ports: list[Door], tls: ssl.SSLContext | None) -> None:
-        self.config, self.ports, self.tls = config, ports, tls
+    def __init__(self, config: Config, ports: list[Door]) -> None:
+        self.config, self.ports, self.tls = config, ports, tls_context(config)
         self.port = int(ports[0].getsockname()[1])
         self.started = time.monotonic()
         self.hostnames = frozenset(
@@ -4544,7 +4506,7 @@ class Daemon:
             ports = bind(config)
             for port in ports:
                 undo.callback(port.close)
-            daemon = cls(config, ports, tls_context(config))
+            daemon = cls(config, ports)
             undo.push_async_callback(daemon.store.close)
             await wait_for_redis(config, daemon.feed.open)
             daemon.listen()
@@ -4825,7 +4787,7 @@ class Client:
         self.handshake: asyncio.Future[tornado.websocket.WebSocketClientConnection] | None = None
         self.socket: tornado.websocket.WebSocketClientConnection | None = None
         self.state = "js_state_connecting"  # of the connection: its word
-        self.backoff = Backoff(RETRY_SECONDS)
+        self.failures = 0  # in a row, to connect
         self.epoch, self.after, self.at = "", 0, 0  # of the newest message heard; `at` is its ts, 0: not heard
         self.replay_end = self.skipped = 0  # up to which seq it is history; and older than what the user wants
         self.members: dict[str, None] = {}
@@ -4896,7 +4858,8 @@ class Client:
             else:
                 await self.receive_all()
             self.update()
-            await self.backoff()
+            self.failures += 1
+            await asyncio.sleep(backoff(self.failures, RETRY_SECONDS))
 
     async def connect(self) -> None:
         """A new socket, which goes on after the newest message heard. Raises UNREACHED."""
@@ -4965,8 +4928,7 @@ class Client:
         self.name, self.count = shown(frame["name"]), frame["count"]
         self.members = dict.fromkeys(shown(str(name)) for name in frame["members"])
         self.on_act({"type": "hosts", "names": frame.get("hosts")})
-        self.state, self.let_in, self.hold_until = "js_state_connected", True, 0
-        self.backoff.reset()
+        self.state, self.let_in, self.failures, self.hold_until = "js_state_connected", True, 0, 0
         if not frame["recovered"]:  # what was before won't come
             self.after, self.at = max(0, frame["seq"] - frame["limits"]["history"]), 0
         if isinstance(cleared := frame.get("cleared"), int) and cleared > self.after:
@@ -6794,7 +6756,7 @@ function messageRow({name, text, picture, host, re}, ...foot) {
 }
 
 function showMessage(frame, away) {
-  const {seq, ts, name, deleted, counts} = frame;
+  const {seq, ts, name, deleted} = frame;
   if (seq <= lastDrawn) return;
   const time = make('time', '', clockFormat.format(ts));
   Object.assign(time, {dateTime: new Date(ts).toISOString(), title: fullFormat.format(ts)});
@@ -6802,7 +6764,7 @@ function showMessage(frame, away) {
   row.querySelector('.text').dataset.time = time.textContent;
   Object.assign(row.dataset, {seq, ts});
   if (deleted) deleteText(row);
-  else addChoices(row, counts);
+  else addChoices(row, frame);
   const missed = !following && name !== me;
   const absent = name !== me && seq > readTo && (away || seq <= firstReplayEnd);
   if (missed && !unseen) removeNewLine();
@@ -7644,11 +7606,11 @@ function welcomeNotes(frame) {
   offerSorting();
   draw(() => {
     clearLog(frame.cleared);
-    for (const row of log.querySelectorAll('[data-counts]')) showSigns(row, JSON.parse(row.dataset.counts));
+    for (const row of log.querySelectorAll('[data-signs]')) showSigns(row, JSON.parse(row.dataset.signs));
   });
 }
 
-function noted({to, kind, counts, message}) {
+function noted({to, kind, counts, hands, message}) {
   if (kind === 'pin') showPinned(message);
   if (kind === 'delete' && pinned?.seq === to) showPinned(null);
   if (kind === 'react' && wishes.has(to)) {
@@ -7658,18 +7620,18 @@ function noted({to, kind, counts, message}) {
   draw(() => {
     const row = shown.get(to);
     if (row && kind === 'delete') deleteText(row);
-    if (row && kind === 'react') showSigns(row, counts);
+    if (row && kind === 'react') showSigns(row, {counts, hands});
   });
 }
 
-function addChoices(row, counts) {
+function addChoices(row, {counts, hands}) {
   if (!projector) {
     const aria = {ariaLabel: fill(words.choices, {name: isolate(row.dataset.name)}), ariaHasPopup: 'dialog'};
     const more = makeButton('', () => openMenu(row), {className: 'more', tabIndex: -1, ...aria});
     row.append(more);
     if (!row.nextSibling) stopAt(more);
   }
-  if (counts) showSigns(row, counts);
+  if (counts) showSigns(row, {counts, hands});
 }
 
 function stopAt(button) {
@@ -7686,7 +7648,7 @@ function onLogKey(event) {
   event.preventDefault();
 }
 
-function showSigns(row, counts) {  // a sign that stays keeps its button, and with it the focus
+function showSigns(row, {counts, hands}) {  // a sign that stays keeps its button, and with it the focus
   const [seq, bubble] = [Number(row.dataset.seq), row.querySelector('.bubble')];
   const list = bubble.querySelector('.signs') || make('div', 'signs');
   const buttons = Object.entries(counts).map(([sign, count]) => {
@@ -7697,7 +7659,7 @@ function showSigns(row, counts) {  // a sign that stays keeps its button, and wi
     return button;
   });
   const focused = list.contains(document.activeElement) && document.activeElement;
-  row.dataset.counts = JSON.stringify(counts);
+  row.dataset.signs = JSON.stringify({counts, hands});
   list.ariaLive = 'off';  // thirty hands are not thirty announcements
   list.replaceChildren(...buttons);
   if (buttons.length) bubble.append(list);
@@ -7715,7 +7677,7 @@ function deleteText(row) {  // its place stays, and says so; nothing of it is le
   text.replaceChildren(words.deleted);
   row.classList.remove('mention');
   row.classList.add('deleted');
-  delete row.dataset.counts;
+  delete row.dataset.signs;
   if (!tabStop?.isConnected) stopAt([...log.querySelectorAll('.more')].at(-1));
   fillQuotes(`[data-re="${row.dataset.seq}"]`);
   sortSoon();
@@ -7893,8 +7855,8 @@ function sortSoon() {
 function drawSorted() {
   sortedDue = false;
   const [sign, since] = [sort.value, serverTime() - HOUR_MS];
-  const countOf = ({dataset: {ts, counts}}) => counts && ts > since ? JSON.parse(counts)[sign] || 0 : 0;
-  const rows = [...log.querySelectorAll('[data-counts]')].filter(countOf);
+  const countOf = ({dataset: {ts, signs: stored}}) => ts > since ? JSON.parse(stored).counts[sign] || 0 : 0;
+  const rows = [...log.querySelectorAll('[data-signs]')].filter(countOf);
   if (sign !== HAND) rows.sort((one, other) => countOf(other) - countOf(one));
   sorted.replaceChildren(...rows.map(copyOf));
   sorted.hidden = sign === '';
@@ -7908,7 +7870,14 @@ function copyOf(row) {  // to be read
   delete copy.dataset.day;
   for (const part of copy.querySelectorAll('.more, .fold, .back')) part.remove();
   for (const button of copy.querySelectorAll('button')) button.disabled = true;
+  if (sort.value === HAND) copy.querySelector('.signs').after(make('p', 'hint', handsOf(row)));
   return copy;
+}
+
+function handsOf(row) {  // who raises one, in the order they came
+  const {counts, hands = []} = JSON.parse(row.dataset.signs);
+  const rest = counts[HAND] - hands.length;
+  return hands.map(isolate).join(', ') + (rest ? ` ${fill(words.more, {n: rest})}` : '');
 }
 
 // === Frames: everything that the server says comes through here ===
