@@ -6279,7 +6279,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .part { content-visibility: auto; contain-intrinsic-size: auto 1920px; overflow-clip-margin: 6px; }
+  .part { content-visibility: auto; contain-intrinsic-block-size: auto 1920px; overflow-clip-margin: 6px; }
 }
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
@@ -6991,7 +6991,7 @@ function showUnread(count) {
 
 function markRead() {
   if (after === null) return;
-  readTo = after;
+  readTo = Math.max(readTo, after);
   keep('read', {epoch, seq: readTo}, SHARED);
   if (unread) showUnread(0);
 }
