@@ -1551,6 +1551,25 @@ class TestFeed(Transcripts):
         await feeds.redis.delete(feeds.place.key("leases"))
         await until(lambda: carl.key not in feed.room.roster)
 
+    async def test_two_daemons_begin(self, feeds: Feeds) -> None:
+        """Of two daemons that find no feed, only the first begins one."""
+        feed = await feeds.start()
+        before = await feeds.redis.xrange(feeds.key)
+        await feed.store.open_epoch(feed.store.now() + 1)
+        assert await feeds.redis.xrange(feeds.key) == before
+
+    async def test_trimmed_by_hand(self, feeds: Feeds) -> None:
+        """A feed that somebody trimmed to its newest entries is the same feed: nobody is told anything."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        for n in range(5):
+            say(feed, ann, f"{n}")
+        await feeds.settled(5)
+        await feeds.redis.xtrim(feeds.key, maxlen=1, approximate=False)
+        say(feed, ann, "on")
+        await feeds.settled(6)
+        assert len(ann.of("welcome")) == 1
+
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start;
         and that entry is still known when the store forgets what came after it.
@@ -9752,6 +9771,13 @@ async def bench_phone(seconds: int = 20, rate: int = 20) -> None:
     print(f"keys answered after {statistics.median(keys):.0f} ms (median)")
 
 
+PAGE_BENCHES: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+    "page": bench_page,
+    "phone": bench_phone,
+    "transports": bench_transports,
+}
+
+
 def main(*arguments: str) -> int:
     """The tests, or what else this file can do."""
     match arguments:
@@ -9762,12 +9788,8 @@ def main(*arguments: str) -> int:
                 for daemons in (1, 4):
                     bench_store(url, daemons)
             asyncio.run(bench_page())
-        case ["bench", "page"]:
-            asyncio.run(bench_page())
-        case ["bench", "phone"]:
-            asyncio.run(bench_phone())
-        case ["bench", "transports"]:
-            asyncio.run(bench_transports())
+        case ["bench", "page" | "phone" | "transports" as what]:
+            asyncio.run(PAGE_BENCHES[what]())
         case ["bench", "floods", *kinds]:
             if not kinds:
                 bench_stalled()

@@ -4364,14 +4364,8 @@ def make_app(daemon: Daemon) -> tornado.web.Application:
 def log_request(handler: tornado.web.RequestHandler) -> None:
     """The access log: paths without their query, which may hold a password."""
     request, status = handler.request, handler.get_status()
-    web_log.log(
-        logging.ERROR if status == 500 else logging.DEBUG,
-        "%d %s %s %s",
-        status,
-        request.method,
-        shown(request.path),
-        request.remote_ip,
-    )
+    level = logging.ERROR if status == 500 else logging.DEBUG
+    web_log.log(level, "%d %s %s %s", status, request.method, shown(request.path), request.remote_ip)
 
 
 class Door(socket.socket):
