@@ -1252,7 +1252,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
-        feeds.repair_seconds = 0.2
+        feeds.repair_seconds = 0.5
         first, second = await feeds.start(), await feeds.start()
         ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
         say(first, ann, "all have seen this")

@@ -1326,12 +1326,14 @@ class Store:
             if isinstance(error, Exception) and OVERTAKEN not in str(error):
                 raise error
 
+    def made_up(self) -> list[str]:
+        """The secrets that the operator didn't give, which all daemons then take from the store."""
+        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
+
     @bounded
     async def keep_secrets(self) -> None:
-        """Takes the secrets that the store holds, or gives it ours, but for those that the operator chose."""
-        for name in ("secret", "host_key"):
-            if getattr(self.config, name):
-                continue
+        """Takes the secrets that the store holds, or gives it ours."""
+        for name in self.made_up():
             key = self.prefix + name
             while (kept := await self.redis.get(key)) is None:
                 await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
@@ -1368,11 +1370,13 @@ class Store:
     @bounded
     async def write_names(self, names: Mapping[str, str], state: Mapping[str, str], *, anew: bool = False) -> None:
         """Puts names on the roster, with a lease, and fields into the State, after the feed has them; "" takes one off.
-        `anew`: they are all that there is.
+        `anew`: they are all that there is, and the secrets come with them.
         """
         async with self.redis.pipeline() as pipe:
             if anew:
                 pipe.delete(self.names, self.state)
+                for name in self.made_up():
+                    pipe.set(self.prefix + name, getattr(self, name), nx=True)
             for key, fields in ((self.state, state), (self.names, names)):
                 if kept := {name: value for name, value in fields.items() if value}:
                     pipe.hset(key, mapping=kept)
@@ -2509,7 +2513,6 @@ class Feed:
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
-        await self.store.keep_secrets()
         names = {member.key: str(member) for member in self.room.roster.values()}
         await self.store.write_names(names, {"epoch": self.room.epoch, **self.room.state.fields()}, anew=True)
         forgotten = self.memory.since(since)
