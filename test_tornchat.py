@@ -1785,7 +1785,7 @@ class TestRoom:
             details = {"to": seq, "kind": "delete", "value": True, "by": "author"}
             room.apply([tornchat.Event("note", 5, 5000, "s", "d", "Ann", place=(1, 6, seq), details=details)])
         later.adopt("e", (1, 6), {}, [event for event in messages(1, 5) if event.seq != 4], room.state.fields())
-        assert [(event.text, event.entry) for event, _ in later.ring.kept] == [
+        assert [(event.text, event.entry_id) for event, _ in later.ring.kept] == [
             ("1", (1, 1)), ("", (1, 2)), ("3", (1, 3)), ("", (0, 0)), ("5", (1, 5))]  # fmt: skip
 
     def test_G5_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
