@@ -8036,7 +8036,8 @@ function openPolls(hear, ended) {
     const body = await answer.json();
     setClock(Date.parse(answer.headers.get('Date')));
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
-    throw {code: CLOSE_CODES[answer.status] || 1006, reason: answer.status === 401 ? body.code : body.text};
+    const code = body.code === 'too-fast' ? 1013 : CLOSE_CODES[answer.status] || 1006;
+    throw {code, reason: answer.status === 401 ? body.code : body.text};
   }
 
   function failed({code, reason}) {  // without a code it is the network, or an answer that is not the room's
