@@ -6482,6 +6482,7 @@ class TestTruth(Transcripts):
             await other.shows("#state-text", "by polling")
             await ann.say("hi")
             await other.shows_messages("hi")
+            other.problems.clear()  # that it was refused
 
     async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
         async with window(memory_lan, restarts=True) as ann:
