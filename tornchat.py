@@ -65,7 +65,8 @@ Words of the source:
   backlog       what waits for a listener that is slow
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
-The file, top to bottom; a section uses only what stands above it, but for the pages, which come last:
+The file, top to bottom; a section uses only what stands above it, but for the pages, which come last. Parts of a class
+begin with "# ---", those of the page's script with "// ===".
   Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
   wire), Acts (what clients ask for, and what it changes), Store (Redis), Room (roster, ring, who hears what),
   Outbox (what may be stored, and in which order), Memory (what is known of the feed), Feed (commits, reads, repairs),
@@ -73,7 +74,7 @@ The file, top to bottom; a section uses only what stands above it, but for the p
   pages, QR code), Login (password, name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures
   (taken, measured, shown), Addresses and banner (what is printed at the start), Application (routes, Daemon, workers,
   signals), Terminal client (--join), Terminal views (how that looks), Command line (options, log), Pages (words in each
-  language, HTML, style, script). Parts of a long class begin with "# ---", those of the script with "// ===".
+  language, HTML, style, script)
 """
 
 from __future__ import annotations
