@@ -1252,7 +1252,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_who_has_seen_most_puts_back_most(self, feeds: Feeds) -> None:
         """Of two daemons one has seen less when the store forgets: what the other one has seen is there again."""
-        feeds.repair_seconds = 0.2
+        feeds.repair_seconds = 0.5
         first, second = await feeds.start(), await feeds.start()
         ann, bob = await feeds.enter(first, "Ann"), await feeds.enter(second, "Bob")
         say(first, ann, "all have seen this")
@@ -1551,6 +1551,25 @@ class TestFeed(Transcripts):
         await feeds.redis.delete(feeds.place.key("leases"))
         await until(lambda: carl.key not in feed.room.roster)
 
+    async def test_two_daemons_begin(self, feeds: Feeds) -> None:
+        """Of two daemons that find no feed, only the first begins one."""
+        feed = await feeds.start()
+        before = await feeds.redis.xrange(feeds.key)
+        await feed.store.open_epoch(feed.store.now() + 1)
+        assert await feeds.redis.xrange(feeds.key) == before
+
+    async def test_trimmed_by_hand(self, feeds: Feeds) -> None:
+        """A feed that somebody trimmed to its newest entries is the same feed: nobody is told anything."""
+        feed = await feeds.start()
+        ann = await feeds.enter(feed, "Ann")
+        for n in range(5):
+            say(feed, ann, f"{n}")
+        await feeds.settled(5)
+        await feeds.redis.xtrim(feeds.key, maxlen=1, approximate=False)
+        say(feed, ann, "on")
+        await feeds.settled(6)
+        assert len(ann.of("welcome")) == 1
+
     async def test_old_notices(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who joined in an entry with a message, and whose leaving was deleted since, is not back after a start;
         and that entry is still known when the store forgets what came after it.
@@ -1766,7 +1785,7 @@ class TestRoom:
             details = {"to": seq, "kind": "delete", "value": True, "by": "author"}
             room.apply([tornchat.Event("note", 5, 5000, "s", "d", "Ann", place=(1, 6, seq), details=details)])
         later.adopt("e", (1, 6), {}, [event for event in messages(1, 5) if event.seq != 4], room.state.fields())
-        assert [(event.text, event.entry) for event, _ in later.ring.kept] == [
+        assert [(event.text, event.entry_id) for event, _ in later.ring.kept] == [
             ("1", (1, 1)), ("", (1, 2)), ("3", (1, 3)), ("", (0, 0)), ("5", (1, 5))]  # fmt: skip
 
     def test_G5_what_is_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6450,6 +6469,20 @@ class TestTruth(Transcripts):
             await ann.shows_messages(*both, "by socket")
             await until_frame(bob, "message", text="by socket")
             assert bob.names_in("left") == ["Eve"]
+
+    @slow
+    async def test_too_many_polls(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where too many poll from one address a page waits, and is back as soon as it may."""
+        monkeypatch.setattr(tornchat, "is_this_machine", lambda address: False)
+        async with window(memory_lan, restarts=True) as ann:
+            other = await ann.tab("?transport=polling")
+            monkeypatch.setattr(tornchat, "POLLS_AN_ADDRESS", 0)
+            await ann.say("one")
+            await other.holds("phase === 'waiting'")
+            monkeypatch.setattr(tornchat, "POLLS_AN_ADDRESS", 400)
+            await ann.say("two")
+            await other.shows_messages("one", "two")
+            other.problems.clear()  # that it was refused
 
     async def test_polling_ends_for_good(self, memory_lan: Lan) -> None:
         async with window(memory_lan, restarts=True) as ann:

@@ -22,11 +22,12 @@ A flag beats its environment variable; an empty variable counts as unset, but th
 
 The socket (GET /chat) speaks JSON, one event a frame. A client says
   {"type":"say","text":"hi","cid":"made-by-the-client"}
-and hears welcome, message, joined, left, hosts, refused, store and time. The `message` that carries its own cid is the
-confirmation that the store has it. After a drop it comes back with ?after=SEQ&epoch=EPOCH&at=TS (seq and ts of the
-last message seen, epoch of the last welcome) and gets what it missed, or a welcome with "reset":true if this is not
-the history that it knows; the same cid sent again is stored once. Log in first with POST /login (nickname=Ann), or
-open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines, for wscat and the like.
+and hears welcome, message, joined, left, note, cleared, muted, mode, hosts, refused, store and time. The `message`
+that carries its own cid is the confirmation that the store has it. After a drop it comes back with
+?after=SEQ&epoch=EPOCH&at=TS (seq and ts of the last message seen, epoch of the last welcome) and gets what it missed,
+or a welcome with "reset":true if this is not the history that it knows; the same cid sent again is stored once. Log in
+first with POST /login (nickname=Ann), or open /chat?nickname=Ann. With the subprotocol `text` all of it is plain lines,
+for wscat and the like.
 
 Whoever opens /host?key=KEY is a host: its messages carry "host":true, `hosts` has its name. The key is --host-key, or
 made up; the banner shows the link to a terminal only, never to a pipe or a log, and no page has it.
@@ -36,6 +37,7 @@ The socket takes acts too, and so does POST /acts, which answers 201 with what a
                                        (and in "hands" the names of those who raise one, ✋, in the order they came)
   {"type":"note","to":12,"kind":"pin","value":true}   hosts, as all that follows: {"type":"clear"},
   {"type":"mute","name":"Bob","seconds":300} and "remove", {"type":"mode","talk":"hosts","every":30,"door":"closed"}
+  (every: slow mode, so many seconds between two messages of one person)
 A say may have "re":12, the message that it answers: all get its author as "answered". GET /transcript?format=txt|json
 is all that was said, as a file.
 
@@ -51,7 +53,8 @@ keeps the newest 32 MB of them (--pictures MB). In plain lines a picture is [pic
 Words of the source:
   session       a browser or program that has logged in: a sid and a name, signed in its cookie
   member        a session under its name in the room; each of its connections, and each poll that waits, is a listener
-  roster        the names that all see; a lease says till when one stays, the grace how long after the last connection
+  roster        the names that all see; a lease says till when one stays if its daemon dies, the grace how long after
+                its last connection has ended
   feed          the stream in the store, which is the truth; each commit to it is one entry, of one or many events
   event         a message, which has the next seq, or a notice (all others); by its cid a second try is recognized
   epoch         the name of a history: where nothing is left of one, the next begins with seq 1
@@ -70,7 +73,7 @@ The file, top to bottom; a section uses only what stands above it, but for the p
   pages, QR code), Login (password, name, session), Sockets (GET /chat), Polling (GET and POST /messages), Pictures
   (taken, measured, shown), Addresses and banner (what is printed at the start), Application (routes, Daemon, workers,
   signals), Terminal client (--join), Terminal views (how that looks), Command line (options, log), Pages (words in each
-  language, HTML, style, script)
+  language, HTML, style, script). Parts of a long class begin with "# ---", those of the script with "// ===".
 """
 
 from __future__ import annotations
@@ -178,11 +181,11 @@ NAME_CHARS = 24  # that are seen: marks, joiners and variation selectors come on
 NAME_CODEPOINTS = 64
 RAW_NAME_CODEPOINTS = 256  # looked at, before they are normalized
 PILED_MARKS = 6  # accents and vowels on one letter; the fullest Tibetan and Thai syllables have five
-RING_MESSAGES = 1000  # in memory for clients that come back (G2)
+RING_MESSAGES = 1000  # in memory, for clients that come back (G2), and to put back what the store forgets
 RING_BYTES = 16 * 1024 * 1024  # 1,000 of the longest messages, as they are stored
 FEED_MESSAGES = 10_000  # in the store; ten times the ring, because a burst must not outrun a reader
 FEED_BYTES = 32 * 1024 * 1024  # in the store
-FEED_NOTICES = 1000  # entries of joined and left in the store: they must never push a message out
+FEED_NOTICES = 1000  # entries without a message (joined, left, acts): they must never push a message out
 FEED_SLACK = 0.05  # by so much may the feed outgrow its limits: it is trimmed now and then, not with every message
 INDEX_EVENTS = 10_000  # (sid, cid) remembered against doubles (G4)
 OUTBOX_PROPOSALS = 1000  # waiting for the store; more are refused at once
@@ -289,7 +292,7 @@ class Config:
     verbose: int = 0
 
     ping_seconds: float = 10  # a listener not heard of for two of these is dead: 20 s, then the grace (G6: 35 s)
-    time_seconds: float = 20  # between two `time` events
+    time_seconds: float = 20  # between two `time` events; SILENCE_MS and STALE_MS of the page count on it
     lease_seconds: float = 30  # how long a name outlives its daemon (G6: 35 s)
     renew_seconds: float = 5  # below the grace: a tab closed here must not shorten the lease of one open elsewhere
     grace_seconds: float = 7  # from the last closed tab to `left` (G6: 10 s); a reload takes less
@@ -569,8 +572,8 @@ OPEN_MODE = types.MappingProxyType({"talk": "everyone", "every": 0, "door": "ope
 class Event(NamedTuple):
     """What happened, as the feed keeps it: a `message`, or a notice (all others), which has the seq before it.
 
-    `details` are what only some have: a message `host`, `re`, `answered`, `picture` and `deleted`, an act what its
-    frame says.
+    `details` are what only some have: a message `host`, `re`, `answered`, `picture` and `deleted`; a `joined` `origin`
+    and `host`; an act what its frame says, and whom and when that means (`Outbox.details`).
     """
 
     type: str
@@ -584,8 +587,8 @@ class Event(NamedTuple):
     details: Mapping[str, Any] = NO_DETAILS
 
     @property
-    def entry(self) -> tuple[int, int]:
-        """The id of the entry that holds it."""
+    def entry_id(self) -> tuple[int, int]:
+        """Of the entry that holds it."""
         return self.place[:2]
 
     def is_same(self, other: Event) -> bool:
@@ -757,12 +760,13 @@ def mode_line(mode: Mapping[str, Any]) -> str:
 HAND = "✋"
 SIGNS = ("👍", "👎", "❤️", "😂", HAND, "❓")  # to react with
 HANDS_SHOWN = 30  # by name: as many as a host calls upon
-# What a note can say, by its kind, and what a mode can be.
+# What a note can say, by its kind. Hosts alone may, but for what `Outbox.verdict_on_act` lets others do. What is done
+# to a message is kept for as long as the ring has it, a deletion for as long as the feed (`State.forget_notes`).
 NOTES: Mapping[str, Sequence[Any]] = {"delete": (True,), "pin": (True, False), "react": ("", *SIGNS)}
-MODES: Mapping[str, Sequence[Any]] = {
-    "talk": ("everyone", "hosts"),
-    "every": range(EVERY_SECONDS + 1),
-    "door": ("open", "closed"),
+MODES: Mapping[str, Sequence[Any]] = {  # what a mode can be
+    "talk": ("everyone", "hosts"),  # who may; for hosts alone the room is locked
+    "every": range(EVERY_SECONDS + 1),  # slow mode: seconds between two messages of one person
+    "door": ("open", "closed"),  # for those who weren't here yet
 }
 
 
@@ -850,8 +854,8 @@ def read_field(frame: Mapping[str, Any], name: str, values: Sequence[Any], defau
 
 
 @dataclasses.dataclass(slots=True)
-class Note:
-    """What has been done to one message."""
+class Noted:
+    """The sum of all notes to one message; but a pin is the room's (State.pinned)."""
 
     signs: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> its reaction
     hands: dict[str, str] = dataclasses.field(default_factory=dict)  # browser -> name, in the order they were raised
@@ -891,9 +895,9 @@ class State:
         self.cleared = 0  # messages up to this one are gone
         self.muted: dict[str, int] = {}  # mark -> till when
         self.barred: dict[str, int] = {}  # mark, or "from origin" -> till when
-        self.hosts: dict[str, tuple[str, int]] = {}  # a name's key -> sid, and for how long that name is the host's
+        self.hosts: dict[str, tuple[str, int]] = {}  # a name's key -> sid, and till when (ms) it is that host's
         self.ended: dict[str, int] = {}  # sids of hosts who have logged out: their cookies are no host's any more
-        self.notes: dict[int, Note] = {}
+        self.notes: dict[int, Noted] = {}
         self.said: dict[str, int] = {}  # mark -> when, in slow mode, oldest first; isn't stored: the feed tells it
         self.changed: set[str] = set()  # fields to be stored, see `field`
 
@@ -930,7 +934,7 @@ class State:
                 elif name.isdecimal():
                     deleted = decode_events(to_json([stored["deleted"]]).encode())
                     signs, hands = dict(stored["signs"]), dict(stored.get("hands", {}))
-                    self.notes[int(name)] = Note(signs, hands, next(iter(deleted), None), seq)
+                    self.notes[int(name)] = Noted(signs, hands, next(iter(deleted), None), seq)
 
     # --- what the feed brings ---
 
@@ -938,7 +942,7 @@ class State:
         """Takes an event; with a note comes the message that it is `about`, if that is still known."""
         match event.type:
             case "message":
-                self.slow_down(event)
+                self.remember_speaker(event)
             case "joined" if event.details.get("host"):
                 self.hosts[name_key(event.name)] = event.sid, event.ts + COOKIE_DAYS * 86_400_000
                 self.changed.add("hosts")
@@ -961,8 +965,8 @@ class State:
             case "note":
                 self.note(event, about)
 
-    def slow_down(self, event: Event) -> None:
-        """Remembers who said something, for as long as it is too early for more."""
+    def remember_speaker(self, event: Event) -> None:
+        """Keeps in mind who said something, for as long as slow mode lets them say no more."""
         for mark in marks_of(event.sid, event.name):
             self.said.pop(mark, None)
             self.said[mark] = event.ts
@@ -989,7 +993,7 @@ class State:
             return
         if to not in self.notes:
             self.forget_notes(event.seq)
-        note = self.notes.setdefault(to, Note())
+        note = self.notes.setdefault(to, Noted())
         note.changed = event.seq
         if kind == "react" and not note.deleted:
             note.react(event.sid[:BROWSER_CHARS], value, event.name)
@@ -1008,7 +1012,7 @@ class State:
         self.pinned = encode_message(message).fields() if message else None
         self.changed.add("pinned")
 
-    def delete(self, note: Note, message: Event, by: str) -> None:
+    def delete(self, note: Noted, message: Event, by: str) -> None:
         """The text is gone, the rest stays."""
         if self.pinned and self.pinned["seq"] == message.seq:
             self.pin(None)
@@ -1044,12 +1048,12 @@ class State:
         return encode(frame)
 
     def encode_note(self, to: int, kind: str) -> Encoded:
-        note, frame = self.notes.get(to, Note()), {"type": "note", "to": to, "kind": kind}
+        note, frame = self.notes.get(to, Noted()), {"type": "note", "to": to, "kind": kind}
         if kind == "react":
             return encode(frame | {"counts": {}} | note.reactions())
         if kind == "pin":
             return encode(frame | {"message": self.pinned})
-        left = note.deleted or Event("message", to, 0)
+        left = note.deleted or Event("message", to, 0)  # kind is "delete"
         return encode(frame | {"by": left.details.get("by", "host"), "name": left.name})
 
     def notes_since(self, after: int) -> list[Encoded]:
@@ -1084,7 +1088,7 @@ class State:
         return max(0, *(table.get(mark, 0) - now for mark in marks)) / 1000
 
     def silenced(self, sid: str, name: str, now: int) -> Refused | None:
-        """Why somebody who isn't a host can't write now."""
+        """Why somebody who isn't a host can't write now, nor send a picture: muted, locked or slow."""
         marks = marks_of(sid, name)
         if wait := self.waits(self.muted, marks, now):
             return Refused("muted", retry_after=wait)
@@ -1284,7 +1288,7 @@ class Store:
             if ids:
                 pipe.xdel(self.feed, *map(id_text, ids))
             if cleared:
-                pipe.xtrim(self.feed, minid=id_text(cleared.entry), approximate=False).xtrim(self.wishes, maxlen=0)
+                pipe.xtrim(self.feed, minid=id_text(cleared.entry_id), approximate=False).xtrim(self.wishes, maxlen=0)
             await pipe.execute()
         await self.drop_pictures(pictures, cleared.ts if cleared else 0)
 
@@ -1326,12 +1330,14 @@ class Store:
             if isinstance(error, Exception) and OVERTAKEN not in str(error):
                 raise error
 
+    def made_up(self) -> list[str]:
+        """The secrets that the operator didn't give, which all daemons then take from the store."""
+        return [name for name in ("secret", "host_key") if not getattr(self.config, name)]
+
     @bounded
     async def keep_secrets(self) -> None:
-        """Takes the secrets that the store holds, or gives it ours, but for those that the operator chose."""
-        for name in ("secret", "host_key"):
-            if getattr(self.config, name):
-                continue
+        """Takes the secrets that the store holds, or gives it ours."""
+        for name in self.made_up():
             key = self.prefix + name
             while (kept := await self.redis.get(key)) is None:
                 await self.redis.set(key, getattr(self, name) or secrets.token_urlsafe(16), nx=True)
@@ -1368,11 +1374,13 @@ class Store:
     @bounded
     async def write_names(self, names: Mapping[str, str], state: Mapping[str, str], *, anew: bool = False) -> None:
         """Puts names on the roster, with a lease, and fields into the State, after the feed has them; "" takes one off.
-        `anew`: they are all that there is.
+        `anew`: they are all that there is, and the secrets come with them.
         """
         async with self.redis.pipeline() as pipe:
             if anew:
                 pipe.delete(self.names, self.state)
+                for name in self.made_up():
+                    pipe.set(self.prefix + name, getattr(self, name), nx=True)
             for key, fields in ((self.state, state), (self.names, names)):
                 if kept := {name: value for name, value in fields.items() if value}:
                     pipe.hset(key, mapping=kept)
@@ -1497,7 +1505,7 @@ class Member:
         return {"origin": self.origin} if self.origin else NO_DETAILS
 
     def __str__(self) -> str:
-        """As the roster is stored."""
+        """As the roster is stored, see `Room.restore`."""
         return f"{self.sid}{'@' * bool(self.origin)}{self.origin} {self.name}"
 
 
@@ -2203,9 +2211,9 @@ class Memory:
     def clear(self, cleared: Event) -> None:
         """The room was cleared: what stood before that is forgotten."""
         for entries in (self.kept, self.extent):
-            while entries and entries[0].id < cleared.entry:
+            while entries and entries[0].id < cleared.entry_id:
                 entries.popleft()
-        self.notices = collections.deque(notice for notice in self.notices if notice >= cleared.entry)
+        self.notices = collections.deque(notice for notice in self.notices if notice >= cleared.entry_id)
         self.cleared, self.to_trim = cleared, True
 
     def drop_notices(self) -> bool:
@@ -2305,7 +2313,7 @@ class Feed:
         except Gap:
             await self.reload()
             self.ring_for_look()
-        if self.memory.drop_notices() or self.memory.to_trim:  # as in `erase`
+        if self.memory.drop_notices() or self.memory.to_trim:  # acts go from the store: first what came of them
             self.state |= self.room.state.fields()
         if self.names or self.state:
             await self.store.write_names(self.names, self.state)
@@ -2335,7 +2343,7 @@ class Feed:
             await self.lose()
             return
         self.losses, self.gathered, self.confirmed = 0, len(events), True
-        self.mark("writing")
+        self.note_answer("writing")
         self.memory.add(entry, events)
         self.tell(events)
         for event in events:
@@ -2379,7 +2387,7 @@ class Feed:
             try:
                 self.read_to = max(self.read_to, self.memory.last)
                 entries, wishes = await self.store.follow(self.read_to, wish)
-                self.mark("reading")
+                self.note_answer("reading")
                 failures = 0
             except STORE_ERRORS as error:
                 failures += 1
@@ -2454,7 +2462,7 @@ class Feed:
         """Has the store forget the texts of these messages, of those that are deleted. First their fields of the State
         are stored, by every daemon: who has committed that may have been killed before it could.
         """
-        found = {str(seq): kept.entry for seq in seqs if (kept := self.room.ring.find(seq))}
+        found = {str(seq): kept.entry_id for seq in seqs if (kept := self.room.ring.find(seq))}
         self.state |= {name: self.room.state.field(name) for name in found}
         self.memory.erase({*found.values()})
 
@@ -2465,7 +2473,7 @@ class Feed:
         self.bell.set()
 
     async def wait_for_store(self, what: str, error: Exception, failures: int) -> None:
-        self.mark(what, error)
+        self.note_answer(what, error)
         self.ring_for_look()
         await asyncio.sleep(backoff(failures, self.config.retry_seconds))
 
@@ -2503,13 +2511,13 @@ class Feed:
             looked.set()
 
     def keep_quiet(self) -> None:
+        """Commits nothing for a while, so that other daemons can put back what the store forgot."""
         loop = asyncio.get_running_loop()
         self.quiet_until = loop.time() + self.config.repair_seconds
         loop.call_later(self.config.repair_seconds, self.bell.set)
 
     async def put_back(self, since: Id) -> None:
         """Gives back to the store the entries after `since`, which it has forgotten, as they were."""
-        await self.store.keep_secrets()
         names = {member.key: str(member) for member in self.room.roster.values()}
         await self.store.write_names(names, {"epoch": self.room.epoch, **self.room.state.fields()}, anew=True)
         forgotten = self.memory.since(since)
@@ -2543,8 +2551,8 @@ class Feed:
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
 
-    def mark(self, what: str, error: Exception | None = None) -> None:
-        """Notes how the store answers, and tells everybody when that changes: one line, one event."""
+    def note_answer(self, what: str, error: Exception | None = None) -> None:
+        """How the store answers; everybody is told when that changes: one line, one event."""
         self.answers[what] = error is None
         if self.room.set_available(all(self.answers.values())):
             if error:
@@ -2746,10 +2754,10 @@ def at_most(most: float, counter: collections.Counter[str], name: str, refused: 
 
 
 class TokenBuckets:
-    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second."""
+    """A token bucket for each of many, by name: it holds `burst` tokens, and gets `rate` a second; 0 = no limit."""
 
     def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
+        self.rate, self.burst = rate, burst if rate else math.inf
         self.buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # tokens, and when
 
     def take(self, name: str, now: float, cost: float = 1) -> float:
@@ -2771,15 +2779,14 @@ class Limits:
     """The paces of those who ask. An address is what `network` makes of it."""
 
     def __init__(self, rate: float) -> None:
-        free = 0 if rate else math.inf
         self.logins = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)
         self.rejoins = TokenBuckets(REJOINS_A_SECOND, REJOINS_AT_ONCE)  # by sid
         self.returns = TokenBuckets(LOGINS_A_SECOND, LOGINS_AT_ONCE)  # of those, by address: an outage ends for all
-        self.says = TokenBuckets(rate, free or max(1, rate * 5))  # by browser: a new tab or a logout fills no bucket
-        self.messages = TokenBuckets(CROWD * rate, free or RING_MESSAGES)
-        self.requests = TokenBuckets(REQUESTS_A_SECOND, free or REQUESTS_AT_ONCE)
+        self.says = TokenBuckets(rate, max(1, rate * 5))  # by browser: a new tab or a logout fills no bucket
+        self.messages = TokenBuckets(CROWD * rate, RING_MESSAGES)
+        self.requests = TokenBuckets(REQUESTS_A_SECOND if rate else 0, REQUESTS_AT_ONCE)
         self.turns = weakref.WeakValueDictionary[str, asyncio.Lock]()
-        self.rest = 0 if free else TURN_SECONDS
+        self.rest = TURN_SECONDS if rate else 0
         self.guesses = collections.Counter[str]()  # wrong passwords that wait for their refusal
         self.polls = collections.Counter[str]()  # those that wait for news
         self.drawings = TokenBuckets(DRAWINGS_A_SECOND, DRAWINGS_AT_ONCE)  # of everybody
@@ -5615,7 +5622,7 @@ def main() -> None:
 
 
 # === Pages ============================================================================================================
-# What the user sees, one language a string. Nothing above depends on it but for the names WORDS, page_words,
+# What the user sees, one language a string. Nothing above depends on it but for the names LANGUAGES, WORDS, page_words,
 # TEMPLATES and ASSETS. Only the HTML passes the template engine; style and script are served without their comments.
 
 # Every word that a user sees, in each of the LANGUAGES; the page's script gets those that begin with js_.
@@ -8028,7 +8035,8 @@ function openPolls(hear, ended) {
     const body = await answer.json();
     setClock({ts: Date.parse(answer.headers.get('Date'))});
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
-    throw {code: CLOSE_CODES[answer.status] || 1006, reason: answer.status === 401 ? body.code : body.text};
+    const code = body.code === 'too-fast' ? 1013 : CLOSE_CODES[answer.status] || 1006;
+    throw {code, reason: answer.status === 401 ? body.code : body.text};
   }
 
   function failed({code, reason}) {  // without a code it is the network, or an answer that is not the room's
