@@ -6257,7 +6257,7 @@ class TestReading(Transcripts):
             times = [await window.page.get_attribute("#log time", "title") for window in (ann, eve)]
             assert times[0] == times[1]
             assert str(time.gmtime().tm_year) in str(times[0])
-            await eve.page.evaluate("setClock(serverTime() + 86400000); tick()")
+            await eve.page.evaluate("setClock({ts: serverTime() + 86400000}); tick()")
             assert await eve.page.get_attribute("#log .message", "data-day") == "Yesterday"
 
     async def test_presence_is_folded(self, memory_lan: Lan) -> None:

@@ -7055,8 +7055,7 @@ async function loadAddresses() {  // what leads here is the best, unless it lead
   const answer = await fetch('join.json').then((response) => response.json()).catch(() => ({}));
   const others = (answer.addresses || []).filter((url) => url !== here);
   const urls = loopback && others.length ? others : [here, ...others];
-  const picked = kept('address', SHARED);
-  addresses.replaceChildren(...urls.map((url) => new Option(url, url, false, url === picked)));
+  addresses.replaceChildren(...urls.map((url) => new Option(url, url, false, url === kept('address', SHARED))));
   addresses.hidden = urls.length === 1 || projector;
   code.hidden = !answer.qr;
   showAddress();
@@ -7394,7 +7393,7 @@ function upload(item) {  // its answer leads to the message that shows it
   uploading = request;
   request.responseType = 'json';
   request.upload.onprogress = ({loaded, total}) => {
-    [saidAt, item.sent] = [performance.now(), Math.floor(100 * loaded / total)];
+    [saidAt, item.sent] = [now(), Math.floor(100 * loaded / total)];
     drawOutbox();
   };
   request.onloadend = () => {
@@ -7912,13 +7911,13 @@ function serverTime() {
   return serverStart + now();
 }
 
-function setClock(ts) {
+function setClock({ts}) {
   if (ts) serverStart = ts - now();
 }
 
 const receivers = {
   welcome: welcomed, message: arrived, stored, note: noted, joined: passed, left: passed, refused, hosts: hostsChanged,
-  mode: modeChanged, muted: mutedBy, cleared, store: storeChanged, time: ({ts}) => setClock(ts),
+  mode: modeChanged, muted: mutedBy, cleared, store: storeChanged, time: setClock,
 };
 
 function receive(frame) {  // of a kind that a newer server has, nothing is known
@@ -8035,7 +8034,7 @@ function openPolls(hear, ended) {
     const answer = await fetch(path, {...options, signal});
     heard = now();  // the rest may take its time
     const body = await answer.json();
-    setClock(Date.parse(answer.headers.get('Date')));
+    setClock({ts: Date.parse(answer.headers.get('Date'))});
     if (answer.ok || (options && body.type === 'refused' && answer.status !== 401)) return body;
     const code = body.code === 'too-fast' ? 1013 : CLOSE_CODES[answer.status] || 1006;
     throw {code, reason: answer.status === 401 ? body.code : body.text};
@@ -8175,8 +8174,7 @@ function wake(patience) {  // a sleep, a drop of the network or the bfcache may 
 
 function tick() {
   const wall = Date.now() - now();
-  const woken = wall - wallStart > STALE_MS;
-  const silent = woken || now() - heard > SILENCE_MS || (inFlight && now() - saidAt > ANSWER_MS);
+  const silent = wall - wallStart > STALE_MS || now() - heard > SILENCE_MS || (inFlight && now() - saidAt > ANSWER_MS);
   const stuck = phase === 'connecting' && now() - heard > ANSWER_MS;
   wallStart = wall;
   for (const row of log.querySelectorAll('[data-day]')) row.dataset.day = dayText(+row.dataset.ts);  // midnight passes
