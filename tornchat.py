@@ -66,7 +66,7 @@ Words of the source:
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
 The file, top to bottom; a section uses only what stands above it, but for the pages, which come last. Parts of a class
-begin with "# ---", those of the page's script with "// ===".
+begin with "# ---", those of the page's script with "// ===":
   Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
   wire), Acts (what clients ask for, and what it changes), Store (Redis), Room (roster, ring, who hears what),
   Outbox (what may be stored, and in which order), Memory (what is known of the feed), Feed (commits, reads, repairs),
