@@ -1319,7 +1319,7 @@ class TestFeed(Transcripts):
 
     async def test_G2_ahead_of_a_daemon(self, feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
         """A client ahead of a daemon that can't read now is told to come again, not that the history is lost."""
-        first, second = await feeds.start(), await feeds.start(silence_seconds=0.3)
+        first, second = await feeds.start(), await feeds.start(store_seconds=0.3)
         ann = await feeds.enter(first, "Ann")
         await tornchat.end_tasks(second.tasks)
         say(first, ann, "hi")
@@ -1985,7 +1985,7 @@ class TestCommandLine(Transcripts):
         given = ["-p", str(port := free_port()), "--wait", "0", *options.format(folder=tmp_path, redis=server).split()]
         config = tornchat.parse_config([*given, *([] if "--host" in given else ["--host", "127.0.0.1"])], {})
         with pytest.raises(tornchat.FatalError, match=why) as refused:
-            await tornchat.Daemon.start(dataclasses.replace(config, silence_seconds=1.0))
+            await tornchat.Daemon.start(dataclasses.replace(config, store_seconds=1.0))
         assert not re.search("hunter2|\n", str(refused.value))
         assert not listens(port)
 
@@ -3199,7 +3199,7 @@ class TestMessages(Transcripts):
 
     async def test_G6_between_two_polls(self, lan: Lan) -> None:
         """An answered poller has time to come back; who doesn't has left, and is back with the next request."""
-        await lan.serve(poll_seconds=0.2)
+        await lan.serve(poller_seconds=0.2)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await ann.poll()
         await bob.expect("left", names=["Ann"])
@@ -3210,7 +3210,7 @@ class TestMessages(Transcripts):
         """Whoever dies while a request waits for long is not given the time of somebody who has just asked."""
         monkeypatch.setattr(tornchat, "POLL_SECONDS", 0.1)
         monkeypatch.setattr(HTTPServerRequest, "request_time", lambda request: 1000)
-        daemon = await lan.serve(poll_seconds=1000)
+        daemon = await lan.serve(poller_seconds=1000)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await ann.poll()
         connection = await hanging_poll(ann, daemon)  # and nobody reads the answer
@@ -3219,7 +3219,7 @@ class TestMessages(Transcripts):
 
     async def test_G7_name_lost(self, lan: Lan) -> None:
         """Ann was away, and another Ann has come: the first can neither read nor write under that name."""
-        await lan.serve(poll_seconds=0.1)
+        await lan.serve(poller_seconds=0.1)
         bob, ann = await lan.join("Bob"), await lan.login("Ann")
         await ann.poll()
         await bob.expect("left", names=["Ann"])
@@ -3613,7 +3613,7 @@ class TestPresence(Transcripts):
     @pytest.mark.parametrize("back", [False, True], ids=["once", "who come back with their cookies"])
     async def test_G7_names_that_one_pupil_takes(self, redis_lan: Lan, back: bool) -> None:
         """Of the names of one address that have left 20 are kept, and those of others as well."""
-        daemon = await redis_lan.serve(name_seconds=600.0, lease_seconds=0.5, trust_proxy=True, poll_seconds=0.3)
+        daemon = await redis_lan.serve(name_seconds=600.0, lease_seconds=0.5, trust_proxy=True, poller_seconds=0.3)
         await redis_lan.login("Ann")
         pupils = [redis_lan.browser() for _ in range(30)]
         for number, pupil in enumerate(pupils):
@@ -5103,7 +5103,7 @@ class TestHealth(Transcripts):
     ) -> None:
         """Redis falls silent: a message is refused in time, everybody is told, nothing is stored twice."""
         daemon = await own_lan.serve()
-        assert (daemon.config.confirm_seconds <= 5, daemon.config.silence_seconds <= 6) == (True, True)
+        assert (daemon.config.confirm_seconds <= 5, daemon.config.store_seconds <= 6) == (True, True)
         ann = await own_lan.join("Ann")
         await ann.say_many(1)
         own_redis.send_signal(signal.SIGSTOP)
@@ -6365,7 +6365,7 @@ class TestAttention(Transcripts):
 class TestTruth(Transcripts):
     async def test_G1_state_line(self, own_redis: RedisServer, own_lan: Lan) -> None:
         """The page says what is wrong: no store, no server and when it tries again, no network."""
-        daemon = await own_lan.serve(silence_seconds=0.5, block_seconds=0.1)
+        daemon = await own_lan.serve(store_seconds=0.5, block_seconds=0.1)
         async with window(own_lan, restarts=True) as ann:
             await ann.shows("#state-text", "Connected")
             own_redis.kill()

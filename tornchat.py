@@ -65,7 +65,7 @@ Words of the source:
   backlog       what waits for a listener that is slow
   resume point  what a client has seen last: after, epoch and at; a cursor is the same for the notices of a poller
 
-The file, top to bottom; a section uses only what stands above it, but for the pages, which come last. Parts of a class
+The file, top to bottom; a section uses only what stands above it, but for the pages, which come last. Parts of one
 begin with "# ---", those of the page's script with "// ===":
   Limits and settings (constants, Config), Messages and names (what may be said, what looks alike, events on the
   wire), Acts (what clients ask for, and what it changes), Store (Redis), Room (roster, ring, who hears what),
@@ -207,7 +207,7 @@ ROSTER_NAMES = 1000  # listed in one welcome; `count` tells the truth
 GUESSES_AT_ONCE = 5  # wrong passwords from one address that wait for their refusal; more are refused at once
 SOCKETS_A_SESSION = 10  # tabs of one browser, and polls that wait
 POLL_BYTES = 64 * 1024  # in one answer, which the kernel takes at once; the next one goes on from there
-POLL_SECONDS = 25  # a poll waits, at the most: whoever asks again after that has time to, before the name leaves
+POLL_SECONDS = 25  # a poll waits, at the most: below SILENCE_MS of the page, and poller_seconds
 NAMES_KEPT = 20  # of one address, for people who have left
 PACES = 10_000  # sessions, and addresses, whose pace is remembered
 LOGINS_AT_ONCE = 200  # from one address, which may be that of a whole school; then
@@ -297,11 +297,11 @@ class Config:
     lease_seconds: float = 30  # how long a name outlives its daemon (G6: 35 s)
     renew_seconds: float = 5  # below the grace: a tab closed here must not shorten the lease of one open elsewhere
     grace_seconds: float = 7  # from the last closed tab to `left` (G6: 10 s); a reload takes less
-    poll_seconds: float = 32  # from the last request of a poller to `left` (G6: 35 s, as for a mute socket)
+    poller_seconds: float = 32  # from a poller's last request to `left` (G6: 35 s, as for a mute socket)
     tick_seconds: float = 1  # the beat of leases, pings and sweeping
     confirm_seconds: float = 4  # until an unconfirmed message is refused, at the next tick (G1: 5 s)
     block_seconds: float = 1  # the reader's wait for news; must stay below the silence
-    silence_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
+    store_seconds: float = 4  # until a call of the store has failed (G8: 6 s)
     retry_seconds: float = 1  # the longest pause between two tries to reach Redis (G8: back within 2 s)
     repair_seconds: float = 1.5  # for other daemons to put back what the store forgot: they look once a tick
     name_seconds: float = 600  # a name stays with its session after it left the roster (G7)
@@ -899,7 +899,9 @@ class State:
         self.hosts: dict[str, tuple[str, int]] = {}  # a name's key -> sid, and till when (ms) it is that host's
         self.ended: dict[str, int] = {}  # sids of hosts who have logged out: their cookies are no host's any more
         self.notes: dict[int, Noted] = {}
-        self.said: dict[str, int] = {}  # mark -> when, in slow mode, oldest first; isn't stored: the feed tells it
+        self.said: dict[
+            str, int
+        ] = {}  # in slow mode alone: mark -> when, oldest first; isn't stored: the feed tells it
         self.changed: set[str] = set()  # fields to be stored, see `field`
 
     # --- as it is stored: the fields of a hash, each of them JSON ---
@@ -1088,7 +1090,7 @@ class State:
         """For how many s one of these marks is still in that table."""
         return max(0, *(table.get(mark, 0) - now for mark in marks)) / 1000
 
-    def silenced(self, sid: str, name: str, now: int) -> Refused | None:
+    def cannot_write(self, sid: str, name: str, now: int) -> Refused | None:
         """Why somebody who isn't a host can't write now, nor send a picture: muted, locked or slow."""
         marks = marks_of(sid, name)
         if wait := self.waits(self.muted, marks, now):
@@ -1174,7 +1176,7 @@ def bounded(
 
 
 class Store:
-    """The keys of one room under `tornchat:{room}:` and the few commands on them. Every method raises STORE_ERRORS.
+    """The keys of one room under `tornchat:{room}:` and the few commands on them. Every coroutine raises STORE_ERRORS.
 
     feed     the stream of entries, each one commit
     wishes   a stream of events that a daemon far away asks the others to commit for it
@@ -1190,7 +1192,7 @@ class Store:
     def __init__(self, client: Callable[..., Any], config: Config) -> None:
         self.config = config
         self.shared = bool(config.redis_url)  # others may write as well
-        self.silence_seconds = config.silence_seconds if self.shared else None  # this process is never silent
+        self.silence_seconds = config.store_seconds if self.shared else None  # this process is never silent
         self.redis = client()
         self.reading = client(single_connection_client=True)  # blocks most of the time
         self.line = self.redis.connection_pool.make_connection()  # for `append` alone
@@ -1282,15 +1284,13 @@ class Store:
 
     @bounded
     async def forget(self, ids: set[Id], pictures: set[str], cleared: Event | None) -> None:
-        """Deletes these entries and pictures, all from before the room was cleared, and then the wishes: one may hold a
-        copy of that.
-        """
+        """Deletes these entries and pictures, all from before the room was cleared, and wishes: one may hold a copy."""
         async with self.redis.pipeline() as pipe:
             if ids:
                 pipe.xdel(self.feed, *map(id_text, ids))
             if cleared:
-                pipe.xtrim(self.feed, minid=id_text(cleared.entry_id), approximate=False).xtrim(self.wishes, maxlen=0)
-            await pipe.execute()
+                pipe.xtrim(self.feed, minid=id_text(cleared.entry_id), approximate=False)
+            await pipe.xtrim(self.wishes, maxlen=0).execute()
         await self.drop_pictures(pictures, cleared.ts if cleared else 0)
 
     # --- beginning, and putting back what was forgotten ---
@@ -1382,7 +1382,7 @@ class Store:
                 pipe.delete(self.names, self.state)
                 for name in self.made_up():
                     pipe.set(self.prefix + name, getattr(self, name), nx=True)
-            for key, fields in ((self.state, state), (self.names, names)):
+            for key, fields in ((self.state, state), (self.names, names)):  # names last: they have leases, below
                 if kept := {name: value for name, value in fields.items() if value}:
                     pipe.hset(key, mapping=kept)
                 if gone := [name for name, value in fields.items() if not value]:
@@ -1480,7 +1480,9 @@ class Listener(Protocol):
 
     def send(self, batch: Batch) -> None: ...  # live events
     def replay(self, events: list[Encoded]) -> None: ...  # what is owed from before, as much as it takes
-    def heartbeat(self, now: float, time: Encoded) -> None: ...  # a sign of life is due; `now` in s of the loop's clock
+    def heartbeat(
+        self, now: float, time: Encoded
+    ) -> None: ...  # a sign of life may be due; `now` in s of the loop's clock
     def turn_away(self, refused: Refused) -> None: ...  # the end, for that reason
     def shut(self, code: int, reason: str) -> None: ...  # the end, with a WebSocket close code
 
@@ -1498,7 +1500,7 @@ class Member:
     grace: float = 0  # for how many s the name is to outlive the last connection here, till its lease says so
     refusals: int = 0  # in a row
     rejoining: bool = False
-    told: str = ""  # where its last poll here ended, a Cursor
+    polled_to: str = ""  # where its last poll here ended, the text of a Cursor
 
     @property
     def joining(self) -> Mapping[str, Any]:
@@ -1559,7 +1561,7 @@ class Room:
     """The sum of the feed: ring, roster, and the listeners of this daemon."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.history = config, config.history
+        self.config = config
         self.epoch, self.seq, self.ts = "", 0, 0  # seq and ts of the newest message and event
         self.place = self.notices_after = NOWHERE  # of the newest event, and of that before the first of the notices
         self.state = State()
@@ -1633,28 +1635,28 @@ class Room:
         ours = seen.after is not None and not self.is_ahead(seen) and (found is None or seen.at in (None, found.ts))
         messages = self.ring.after(after) if ours else None
         if messages is None:
-            messages = self.ring.newest(self.history)
+            messages = self.ring.newest(self.config.history)
         missed = self.seq - after - len(messages) if ours else 0
         reset = not ours and seen.after is not None  # it was another history, as far as can be told
         return messages, {"recovered": ours and not missed, "missed": missed, "reset": reset}
 
     def is_ahead(self, seen: ResumePoint) -> bool:
-        """Whether a resume point is behind what this daemon knows: the store may know more."""
+        """Whether a resume point lies beyond what this daemon knows: the store may know more."""
         return seen.after is not None and (seen.after > self.seq or seen.epoch not in ("", self.epoch))
 
     def welcome(self, member: Member, gap: Mapping[str, Any]) -> Encoded:
         """The first event of a connection, and of a new beginning."""
-        others = itertools.islice((other.name for key, other in self.roster.items() if key != member.key), ROSTER_NAMES)
+        others = (other.name for key, other in self.roster.items() if key != member.key)
         return encode(
             {
                 "type": "welcome",
                 "name": member.name,
                 "title": self.config.title,
-                "members": [member.name, *others][:ROSTER_NAMES],
+                "members": [member.name, *itertools.islice(others, ROSTER_NAMES - 1)],
                 "count": len(self.roster) + (member.key not in self.roster),  # not yet back on it after a reset
                 "epoch": self.epoch,
                 "seq": self.seq,
-                "limits": {"text": TEXT_CHARS, "history": self.history},
+                "limits": {"text": TEXT_CHARS, "history": self.config.history},
                 "hosts": self.hosts(),
                 **gap,
                 **({"muted": self.muted()} if self.is_host(member) else {}),
@@ -1684,7 +1686,7 @@ class Room:
         self.epoch, self.seq, self.ts = epoch, *((events[-1].seq, events[-1].ts) if events else (0, 0))
         self.place = self.notices_after = (*last, END_OF_ENTRY)
         if known and (found := self.ring.find(known.seq)) and not found.is_same(known):
-            seen = seen._replace(epoch="another")
+            seen = seen._replace(epoch="another")  # nobody's: told as reset
         for listener in tuple(listeners):
             self.replay(listener, seen)
 
@@ -1741,9 +1743,11 @@ class Room:
 
     def notice(self, type: str, events: Sequence[Event]) -> list[Encoded]:
         """One event for however many came or went in this turn."""
-        names = [event.details.get("name", event.name) for event in events]
-        frame = {"type": type, "names": names, "count": len(self.roster)}
-        return [self.keep_notice(last, encode(frame | {"ts": last.ts})) for last in events[-1:]]
+        if not events:
+            return []
+        last, names = events[-1], [event.details.get("name", event.name) for event in events]
+        frame = {"type": type, "names": names, "count": len(self.roster), "ts": last.ts}
+        return [self.keep_notice(last, encode(frame))]
 
     def keep_notice(self, event: Event, encoded: Encoded) -> Encoded:
         """For those who poll."""
@@ -1994,7 +1998,7 @@ class Outbox:
         events: list[Event] = []
         seq, ts, size = self.room.seq, max(self.room.ts, now), 0
         owners: dict[str, tuple[str, bool]] = {}  # key -> sid, and whether it is on the roster, after these events
-        together = ("joined", "left", "note", "message")[: 3 if self.room.state.mode["every"] else 4]
+        together = {"joined", "left", "note"} | (set() if self.room.state.mode["every"] else {"message"})
         for proposal in list(itertools.islice(self.waiting.values(), GROUP_EVENTS)):
             asked = proposal.event
             key = name_key(asked.name)
@@ -2056,7 +2060,8 @@ class Outbox:
             return Refused("removed", retry_after=wait)
         if asked.type == "joined":
             return self.verdict_on_joined(asked, owner, present)
-        if not (ours and present) and not (owner in ("", asked.sid) and proposal.member and proposal.member.listeners):
+        here = proposal.member and proposal.member.listeners
+        if not ((ours and present) or (here and owner in ("", asked.sid))):
             return Refused("name-lost", name=asked.name)
         return self.verdict_on_message(asked, now) if asked.type == "message" else self.verdict_on_act(asked)
 
@@ -2078,7 +2083,7 @@ class Outbox:
             return Refused("no-message")
         if (not state.muted and state.mode == OPEN_MODE) or state.is_host(asked.sid, name_key(asked.name)):
             return None
-        return state.silenced(asked.sid, asked.name, now)
+        return state.cannot_write(asked.sid, asked.name, now)
 
     def verdict_on_act(self, asked: Event) -> Outcome | None:
         """Hosts may do all of them, authors delete their own messages, and everybody reacts."""
@@ -2171,8 +2176,8 @@ class Memory:
             while exceed(self.kept, RING_MESSAGES, RING_BYTES):
                 self.kept.popleft()
 
-    def keep_from(self) -> Id | None:
-        """The oldest entry that the store is to keep, where it holds too much."""
+    def shrink(self) -> Id | None:
+        """Forgets the oldest entries where the store holds too much; which one it is to keep as its oldest then."""
         slack = 1 + FEED_SLACK
         if not self.extent or not exceed(self.extent, slack * FEED_MESSAGES, slack * FEED_BYTES):
             return None
@@ -2185,9 +2190,11 @@ class Memory:
 
     def differs(self, entry: Entry) -> bool:
         """Whether this is not what was absorbed under its id: the store holds another history."""
+        if not entry.raw:  # deleted since
+            return False
         events = decode_events(entry.raw, entry.id)
         ours = next((held.events for held in reversed(self.kept) if held.id == entry.id), events)
-        return entry.raw != b"" and [*ours] not in (events, [*map(self.blank, events)])
+        return [*ours] not in (events, [*map(self.blank, events)])
 
     def blank(self, event: Event) -> Event:
         """What may be kept of an event."""
@@ -2231,7 +2238,7 @@ class Memory:
         self.erase({held.id for held in self.kept})
         self.to_trim = self.cleared is not None
 
-    async def have_forgotten(self, store: Store) -> None:
+    async def erase_from(self, store: Store) -> None:
         """Has the store forget what it is to. Raises STORE_ERRORS."""
         cleared = self.cleared if self.to_trim else None
         if self.to_erase or self.pictures or cleared:
@@ -2287,7 +2294,6 @@ class Feed:
         self.losses = self.gathered = 0  # commits lost in a row; events in the last one
         self.stranded = asyncio.Event()  # somebody who is connected here is not on the roster
         self.answers = {"reading": True, "writing": True}  # the store, or is it away
-        self.stopping = False
         self.tasks: list[asyncio.Task[NoReturn]] = []
 
     async def run(self) -> NoReturn:
@@ -2301,7 +2307,7 @@ class Feed:
                 failures = 0
             except STORE_ERRORS as error:
                 failures += 1
-                await self.wait_for_store("writing", error, failures)
+                await self.pause_after_failure("writing", error, failures)
 
     async def step(self) -> None:
         """Whatever there is to do. Raises STORE_ERRORS."""
@@ -2320,7 +2326,7 @@ class Feed:
             await self.store.write_names(self.names, self.state)
             self.names.clear()
             self.state.clear()
-        await self.memory.have_forgotten(self.store)
+        await self.memory.erase_from(self.store)
 
     # --- committing ---
 
@@ -2340,7 +2346,7 @@ class Feed:
 
     async def append(self, entry: Entry, events: Sequence[Event]) -> None:
         """Stores an entry and absorbs it, unless another daemon was first. Raises Gap and STORE_ERRORS."""
-        if not await self.store.append(entry, self.memory.keep_from()):
+        if not await self.store.append(entry, self.memory.shrink()):
             await self.lose()
             return
         self.losses, self.gathered, self.confirmed = 0, len(events), True
@@ -2392,7 +2398,7 @@ class Feed:
                 failures = 0
             except STORE_ERRORS as error:
                 failures += 1
-                await self.wait_for_store("reading", error, failures)
+                await self.pause_after_failure("reading", error, failures)
                 continue
             for id, raw in wishes:
                 wish = id
@@ -2473,7 +2479,7 @@ class Feed:
         self.unsure = True
         self.bell.set()
 
-    async def wait_for_store(self, what: str, error: Exception, failures: int) -> None:
+    async def pause_after_failure(self, what: str, error: Exception, failures: int) -> None:
         self.note_answer(what, error)
         self.ring_for_look()
         await asyncio.sleep(backoff(failures, self.config.retry_seconds))
@@ -2486,7 +2492,7 @@ class Feed:
         self.asked.add(looked)
         self.ring_for_look()
         try:
-            await asyncio.wait_for(looked.wait(), self.config.silence_seconds)
+            await asyncio.wait_for(looked.wait(), self.config.store_seconds)
         except TimeoutError:
             raise Refused("unavailable", retry_after=self.config.retry_seconds) from None
         finally:
@@ -2624,13 +2630,14 @@ class Presence:
         self.keep_few = keep_few
         self.spared_until = 0.0  # in s of time.monotonic: until then no lease lapses
         self.all_leased = 0.0  # when the roster was last searched for names without a lease
+        self.stopping = False
         self.tasks: list[asyncio.Task[NoReturn]] = []
 
     def release(self, member: Member, seconds: float) -> None:
-        """A connection of this member has ended: if it was the last one, the name stays for so long. While we stop,
-        nobody's does.
+        """A connection of this member has ended: if it was the last one, the name stays for so long. While we stop, the
+        lease stays as it is, for who comes back elsewhere.
         """
-        if not self.feed.stopping:
+        if not self.stopping:
             member.grace = seconds
 
     async def heartbeat(self) -> NoReturn:
@@ -2638,9 +2645,9 @@ class Presence:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.config.tick_seconds)
-            now = encode({"type": "time", "ts": self.store.now()})
+            told = encode({"type": "time", "ts": self.store.now()})
             for listener in tuple(self.room.listeners):
-                listener.heartbeat(loop.time(), now)
+                listener.heartbeat(loop.time(), told)
 
     async def keep_leases(self) -> NoReturn:
         """Renews, shortens and sweeps leases, for ever, and at once when somebody has to join again."""
@@ -2701,8 +2708,9 @@ class Presence:
         self.room.forget_names(self.store.now())
         if len(self.room.kept_names) > NAMES_KEPT:
             await self.keep_few()
-        if time.monotonic() <= self.spared_until or not (lapsed := await self.store.lapsed()):
+        if time.monotonic() <= self.spared_until:
             return
+        lapsed = await self.store.lapsed()
         for key in lapsed & self.room.roster.keys():
             if not (member := self.room.roster[key]).listeners:
                 self.feed.outbox.propose("left", member, cid=f"~lapsed-{self.room.ts}")
@@ -2923,12 +2931,13 @@ def whole_number(text: str) -> int | None:
 
 
 def choose_language(header: str) -> str:
-    """The language of WORDS that an Accept-Language header likes best; else English."""
+    """The language of WORDS that an Accept-Language header likes best; else the first one."""
     qualities: dict[str, float] = {}
     for wish in header[:LANGUAGES_CHARS].lower().split(","):
         if match := re.fullmatch(r"\s*([a-z]+)(?:-[^;\s]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*)?", wish):
             qualities[match[1]] = max(float(match[2] or 1), qualities.get(match[1], 0))
-    return max((tag for tag in qualities if tag in WORDS and qualities[tag]), key=qualities.__getitem__, default="en")
+    known = [tag for tag in qualities if tag in WORDS and qualities[tag]]
+    return max(known, key=qualities.__getitem__, default=next(iter(LANGUAGES)))
 
 
 def believe_proxy(request: tornado.httputil.HTTPServerRequest) -> None:
@@ -3070,7 +3079,7 @@ class BaseHandler(tornado.web.RequestHandler):
         """The member whose session it is, back on the roster if its name had left that. Raises Refused."""
         if session is None:
             raise Refused("no-session")
-        if self.daemon.feed.stopping:
+        if self.daemon.presence.stopping:
             raise Refused("unavailable", retry_after=1)
         try:
             return await self.daemon.admission.rejoin(session, self.address)
@@ -3548,9 +3557,9 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
     member: Member  # once it has joined
     base = 0
-    frames = 0  # since the last heartbeat, that weren't messages, each KB counted as one
-    taken = False  # the last frame was a message
-    draining: asyncio.Task[None] | None = None  # while there is a backlog
+    frames = 0  # since the last heartbeat, that brought no act, each KB counted as one
+    acted = False  # the last frame was an act, and was not refused
+    draining: asyncio.Task[None] | None = None  # while there is a backlog; kept, or the loop might drop the task
 
     async def prepare(self) -> None:
         """Reads the query while an error can still be an answer of HTTP."""
@@ -3572,7 +3581,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
         """From the handshake to the first event, or to the close code that says why not."""
         self.set_nodelay(True)
         self.daemon.sockets.add(self)
-        self.heard = self.pinged = self.timed = self.lagging = asyncio.get_running_loop().time()
+        self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
         self.plain = self.selected_subprotocol == "text"
         # Of a socket that is closed it raises an error, though its descriptor may belong to another one by then.
         tls = isinstance(self.stream, tornado.iostream.SSLIOStream)
@@ -3622,7 +3631,7 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             act = parse_act({"type": "say", "text": message}) if self.plain else parse_frame(message)
             self.take(self.member, act, self.settled)
             self.member.refusals = 0
-            self.taken = True
+            self.acted = True
         except Refused as refused:
             self.tell_refused(refused)
             self.member.refusals += 1
@@ -3631,14 +3640,14 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
     def count(self, size: int) -> bool:
         """Counts a frame that has been read; whether there were too many, and the socket is closed."""
-        self.frames += 0 if self.taken else 1 + size // 1024
-        self.taken = False
+        self.frames += 0 if self.acted else 1 + size // 1024
+        self.acted = False
         if self.frames > FRAMES_A_TICK and self.is_member():
             self.shut(4429, "too many frames")
         return self.frames > FRAMES_A_TICK
 
     def settled(self, outcome: Outcome) -> None:
-        """What became of a message: its `message` event is on its way to everybody, unless it is an older one."""
+        """What became of an act: if a message, its event is on its way to everybody, unless it is an older one."""
         if isinstance(outcome, Refused):
             self.tell_refused(outcome)
         elif outcome.type == "message" and outcome.seq <= self.base:
@@ -3763,7 +3772,7 @@ News = tuple[list[Encoded], int, Cursor]  # what a poller is told, and from whic
 
 def cursor_of(room: Room, member: Member, given: str | None) -> Cursor | None:
     """From where a poller goes on: as it says, or else where its last poll here ended; None if it says nonsense."""
-    match = CURSOR.fullmatch(member.told if given is None else given)
+    match = CURSOR.fullmatch(member.polled_to if given is None else given)
     cursor = ((int(match[1]), int(match[2]), int(match[3])), not match[4]) if match else None
     if given is None and (cursor is None or cursor[0] < room.notices_after):
         return room.place, room.available
@@ -3815,7 +3824,7 @@ class ActsHandler(BaseHandler):
     def release(self, member: Member) -> None:
         """The name stays until the next request is due; whoever has hung up has closed the tab."""
         config = self.daemon.config
-        rest = 0 if self.stream.closed() else config.poll_seconds - self.request.request_time()
+        rest = 0 if self.stream.closed() else config.poller_seconds - self.request.request_time()
         self.daemon.presence.release(member, max(config.grace_seconds, rest))
 
     def refuse(self, refused: Refused) -> None:
@@ -3886,8 +3895,8 @@ class MessagesHandler(ActsHandler):
 
     def tell(self, events: Sequence[Encoded], seq: int, cursor: Cursor) -> None:
         place, available = cursor
-        self.member.told = "-".join(map(str, place)) + "!" * (not available)
-        end = to_json({"seq": seq, "epoch": self.daemon.room.epoch, "last": self.member.told}).encode()
+        self.member.polled_to = "-".join(map(str, place)) + "!" * (not available)
+        end = to_json({"seq": seq, "epoch": self.daemon.room.epoch, "last": self.member.polled_to}).encode()
         self.finish(b'{"events":[%b],%b' % (b",".join([event.json for event in events]), end[1:]))
 
     def asked(self) -> Event:
@@ -4122,8 +4131,8 @@ class PicturesHandler(ActsHandler):
             raise Refused("too-fast", retry_after=1)
         surplus = self.surplus() if len(uploads) >= UPLOADS_AT_ONCE else None
         if not self.daemon.room.is_host(member):
-            if silenced := self.daemon.room.state.silenced(member.sid, member.name, self.daemon.store.now()):
-                raise silenced
+            if refused := self.daemon.room.state.cannot_write(member.sid, member.name, self.daemon.store.now()):
+                raise refused
             limits.messages.pace(self.address, cost=0)
             limits.says.pace(browser, cost=PICTURE_COST)
             limits.messages.pace(self.address, cost=PICTURE_COST)
@@ -4566,9 +4575,9 @@ class Daemon:
 
     async def stop(self) -> None:
         """Nobody new, nothing lost: what was said is stored, everybody is told, the leases stay for their return."""
-        if self.feed.stopping:
+        if self.presence.stopping:
             return
-        self.feed.stopping = True
+        self.presence.stopping = True
         self.server.stop()
         await self.outbox.drain()
         await self.say_goodbye()
@@ -4598,7 +4607,7 @@ async def wait_for_redis(config: Config, reach: Callable[[], Awaitable[T]]) -> T
             return await reach()
         except STORE_ERRORS as error:
             asked = "to TLS " if config.redis_url.startswith("rediss:") else ""
-            reason = str(error) or f"no answer {asked}within {config.silence_seconds:g} s"
+            reason = str(error) or f"no answer {asked}within {config.store_seconds:g} s"
             if not is_passing(error) or time.monotonic() >= deadline:
                 raise FatalError(f"cannot use the Redis at {store_name(config)}: {reason}") from None
         if not waiting:
@@ -5118,7 +5127,7 @@ def room_time(client: Client, wish: str) -> str:
 
 
 def ask(client: Client, command: str, rest: str) -> None:
-    """Asks for what only hosts, or authors, may have done. The room tells everybody of it, or us why not."""
+    """Asks for what a command of `act_frame` means. The room tells everybody of it, or us why not."""
     try:
         frame = act_frame(client, command, rest)
     except ValueError:
@@ -6288,7 +6297,8 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .part { content-visibility: auto; contain-intrinsic-block-size: auto 1920px; overflow-clip-margin: 6px; }
+  .part { contain-intrinsic-block-size: auto 1920px; overflow-clip-margin: 6px; }
+  .part:not(:last-child) { content-visibility: auto; }
 }
 .message.run { margin-top: 3px; }
 .message[data-day]::before { content: attr(data-day); flex-basis: 100%; }
@@ -7283,7 +7293,7 @@ function drawOutbox() {
     const row = outboxRows.get(item.cid) || outboxRow(item);
     const status = row.querySelector('.status');
     row.classList.toggle('failed', item.failed !== '');
-    row.querySelector('.choices button').disabled = silence() !== null;
+    row.querySelector('.choices button').disabled = cannotWrite() !== null;
     status.role = item.failed ? 'alert' : 'none';
     setText(status, statusOf(item));
   }
@@ -7453,7 +7463,7 @@ function ask(text, verb, then) {  // once, before what can't be undone
   question.showModal();
 }
 
-function silence() {  // why one can't write: {text, until}
+function cannotWrite() {  // why one can't write: {text, until}
   if (isHost) return null;
   const time = clockFormat.format(mutedUntil);
   if (mutedUntil > serverTime()) return {text: fill(words.muted_you, {time}), until: mutedUntil};
@@ -7478,7 +7488,7 @@ function inForce() {  // of the mode: what this reader is kept from, or has deci
 }
 
 function showHold() {  // above the box: why it can't be used, and until when
-  const silent = silence();
+  const silent = cannotWrite();
   const seconds = Math.ceil(((silent ? silent.until : slowUntil()) - serverTime()) / 1000);
   const left = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, '0')}`;
   setText(holdText, silent ? silent.text : inForce().join(' '));
