@@ -1892,6 +1892,7 @@ class Outbox:
         self.empty.set()
         self.reactions: dict[tuple[str, int], Proposal] = {}  # browser and message -> wait for their next entry
         self.reacted = -math.inf  # when they had the last one, in s of the loop's clock
+        self.grouped = 0  # events in the last group
 
     def act(self, member: Member, act: Event, done: Done) -> None:
         """Takes what a client asks for. `done` gets the refusal, or the event, be it an older one with the same cid.
@@ -1990,6 +1991,16 @@ class Outbox:
 
     # --- for the Feed ---
 
+    async def gather(self) -> None:
+        """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
+        Who talks alone never waits for that.
+        """
+        before = -1
+        while self.grouped > 1 and before < len(self.waiting) < GROUP_EVENTS:
+            before = len(self.waiting)
+            for _ in range(GATHER_TURNS):
+                await asyncio.sleep(0)
+
     def group(self, id: Id, now: int) -> list[Event]:
         """The events of the entry with that id: what is to be committed, given what was absorbed. The rest is answered.
 
@@ -2020,6 +2031,7 @@ class Outbox:
             size += len(asked.text)
             if alone or size > ENTRY_CHARS:
                 break
+        self.grouped = len(events)
         return events
 
     def details(self, asked: Event, now: int) -> Mapping[str, Any]:
@@ -2171,6 +2183,9 @@ class Memory:
             self.extent.append(Held(entry.id, (), self.said, self.size))
         else:
             self.notices.append(entry.id)
+            for event in events:
+                if event.type == "cleared":
+                    self.clear(event)
         if entry.raw:
             self.kept.append(Held(entry.id, events, self.said, self.size))
             while exceed(self.kept, RING_MESSAGES, RING_BYTES):
@@ -2206,7 +2221,15 @@ class Memory:
     def is_deleted(self, event: Event) -> bool:
         return event.type == "message" and self.room.state.is_deleted(event.seq)
 
-    def erase(self, ids: set[Id]) -> None:
+    def erase(self, seqs: Iterable[int]) -> dict[str, str]:
+        """Forgets the texts of these messages, of those that are deleted. The fields of the State that are to be stored
+        before the store forgets them, by every daemon: who has committed that may have been killed before it could.
+        """
+        found = {str(seq): kept.entry_id for seq in seqs if (kept := self.room.ring.find(seq))}
+        self.blank_entries({*found.values()})
+        return {name: self.room.state.field(name) for name in found}
+
+    def blank_entries(self, ids: set[Id]) -> None:
         """Forgets what is deleted in these entries; those that hold nothing else go."""
         for at, held in enumerate(self.kept):
             deleted = [*filter(self.is_deleted, held.events)] if held.id in ids else []
@@ -2235,7 +2258,7 @@ class Memory:
 
     def erase_again(self) -> None:
         """The store is in an older state, and may hold what was deleted since."""
-        self.erase({held.id for held in self.kept})
+        self.blank_entries({held.id for held in self.kept})
         self.to_trim = self.cleared is not None
 
     async def erase_from(self, store: Store) -> None:
@@ -2291,7 +2314,7 @@ class Feed:
         self.asked: set[asyncio.Event] = set()  # who waits for the next look
         self.run_id = ""  # of the Redis that was looked at last
         self.quiet_until = 0.0  # in s of the loop's clock: others put back what the store forgot
-        self.losses = self.gathered = 0  # commits lost in a row; events in the last one
+        self.losses = 0  # commits in a row
         self.stranded = asyncio.Event()  # somebody who is connected here is not on the roster
         self.answers = {"reading": True, "writing": True}  # the store, or is it away
         self.tasks: list[asyncio.Task[NoReturn]] = []
@@ -2335,12 +2358,11 @@ class Feed:
         idle = not self.outbox.waiting and self.answers["writing"]
         if idle or asyncio.get_running_loop().time() < self.quiet_until:
             return
-        await self.gather()
-        ms, n = self.memory.last
-        events = self.outbox.group((ms, n + 1), self.store.now())
+        await self.outbox.gather()
+        id = self.memory.last[0], self.memory.last[1] + 1
+        events = self.outbox.group(id, self.store.now())
         if events or not self.answers["writing"]:  # an empty entry tries a store that took nothing
-            raw = encode_events(events)
-            await self.append(Entry((ms, n + 1), raw, size=len(raw)), events)
+            await self.append(Entry(id, raw := encode_events(events), size=len(raw)), events)
         if self.outbox.waiting:
             self.bell.set()
 
@@ -2349,7 +2371,7 @@ class Feed:
         if not await self.store.append(entry, self.memory.shrink()):
             await self.lose()
             return
-        self.losses, self.gathered, self.confirmed = 0, len(events), True
+        self.losses, self.confirmed = 0, True
         self.note_answer("writing")
         self.memory.add(entry, events)
         self.tell(events)
@@ -2358,16 +2380,6 @@ class Feed:
                 key = name_key(event.details.get("name", event.name))
                 self.names[key] = str(self.room.roster.get(key, ""))
         self.state |= self.room.state.take_changes()
-
-    async def gather(self) -> None:
-        """While many talk, lets the loop turn as long as more comes: a larger entry costs hardly more than a small one.
-        Who talks alone never waits for that.
-        """
-        before = -1
-        while self.gathered > 1 and before < len(self.outbox.waiting) < GROUP_EVENTS:
-            before = len(self.outbox.waiting)
-            for _ in range(GATHER_TURNS):
-                await asyncio.sleep(0)
 
     async def lose(self) -> None:
         """Reads what another daemon has committed first. Who is far from the store would lose for ever: after the
@@ -2460,18 +2472,8 @@ class Feed:
             case "removed":
                 for listener in listeners:
                     listener.turn_away(Refused("removed", retry_after=details["seconds"]))
-            case "cleared":
-                self.memory.clear(event)
             case "note" if details["kind"] == "delete":
-                self.erase([details["to"]])
-
-    def erase(self, seqs: Iterable[int]) -> None:
-        """Has the store forget the texts of these messages, of those that are deleted. First their fields of the State
-        are stored, by every daemon: who has committed that may have been killed before it could.
-        """
-        found = {str(seq): kept.entry_id for seq in seqs if (kept := self.room.ring.find(seq))}
-        self.state |= {name: self.room.state.field(name) for name in found}
-        self.memory.erase({*found.values()})
+                self.state |= self.memory.erase([details["to"]])
 
     # --- where the store holds something else ---
 
@@ -2550,10 +2552,7 @@ class Feed:
         history = [event for *_, events in read for event in events]
         epoch = state.pop("epoch", "") or str(newest.id[0])
         self.room.adopt(epoch, self.memory.last, names, history, state)
-        for event in history:
-            if event.type == "cleared":
-                self.memory.clear(event)
-        self.erase(self.room.state.notes)
+        self.state |= self.memory.erase(self.room.state.notes)
         self.outbox.stored.clear()
         self.outbox.absorbed(history)  # another try may have stored what waits here
         self.stranded.set()  # whoever is connected here and not on the roster joins again
