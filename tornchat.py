@@ -6296,7 +6296,7 @@ input[type="checkbox"] { width: 20px; height: 20px; margin: 0 12px; accent-color
 .message { display: flex; flex-wrap: wrap; gap: 0 8px; margin-top: 12px; }
 /* A long room costs little: what is out of sight is not laid out, where nothing jumps for it when one scrolls back */
 @supports (overflow-anchor: auto) {
-  .part { contain-intrinsic-block-size: auto 1920px; overflow-clip-margin: 6px; }
+  .part { contain: content; contain-intrinsic-block-size: auto 1920px; overflow-clip-margin: 6px; }
   .part:not(:last-child) { content-visibility: auto; }
 }
 .message.run { margin-top: 3px; }
