@@ -730,15 +730,21 @@ async def exchange(port: int, request: bytes, end: bytes = b"") -> bytes:
 
 
 async def handshake(
-    url: str, cookie: str = "", after: bytes = b"", *, buffer: int = 65536
+    url: str, cookie: str = "", after: bytes = b"", *, query: str = "", buffer: int = 65536
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A WebSocket made by hand, for a client that does not do what clients do; `after` is sent in the same breath."""
     place = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=buffer)
-    head = f"GET /chat HTTP/1.1\r\nHost: {place.netloc}\r\nCookie: {cookie}\r\n{UPGRADE_LINES}\r\n"
+    head = f"GET /chat{query} HTTP/1.1\r\nHost: {place.netloc}\r\nCookie: {cookie}\r\n{UPGRADE_LINES}\r\n"
     writer.write(head.encode() + after)
     await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), RETURN)
     return reader, writer
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection as a phone does that is switched off: with an error, not with a word."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 async def verdict(answer: Awaitable[tuple[int, Frame]]) -> tuple[int, object]:
@@ -2698,6 +2704,45 @@ class TestSocket(Transcripts):
         await ann.connect(subprotocols=["mqtt"])  # which nobody here knows
         assert ann.socket.selected_subprotocol is None
         await ann.expect("welcome")
+
+    @pytest.mark.parametrize("method", ["GET", "DELETE"])
+    async def test_G5_gone_before_the_answer(
+        self, method: str, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who has reset the connection before there is an answer leaves nothing behind, neither here nor in the log."""
+        daemon, prepare = await memory_lan.serve(), tornchat.ChatSocket.prepare
+        asking: list[tornchat.ChatSocket] = []
+        gone = asyncio.Event()
+
+        async def slowly(handler: tornchat.ChatSocket) -> None:
+            asking.append(handler)
+            await gone.wait()
+            await prepare(handler)
+
+        monkeypatch.setattr(tornchat.ChatSocket, "prepare", slowly)
+        _, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+        writer.write(f"{method} /chat?nickname=Zoe HTTP/1.1\r\nHost: localhost\r\n{UPGRADE_LINES}\r\n".encode())
+        await until(lambda: asking)
+        reset(writer)
+        await until(asking[0].stream.closed)
+        gone.set()
+        await memory_lan.join("Bob")
+        assert len(daemon.sockets) == 1
+
+    async def test_G6_gone_while_it_is_let_in(self, memory_lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who is on the list, but hangs up before the welcome, leaves as after a closed tab."""
+        daemon = await memory_lan.serve(lease_seconds=600)
+        bob = await memory_lan.join("Bob")
+
+        async def hang_up(seen: tornchat.ResumePoint) -> None:
+            for handler in [*daemon.sockets]:
+                if not handler.is_member():
+                    handler.stream.close()
+
+        monkeypatch.setattr(daemon.feed, "catch_up", hang_up)
+        await handshake(bob.url, query="?nickname=Zoe")
+        await bob.expect("joined", names=["Zoe"])
+        await bob.expect("left", names=["Zoe"])
 
     async def test_a_connection_that_breaks_in_the_midst_of_a_write(self, memory_lan: Lan) -> None:
         """A connection that the client has reset is given up where the daemon finds out, and nobody else notices."""
@@ -4768,9 +4813,13 @@ class TestAttacks(Transcripts):
         assert not [record for record in caplog.records if record.name == "tornchat"]
 
     async def test_G5_a_handshake_of_tls_that_stops(self, memory_lan: Lan, tmp_path: Path) -> None:
-        """Who opens a connection for https and says nothing, or half of it, is cut off too."""
+        """Who opens a connection for https and says nothing, or half of it, is cut off too; who has gone is no error."""
         cert, key = certificate(tmp_path)
         daemon = await memory_lan.serve(certfile=cert, keyfile=key, header_seconds=0.3)
+        for opening in (b"", b"\x16\x03\x01"):
+            with socket.create_connection(("127.0.0.1", daemon.port)) as connection:
+                connection.sendall(opening)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for opening in (b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\n\r\n"):
             reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
             writer.write(opening)

@@ -3103,6 +3103,8 @@ class BaseHandler(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Called by Tornado with what a handler has raised: a Refused, an HTTPError, or a bug."""
+        if self.stream.closed():  # nobody is left to be told
+            return
         error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         if isinstance(error, Refused):
             self.set_status(STATUSES.get(error.code, 400))
@@ -3578,6 +3580,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
 
     async def open(self, *args: str, **kwargs: str) -> None:
         """From the handshake to the first event, or to the close code that says why not."""
+        if self.stream.closed():  # gone within the handshake: on_close has been called already
+            return
         self.set_nodelay(True)
         self.daemon.sockets.add(self)
         self.heard = self.pinged = self.timed = asyncio.get_running_loop().time()
@@ -3616,6 +3620,8 @@ class ChatSocket(BaseHandler, tornado.websocket.WebSocketHandler):
             self.member = member
             self.daemon.visitors.join(self.stream)
             self.daemon.room.join(self, seen)
+        elif not member.listeners:  # gone while it was let in
+            self.daemon.presence.release(member, self.daemon.config.grace_seconds)
 
     def is_member(self) -> bool:
         """Whether it has joined, and hasn't been turned away."""
@@ -4437,6 +4443,13 @@ class Server(tornado.httpserver.HTTPServer):
     def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[Any, ...]) -> None:
         self.visitors.come(stream, network(address[0]))
         super().handle_stream(stream, address)
+
+    def _handle_connection(self, connection: socket.socket, address: Any) -> None:
+        """Called by Tornado, which with TLS raises an error for whoever has gone before it could be let in."""
+        try:
+            super()._handle_connection(connection, address)
+        except OSError:
+            connection.close()
 
     def on_close(self, server_conn: Any) -> None:
         """Called by Tornado when a connection is closed, or has become a WebSocket's."""
@@ -5383,8 +5396,8 @@ async def join(config: Config, environ: Mapping[str, str]) -> None:
 def within(least: float, most: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
     def convert(value: str) -> float:
         with contextlib.suppress(ValueError):
-            if least <= (number := kind(value)) <= most:
-                return number
+            if re.fullmatch("[0-9.e+-]+", value) and least <= (number := kind(value)) <= most:
+                return number  # Python itself takes 8_0 and digits of every script
         raise argparse.ArgumentTypeError(f"{value!r} is not a number from {least} to {most}")
 
     return convert
@@ -5575,6 +5588,8 @@ class LogHandler(logging.StreamHandler[TextIO]):
         return "\n".join(map(shown, super().format(record).split("\n")))  # a traceback keeps its newlines
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], tornado.httputil.HTTPInputError):
+            return False  # Tornado's, of a body that was wrong when its time was over: the client's fault
         if record.levelno < logging.INFO or record.name == log.name:
             return True
         place, now = (record.pathname, record.lineno, record.exc_info and record.exc_info[0]), time.monotonic()
