@@ -4813,7 +4813,7 @@ class TestAttacks(Transcripts):
         assert not [record for record in caplog.records if record.name == "tornchat"]
 
     async def test_G5_a_handshake_of_tls_that_stops(self, memory_lan: Lan, tmp_path: Path) -> None:
-        """Who opens a connection for https and says nothing, or half of it, is cut off too; who has gone is no error."""
+        """Who opens a connection for https and says nothing, or half of it, is cut off; who has gone is no error."""
         cert, key = certificate(tmp_path)
         daemon = await memory_lan.serve(certfile=cert, keyfile=key, header_seconds=0.3)
         for opening in (b"", b"\x16\x03\x01"):
