@@ -6659,7 +6659,7 @@ async def find_nothing(window: Window, where: str) -> None:
     assert await window.number("document.documentElement.scrollWidth - innerWidth") == 0
     if await window.page.evaluate("navigator.maxTouchPoints"):
         in_dialog = await window.page.locator("dialog[open]").count()  # a finger holds a message instead of its .more
-        controls = "dialog[open] :is(button, label), #room a" if in_dialog else "button:not(.more)"
+        controls = "dialog[open] :is(a, button, label)" if in_dialog else "button:not(.more)"
         for control in await window.page.locator(f":is({controls}):visible").all():
             box = await control.bounding_box()
             assert box

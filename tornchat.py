@@ -6493,7 +6493,7 @@ dialog h2 { font-size: 1.25rem; }
 dialog .hint { margin-block: 12px; }
 dialog .choices { display: flex; flex-wrap: wrap; align-items: center; justify-content: center; gap: 8px 16px; }
 dialog .settings { margin: 12px 0; text-align: start; }
-.settings span a { display: inline-block; padding: 12px 6px; }
+.settings span a, .choices a { display: inline-block; padding: 12px 6px; }
 dialog #mute { flex-wrap: nowrap; gap: 8px; margin-block: 4px 16px; }
 #mute button { flex: 1; padding: 0 4px; }
 #asked { margin-bottom: 16px; overflow-wrap: anywhere; }
